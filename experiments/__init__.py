@@ -1,0 +1,1 @@
+"""Experiment scripts: one for each table or figure, run as `python -m experiments.NAME`."""

@@ -1,0 +1,73 @@
+"""Train a network: `python -m experiments.train PRESET --workdir DIR [overrides]`.
+
+The same command again goes on with a run that was stopped. `python -m experiments.train PRESET --help` lists every
+setting.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Annotated
+
+import tyro
+
+from experiments import command_line
+from fs_jax.config import PRESETS, TrainConfig, preset
+
+STOPPED = 75  # exit status of a run that was stopped before its end: "temporary failure", to job queues
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to run. None of these changes the weights."""
+
+    workdir: pathlib.Path
+    """Folder of the run: a new one, or the one to go on with."""
+    data_dir: pathlib.Path | None = None
+    """TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    max_minutes: float | None = None
+    """Stop cleanly after so many minutes, with exit status 75; the same command goes on."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints; there is one at each epoch's end as well."""
+    steps_per_dispatch: int = 25
+    """Steps that run on the devices without the host."""
+    monitor_images: int = 512
+    """Images whose clean and PGD-10 accuracy is measured after each epoch; 0 for none."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Options of the run, and every field of the preset's configuration."""
+
+    options: Annotated[Options, tyro.conf.arg(name="")]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        presets = "".join(f"  {name:18} {text}\n" for name, (text, _) in PRESETS.items())
+        print(f"{__doc__}\nPresets:\n{presets}", file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    name, *rest = argv
+    default = Arguments(Options(tyro.MISSING), preset(name))
+    arguments = tyro.cli(
+        Arguments, default=default, args=rest, prog=f"python -m experiments.train {name}", description=PRESETS[name][0]
+    )
+    options = dataclasses.asdict(arguments.options)
+
+    from fs_jax import backend, data, training  # after the command line, which so answers at once
+
+    backend.enable_compilation_cache()
+    dataset = data.load(arguments.config.dataset, data_dir=options.pop("data_dir"))
+    run = training.train(arguments.config, dataset, **options)
+    if not run.finished:
+        print(f"Stopped at step {int(run.state.step)}. The same command goes on.")
+        return STOPPED
+    print(f"Finished. Next: python -m experiments.evaluate --workdir {arguments.options.workdir}")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)

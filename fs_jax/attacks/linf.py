@@ -1,0 +1,133 @@
+"""The L-infinity ball on images in [0, 1]: projection, random starts, and the checks that all attacks share."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+LogitsFn = Callable[[Float[Array, "n h w c"]], Float[Array, "n classes"]]
+
+
+def project(
+    images: Float[Array, "n h w c"], center: Float[Array, "n h w c"], epsilon: float
+) -> Float[Array, "n h w c"]:
+    """The nearest images in the ball around `center` and in [0, 1].
+
+    clip(clip(x, c - epsilon, c + epsilon), 0, 1), which is the Euclidean projection on the intersection too.
+
+    Args:
+      images: Images [N, H, W, C] to project.
+      center: Images in [0, 1], the centres of the balls.
+      epsilon: Radius, in units of the [0, 1] range.
+
+    Returns:
+      Images [N, H, W, C].
+
+    Example:
+      >>> float(project(jnp.array(0.9), jnp.array(0.5), 0.1).round(3))
+      0.6
+    """
+    return jnp.clip(jnp.clip(images, center - epsilon, center + epsilon), 0, 1)
+
+
+def random_start(
+    rng: Key[Array, ""] | Key[Array, "n"], images: Float[Array, "n h w c"], epsilon: float
+) -> Float[Array, "n h w c"]:
+    """Images plus noise uniform in [-epsilon, epsilon]; not clipped to [0, 1], as the released code starts.
+
+    Args:
+      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image. With keys of their own the images'
+        noise doesn't depend on how they are split in batches.
+      images: Images [N, H, W, C].
+      epsilon: Radius, in units of the [0, 1] range.
+
+    Returns:
+      Images [N, H, W, C], each pixel within epsilon of its own.
+
+    Example:
+      >>> start = random_start(jax.random.key(0), jnp.ones((1, 2, 2, 1)), 0.1)
+      >>> bool((abs(start - 1) <= 0.1).all())
+      True
+    """
+
+    def noise(key):
+        return jax.random.uniform(key, images.shape[1:], images.dtype, -epsilon, epsilon)
+
+    return images + jax.vmap(noise)(image_keys(rng, len(images)))
+
+
+def image_keys(rng: Key[Array, ""] | Key[Array, "n"], count: int) -> Key[Array, "n"]:
+    """One key per image: `rng` itself where it holds them already, else `fold_in(rng, position)`.
+
+    Raises:
+      ValueError: if `rng` is neither a key nor `count` keys.
+
+    Example:
+      >>> image_keys(jax.random.key(0), 3).shape
+      (3,)
+    """
+    if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        # An old-style key, jax.random.PRNGKey: an array of integers, one axis more than the keys it holds.
+        rng = jax.random.wrap_key_data(rng)
+    if rng.shape == ():
+        return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
+    if rng.shape != (count,):
+        raise ValueError(f"rng: expected a key, or one for each of the {count} images; got keys of shape {rng.shape}.")
+    return rng
+
+
+def check_attack(
+    logits_fn: LogitsFn,
+    images: Float[Array, "n h w c"],
+    labels: Int[Array, "n"] | None,
+    *,
+    epsilon: float,
+    step_size: float,
+    num_steps: int,
+    start: Float[Array, "n h w c"] | None,
+) -> None:
+    """Reject what no attack can work on. Values are looked at where they are known, so not under jit.
+
+    Raises:
+      TypeError, ValueError: naming the argument, what was expected, what was given, and what to do.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images: expected shape [N, height, width, channels]; got {images.shape}.")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(f"images: expected floating point in [0, 1]; got {images.dtype}. Divide uint8 images by 255.")
+    if start is not None and start.shape != images.shape:
+        raise ValueError(f"start: expected the images' shape {images.shape}; got {start.shape}.")
+    if isinstance(num_steps, bool) or not isinstance(num_steps, (int, np.integer)):
+        raise TypeError(f"num_steps: expected an integer; got {num_steps!r}.")
+    if num_steps < 1:
+        raise ValueError(f"num_steps: expected at least 1; got {num_steps}.")
+    for name, value in (("epsilon", epsilon), ("step_size", step_size)):
+        number = _known(value)
+        if number is not None and not 0 <= number <= 1:  # NaN is in no range
+            raise ValueError(f"{name}: expected a number in [0, 1], the range of the images; got {value}. Try 8/255.")
+    values = _known(images)
+    if values is not None and values.size and not (values.min() >= 0 and values.max() <= 1):
+        raise ValueError(
+            f"images: expected values in [0, 1]; got [{values.min():.4g}, {values.max():.4g}]. "
+            "Divide by 255, or undo the normalisation: the model does its own."
+        )
+    num_classes = jax.eval_shape(logits_fn, images).shape[-1]
+    if labels is None:
+        return
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"labels: expected shape {images.shape[:1]}, one for each image; got {labels.shape}.")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels: expected integers; got {labels.dtype}.")
+    classes = _known(labels)
+    if classes is not None and classes.size and not (classes.min() >= 0 and classes.max() < num_classes):
+        raise ValueError(
+            f"labels: expected classes 0 to {num_classes - 1}, as logits_fn has {num_classes}; "
+            f"got {classes.min()} to {classes.max()}."
+        )
+
+
+def _known(value) -> np.ndarray | None:
+    """The value as an array, or None while it is being traced."""
+    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)

@@ -1,0 +1,48 @@
+"""Losses that attacks ascend, one value per image."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def cross_entropy(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) -> Float[Array, "n"]:
+    """Cross-entropy of each image: -log softmax(z)_y.
+
+    Args:
+      logits: [N, classes].
+      labels: True classes [N].
+
+    Returns:
+      Losses [N], in nats.
+
+    Example:
+      >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2])).round(3).tolist()
+      [1.386]
+    """
+    return -_pick(jax.nn.log_softmax(logits), labels)
+
+
+def cw_margin(logits: Float[Array, "n classes"], labels: Int[Array, "n"], margin: float = 50.0) -> Float[Array, "n"]:
+    """The paper's "CW" loss: -max(z_y - max_{i != y} z_i + margin, 0).
+
+    Args:
+      logits: [N, classes].
+      labels: True classes [N].
+      margin: How far the wrong class is pushed past the true one; 50 in the paper's code.
+
+    Returns:
+      Losses [N], at most 0, rising as the image nears misclassification.
+
+    Example:
+      >>> cw_margin(jnp.array([[3.0, 1.0]]), jnp.array([0])).tolist()
+      [-52.0]
+
+    Source: Carlini & Wagner, 2017, loss f6; as an attack by signed gradients, Madry et al., 2018.
+    """
+    is_true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    best_wrong = jnp.max(jnp.where(is_true, -jnp.inf, logits), -1)
+    return -jnp.maximum(_pick(logits, labels) - best_wrong + margin, 0)
+
+
+def _pick(values, labels):
+    return jnp.take_along_axis(values, labels[:, None].astype(jnp.int32), axis=-1)[:, 0]

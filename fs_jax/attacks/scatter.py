@@ -1,0 +1,125 @@
+"""The feature-scattering attack: images are moved so that their features, as a set, go far from the natural ones."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from fs_jax.attacks.linf import LogitsFn, check_attack, project, random_start
+from fs_jax.ot import Transport, cosine_cost, sinkhorn
+
+CostFn = Callable[[Float[Array, "n d"], Float[Array, "m d"]], Float[Array, "n m"]]
+TransportFn = Callable[[Float[Array, "n m"]], Transport]
+
+# Algorithm 1 at the paper's weight; 50 iterations as the paper's experiments with it.
+_paper_transport = functools.partial(sinkhorn, reg=0.01, num_iters=50)
+
+
+class Scatter(NamedTuple):
+    """What `scatter` gives: the images, and what it computed on the way."""
+
+    images: Float[Array, "n h w c"]
+    """Scattered images, in the ball and in [0, 1]."""
+    natural_logits: Float[Array, "n classes"]
+    """Logits of the natural images."""
+    transport: Transport
+    """The transport problem at the last iterate that was left: its `primal_cost` was ascended."""
+
+
+def feature_scatter(
+    logits_fn: LogitsFn,
+    rng: Key[Array, ""] | Key[Array, "n"],
+    images: Float[Array, "n h w c"],
+    *,
+    epsilon: float = 8 / 255,
+    step_size: float = 8 / 255,
+    num_steps: int = 1,
+    cost: CostFn = cosine_cost,
+    transport: TransportFn = _paper_transport,
+    start: Float[Array, "n h w c"] | None = None,
+) -> Float[Array, "n h w c"]:
+    """Scatter the features of a batch: ascend the transport cost between natural and attacked logits. No labels.
+
+    x'_0 = x + u with u uniform in the ball; x'_{k+1} = project(x'_k + step_size * sign(grad D(x'_k))) with
+    D(x') = <T, C>, C = cost(f(x), f(x')), T the transport plan of C between uniform marginals. The natural logits f(x)
+    are held fixed; the gradient goes through the cost and, as the transport's derivative has it, the plan.
+
+    Args:
+      logits_fn: Network, from images to logits [N, classes]; inference mode.
+      rng: Key of the random start, or one for each image (see `random_start`).
+      images: Images [N, H, W, C] in [0, 1].
+      epsilon: Radius, in units of [0, 1].
+      step_size: Step, in units of [0, 1].
+      num_steps: Number of steps, at least 1; the paper trains with 1.
+      cost: From natural logits [N, d] and attacked ones [N, d] to a cost matrix [N, N].
+      transport: From a cost matrix to a `Transport`; Algorithm 1 with reg 0.01 by default.
+      start: First iterate, the sum of image and noise, in place of a random one.
+
+    Returns:
+      Scattered images [N, H, W, C]; no gradient flows through them.
+
+    Raises:
+      TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], a negative radius, no steps. (Values are
+        checked where they are known, so not under jit.)
+
+    Example:
+      >>> logits_fn = lambda x: x.reshape(len(x), -1)
+      >>> images = jax.random.uniform(jax.random.key(0), (4, 2, 2, 1))
+      >>> scattered = feature_scatter(logits_fn, jax.random.key(1), images)
+      >>> bool((abs(scattered - images) <= 8 / 255 + 1e-6).all())
+      True
+
+    Source: Zhang & Wang, NeurIPS 2019, equation 5 and algorithm 1.
+    """
+    return scatter(
+        logits_fn,
+        rng,
+        images,
+        epsilon=epsilon,
+        step_size=step_size,
+        num_steps=num_steps,
+        cost=cost,
+        transport=transport,
+        start=start,
+    ).images
+
+
+def scatter(
+    logits_fn: LogitsFn,
+    rng: Key[Array, ""] | Key[Array, "n"],
+    images: Float[Array, "n h w c"],
+    *,
+    epsilon: float = 8 / 255,
+    step_size: float = 8 / 255,
+    num_steps: int = 1,
+    cost: CostFn = cosine_cost,
+    transport: TransportFn = _paper_transport,
+    start: Float[Array, "n h w c"] | None = None,
+) -> Scatter:
+    """`feature_scatter` with its by-products, for training loops that log them. Arguments are those of it.
+
+    Example:
+      >>> images = jax.random.uniform(jax.random.key(0), (4, 2, 2, 1))
+      >>> result = scatter(lambda x: x.reshape(len(x), -1), jax.random.key(1), images)
+      >>> result.natural_logits.shape, result.transport.plan.shape
+      ((4, 4), (4, 4))
+    """
+    check_attack(logits_fn, images, None, epsilon=epsilon, step_size=step_size, num_steps=num_steps, start=start)
+    images = jax.lax.stop_gradient(images)
+    natural_logits = jax.lax.stop_gradient(logits_fn(images))
+    first = random_start(rng, images, epsilon) if start is None else jax.lax.stop_gradient(start)
+
+    def objective(x):
+        solved = transport(cost(natural_logits, logits_fn(x)))
+        return solved.primal_cost, solved
+
+    def step(x, _):
+        gradient, solved = jax.grad(objective, has_aux=True)(x)
+        return project(x + step_size * jnp.sign(gradient), images, epsilon).astype(images.dtype), solved
+
+    scattered, every = jax.lax.scan(step, first.astype(images.dtype), length=num_steps)
+    solved = jax.tree.map(lambda leaf: leaf[-1], every)
+    return jax.lax.stop_gradient(Scatter(scattered, natural_logits, solved))

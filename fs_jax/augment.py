@@ -1,0 +1,109 @@
+"""Random crops and mirror images, on the device and inside the step; each image's draw hangs on its own key alone."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, UInt8
+
+from fs_jax.attacks.linf import image_keys
+from fs_jax.config import check_number
+
+Images = Float[Array, "n h w c"] | UInt8[Array, "n h w c"]
+
+
+def augment(rng: Key[Array, ""] | Key[Array, "n"], images: Images, *, padding: int, flip: bool) -> Images:
+    """A random crop of each padded image, mirrored with probability 1/2.
+
+    With a key for each image, fold_in(rng, index of the image), the result depends neither on the size of the batch nor
+    on the number of devices that share it.
+
+    Args:
+      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image.
+      images: Images [N, H, W, C], floating point or uint8.
+      padding: Pixels of black on each side before the crop; 0 for no crop.
+      flip: Whether to mirror.
+
+    Returns:
+      Images of the same shape and dtype. With padding 0 and flip False, the images as they are.
+
+    Raises:
+      ValueError, TypeError: see `random_crop`.
+
+    Example:
+      >>> images = jnp.ones((2, 8, 8, 1), jnp.uint8)
+      >>> augment(jax.random.key(0), images, padding=1, flip=False).shape
+      (2, 8, 8, 1)
+
+    Source: the paper's training code, which crops (padding 4) and mirrors CIFAR's images.
+    """
+    _check_images(images)
+    crop_keys, flip_keys = jax.vmap(jax.random.split, out_axes=1)(image_keys(rng, len(images)))
+    images = random_crop(crop_keys, images, padding=padding)
+    return random_flip(flip_keys, images) if flip else images
+
+
+def random_crop(rng: Key[Array, ""] | Key[Array, "n"], images: Images, *, padding: int) -> Images:
+    """A random window, of the image's own size, of each image in a black frame.
+
+    y[i, j] = x[i + d - padding, j + e - padding], 0 outside of x, with d, e uniform in 0, ..., 2 padding: PyTorch's
+    `RandomCrop(size, padding)`.
+
+    Args:
+      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image.
+      images: Images [N, H, W, C], floating point or uint8.
+      padding: Width of the frame in pixels; 0 for no crop.
+
+    Returns:
+      Images of the same shape and dtype.
+
+    Raises:
+      TypeError: images that are neither floating point nor uint8, or a padding that isn't an integer.
+      ValueError: images of another rank, a negative padding, or a number of keys that isn't the number of images.
+
+    Example:
+      >>> crop = random_crop(jax.random.key(0), jnp.ones((1, 8, 8, 1)), padding=1)
+      >>> crop.shape, bool(crop[:, 1:-1, 1:-1].all())  # only the outermost pixels can be black
+      ((1, 8, 8, 1), True)
+    """
+    _check_images(images)
+    check_number("padding", padding, at_least=0, integer=True)
+    keys = image_keys(rng, len(images))
+    if padding == 0:
+        return images
+    frame = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+
+    def window(key, framed):
+        top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+        return jax.lax.dynamic_slice(framed, (top, left, 0), images.shape[1:])
+
+    return jax.vmap(window)(keys, jnp.pad(images, frame))
+
+
+def random_flip(rng: Key[Array, ""] | Key[Array, "n"], images: Images) -> Images:
+    """Each image or, with probability 1/2, its mirror image (left and right exchanged).
+
+    Args:
+      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image.
+      images: Images [N, H, W, C], floating point or uint8.
+
+    Returns:
+      Images of the same shape and dtype.
+
+    Raises:
+      TypeError, ValueError: as `random_crop` does.
+
+    Example:
+      >>> images = jnp.arange(6).reshape(1, 2, 3, 1) / 6
+      >>> flipped = random_flip(jax.random.key(0), images)
+      >>> bool((flipped == images).all() | (flipped == images[:, :, ::-1]).all())
+      True
+    """
+    _check_images(images)
+    mirrored = jax.vmap(jax.random.bernoulli)(image_keys(rng, len(images)))
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
+def _check_images(images: Images) -> None:
+    if images.ndim != 4:
+        raise ValueError(f"images: expected shape [N, height, width, channels]; got {images.shape}.")
+    if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(f"images: expected floating point or uint8; got {images.dtype}. Convert them first.")

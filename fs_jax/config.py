@@ -1,0 +1,274 @@
+"""Configurations: frozen dataclasses, validated where they are made, and presets by name."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+Method = Literal["feature_scatter", "pgd", "standard"]
+Solver = Literal["sinkhorn", "ipot", "released_sinkhorn"]
+Scope = Literal["device", "global"]
+DType = Literal["float32", "bfloat16", "float64"]
+
+
+def check_choice(argument: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise a ValueError that names the nearest choice unless `value` is one of them."""
+    choices = list(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{argument}: expected one of {', '.join(choices)}; got {value!r}.{hint}")
+
+
+def check_number(
+    argument: str,
+    value: float,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    integer: bool = False,
+) -> None:
+    """Raise an error that names argument, expected and got unless `value` is a finite number in the range."""
+    words = ["an integer" if integer else "a finite number"]
+    words += [f"above {above}"] if above is not None else []
+    words += [f"of at least {at_least}"] if at_least is not None else []
+    words += [f"of at most {at_most}"] if at_most is not None else []
+    expected = " ".join(words)
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        raise TypeError(f"{argument}: expected {expected}; got {value!r} ({type(value).__name__}).")
+    inside = (
+        math.isfinite(value)
+        and (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (at_most is None or value <= at_most)
+    )
+    if not inside:
+        raise ValueError(f"{argument}: expected {expected}; got {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The Wide-ResNet."""
+
+    depth: int = 28
+    """Layers, 6n + 4."""
+    width: int = 10
+    """Widening factor."""
+    dtype: DType = "float32"
+    """Precision of the convolutions; parameters and statistics stay float32 or wider."""
+
+    def __post_init__(self):
+        check_number("depth", self.depth, at_least=10, integer=True)
+        if self.depth % 6 != 4:
+            below = max(10, (self.depth - 4) // 6 * 6 + 4)
+            raise ValueError(f"depth: expected 6n + 4 (10, 16, 22, 28, 34, ...); got {self.depth}. Try {below}.")
+        check_number("width", self.width, at_least=1, integer=True)
+        check_choice("dtype", self.dtype, get_args(DType))
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackConfig:
+    """The attack inside the training step, in L-infinity on [0, 1] images."""
+
+    epsilon: float = 8 / 255
+    """Radius."""
+    step_size: float | None = None
+    """Step; by default the method's own: epsilon for feature scattering, epsilon / 4 for PGD."""
+    num_steps: int | None = None
+    """Number of steps; by default the method's own: 1 for feature scattering, 7 for PGD."""
+
+    def __post_init__(self):
+        check_number("attack.epsilon", self.epsilon, at_least=0, at_most=1)
+        if self.step_size is not None:
+            check_number("attack.step_size", self.step_size, above=0)
+        if self.num_steps is not None:
+            check_number("attack.num_steps", self.num_steps, at_least=1, integer=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransportConfig:
+    """The optimal-transport problem between natural and scattered logits."""
+
+    solver: Solver = "sinkhorn"
+    """Algorithm 1, Algorithm 2, or the released code's variant of Algorithm 1."""
+    reg: float = 0.01
+    """Entropic weight of both Sinkhorns, the paper's tau."""
+    beta: float = 1.0
+    """Proximal weight of IPOT."""
+    num_iters: int = 50
+    """Iterations of Algorithms 1 and 2 (the released variant stops by itself)."""
+    scope: Scope = "device"
+    """One problem per device, or one over the batch of all devices."""
+
+    def __post_init__(self):
+        check_choice("transport.solver", self.solver, get_args(Solver))
+        check_number("transport.reg", self.reg, above=0)
+        check_number("transport.beta", self.beta, above=0)
+        check_number("transport.num_iters", self.num_iters, at_least=1, integer=True)
+        check_choice("transport.scope", self.scope, get_args(Scope))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run's weights. Two runs of one configuration end alike."""
+
+    dataset: str = "cifar10"
+    """cifar10, cifar100, svhn_cropped, digits, or the path of an .npz file."""
+    train_size: int = 50_000
+    """Training images in the data set; a run sets it to what it finds."""
+    holdout: int = 0
+    """Training images that are held out to choose the best checkpoint (0: it is chosen on training images)."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    method: Method = "feature_scatter"
+    """The paper's method, PGD adversarial training (Madry et al.), or training on the images as they are."""
+    attack: AttackConfig = dataclasses.field(default_factory=AttackConfig)
+    transport: TransportConfig = dataclasses.field(default_factory=TransportConfig)
+    smoothing: float = 0.5
+    """Label smoothing, the paper's Delta: the true class has 1 - smoothing."""
+    batch_size: int = 60
+    """Images per step, over all devices."""
+    epochs: int = 200
+    learning_rate: float = 0.1
+    decay_epochs: tuple[int, ...] = (60, 90)
+    """After how many epochs the learning rate is multiplied by decay_factor."""
+    decay_factor: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 2e-4
+    """On every parameter, BatchNorm's too."""
+    sync_batch_norm: bool = False
+    """Normalise by the batch of all devices instead of each device's."""
+    seed: int = 0
+
+    def __post_init__(self):
+        check_choice("method", self.method, get_args(Method))
+        check_number("train_size", self.train_size, at_least=1, integer=True)
+        check_number("holdout", self.holdout, at_least=0, at_most=self.train_size - 1, integer=True)
+        check_number("smoothing", self.smoothing, at_least=0, at_most=1)
+        check_number("batch_size", self.batch_size, at_least=1, integer=True)
+        check_number("epochs", self.epochs, at_least=1, integer=True)
+        check_number("learning_rate", self.learning_rate, above=0)
+        check_number("decay_factor", self.decay_factor, above=0, at_most=1)
+        check_number("momentum", self.momentum, at_least=0, at_most=1)
+        check_number("weight_decay", self.weight_decay, at_least=0)
+        check_number("seed", self.seed, at_least=0, integer=True)
+        if list(self.decay_epochs) != sorted(set(self.decay_epochs)) or any(e < 1 for e in self.decay_epochs):
+            raise ValueError(
+                f"decay_epochs: expected increasing epochs, each of at least 1; got {tuple(self.decay_epochs)}."
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in an epoch; the images left over change with the shuffle."""
+        return (self.train_size - self.holdout) // self.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def attack_steps(self) -> int:
+        """Steps of the attack in training: as configured, or the method's own."""
+        return self.attack.num_steps or {"feature_scatter": 1, "pgd": 7, "standard": 1}[self.method]
+
+    @property
+    def attack_step_size(self) -> float:
+        """Step size of the attack in training: as configured, or the method's own."""
+        own = self.attack.epsilon / 4 if self.method == "pgd" else self.attack.epsilon
+        return self.attack.step_size or own
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON data.
+
+    Example:
+      >>> to_dict(ModelConfig(depth=10, width=1))
+      {'depth': 10, 'width': 1, 'dtype': 'float32'}
+    """
+    # Tuples become lists, as they would on the way through JSON, so that a stored configuration compares equal.
+    plain = dataclasses.asdict(config)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+
+def from_dict(data: Mapping[str, Any]) -> TrainConfig:
+    """The training configuration that `to_dict` wrote.
+
+    Raises:
+      ValueError: for fields that a configuration doesn't have, with the nearest name.
+    """
+    sections = {"model": ModelConfig, "attack": AttackConfig, "transport": TransportConfig}
+
+    def build(cls, values, prefix=""):
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            check_choice(f"configuration field {prefix}{name}", name, fields)
+        return cls(**values)
+
+    values = dict(data)
+    for name, cls in sections.items():
+        if name in values:
+            values[name] = build(cls, values[name], f"{name}.")
+    if "decay_epochs" in values:
+        values["decay_epochs"] = tuple(values["decay_epochs"])
+    return build(TrainConfig, values)
+
+
+def differences(ours: TrainConfig, theirs: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configurations differ, by dotted name, each with both values.
+
+    Example:
+      >>> differences(TrainConfig(), TrainConfig(model=ModelConfig(depth=10)))
+      {'model.depth': (28, 10)}
+    """
+
+    def flat(data, prefix=""):
+        for name, value in data.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    first, second = dict(flat(to_dict(ours))), dict(flat(to_dict(theirs)))
+    return {name: (first[name], second[name]) for name in first if first[name] != second[name]}
+
+
+# Each preset says what it costs and gives, measured; the results' README says how.
+PRESETS: dict[str, tuple[str, TrainConfig]] = {
+    "cifar10_wrn28_10": (
+        "The paper's network and schedule on CIFAR-10: for a GPU or a TPU.",
+        TrainConfig(),
+    ),
+    "cifar10_wrn10_2": (
+        "A network for two CPU cores on CIFAR-10, 5 epochs.",
+        TrainConfig(model=ModelConfig(depth=10, width=2), epochs=5, decay_epochs=(3, 4)),
+    ),
+    "digits": (
+        "scikit-learn's 8 x 8 digits: seconds on a CPU.",
+        TrainConfig(
+            dataset="digits",
+            train_size=1437,
+            model=ModelConfig(depth=10, width=1),
+            attack=AttackConfig(epsilon=0.2),
+            epochs=20,
+            decay_epochs=(15, 18),
+            learning_rate=0.1,
+            holdout=0,
+        ),
+    ),
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """A preset by name.
+
+    Raises:
+      ValueError: for an unknown name, with the nearest one.
+
+    Example:
+      >>> preset("cifar10_wrn28_10").model
+      ModelConfig(depth=28, width=10, dtype='float32')
+    """
+    check_choice("preset", name, PRESETS)
+    return PRESETS[name][1]

@@ -1,0 +1,156 @@
+"""What the solvers refuse, and what they turn the rest into.
+
+Values are looked at where they can be seen: under `jit`, `vmap` and `grad` an argument is a tracer, its shape and dtype
+are still checked here, and the `Transport.status` of the result tells the rest.
+"""
+
+import difflib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# How far apart the total masses may be, relative to them: well above the rounding of normalised weights in the
+# caller's dtype, well below any difference that somebody means.
+_MASS_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
+
+
+def problem(cost, a, b) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The cost and both marginals as arrays of one floating dtype (float32, or wider where the caller's is).
+
+    Raises:
+        TypeError: an argument is not numeric, or complex.
+        ValueError: a shape doesn't fit, a side is empty, a value is not finite, a weight is negative, masses differ.
+    """
+    seen, cost = _numeric("cost", cost)
+    if cost.ndim != 2:
+        raise ValueError(
+            f"cost: expected one matrix of shape [n, m], got shape {cost.shape}; for a batch, use jax.vmap(solver)"
+        )
+    if 0 in cost.shape:
+        raise ValueError(f"cost: expected at least one point on each side, got shape {cost.shape}")
+    if seen is not None and not np.isfinite(seen).all():
+        raise ValueError(
+            "cost: expected finite values, got NaN or infinity; to leave a point out, give it a marginal of zero"
+        )
+    mass_a, a = _marginal("a", a, cost, axis=0)
+    mass_b, b = _marginal("b", b, cost, axis=1)
+    tolerance = max(_MASS_TOLERANCE.get(str(w.dtype), 0) for w in (a, b)) or _MASS_TOLERANCE["float32"]
+    if mass_a is not None and mass_b is not None and abs(mass_a - mass_b) > tolerance * max(mass_a, mass_b):
+        raise ValueError(f"b: expected the total mass of a, {mass_a:.6g}, got {mass_b:.6g}; divide each by its sum")
+    dtype = jnp.result_type(cost, a, b, jnp.float32)
+    return cost.astype(dtype), a.astype(dtype), b.astype(dtype)
+
+
+def positive(name: str, value, dtype) -> jax.Array:
+    """A scalar above zero and finite, as an array of `dtype`; a traced one that isn't above zero becomes NaN.
+
+    NaN spreads through the solver and comes out as `Status.NOT_FINITE`: a wrong sign is not silently a wrong plan.
+    """
+    seen, value = _scalar(name, value)
+    if seen is not None and not (np.isfinite(seen) and seen > 0):
+        raise ValueError(f"{name}: expected a finite number above 0, got {seen}")
+    value = value.astype(dtype)
+    return jnp.where(value > 0, value, jnp.nan)
+
+
+def threshold(value, dtype) -> jax.Array | None:
+    """None, or a number that is at least zero."""
+    if value is None:
+        return None
+    seen, value = _scalar("threshold", value)
+    if seen is not None and not seen >= 0:
+        raise ValueError(f"threshold: expected a number of at least 0, got {seen}")
+    return value.astype(dtype)
+
+
+def count(name: str, value) -> int:
+    """A number of iterations, known when the program is compiled."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(
+            f"{name}: expected an int that is known at compile time (static under jit), got {type(value).__name__}"
+        )
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return int(value)
+
+
+def choice(name: str, value, options: Sequence[str]) -> str:
+    """One of a few names; the nearest is offered for a typo."""
+    if value in options:
+        return value
+    nearest = difflib.get_close_matches(str(value), options, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}{hint}")
+
+
+def potentials(init, n: int, m: int, dtype) -> tuple[jax.Array, jax.Array]:
+    """Starting potentials (f, g), in units of the cost."""
+    if not isinstance(init, tuple | list) or len(init) != 2:
+        raise TypeError(f"init: expected a pair (f, g) of potentials, got {type(init).__name__}")
+    checked = []
+    for i, size in enumerate((n, m)):
+        seen, value = _numeric(f"init[{i}]", init[i])
+        if value.shape != (size,):
+            raise ValueError(f"init[{i}]: expected shape ({size},) for a cost [{n}, {m}], got {value.shape}")
+        if seen is not None and not np.isfinite(seen).all():
+            raise ValueError(f"init[{i}]: expected finite potentials, got NaN or infinity")
+        checked.append(value.astype(dtype))
+    return tuple(checked)
+
+
+def points(x, y) -> tuple[jax.Array, jax.Array]:
+    """Two point clouds [n, d] and [m, d] as arrays of one floating dtype."""
+    (_, x), (_, y) = _numeric("x", x), _numeric("y", y)
+    for name, value in (("x", x), ("y", y)):
+        if value.ndim != 2:
+            raise ValueError(f"{name}: expected one point per row, shape [n, d], got shape {value.shape}")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"y: expected as many columns as x, {x.shape[1]}, got {y.shape[1]}")
+    dtype = jnp.result_type(x, y, jnp.float32)
+    return x.astype(dtype), y.astype(dtype)
+
+
+def _marginal(name: str, weights, cost: jax.Array, axis: int) -> tuple[float | None, jax.Array]:
+    """The total mass, where it can be seen, and the weights."""
+    size = cost.shape[axis]
+    if weights is None:
+        return 1.0, jnp.full(size, 1 / size, jnp.result_type(cost, jnp.float32))
+    seen, weights = _numeric(name, weights)
+    if weights.shape != (size,):
+        raise ValueError(
+            f"{name}: expected one weight per {('row', 'column')[axis]} of cost, shape ({size},), got {weights.shape}"
+        )
+    if seen is None:
+        return None, weights
+    seen = seen.astype(np.float64)
+    good = np.isfinite(seen) & (seen >= 0)
+    if not good.all():
+        worst = int(np.argmin(good))
+        raise ValueError(f"{name}: expected finite weights of at least 0, got {seen[worst]} at index {worst}")
+    if seen.sum() == 0:
+        raise ValueError(f"{name}: expected some mass, got zeros alone")
+    return float(seen.sum()), weights
+
+
+def _scalar(name: str, value) -> tuple[np.ndarray | None, jax.Array]:
+    seen, value = _numeric(name, value)
+    if value.ndim != 0:
+        raise ValueError(f"{name}: expected a scalar, got shape {value.shape}; for a batch of them, use jax.vmap")
+    return seen, value
+
+
+def _numeric(name: str, value) -> tuple[np.ndarray | None, jax.Array]:
+    """What can be seen of a value (None for a tracer), and the value as an array.
+
+    They are taken apart because inside `jit` JAX's operations are traced even on values that are known: NumPy looks.
+    """
+    try:
+        seen = None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected numbers, got {type(value).__name__}") from error
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
+    return seen, array

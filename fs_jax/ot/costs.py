@@ -1,0 +1,80 @@
+"""Costs between two clouds of points, as matrices that the solvers take."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from fs_jax.ot import checks
+
+
+def cosine_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    """Cosine distance between all pairs of rows.
+
+        C_ij = max(0, 1 - ⟨x_i, y_j⟩ / (|x_i| |y_j|))
+
+    A row of norm 0 has no direction: its cost to everything is 1 and its gradient 0. Where rounding takes the cosine
+    above 1 the cost is 0, and so is the gradient.
+
+    Args:
+        x: points, one per row, in any unit: the cost is dimensionless, between 0 and 2.
+        y: points of the same dimension.
+
+    Returns:
+        The cost, float32 or the wider dtype of x and y.
+
+    Raises:
+        TypeError: x or y is not numeric.
+        ValueError: x or y is not a matrix, or their numbers of columns differ.
+
+    Example:
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+        >>> print(cosine_cost(x, -x))
+        [[2. 1.]
+         [1. 2.]]
+
+    Source: Zhang and Wang, Defense Against Adversarial Attacks Using Feature Scattering-based Adversarial Training
+    (NeurIPS 2019), section 3.2.
+    """
+    x, y = checks.points(x, y)
+    cosine = jnp.matmul(_unit_rows(x), _unit_rows(y).T, precision=lax.Precision.HIGHEST)
+    return jnp.where(cosine < 1, 1 - cosine, 0)
+
+
+def sqeuclidean_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    """Squared Euclidean distance between all pairs of rows.
+
+        C_ij = |x_i - y_j|²
+
+    Args:
+        x: points, one per row.
+        y: points of the same dimension, in the same unit; the cost is in its square.
+
+    Returns:
+        The cost, float32 or the wider dtype of x and y.
+
+    Raises:
+        TypeError: x or y is not numeric.
+        ValueError: x or y is not a matrix, or their numbers of columns differ.
+
+    Example:
+        >>> print(sqeuclidean_cost(jnp.array([[0.0], [1.0]]), jnp.array([[3.0]])))
+        [[9.]
+         [4.]]
+    """
+    x, y = checks.points(x, y)
+    # |x - y|² = |x|² + |y|² - 2⟨x, y⟩ cancels badly far from the origin, and the distance doesn't know where that is.
+    centre = lax.stop_gradient(y.mean(0)) if y.shape[0] else 0
+    x, y = x - centre, y - centre
+    inner = jnp.matmul(x, y.T, precision=lax.Precision.HIGHEST)
+    squared = jnp.sum(x * x, 1)[:, None] + jnp.sum(y * y, 1)[None, :] - 2 * inner
+    return jnp.where(squared > 0, squared, 0)
+
+
+def _unit_rows(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    # The direction doesn't depend on the scale, so dividing by the largest entry (a constant to the derivative) changes
+    # nothing, and squares then neither overflow nor vanish. Rows of zeros are divided by one instead, before any square
+    # root: the gradient of a discarded branch must be finite too.
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=1, keepdims=True, initial=0))
+    x = x / jnp.where(largest > 0, largest, 1)
+    squared = jnp.sum(x * x, axis=1, keepdims=True)
+    return x * jnp.where(squared > 0, lax.rsqrt(jnp.where(squared > 0, squared, 1)), 0)

@@ -1,0 +1,182 @@
+"""Checkpoints by Orbax: the latest few and, apart from them, the best; whole, or not there at all."""
+
+import os
+import pathlib
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fs_jax.config import TrainConfig, differences, from_dict, to_dict
+from fs_jax.training.state import TrainState, create_state
+
+KEPT = 3
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `workdir/checkpoints` (the latest few) and `workdir/best` (one).
+
+    Saving is asynchronous: arrays are copied, then written in the background, and a checkpoint appears under its name
+    only when it is whole. Each holds the unreplicated state, so that any number of devices can go on from it, and the
+    configuration.
+
+    Args:
+      workdir: The run's folder.
+      config: The run's configuration; a checkpoint of another one is refused.
+
+    Example:
+      >>> import tempfile
+      >>> from fs_jax.config import preset
+      >>> config, workdir = preset("digits"), tempfile.mkdtemp()
+      >>> with Checkpoints(workdir, config) as checkpoints:
+      ...     checkpoints.save(create_state(config, jax.random.key(0)))
+      >>> with Checkpoints(workdir, config) as checkpoints:
+      ...     int(checkpoints.restore_latest().step)
+      0
+    """
+
+    def __init__(self, workdir: str | os.PathLike, config: TrainConfig):
+        self._config = config
+        # An absolute path is what Orbax asks for.
+        root = pathlib.Path(workdir).absolute()
+        self._latest = _manager(root / "checkpoints", KEPT)
+        self._best = _manager(root / "best", 1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def save(self, state: TrainState) -> None:
+        """Save `state` under its step, unless that is there. The state must be finite.
+
+        Raises:
+          FloatingPointError: if a parameter or statistic isn't finite; nothing is written then.
+        """
+        state = jax.tree.map(np.asarray, state)
+        _check_finite(state)
+        if int(state.step) not in self._latest.all_steps():
+            self._latest.save(int(state.step), args=self._args(state))
+
+    def save_best(self, state: TrainState, scores: dict[str, float]) -> None:
+        """Save `state` as the best so far, with the scores that made it so, in place of the one before."""
+        state = jax.tree.map(np.asarray, state)
+        _check_finite(state)
+        if int(state.step) not in self._best.all_steps():
+            self._best.save(int(state.step), args=self._args(state, scores))
+
+    def best_scores(self) -> dict[str, float]:
+        """The scores that were saved with the best checkpoint; empty where there is none."""
+        step = self._best.latest_step()
+        if step is None:
+            return {}
+        return self._best.restore(step, args=ocp.args.Composite(scores=ocp.args.JsonRestore()))["scores"]
+
+    def restore_latest(self) -> TrainState | None:
+        """The newest checkpoint that can be read; None where there is none.
+
+        A damaged one is passed over with a warning, and set aside so that its step can be saved again.
+
+        Raises:
+          ValueError: if a checkpoint is of another configuration, naming the fields that differ.
+        """
+        for step in sorted(self._latest.all_steps(), reverse=True):
+            state = self._restore(self._latest, step)
+            if state is not None:
+                return state
+            _set_aside(self._latest.directory / str(step))
+            self._latest.reload()
+        return None
+
+    def restore_best(self) -> TrainState | None:
+        """The best checkpoint; None where there is none, or it is damaged."""
+        step = self._best.latest_step()
+        return None if step is None else self._restore(self._best, step)
+
+    def steps(self) -> list[int]:
+        """Steps of the latest checkpoints, oldest first."""
+        return sorted(self._latest.all_steps())
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        for manager in (self._latest, self._best):
+            manager.wait_until_finished()
+            manager.close()
+
+    def _args(self, state: TrainState, scores: dict[str, float] | None = None):
+        return ocp.args.Composite(
+            state=ocp.args.StandardSave(_as_dict(state)),
+            config=ocp.args.JsonSave(to_dict(self._config)),
+            scores=ocp.args.JsonSave(scores or {}),
+        )
+
+    def _restore(self, manager, step) -> TrainState | None:
+        # The configuration first: arrays of another network don't fit, and that would read like damage.
+        try:
+            stored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        except Exception as error:
+            return _skipped(manager, step, error)
+        check_same_config(self._config, from_dict(stored), f"checkpoint {manager.directory / str(step)}")
+        like = jax.eval_shape(lambda: create_state(self._config, jax.random.key(0)))
+        try:
+            # NumPy arrays as targets: they come back as such, whatever devices they were saved from.
+            targets = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), _as_dict(like))
+            saved = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets)))["state"]
+        except Exception as error:
+            return _skipped(manager, step, error)
+        opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), saved["opt_state"])
+        state = TrainState(saved["params"], saved["batch_stats"], opt_state, saved["step"])
+        return jax.tree.map(np.asarray, state)
+
+
+def check_same_config(ours: TrainConfig, theirs: TrainConfig, where: str) -> None:
+    """Raise a ValueError that names each field in which `theirs`, found at `where`, differs from `ours`."""
+    differing = differences(ours, theirs)
+    if differing:
+        listed = "; ".join(f"{name}: {mine!r} here, {other!r} there" for name, (mine, other) in differing.items())
+        raise ValueError(
+            f"workdir: expected a run of this configuration; {where} is of another one: {listed}. "
+            "Give the same options, or another workdir."
+        )
+
+
+def _manager(directory: pathlib.Path, kept: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=kept, create=True, enable_async_checkpointing=True)
+    return ocp.CheckpointManager(directory, options=options, item_names=("state", "config", "scores"))
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    # The optimizer's nested tuples become a flat list: what is on disk doesn't depend on Optax's types.
+    return {
+        "params": state.params,
+        "batch_stats": state.batch_stats,
+        "opt_state": jax.tree.leaves(state.opt_state),
+        "step": state.step,
+    }
+
+
+def _check_finite(state: TrainState) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if np.issubdtype(leaf.dtype, np.inexact) and not np.isfinite(leaf).all():
+            raise FloatingPointError(f"state: expected finite arrays; {jax.tree_util.keystr(path)} isn't. Not saved.")
+
+
+def _skipped(manager, step, error) -> None:
+    warnings.warn(
+        f"{manager.directory / str(step)} can't be read and is passed over: {type(error).__name__}: "
+        f"{str(error).splitlines()[0] if str(error) else ''}",
+        stacklevel=3,
+    )
+
+
+def _set_aside(path: pathlib.Path) -> None:
+    """Rename a damaged checkpoint, out of Orbax's sight but not out of the user's."""
+    target = path.with_name(f"damaged-{path.name}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"damaged-{path.name}-{number}")
+    os.rename(path, target)

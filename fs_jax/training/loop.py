@@ -1,0 +1,327 @@
+"""The training run: wiring of data, step, checkpoints, logs and monitoring. Stops cleanly, resumes by itself."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from fs_jax.config import TrainConfig, from_dict, to_dict
+from fs_jax.data import Dataset
+from fs_jax.evaluation import Attack, evaluate
+from fs_jax.training.checkpoint import Checkpoints, check_same_config
+from fs_jax.training.parallel import pmap_train_steps, replicate, share, unreplicate
+from fs_jax.training.state import TrainState, create_state, make_model
+
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+
+
+class Run(NamedTuple):
+    """What `train` gives back."""
+
+    state: TrainState
+    """The state on the host, unreplicated."""
+    finished: bool
+    """Whether the last epoch is done; otherwise the same call goes on."""
+
+
+def train(
+    config: TrainConfig,
+    dataset: Dataset,
+    workdir: str | os.PathLike,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    max_minutes: float | None = None,
+    checkpoint_minutes: float = 5.0,
+    steps_per_dispatch: int = 25,
+    monitor_images: int = 512,
+    progress: bool = True,
+) -> Run:
+    """Train, or go on training, until the configuration's last epoch.
+
+    A run that is stopped (SIGTERM, SIGINT, `max_minutes`) or killed, and called again, ends in the same weights as one
+    left alone: batches, crops and noise are drawn from the seed, the epoch and the step.
+
+    In `workdir`: `config.json`, `metrics.jsonl` and `tensorboard/` (a row per dispatch, and one per epoch with the
+    accuracies on the monitored images), `checkpoints/` and `best/`. The monitored images are the held-out ones, or the
+    first training images where none are held out; never test images. Best is the highest accuracy under PGD-10 (for
+    standard training, the highest clean accuracy).
+
+    Args:
+      config: Configuration. Its `train_size` is set to the data set's.
+      dataset: The data set, on the host.
+      workdir: A new folder, or the one of this run.
+      devices: Devices to use; all local ones by default.
+      max_minutes: Stop cleanly after so many minutes, counted from the call.
+      checkpoint_minutes: Minutes between checkpoints; there is one at the end of each epoch and of the run as well.
+      steps_per_dispatch: Steps that run on the devices without the host.
+      monitor_images: How many images are monitored, at most; 0 for none.
+      progress: Show a progress bar.
+
+    Returns:
+      The last state, and whether the run is finished.
+
+    Raises:
+      ValueError: if the workdir holds something else or a run of another configuration, or the batch doesn't fit the
+        devices or the data.
+      BlockingIOError: if another process is training in the workdir.
+      FloatingPointError: if the loss isn't finite; the last good checkpoint is kept.
+      PermissionError, NotADirectoryError: if the workdir can't be written to.
+
+    Example:
+      >>> import tempfile
+      >>> from fs_jax import data
+      >>> from fs_jax.config import AttackConfig, ModelConfig, TrainConfig
+      >>> config = TrainConfig(
+      ...     dataset="digits", model=ModelConfig(10, 1), method="standard", batch_size=256, epochs=1, decay_epochs=())
+      >>> run = train(config, data.load("digits"), tempfile.mkdtemp(), monitor_images=0, progress=False)
+      >>> int(run.state.step), run.finished
+      (5, True)
+    """
+    if jax.process_count() > 1:
+        raise ValueError(f"jax.process_count(): expected 1; got {jax.process_count()}. Train on one host.")
+    deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+    devices = list(devices or jax.local_devices())
+    config = _fit_to_data(config, dataset)
+    steps = pmap_train_steps(config, dataset.info, devices)  # before anything is written: it checks the batch size
+
+    workdir = open_workdir(workdir, config)
+    with _lock(workdir), Checkpoints(workdir, config) as checkpoints, _stop_signals() as stop:
+        init_rng, order_rng, steps_rng = jax.random.split(jax.random.key(config.seed), 3)
+        restored = checkpoints.restore_latest()
+        state = create_state(config, init_rng) if restored is None else restored
+        step = int(state.step)
+        state = replicate(state, devices)
+        best = checkpoints.best_scores()
+
+        kept = slice(0, config.train_size - config.holdout)
+        images, labels = share((dataset.train_images[kept], dataset.train_labels[kept]), devices)
+        monitored = slice(config.train_size - config.holdout, None) if config.holdout else slice(0, None)
+        monitor = tuple(x[monitored][:monitor_images] for x in (dataset.train_images, dataset.train_labels))
+
+        if progress and step:
+            print(f"Going on from step {step} of {config.total_steps}.", file=sys.stderr)
+        saved_at = time.monotonic()
+        with _Log(workdir, step) as log, _progress_bar(config, step, progress) as bar:
+            epoch, order = None, None
+            while step < config.total_steps:
+                if step // config.steps_per_epoch != epoch:
+                    epoch = step // config.steps_per_epoch
+                    order = share(_epoch_order(order_rng, epoch, len(labels)), devices)
+                first = step % config.steps_per_epoch
+                count = min(steps_per_dispatch, config.steps_per_epoch - first)
+
+                began = time.monotonic()
+                state, sums = steps(state, images, labels, order, steps_rng, jnp.int32(first), jnp.int32(count))
+                metrics = {name: float(total) / count for name, total in unreplicate(sums).items()}
+                seconds = time.monotonic() - began
+                if not all(math.isfinite(value) for value in metrics.values()):
+                    raise FloatingPointError(_non_finite(metrics, step, count, checkpoints))
+                step += count
+                bar.update(count)
+                bar.set_postfix(epoch=step // config.steps_per_epoch, loss=f"{metrics['loss']:.3f}")
+                log.write(
+                    step,
+                    {
+                        "epoch": step / config.steps_per_epoch,
+                        **metrics,
+                        "images_per_second": count * config.batch_size / seconds,
+                    },
+                )
+
+                ends_epoch = step % config.steps_per_epoch == 0
+                stopping = bool(stop) or time.monotonic() >= deadline
+                if ends_epoch and len(monitor[1]):
+                    scores = _monitor(config, unreplicate(state), monitor)
+                    log.write(step, {"epoch": step / config.steps_per_epoch, **scores})
+                    decisive = "monitor_clean" if config.method == "standard" else "monitor_robust"
+                    if scores[decisive] > best.get(decisive, -1):
+                        best = scores
+                        checkpoints.save_best(unreplicate(state), scores)
+                # After the best one: a run that is killed in between comes back to before both.
+                if ends_epoch or stopping or time.monotonic() - saved_at >= 60 * checkpoint_minutes:
+                    checkpoints.save(unreplicate(state))
+                    saved_at = time.monotonic()
+                if stopping:
+                    break
+        return Run(unreplicate(state), step >= config.total_steps)
+
+
+def open_workdir(workdir: str | os.PathLike, config: TrainConfig) -> pathlib.Path:
+    """The folder of a run: a new one with the configuration in it, or the one that has this configuration.
+
+    Raises:
+      ValueError: if the folder holds files but no run, or a run of another configuration.
+      PermissionError, NotADirectoryError, FileExistsError: if it can't be made or written to.
+    """
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not os.access(workdir, os.W_OK | os.X_OK):
+        raise PermissionError(f"workdir: expected a folder that can be written to; got {workdir}. Choose another.")
+    if (workdir / CONFIG_FILE).exists():
+        check_same_config(config, read_config(workdir), str(workdir / CONFIG_FILE))
+    elif found := sorted(path.name for path in workdir.iterdir()):
+        raise ValueError(
+            f"workdir: expected a new folder or the folder of a run; got {workdir}, which holds no {CONFIG_FILE} but "
+            f"{', '.join(found[:3])}{', ...' if len(found) > 3 else ''}. Choose another; nothing was changed."
+        )
+    else:
+        write_atomically(workdir / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
+    return workdir
+
+
+def read_config(workdir: str | os.PathLike) -> TrainConfig:
+    """The configuration of the run in `workdir`.
+
+    Raises:
+      FileNotFoundError: if there is no run in it.
+    """
+    path = pathlib.Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"workdir: expected the folder of a run, with {CONFIG_FILE}; got {workdir}. "
+            "Make one with: python -m experiments.train PRESET --workdir DIR"
+        )
+    return from_dict(json.loads(path.read_text()))
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _fit_to_data(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+    config = dataclasses.replace(config, train_size=len(dataset.train_labels))
+    if config.steps_per_epoch < 1:
+        raise ValueError(
+            f"batch_size: expected at most the {config.train_size - config.holdout} training images; "
+            f"got {config.batch_size}."
+        )
+    return config
+
+
+@jax.jit
+def _permutation(rng: Key[Array, ""], count: Int[Array, "k"]) -> Int[Array, "k"]:
+    return jax.random.permutation(rng, count)
+
+
+def _epoch_order(rng: Key[Array, ""], epoch: int, count: int) -> Int[Array, "k"]:
+    return _permutation(jax.random.fold_in(rng, epoch), jnp.arange(count, dtype=jnp.int32))
+
+
+def _monitor(config: TrainConfig, state: TrainState, monitor: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """Accuracies on the monitored images: clean, and under PGD-10 of the training radius."""
+    images, labels = monitor
+    epsilon = config.attack.epsilon
+    result = evaluate(
+        make_model(config),
+        state.variables,
+        images,
+        labels,
+        [Attack("clean"), Attack("pgd", num_steps=10, step_size=epsilon / 4, epsilon=epsilon)],
+        batch_size=min(128, len(labels)),
+        seed=config.seed,
+        progress=False,
+    )
+    clean, robust = (attack["accuracy"] for attack in result.summary["attacks"])
+    return {"monitor_clean": clean, "monitor_robust": robust}
+
+
+class _Log:
+    """`metrics.jsonl` and TensorBoard; rows after the resumed step, of a run that was killed, are taken back."""
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        path = workdir / METRICS_FILE
+        if path.exists():
+            rows = []
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut short
+                    rows.append(json.loads(line))
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
+            write_atomically(path, "".join(kept))
+        self._file = path.open("a")
+        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._file.close()
+        self._writer.close()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+
+def _progress_bar(config: TrainConfig, step: int, show: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        total=config.total_steps,
+        initial=step,
+        unit="step",
+        desc=f"{config.dataset} {config.method}",
+        disable=not show,
+        mininterval=1.0,
+    )
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT append to, so that the loop ends after the dispatch that is running."""
+    received: list[int] = []
+    handled = (signal.SIGTERM, signal.SIGINT)
+    try:
+        previous = {number: signal.signal(number, lambda got, _: received.append(got)) for number in handled}
+    except ValueError:  # not in the main thread: whoever runs us takes care of signals
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _lock(workdir: pathlib.Path) -> Iterator[None]:
+    """Two runs in one folder would write over each other: the second is refused."""
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"workdir: expected a folder that no run is using; another process is training in {workdir}. "
+                "Wait for it, or choose another folder."
+            ) from None
+        yield
+
+
+def _non_finite(metrics: dict[str, float], step: int, count: int, checkpoints: Checkpoints) -> str:
+    wrong = ", ".join(f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value))
+    steps = checkpoints.steps()
+    kept = f"The last good checkpoint is of step {steps[-1]}." if steps else "There is no checkpoint yet."
+    return (
+        f"Not finite between steps {step} and {step + count}: {wrong}. The run stops. {kept} "
+        "Try a lower learning rate, a larger transport.reg, or float32."
+    )

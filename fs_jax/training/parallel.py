@@ -1,0 +1,176 @@
+"""The step over several devices, by `jax.pmap`: the one file that knows it.
+
+`pmap` is in maintenance mode and today a wrapper over `jit` and `shard_map`; what replaces it replaces this file.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key, PyTree, UInt8
+
+from fs_jax import backend
+from fs_jax.augment import augment
+from fs_jax.config import TrainConfig
+from fs_jax.data import DataInfo
+from fs_jax.training.state import TrainState
+from fs_jax.training.step import Batch, Metrics, train_step
+
+AXIS = "devices"
+
+
+def pmap_train_step(
+    config: TrainConfig, devices: Sequence[jax.Device] | None = None
+) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Metrics]]:
+    """`train_step` over devices: gradients, statistics and metrics are averaged, the state's buffers are donated.
+
+    Args:
+      config: Configuration. Its `batch_size` is that of all devices together.
+      devices: Devices to use; all local ones by default.
+
+    Returns:
+      A function from a replicated state (leaves [D, ...], see `replicate`), a batch (leaves [D, N / D, ...]) and a key
+      to the state after the step and metrics, leaves with the leading axis [D] again.
+
+    Raises:
+      ValueError: if the batch size isn't a multiple of the number of devices.
+
+    Example:
+      >>> from fs_jax.config import preset
+      >>> from fs_jax.training import create_state
+      >>> config, devices = preset("digits"), jax.local_devices()[:1]
+      >>> state = replicate(create_state(config, jax.random.key(0)), devices)
+      >>> batch = {"images": jnp.full((1, 4, 8, 8, 1), 0.5), "labels": jnp.arange(4)[None]}
+      >>> state, metrics = pmap_train_step(config, devices)(state, batch, jax.random.key(1))
+      >>> int(unreplicate(state).step)
+      1
+    """
+    devices = _devices(config, devices)
+
+    def step(state, batch, rng):
+        return train_step(state, batch, rng, config=config, axis_name=AXIS)
+
+    return _Program(jax.pmap(step, AXIS, in_axes=(0, 0, None), devices=devices, donate_argnums=0))
+
+
+def pmap_train_steps(
+    config: TrainConfig, info: DataInfo, devices: Sequence[jax.Device] | None = None
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Many steps in one dispatch, with the data set on the devices: batches are cut, cropped and flipped there.
+
+    Args:
+      config: Configuration.
+      info: The data set's crop and flip.
+      devices: Devices to use; all local ones by default.
+
+    Returns:
+      A function (state, images uint8 [M, H, W, C], labels [M], order [M'], rng, first, count) of a replicated state,
+      the training set, the epoch's order of its images, the run's key, the number of the first step within the epoch
+      and the number of steps. It gives the state after them and the sums of their
+      metrics, both replicated. The number is no constant of the program: one serves an epoch's last, shorter call too.
+
+    Raises:
+      ValueError: if the batch size isn't a multiple of the number of devices.
+    """
+    devices = _devices(config, devices)
+    per_device = config.batch_size // len(devices)
+
+    def steps(
+        state: TrainState,
+        images: UInt8[Array, "m h w c"],
+        labels: Int[Array, "m"],
+        order: Int[Array, "k"],
+        rng: Key[Array, ""],
+        first: Int[Array, ""],
+        count: Int[Array, ""],
+    ):
+        noise_rng, augment_rng = jax.random.split(rng)
+        positions = jax.lax.axis_index(AXIS) * per_device + jnp.arange(per_device)
+
+        def one(i, state):
+            chosen = order[(first + i) * config.batch_size + positions]
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(augment_rng, state.step), positions)
+            pixels = augment(keys, images[chosen], padding=info.crop_padding, flip=info.flip)
+            batch = {"images": pixels.astype(jnp.float32) / 255, "labels": labels[chosen]}
+            return train_step(state, batch, noise_rng, config=config, axis_name=AXIS)
+
+        def add(i, carry):
+            state, sums = carry
+            state, metrics = one(i, state)
+            return state, jax.tree.map(jnp.add, sums, metrics)
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0, state)[1])
+        return jax.lax.fori_loop(0, count, add, (state, zeros))
+
+    in_axes = (0, None, None, None, None, None, None)
+    return _Program(jax.pmap(steps, AXIS, in_axes=in_axes, devices=devices, donate_argnums=0))
+
+
+def replicate(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
+    """A copy of every array for every device, along a new leading axis.
+
+    Example:
+      >>> replicate(jnp.ones(3), jax.local_devices()[:1]).shape
+      (1, 3)
+    """
+    devices = list(devices or jax.local_devices())
+    sharding = jax.sharding.NamedSharding(_mesh(devices), jax.sharding.PartitionSpec(AXIS))
+
+    def copies(x):
+        x = np.asarray(x)
+        return jax.device_put(np.broadcast_to(x, (len(devices), *x.shape)), sharding)
+
+    return jax.tree.map(copies, tree)
+
+
+def unreplicate(tree: PyTree) -> PyTree:
+    """The first device's copy of every array, as NumPy arrays on the host: `replicate` undone.
+
+    Example:
+      >>> unreplicate(replicate(jnp.ones(3), jax.local_devices()[:1])).shape
+      (3,)
+    """
+    return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
+
+
+def share(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
+    """Arrays put whole on every device, without a leading axis: the data set and the order of an epoch.
+
+    Example:
+      >>> share(jnp.ones(3), jax.local_devices()[:1]).shape
+      (3,)
+    """
+    devices = list(devices or jax.local_devices())
+    return jax.device_put(tree, jax.sharding.NamedSharding(_mesh(devices), jax.sharding.PartitionSpec()))
+
+
+class _Program:
+    """A pmapped function, compiled with the backend's options for each set of shapes that it meets."""
+
+    def __init__(self, pmapped: Any):
+        self._pmapped = pmapped
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, *args):
+        leaves, structure = jax.tree.flatten(args)
+        key = (structure, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
+        if key not in self._compiled:
+            self._compiled[key] = self._pmapped.lower(*args).compile(compiler_options=backend.compiler_options())
+        return self._compiled[key](*args)
+
+
+def _devices(config: TrainConfig, devices: Sequence[jax.Device] | None) -> list[jax.Device]:
+    devices = list(devices or jax.local_devices())
+    if config.batch_size % len(devices):
+        nearest = max(1, round(config.batch_size / len(devices))) * len(devices)
+        raise ValueError(
+            f"batch_size: expected a multiple of the number of devices, {len(devices)}; got {config.batch_size}. "
+            f"Try {nearest}."
+        )
+    return devices
+
+
+def _mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(devices), (AXIS,))

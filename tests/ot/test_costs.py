@@ -1,0 +1,66 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from scipy.spatial.distance import cdist
+
+from fs_jax.ot import cosine_cost, sqeuclidean_cost
+
+rng = np.random.default_rng(0)
+X, Y = rng.normal(size=(4, 3)), rng.normal(size=(5, 3))
+
+
+def test_cosine_cost_is_the_released_codes(golden):
+    # Both divide by the norms and multiply in float64: a few units of rounding.
+    np.testing.assert_allclose(cosine_cost(golden["x"], golden["y"]), golden["cost"], atol=1e-14)
+
+
+@pytest.mark.parametrize(("cost", "metric"), [(cosine_cost, "cosine"), (sqeuclidean_cost, "sqeuclidean")])
+def test_costs_are_scipys(cost, metric):
+    np.testing.assert_allclose(cost(X, Y), cdist(X, Y, metric), atol=1e-14)  # rounding of O(1) numbers
+    check_grads(jax.jit(cost), (X, Y), order=1, modes=["fwd", "rev"], atol=1e-6)
+
+
+def test_squared_distance_survives_an_offset():
+    # In float32 |x|² at an offset of 1e3 carries errors of 0.1; the centred form has them at 1e-7 of the spread, and
+    # what is left is the rounding of x itself: 2·3·(1e3·6e-8).
+    moved = sqeuclidean_cost(*(jnp.float32(z + 1e3) for z in (X, Y)))
+    np.testing.assert_allclose(moved, cdist(X, Y, "sqeuclidean"), atol=2e-3)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
+def test_cosine_cost_at_any_norm(scale):
+    def cost(x):
+        return cosine_cost(x * jnp.float32(scale), jnp.float32(Y))
+
+    x = jnp.float32(X).at[0].set(0)
+    value, gradient = cost(x), jax.grad(lambda x: cost(x).sum())(x)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(value[0], 1)
+    np.testing.assert_array_equal(gradient[0], 0)
+    expected = np.ones((4, 5)) if scale == 0 else cdist(X, Y, "cosine")
+    np.testing.assert_allclose(value[1:], expected[1:], atol=1e-6)  # float32
+
+
+def test_cost_of_a_point_to_itself_is_zero():
+    cost, gradient = jax.value_and_grad(lambda x: cosine_cost(x, X).diagonal().sum())(jnp.asarray(X))
+    assert cost >= 0
+    np.testing.assert_allclose(cost, 0, atol=1e-14)
+    np.testing.assert_allclose(gradient, 0, atol=1e-14)
+
+
+def test_half_precision_is_computed_in_float32():
+    assert cosine_cost(jnp.bfloat16(X), jnp.bfloat16(Y)).dtype == jnp.float32
+    assert sqeuclidean_cost(jnp.float16(X), jnp.float16(Y)).dtype == jnp.float32
+    assert cosine_cost(X, Y).dtype == jnp.float64
+
+
+@pytest.mark.parametrize("cost", [cosine_cost, sqeuclidean_cost])
+def test_bad_points(cost):
+    with pytest.raises(ValueError, match=r"y: expected as many columns as x, 3, got 2"):
+        cost(X, Y[:, :2])
+    with pytest.raises(ValueError, match=r"x: .* \[n, d\], got shape \(3,\)"):
+        cost(X[0], Y)
+    with pytest.raises(TypeError, match="x: expected numbers, got str"):
+        cost("points", Y)

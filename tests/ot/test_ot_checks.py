@@ -1,0 +1,125 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fs_jax.ot import Status, ipot, released_sinkhorn, sinkhorn
+
+COST = np.ones((2, 3))
+NAN, INF = np.nan, np.inf
+
+BOTH = [(sinkhorn, {"reg": 0.1}), (ipot, {"beta": 0.1})]
+
+
+@pytest.mark.parametrize(("solver", "options"), BOTH)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"cost": np.ones(3)}, "cost: expected one matrix of shape [n, m], got shape (3,); for a batch, use jax.vmap"),
+        ({"cost": np.ones((4, 2, 3))}, "cost: expected one matrix of shape [n, m], got shape (4, 2, 3)"),
+        ({"cost": np.ones((0, 3))}, "cost: expected at least one point on each side, got shape (0, 3)"),
+        ({"cost": COST * NAN}, "cost: expected finite values, got NaN or infinity"),
+        ({"cost": COST * INF}, "cost: expected finite values, got NaN or infinity"),
+        ({"a": np.ones(3) / 3}, "a: expected one weight per row of cost, shape (2,), got (3,)"),
+        ({"b": np.ones(2) / 2}, "b: expected one weight per column of cost, shape (3,), got (2,)"),
+        ({"a": np.array([1.5, -0.5])}, "a: expected finite weights of at least 0, got -0.5 at index 1"),
+        ({"b": np.array([NAN, 0.5, 0.5])}, "b: expected finite weights of at least 0, got nan at index 0"),
+        ({"a": np.zeros(2)}, "a: expected some mass, got zeros alone"),
+        ({"a": np.ones(2)}, "b: expected the total mass of a, 2, got 1; divide each by its sum"),
+        ({"num_iters": 0}, "num_iters: expected at least 1, got 0"),
+        ({"threshold": -1e-3}, "threshold: expected a number of at least 0, got -0.001"),
+        ({"threshold": NAN}, "threshold: expected a number of at least 0, got nan"),
+        ({"grad": "unrol"}, "grad: expected one of 'unroll', "),
+        ({"grad": "unrol"}, "got 'unrol'; did you mean 'unroll'?"),
+    ],
+)
+def test_values_that_are_refused(solver, options, changed, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        solver(**{"cost": COST, **options, **changed})
+
+
+@pytest.mark.parametrize(("solver", "options"), BOTH)
+@pytest.mark.parametrize("value", [0, -0.1, NAN, INF])
+def test_regularisation_that_is_refused(solver, options, value):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number above 0, got"):
+        solver(COST, **{name: value})
+    with pytest.raises(ValueError, match=rf"{name}: expected a scalar, got shape \(2,\)"):
+        solver(COST, **{name: np.ones(2)})
+
+
+@pytest.mark.parametrize(("solver", "options"), BOTH)
+def test_types_that_are_refused(solver, options):
+    with pytest.raises(TypeError, match="cost: expected real numbers, got dtype complex"):
+        solver(COST + 1j, **options)
+    with pytest.raises(TypeError, match="cost: expected numbers, got NoneType"):
+        solver(None, **options)
+    with pytest.raises(TypeError, match="a: expected real numbers, got dtype bool"):
+        solver(COST, np.array([True, False]), **options)
+    with pytest.raises(TypeError, match=r"num_iters: expected an int .* got float"):
+        solver(COST, **options, num_iters=10.0)
+
+
+def test_what_only_sinkhorn_refuses():
+    with pytest.raises(ValueError, match=r"method: expected one of .*, got 'kernal'; did you mean 'kernel'\?"):
+        sinkhorn(COST, reg=0.1, method="kernal")
+    with pytest.raises(ValueError, match=r"init\[1\]: expected shape \(3,\) .*, got \(2,\)"):
+        sinkhorn(COST, reg=0.1, init=(np.zeros(2), np.zeros(2)))
+    with pytest.raises(ValueError, match=r"init\[0\]: expected finite potentials"):
+        sinkhorn(COST, reg=0.1, init=(np.full(2, NAN), np.zeros(3)))
+    with pytest.raises(TypeError, match=r"init: expected a pair"):
+        sinkhorn(COST, reg=0.1, init=np.zeros(2))
+
+
+def test_what_only_ipot_refuses():
+    with pytest.raises(ValueError, match="inner_iters: expected at least 1, got 0"):
+        ipot(COST, beta=0.1, inner_iters=0)
+
+
+@pytest.mark.parametrize("changed", [{"reg": -1}, {"max_iters": 0}, {"threshold": -1}, {"cost": COST * NAN}])
+def test_released_refuses_too(changed):
+    with pytest.raises(ValueError, match=f"{next(iter(changed))}: expected"):
+        released_sinkhorn(**{"cost": COST, **changed})
+
+
+def test_known_values_are_checked_inside_jit():
+    good, bad = jnp.array([0.5, 0.5]), jnp.array([1.5, -0.5])
+    jax.jit(lambda c: sinkhorn(c, good, reg=0.1))(COST)
+    with pytest.raises(ValueError, match="a: expected finite weights"):
+        jax.jit(lambda c: sinkhorn(c, bad, reg=0.1))(COST)
+
+
+def test_shapes_are_checked_under_jit():
+    with pytest.raises(ValueError, match="expected one weight per row"):
+        jax.jit(lambda c, a: sinkhorn(c, a, reg=0.1))(COST, np.ones(3) / 3)
+
+
+SOLVERS = [
+    lambda cost, a, reg: sinkhorn(cost, a, reg=reg, threshold=1e-3, method="log"),
+    lambda cost, a, reg: sinkhorn(cost, a, reg=reg, threshold=1e-3, method="kernel"),
+    lambda cost, a, reg: ipot(cost, a, beta=reg, threshold=1e-3),
+    lambda cost, a, reg: released_sinkhorn(cost, reg=reg),
+]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_under_jit_the_status_tells(solver):
+    uniform = np.ones(2) / 2
+    solver = jax.jit(solver)
+    assert solver(COST, uniform, 0.1).status == Status.CONVERGED
+    for cost, reg in ((COST * NAN, 0.1), (COST, -0.1), (COST, 0.0), (COST, NAN), (COST, INF)):
+        assert solver(cost, uniform, reg).status == Status.NOT_FINITE
+
+
+@pytest.mark.parametrize("solver", SOLVERS[:3])
+@pytest.mark.parametrize("a", [(NAN, 0.5), (1.5, -0.5)])
+def test_bad_weights_under_jit(solver, a):
+    assert jax.jit(solver)(COST, jnp.array(a), 0.1).status == Status.NOT_FINITE
+
+
+def test_unequal_masses_never_converge_under_jit():
+    result = jax.jit(lambda a: sinkhorn(COST, a, reg=0.1, threshold=1e-3))(np.array([0.5, 0.6]))
+    assert result.status == Status.LIMIT
+    assert result.marginal_error > 0.09

@@ -1,0 +1,262 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from ott.geometry import geometry
+from ott.problems.linear import linear_problem
+from ott.solvers.linear import implicit_differentiation
+from ott.solvers.linear import sinkhorn as ott_sinkhorn
+from scipy.optimize import linear_sum_assignment
+
+from fs_jax.ot import Status, sinkhorn
+
+METHODS = ("kernel", "log")
+
+
+def ott(cost, a, b, reg, iterations, implicit=False):
+    """ott-jax's result after exactly this many iterations.
+
+    By an unreachable threshold: with min_iterations = max_iterations ott-jax 0.6 walks back over the wrong iterations,
+    and its gradient is not that of its value.
+    """
+    solver = ott_sinkhorn.Sinkhorn(
+        min_iterations=0,
+        max_iterations=iterations,
+        inner_iterations=1,
+        threshold=-1.0,
+        implicit_diff=implicit_differentiation.ImplicitDiff() if implicit else None,
+    )
+    return solver(linear_problem.LinearProblem(geometry.Geometry(cost_matrix=cost, epsilon=reg), a, b))
+
+
+def functionals(result, seed=0):
+    """A number that depends on everything that has a derivative: the plan, both costs, both potentials."""
+    rng = np.random.default_rng(seed)
+    n, m = result.plan.shape
+    f, g = rng.normal(size=n), rng.normal(size=m)
+    # A constant can move between f and g: only sums that are blind to it are comparable between solvers.
+    f, g = f - (f.sum() - g.sum()) / n, g
+    plan = jnp.sum(rng.normal(size=(n, m)) * result.plan)
+    return plan + result.primal_cost + 2 * result.reg_cost + f @ result.f + g @ result.g
+
+
+def test_every_iteration_is_ott_jaxs(problem):
+    cost, a, b = problem
+    theirs = ott_sinkhorn.Sinkhorn(inner_iterations=1, max_iterations=20)
+    prob = linear_problem.LinearProblem(geometry.Geometry(cost_matrix=jnp.asarray(cost), epsilon=0.1), a, b)
+    step = jax.jit(lambda state, i: theirs.one_iteration(prob, state, i, compute_error=False))
+    state = theirs.init_state(prob, (jnp.zeros_like(a), jnp.zeros_like(b)))
+    for iterations in range(1, 21):
+        state = step(state, iterations - 1)
+        plan = np.exp((state.fu[:, None] + state.gv - cost) / 0.1)
+        for method in METHODS:
+            ours = sinkhorn(cost, a, b, reg=0.1, num_iters=iterations, method=method)
+            # Float64, and exponents of at most 2 / 0.1: rounding is amplified 20 times at most.
+            np.testing.assert_allclose(ours.plan, plan, atol=1e-14)
+            np.testing.assert_allclose(ours.f, state.fu, atol=1e-13)
+            np.testing.assert_allclose(ours.g, state.gv, atol=1e-13)
+
+
+def test_costs_are_ott_jaxs(problem):
+    ours, theirs = sinkhorn(*problem, reg=0.1, num_iters=3), ott(*problem, 0.1, 3)
+    np.testing.assert_allclose(ours.primal_cost, theirs.primal_cost, rtol=1e-13)  # the same sums
+    np.testing.assert_allclose(ours.reg_cost, theirs.reg_ot_cost, rtol=1e-13)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plan_of_the_potentials(problem, method):
+    cost, a, b = problem
+    result = sinkhorn(cost, a, b, reg=0.2, num_iters=200, method=method)
+    np.testing.assert_allclose(result.plan, np.exp((result.f[:, None] + result.g - cost) / 0.2), rtol=1e-13)
+    # 200 iterations at reg = 0.2 contract the error below rounding.
+    np.testing.assert_allclose(result.plan.sum(1), a, atol=1e-14)
+    np.testing.assert_allclose(result.plan.sum(0), b, atol=1e-14)
+    assert result.marginal_error < 1e-14
+    entropic = result.primal_cost + 0.2 * np.sum(result.plan * np.log(result.plan / np.outer(a, b)))
+    np.testing.assert_allclose(result.reg_cost, entropic, rtol=1e-13)
+
+
+def test_small_reg_is_the_assignment(make_problem):
+    cost = make_problem(8, 8, seed=3)[0]
+    exact = cost[linear_sum_assignment(cost)].mean()
+    result = sinkhorn(cost, reg=1e-3, num_iters=3000, method="log")
+    # The plan is a coupling to 1e-6 or so, and an entropic plan costs at most reg·log n more than the best.
+    np.testing.assert_allclose(result.primal_cost, exact, atol=1e-3 * np.log(8))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("threshold", [None, 1e-3])
+def test_vmap_is_a_loop(make_problem, method, threshold):
+    problems = [make_problem(5, 4, seed=i) for i in range(4)]
+    scales = np.array([0.1, 0.5, 1.0, 2.0])  # so that they need different numbers of iterations
+
+    def solve(cost, a, b):
+        return sinkhorn(cost, a, b, reg=0.1, num_iters=200, threshold=threshold, method=method)
+
+    batch = tuple(
+        map(np.stack, zip(*[(s * c, a, b) for s, (c, a, b) in zip(scales, problems, strict=True)], strict=True))
+    )
+    results = jax.jit(jax.vmap(solve))(*batch)
+    gradients = jax.jit(jax.vmap(jax.grad(lambda *p: functionals(solve(*p)), argnums=(0, 1, 2))))(*batch)
+    gradient = jax.jit(jax.grad(lambda *p: functionals(solve(*p)), argnums=(0, 1, 2)))
+    one_by_one = [tuple(side[i] for side in batch) for i in range(4)]
+    loop = [(solve(*one), gradient(*one)) for one in one_by_one]
+    loop_results, loop_gradients = jax.tree.map(lambda *x: np.stack(x), *loop)
+    # Two programs for the same sums: rounding, 20 times amplified by the exponents and by 200 iterations' sums.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12), results, loop_results)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-9), gradients, loop_gradients)
+    if threshold is not None:
+        assert len(set(results.num_iters.tolist())) == 4
+        assert set(results.status.tolist()) == {Status.CONVERGED}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_threshold_stops_at_the_first_iteration_that_meets_it(problem, method):
+    result = jax.jit(lambda *p: sinkhorn(*p, reg=0.2, threshold=1e-4, method=method))(*problem)
+    assert result.status == Status.CONVERGED
+    assert result.marginal_error <= 1e-4
+    exact = sinkhorn(*problem, reg=0.2, num_iters=int(result.num_iters), method=method)
+    np.testing.assert_allclose(result.plan, exact.plan, atol=1e-15)  # the same iterations
+    assert exact.status == Status.LIMIT
+    assert sinkhorn(*problem, reg=0.2, num_iters=int(result.num_iters) - 1, method=method).marginal_error > 1e-4
+
+
+def test_threshold_that_is_not_met(problem):
+    result = sinkhorn(*problem, reg=0.01, num_iters=5, threshold=1e-9)
+    assert result.status == Status.LIMIT
+    assert result.num_iters == 5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("threshold", [None, 0.05])
+def test_unrolled_derivatives(problem, method, threshold):
+    def value(cost, a, b, reg):
+        return functionals(sinkhorn(cost, a, b, reg=reg, num_iters=6, threshold=threshold, method=method))
+
+    # Against finite differences in float64; check_grads's own tolerance there is 1e-5 (second order: 1e-3).
+    check_grads(jax.jit(value), (*problem, 0.3), order=1, modes=["fwd", "rev"], eps=1e-5, atol=1e-7, rtol=1e-6)
+
+
+def test_unrolled_gradient_is_autodiff_of_ott_jax(problem):
+    def theirs(cost):
+        return ott(cost, *problem[1:], 0.1, 10).primal_cost
+
+    ours = jax.grad(lambda cost: sinkhorn(cost, *problem[1:], reg=0.1, num_iters=10).primal_cost)(problem[0])
+    np.testing.assert_allclose(ours, jax.grad(theirs)(problem[0]), atol=1e-13)  # float64, ten iterations
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_implicit_derivatives(problem, method):
+    def value(cost, a, b, reg, grad="implicit"):
+        # The masses must stay equal for the fixed point to exist: normalise inside.
+        result = sinkhorn(cost, a / a.sum(), b / b.sum(), reg=reg, num_iters=300, method=method, grad=grad)
+        return functionals(result)
+
+    arguments = (*problem, 0.2)
+    check_grads(jax.jit(value), arguments, order=1, modes=["fwd", "rev"], eps=1e-5, atol=1e-6, rtol=1e-6)
+    # 300 iterations are converged to rounding, where both derivatives are the same number.
+    unrolled = jax.jit(jax.grad(lambda *x: value(*x, grad="unroll"), (0, 1, 2, 3)))(*arguments)
+    implicit = jax.jit(jax.grad(value, (0, 1, 2, 3)))(*arguments)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-10), implicit, unrolled)
+
+
+def test_implicit_gradient_is_ott_jaxs(problem):
+    theirs = jax.grad(lambda cost: ott(cost, *problem[1:], 0.2, 300, implicit=True).primal_cost)(problem[0])
+    ours = jax.grad(lambda cost: sinkhorn(cost, *problem[1:], reg=0.2, num_iters=300, grad="implicit").primal_cost)
+    np.testing.assert_allclose(ours(problem[0]), theirs, atol=1e-6)  # its conjugate gradients stop there
+
+
+def test_implicit_gradient_of_a_batch(problem):
+    def value(cost):
+        return sinkhorn(cost, reg=0.3, num_iters=200, grad="implicit").primal_cost
+
+    costs = np.stack([problem[0], problem[0][::-1]])
+    batch = jax.jit(jax.vmap(jax.grad(value)))(costs)
+    gradient_of_one = jax.jit(jax.grad(value))
+    for cost, gradient in zip(costs, batch, strict=True):
+        np.testing.assert_allclose(gradient_of_one(cost), gradient, atol=1e-12)
+
+
+def test_envelope_and_none(problem):
+    cost, a, b = problem
+
+    def solve(cost, a, b, reg, grad):
+        return sinkhorn(cost, a / a.sum(), b / b.sum(), reg=reg, num_iters=400, grad=grad)
+
+    plan = solve(*problem, 0.2, "none").plan
+    gradient = jax.grad(lambda *x: solve(*x, "envelope").primal_cost, (0, 1, 2, 3))(*problem, 0.2)
+    np.testing.assert_allclose(gradient[0], plan, atol=1e-15)  # two programs
+    for other in gradient[1:]:
+        np.testing.assert_array_equal(other, 0)
+    # Danskin: at the fixed point the derivative of the regularised cost is that at fixed potentials.
+    exact, envelope = (
+        jax.grad(lambda *x, g=g: solve(*x, g).reg_cost, (0, 1, 2, 3))(*problem, 0.2) for g in ("unroll", "envelope")
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), envelope, exact)
+    nothing = jax.grad(lambda *x: functionals(solve(*x, "none")), (0, 1, 2, 3))(*problem, 0.2)
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), nothing)
+    fixed = jax.grad(lambda c: jnp.sum(solve(c, a, b, 0.2, "envelope").plan ** 2))(cost)
+    np.testing.assert_array_equal(fixed, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("grad", ["unroll", "implicit"])
+def test_zero_weights_leave_points_out(make_problem, method, grad):
+    cost, a, b = make_problem(5, 4)
+    kept = np.ix_([0, 1, 3, 5, 6], [1, 2, 3, 4])  # of a larger problem, whose other costs are anything
+    large = np.full((7, 5), 1.7)
+    large[kept] = cost
+    large_a, large_b = np.zeros(7), np.zeros(5)
+    large_a[kept[0].ravel()], large_b[kept[1].ravel()] = a, b
+
+    def value(cost, a, b):
+        result = sinkhorn(cost, a, b, reg=0.1, num_iters=50, method=method, grad=grad)
+        return result.primal_cost + result.reg_cost + jnp.sum(result.plan**2), result
+
+    (small_value, small), small_gradients = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(cost, a, b)
+    (large_value, result), gradients = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(large, large_a, large_b)
+    # Zeros are added to the same sums: rounding, and the solver's tolerance for "implicit".
+    np.testing.assert_allclose(result.plan[kept], small.plan, atol=1e-15)
+    np.testing.assert_allclose(result.plan.sum(), 1, atol=1e-14)
+    np.testing.assert_allclose(large_value, small_value, atol=1e-14)
+    np.testing.assert_allclose(gradients[0][kept], small_gradients[0], atol=1e-10)
+    np.testing.assert_allclose(gradients[1][kept[0].ravel()], small_gradients[1], atol=1e-10)
+    for leaf in jax.tree.leaves((result, gradients)):
+        assert np.isfinite(leaf).all()
+    assert np.count_nonzero(result.plan) == cost.size
+    assert np.count_nonzero(gradients[0]) == cost.size
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_init_goes_on_where_it_stopped(problem, method):
+    first = sinkhorn(*problem, reg=0.1, num_iters=7, method=method)
+    rest = sinkhorn(*problem, reg=0.1, num_iters=5, method=method, init=(first.f, first.g))
+    whole = sinkhorn(*problem, reg=0.1, num_iters=12, method=method)
+    np.testing.assert_allclose(rest.plan, whole.plan, atol=1e-15)
+
+
+def test_kernel_underflow_is_said_and_log_goes_on():
+    cost = np.float32([[0, 2], [2, 1.9]])  # exp(-1.9 / 0.01) is zero in float32: Algorithm 1 divides by it
+    kernel = jax.jit(lambda c: sinkhorn(c, reg=0.01, method="kernel", threshold=1e-3))(cost + np.float32(1))
+    assert kernel.status == Status.NOT_FINITE
+    log = sinkhorn(cost + 1, reg=0.01, threshold=1e-3)
+    assert log.status == Status.CONVERGED
+    np.testing.assert_allclose(log.plan, np.eye(2) / 2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.int32])
+def test_narrow_types_are_computed_in_float32(problem, dtype):
+    cost = jnp.asarray(problem[0], dtype)
+    result = sinkhorn(cost, reg=0.1)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(result)} == {"float32", "int32"}
+    exact = sinkhorn(jnp.asarray(cost, jnp.float64), reg=0.1)
+    assert exact.plan.dtype == jnp.float64
+    # Exponents of 2 / 0.1 carry errors of 20 · 6e-8, and so do potentials.
+    np.testing.assert_allclose(result.plan, exact.plan, atol=1e-6)
+
+
+def test_one_by_one():
+    result = sinkhorn([[3.0]], reg=0.1, threshold=1e-6)
+    np.testing.assert_allclose(result.plan, [[1.0]], rtol=1e-14)
+    assert result.status == Status.CONVERGED
