@@ -52,8 +52,9 @@ def main(argv: list[str]) -> None:
     from fs_jax import backend, data, report
     from fs_jax.config import check_number, to_dict
     from fs_jax.evaluation import evaluate, parse_attack
+    from fs_jax.files import write_text
     from fs_jax.training import Checkpoints, make_model
-    from fs_jax.training.loop import read_config, write_atomically
+    from fs_jax.training.loop import read_config
 
     # Everything that can be wrong is found before the long work starts.
     config = read_config(arguments.workdir)
@@ -105,21 +106,21 @@ def main(argv: list[str]) -> None:
     }
     table = report.accuracy_table({f"{summary['network']}, {config.method}": summary})
     folder.mkdir(exist_ok=True)
-    draw_examples(model, variables, attack_list[-1], images, labels, dataset.info.class_names, outputs["png"])
-    write_atomically(outputs["md"], f"{table}\n\n{report.caption({config.method: summary})}\n")
-    write_atomically(outputs["json"], json.dumps({**summary, "records": result.records}) + "\n")
+    draw_examples(model, variables, attack_list[-1], dataset, outputs["png"])
+    write_text(outputs["md"], f"{table}\n\n{report.caption({config.method: summary})}\n")
+    write_text(outputs["json"], json.dumps({**summary, "records": result.records}) + "\n")
     print(table)
     print(f"Written: {outputs['json']} and, beside it, .md and .png")
 
 
-def draw_examples(model, variables, attack, images, labels, class_names, path, count=8):
-    """Draw the first images, what the attack adds to them, and what the network says before and after."""
+def draw_examples(model, variables, attack, dataset, path, count=8):
+    """Draw the first test images, what the attack adds to them, and what the network says before and after."""
     import numpy as np
 
     from fs_jax import report
     from fs_jax.evaluation import Attack, attack_batch
 
-    few = images[:count], labels[:count], np.arange(len(labels[:count]))
+    few = dataset.test_images[:count], dataset.test_labels[:count], np.arange(count)
     clean, clean_logits = attack_batch(model, variables, Attack("clean"), *few)
     attacked, attacked_logits = attack_batch(model, variables, attack, *few)
     report.attack_examples(
@@ -129,7 +130,7 @@ def draw_examples(model, variables, attack, images, labels, class_names, path, c
         clean_logits,
         attacked_logits,
         path,
-        class_names=class_names,
+        class_names=dataset.info.class_names,
         epsilon=attack.epsilon,
         title=f"{attack.name}, radius {report.radius(attack.epsilon)}",
     )

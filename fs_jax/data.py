@@ -17,17 +17,17 @@ import os
 import re
 import struct
 import tarfile
-import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 
 from fs_jax.config import check_choice
+from fs_jax.files import replacing
 
 # --- What there is ---------------------------------------------------------------------------------------------------
 
@@ -346,25 +346,11 @@ def _cached(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, 
     arrays = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(path) as file:
+        with replacing(path) as file:
             np.savez(file, **arrays, sha256=np.array(_sha256(arrays)))
     except OSError as error:
         warnings.warn(f"The decoded data set can't be kept at {path}: {error}; pass another cache_dir", stacklevel=3)
     return arrays
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears at `path` when it is complete, and not at all if writing fails."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # --- TFDS: reading ---------------------------------------------------------------------------------------------------
@@ -585,7 +571,7 @@ def _download(name: str, url: str, sha256: str, data_dir: Path) -> Path:
     try:
         with (
             requests.get(url, stream=True, timeout=30) as response,
-            _replacing(path) as file,
+            replacing(path) as file,
             tqdm(desc=path.name, unit="B", unit_scale=True, mininterval=1) as bar,
         ):
             response.raise_for_status()

@@ -16,6 +16,8 @@ import numpy as np
 import tabulate
 from jaxtyping import Float, Int
 
+from fs_jax.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -136,7 +138,7 @@ def caption(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
         text += f" of {span([f'{total:,}' for total in totals])} images"
     text += " with 95% intervals"
     if radii := values(attacked, "epsilon"):
-        text += f"; L∞ radius {span([_radius(radius) for radius in radii])}"
+        text += f"; L∞ radius {span([radius(value) for value in radii])}"
     if (restarts := values(attacked, "restarts")) and restarts[-1] > 1:
         text += f"; {span([str(number) for number in restarts])} restarts"
     return text
@@ -391,7 +393,7 @@ def _cell(record: Mapping[str, Any] | None) -> str:
     return f"{accuracy:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _radius(epsilon: float) -> str:
+def radius(epsilon: float) -> str:
     """A radius as people write it: 8/255, or 0.1 where it isn't a multiple of 1/255."""
     levels = 255 * epsilon
     whole = round(levels)
@@ -538,9 +540,5 @@ def _png(path: str | os.PathLike) -> pathlib.Path:
 def _save(figure: "Figure", path: pathlib.Path) -> None:
     """Write a PNG whole or not at all; the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})

@@ -21,6 +21,7 @@ from jaxtyping import Array, Int, Key
 from fs_jax.config import TrainConfig, from_dict, to_dict
 from fs_jax.data import Dataset
 from fs_jax.evaluation import Attack, evaluate
+from fs_jax.files import write_text
 from fs_jax.training.checkpoint import Checkpoints, check_same_config
 from fs_jax.training.parallel import pmap_train_steps, replicate, share, unreplicate
 from fs_jax.training.state import TrainState, create_state, make_model
@@ -179,7 +180,7 @@ def open_workdir(workdir: str | os.PathLike, config: TrainConfig) -> pathlib.Pat
             f"{', '.join(found[:3])}{', ...' if len(found) > 3 else ''}. Choose another; nothing was changed."
         )
     else:
-        write_atomically(workdir / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
+        write_text(workdir / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
     return workdir
 
 
@@ -196,13 +197,6 @@ def read_config(workdir: str | os.PathLike) -> TrainConfig:
             "Make one with: python -m experiments.train PRESET --workdir DIR"
         )
     return from_dict(json.loads(path.read_text()))
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _fit_to_data(config: TrainConfig, dataset: Dataset) -> TrainConfig:
@@ -255,7 +249,7 @@ class _Log:
                 with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut short
                     rows.append(json.loads(line))
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
-            write_atomically(path, "".join(kept))
+            write_text(path, "".join(kept))
         self._file = path.open("a")
         self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 

@@ -1,0 +1,173 @@
+"""What holds for every attack, run by run: one contract, one test of each clause."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fs_jax import attacks
+from fs_jax.ot import ipot, released_sinkhorn, sqeuclidean_cost
+
+
+def unlabelled(attack):
+    """An attack that takes no labels, with the signature of those that do."""
+
+    @functools.wraps(attack)
+    def run(logits_fn, rng, images, labels, **settings):
+        return attack(logits_fn, rng, images, **settings)
+
+    return run
+
+
+scatter = functools.partial(unlabelled(attacks.feature_scatter), step_size=0.05)
+ATTACKS = {
+    "fgsm": attacks.fgsm,
+    "pgd": functools.partial(attacks.pgd, step_size=0.03, num_steps=5),
+    "cw": functools.partial(attacks.cw, step_size=0.03, num_steps=5),
+    "feature_scatter": scatter,
+    "feature_scatter 3 steps": functools.partial(scatter, num_steps=3),
+    "feature_scatter ipot": functools.partial(scatter, transport=functools.partial(ipot, beta=0.5)),
+    "feature_scatter released": functools.partial(scatter, transport=released_sinkhorn, cost=sqeuclidean_cost),
+}
+every_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+KEY = jax.random.key(3)
+EPSILON = 0.08
+
+
+@every_attack
+def test_stays_in_the_ball_and_in_the_range_and_moves(attack, classifier):
+    logits_fn, images, labels = classifier
+    attacked = attack(logits_fn, KEY, images, labels, epsilon=EPSILON)
+    assert attacked.shape == images.shape
+    assert attacked.dtype == images.dtype
+    # clip(x, c - epsilon, c + epsilon) is exact but for the rounding of c +- epsilon, 6e-8 at most.
+    assert np.abs(attacked - images).max() <= EPSILON + 6e-8
+    assert np.abs(attacked - images).max() > EPSILON / 2
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+
+
+@every_attack
+def test_same_key_same_answer_other_key_another(attack, classifier):
+    logits_fn, images, labels = classifier
+    run = functools.partial(attack, logits_fn, epsilon=EPSILON)
+    np.testing.assert_array_equal(run(KEY, images, labels), run(KEY, images, labels))
+    assert (run(KEY, images, labels) != run(jax.random.key(4), images, labels)).any()
+
+
+@every_attack
+def test_jit_equals_eager(attack, classifier):
+    logits_fn, images, labels = classifier
+    run = functools.partial(attack, logits_fn, epsilon=EPSILON)
+    # Compiled sums may round otherwise, which would show where a sign is in doubt; here none is.
+    np.testing.assert_allclose(jax.jit(run)(KEY, images, labels), run(KEY, images, labels), atol=1e-6)
+
+
+@every_attack
+def test_radius_zero_is_the_identity(attack, classifier):
+    logits_fn, images, labels = classifier
+    np.testing.assert_array_equal(attack(logits_fn, KEY, images, labels, epsilon=0), images)
+
+
+@every_attack
+def test_no_gradient_leaks_out(attack, classifier):
+    logits_fn, images, labels = classifier
+
+    def total(images, scale):
+        return jnp.sum(attack(lambda x: scale * logits_fn(x), KEY, images, labels, epsilon=EPSILON))
+
+    for gradient in jax.grad(total, argnums=(0, 1))(images, 1.0):
+        assert not jnp.any(gradient)
+
+
+@every_attack
+def test_start_is_the_first_iterate(attack, classifier):
+    logits_fn, images, labels = classifier
+    start = attacks.random_start(KEY, images, EPSILON)
+    given = attack(logits_fn, jax.random.key(9), images, labels, epsilon=EPSILON, start=start)
+    np.testing.assert_array_equal(given, attack(logits_fn, KEY, images, labels, epsilon=EPSILON))
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "cw"])
+def test_keys_of_their_own_make_images_independent_of_the_batch(name, classifier):
+    # (Feature scattering is no such attack: its images move each other.)
+    logits_fn, images, labels = classifier
+    keys = jax.random.split(KEY, len(images))
+    whole = ATTACKS[name](logits_fn, keys, images, labels, epsilon=EPSILON)
+    halves = [ATTACKS[name](logits_fn, keys[s], images[s], labels[s], epsilon=EPSILON) for s in (np.s_[:2], np.s_[2:])]
+    np.testing.assert_allclose(whole, np.concatenate(halves), atol=1e-6)  # rounding of differently shaped products
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "cw"])
+def test_labelled_attacks_raise_their_loss(name, classifier):
+    logits_fn, images, labels = classifier
+    loss = attacks.cw_margin if name == "cw" else attacks.cross_entropy
+    attacked = ATTACKS[name](logits_fn, KEY, images, labels, epsilon=EPSILON)
+    assert (loss(logits_fn(attacked), labels) > loss(logits_fn(images), labels)).all()
+
+
+def test_scattering_raises_the_transport_cost(classifier):
+    logits_fn, images, _ = classifier
+    result = {n: attacks.scatter(logits_fn, KEY, images, epsilon=EPSILON, step_size=0.03, num_steps=n) for n in (1, 4)}
+    # The transport of the last iterate that was left: with one step that is the random start's.
+    assert result[4].transport.primal_cost > 1.2 * result[1].transport.primal_cost
+    np.testing.assert_allclose(result[1].natural_logits, logits_fn(images), atol=1e-6)
+
+
+@every_attack
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"epsilon": -0.1}, ValueError, "epsilon: expected a number in [0, 1], the range of the images; got -0.1"),
+        ({"epsilon": float("nan")}, ValueError, "epsilon: expected a number in [0, 1]"),
+        ({"epsilon": 8}, ValueError, "epsilon: expected a number in [0, 1], the range of the images; got 8. Try 8/255"),
+        ({"num_steps": 0}, ValueError, "num_steps: expected at least 1; got 0"),
+        ({"num_steps": 1.5}, TypeError, "num_steps: expected an integer; got 1.5"),
+        ({"images": jnp.full((6, 4, 4, 1), 2.0)}, ValueError, "images: expected values in [0, 1]; got [2, 2]"),
+        ({"images": jnp.full((6, 4, 4, 1), jnp.nan)}, ValueError, "images: expected values in [0, 1]"),
+        ({"images": jnp.ones((6, 4, 4))}, ValueError, "images: expected shape [N, height, width, channels]"),
+        ({"images": jnp.ones((6, 4, 4, 1), jnp.uint8)}, TypeError, "images: expected floating point in [0, 1]; got u"),
+        ({"start": jnp.ones((1, 4, 4, 1))}, ValueError, "start: expected the images' shape (6, 4, 4, 1)"),
+    ],
+    ids=lambda value: "" if isinstance(value, type) else None,
+)
+def test_bad_input_is_refused(attack, classifier, change, error, message):
+    logits_fn, images, labels = classifier
+    arguments = {"images": images, "labels": labels, "epsilon": EPSILON, **change}
+    with pytest.raises(error, match=re.escape(message)):
+        attack(logits_fn, KEY, arguments.pop("images"), arguments.pop("labels"), **arguments)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "cw"])
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (jnp.arange(6), ValueError, "labels: expected classes 0 to 4, as logits_fn has 5; got 0 to 5"),
+        (-jnp.arange(6), ValueError, "labels: expected classes 0 to 4"),
+        (jnp.zeros(5, int), ValueError, "labels: expected shape (6,), one for each image; got (5,)"),
+        (jnp.zeros(6), TypeError, "labels: expected integers; got float32"),
+    ],
+)
+def test_bad_labels_are_refused(name, classifier, labels, error, message):
+    logits_fn, images, _ = classifier
+    with pytest.raises(error, match=re.escape(message)):
+        ATTACKS[name](logits_fn, KEY, images, labels)
+
+
+def test_random_start_is_uniform_in_the_ball_and_not_clipped():
+    images = jnp.zeros((50, 10, 10, 2))
+    noise = np.asarray(attacks.random_start(KEY, images, 0.1)) / 0.1
+    assert (noise < 0).any()
+    assert np.abs(noise).max() <= 1
+    # Of 10,000 uniform draws: mean and second moment, five standard errors.
+    assert abs(noise.mean()) < 5 / np.sqrt(3 * noise.size)
+    assert abs(np.mean(noise**2) - 1 / 3) < 5 * np.sqrt(4 / 45 / noise.size)
+
+
+def test_a_wrong_number_of_keys_is_refused(classifier):
+    logits_fn, images, labels = classifier
+    with pytest.raises(ValueError, match="rng: expected a key, or one for each of the 6 images"):
+        attacks.pgd(logits_fn, jax.random.split(KEY, 3), images, labels)

@@ -1,0 +1,67 @@
+"""Four simulated CPU devices for all tests, recorded vectors, and a small network to attack."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fs_jax import convert
+
+jax.config.update("jax_num_cpu_devices", 4)  # before the first computation
+
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+class Recorded:
+    """A network recorded from the released PyTorch code, in our layouts: images NHWC in [0, 1]."""
+
+    def __init__(self, depth, width):
+        self.depth, self.width = depth, width
+        with np.load(GOLDEN / f"wrn_{depth}_{width}.npz") as arrays:
+            self._arrays = dict(arrays)
+        self.images = (self.nhwc("x_nchw") + 1) / 2
+        self.labels = self._arrays["labels"]
+
+    def __getitem__(self, name):
+        return self._arrays[name]
+
+    def nhwc(self, name):
+        return self._arrays[name].astype(np.float64).transpose(0, 2, 3, 1)
+
+    def state_dict(self, prefix):
+        return {name.removeprefix(prefix): array for name, array in self._arrays.items() if name.startswith(prefix)}
+
+    def variables(self, dtype):
+        return jax.tree.map(lambda x: jnp.asarray(x, dtype), convert.from_torch(self.state_dict("weights/")))
+
+
+@pytest.fixture(scope="session", params=[(10, 1), (16, 2)], ids=["wrn_10_1", "wrn_16_2"])
+def recorded(request):
+    return Recorded(*request.param)
+
+
+@pytest.fixture(scope="session")
+def recorded_10_1():
+    return Recorded(10, 1)
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def classifier():
+    """A smooth network of two layers on 4 x 4 images with 5 classes, and 6 images with labels."""
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(16, 12)).astype(np.float32), rng.normal(size=(12, 5)).astype(np.float32)
+
+    def logits_fn(images):
+        return jnp.tanh(images.reshape(len(images), -1) @ first) @ second
+
+    images = jnp.asarray(rng.uniform(size=(6, 4, 4, 1)).astype(np.float32))
+    return logits_fn, images, jnp.asarray(rng.integers(0, 5, 6))

@@ -1,0 +1,43 @@
+"""The convolution's derivatives, written for the CPU, are those that JAX derives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.test_util import check_grads
+
+from fs_jax.models.convolution import conv2d
+
+
+def reference(x, kernel, stride):
+    half = kernel.shape[0] // 2
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(half, half)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (1, 7, 10, 2)], ids=str)
+@pytest.mark.usefixtures("float64")
+def test_derivatives_equal_those_that_jax_derives(shape, size, stride):
+    rng = np.random.default_rng(0)
+    x, kernel = jnp.asarray(rng.normal(size=shape)), jnp.asarray(rng.normal(size=(size, size, shape[-1], 4)))
+    y, pullback = jax.vjp(lambda x, kernel: conv2d(x, kernel, stride), x, kernel)
+    expected, expected_pullback = jax.vjp(lambda x, kernel: reference(x, kernel, stride), x, kernel)
+    g = jnp.asarray(rng.normal(size=y.shape))
+    # The same products summed in another order, in float64.
+    np.testing.assert_allclose(y, expected, atol=1e-12)
+    for ours, theirs in zip(pullback(g), expected_pullback(g), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_second_derivatives_and_vmap():
+    rng = np.random.default_rng(1)
+    x, kernel = jnp.asarray(rng.normal(size=(1, 4, 4, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 2)))
+    check_grads(lambda x, kernel: conv2d(jnp.tanh(x), kernel, 2), (x, kernel), order=2, modes=["rev"])
+    many = jnp.stack([x, 2 * x])
+    gradient = jax.grad(lambda x: jnp.sum(jnp.square(conv2d(x, kernel, 1))))
+    np.testing.assert_allclose(jax.vmap(gradient)(many), jnp.stack([gradient(one) for one in many]), atol=1e-12)

@@ -1,0 +1,118 @@
+"""The network is the released one: logits, gradients and running statistics, against what that code recorded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fs_jax import convert
+from fs_jax.models import BatchNorm, WideResNet
+
+
+def build(recorded, dtype):
+    return WideResNet(recorded.depth, recorded.width, dtype=dtype), recorded.variables(dtype)
+
+
+# Float64: the same sums in another order, 1e-10 is asked for and 1e-15 met. Float32 has 2^-24 = 6e-8 per operation;
+# logits of size 1 after 10 to 16 layers stay within 1e-4.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-10), (np.float32, 1e-4)])
+@pytest.mark.usefixtures("float64")
+def test_logits_and_features_equal_the_recorded(recorded, dtype, tolerance):
+    model, variables = build(recorded, dtype)
+    images = recorded.images.astype(dtype)
+    logits, features = jax.jit(model.apply)(variables, images)
+    assert logits.dtype == features.dtype == dtype
+    np.testing.assert_allclose(logits, recorded["eval_logits"], atol=tolerance, rtol=0)
+    np.testing.assert_allclose(features, recorded["eval_features"], atol=tolerance, rtol=0)
+    train = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
+    (logits, _), moved = train(variables, images)
+    np.testing.assert_allclose(logits, recorded["train_logits"], atol=tolerance, rtol=0)
+    ours = convert.to_torch({"params": variables["params"], "batch_stats": moved["batch_stats"]})
+    for name, array in recorded.state_dict("after_train_forward/").items():
+        if not name.endswith("num_batches_tracked"):
+            np.testing.assert_allclose(ours[name], array, atol=tolerance, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.usefixtures("float64")
+def test_input_gradient_equals_the_recorded(recorded, dtype):
+    model, variables = build(recorded, dtype)
+
+    def loss(images):
+        log_probabilities = jax.nn.log_softmax(model.apply(variables, images)[0])
+        return -jnp.mean(log_probabilities[jnp.arange(len(images)), recorded.labels])
+
+    expected = recorded.nhwc("eval_ce_grad")
+    # The recorded gradient is to images in [-1, 1], twice ours, and rounded to float32: 1e-6 of its largest entry.
+    gradient = jax.jit(jax.grad(loss))(recorded.images.astype(dtype)) / 2
+    np.testing.assert_allclose(gradient, expected, atol=1e-6 * np.abs(expected).max(), rtol=0)
+
+
+def test_initial_weights_have_the_released_spread():
+    model = WideResNet(16, 4)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    for path, kernel in jax.tree_util.tree_leaves_with_path(variables["params"]):
+        name = jax.tree_util.keystr(path)
+        if "kernel" not in name or "fc" in name:
+            continue
+        expected = np.sqrt(2 / (kernel.shape[0] * kernel.shape[1] * kernel.shape[3]))
+        # The standard deviation of n normal draws is known to 1 / sqrt(2 n): five of those.
+        assert abs(np.std(kernel) / expected - 1) < 5 / np.sqrt(2 * kernel.size), name
+    bound = 1 / np.sqrt(256)
+    kernel = variables["params"]["fc"]["kernel"]
+    assert np.abs(kernel).max() <= bound
+    assert np.abs(kernel).max() > 0.98 * bound  # of 2,560 uniform draws the largest is this near, all but surely
+    assert not variables["params"]["fc"]["bias"].any()
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(10, 77_850), (28, 36_479_194)])
+def test_number_of_parameters_is_the_known_one(depth, parameters):
+    # 36.5 million is the published size of the WRN-28-10; the WRN-10-1's is that of the recorded weights.
+    model = WideResNet(depth, 10 if depth == 28 else 1)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"])) == parameters
+
+
+def test_bfloat16_computes_convolutions_only_and_gives_float32():
+    model = WideResNet(10, 1, dtype=jnp.bfloat16)
+    images = jax.random.uniform(jax.random.key(1), (2, 32, 32, 3))
+    variables = model.init(jax.random.key(0), images)
+    logits, features = model.apply(variables, images)
+    exact, _ = WideResNet(10, 1).apply(variables, images)
+    assert logits.dtype == features.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    # 8 bits of mantissa are 0.4% an operation, of logits of size 1.
+    np.testing.assert_allclose(logits, exact, atol=0.05)
+    assert np.abs(logits - exact).max() > 0  # and it is used
+
+
+@pytest.mark.usefixtures("float64")
+def test_batch_norm_moments_survive_a_large_mean():
+    # The naive E[x^2] - E[x]^2 loses all of a variance of 1 beside a mean of 1e4 in float32.
+    x = jnp.asarray(np.random.default_rng(0).normal(1e4, 1, (4096, 2)), jnp.float32)
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x)
+    variables["batch_stats"]["mean"] = jnp.full(2, 9_990.0, jnp.float32)
+    y = norm.apply(variables, x, train=True, mutable=["batch_stats"])[0]
+    exact = (np.asarray(x, np.float64) - np.mean(x, 0, np.float64)) / np.std(x, 0, dtype=np.float64)
+    # Inputs of 1e4 are 1e-3 apart in float32, and y is x times a factor less a product of that size.
+    np.testing.assert_allclose(y, exact, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depth": 17}, "depth: expected 6n \\+ 4 .*got 17. Try 16"),
+        ({"depth": 4}, "depth: expected an integer of at least 10"),
+        ({"width": 0}, "width: expected an integer of at least 1"),
+        ({"num_classes": 0}, "num_classes: expected at least 1"),
+    ],
+)
+def test_networks_that_do_not_exist_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        WideResNet(**arguments)
+
+
+def test_images_of_another_rank_are_refused():
+    with pytest.raises(ValueError, match="images: expected shape .*got \\(32, 32, 3\\)"):
+        WideResNet(10, 1).init(jax.random.key(0), jnp.zeros((32, 32, 3)))

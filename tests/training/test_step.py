@@ -1,0 +1,116 @@
+"""One training step, against the two that the released code recorded, and the mathematics of its loss."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fs_jax import convert
+from fs_jax.config import ModelConfig, TrainConfig, TransportConfig, preset
+from fs_jax.training import TrainState, create_state, make_optimizer, smooth_labels, smoothed_cross_entropy, train_step
+from fs_jax.training.state import learning_rate_schedule
+from tests.conftest import GOLDEN
+
+
+@pytest.mark.usefixtures("float64")
+def test_two_steps_of_feature_scattering_equal_the_released_codes(recorded):
+    config = TrainConfig(
+        model=ModelConfig(recorded.depth, recorded.width, "float64"),
+        transport=TransportConfig(solver="released_sinkhorn"),
+        batch_size=len(recorded.labels),
+    )
+    variables = recorded.variables(jnp.float64)
+    params = variables["params"]
+    state = TrainState(params, variables["batch_stats"], make_optimizer(config).init(params), jnp.int32(0))
+    step = jax.jit(lambda state, batch: train_step(state, batch, jax.random.key(0), config=config))
+    for number in (0, 1):
+        start = recorded.images + recorded.nhwc(f"fs{number}_noise_nchw") / 2
+        state, metrics = step(state, {"images": recorded.images, "labels": recorded.labels, "start": start})
+        # Attacked images and weights were recorded in float32: 6e-8 of values near 1 is what they are known to.
+        np.testing.assert_allclose(metrics["loss"], recorded[f"fs{number}_loss"], atol=1e-6, rtol=0)
+        ours = convert.to_torch(state.variables)
+        for name, array in recorded.state_dict(f"fs{number}_after/").items():
+            if not name.endswith("num_batches_tracked"):
+                np.testing.assert_allclose(ours[name], array, atol=1e-6, rtol=0, err_msg=name)
+    assert int(state.step) == 2
+
+
+def test_smoothed_labels_and_loss_equal_the_recorded():
+    with np.load(GOLDEN / "losses.npz") as losses:
+        logits, labels = jnp.asarray(losses["logits"]), jnp.asarray(losses["labels"])
+        for smoothing in (0.0, 0.3, 0.5, 0.8):
+            ours = smooth_labels(labels, 10, smoothing)
+            np.testing.assert_allclose(ours, losses[f"smooth_{smoothing}"], atol=1e-7)  # float32
+            loss = jnp.mean(smoothed_cross_entropy(logits, labels, smoothing))
+            np.testing.assert_allclose(loss, losses[f"soft_ce_{smoothing}"], rtol=1e-6)
+
+
+def test_smoothed_labels_sum_to_one():
+    np.testing.assert_allclose(smooth_labels(jnp.arange(7), 7, 0.37).sum(-1), 1, atol=1e-6)
+
+
+def test_weight_decay_covers_every_parameter_and_the_rate_decays_at_its_epochs():
+    config = TrainConfig(train_size=600, decay_epochs=(2, 3), momentum=0.0, weight_decay=0.01)  # 10 steps an epoch
+    optimizer, params = make_optimizer(config), {"kernel": jnp.ones(2), "bn": {"scale": jnp.full(2, 3.0)}}
+    state = optimizer.init(params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for step in range(31):
+        updates, state = optimizer.update(zeros, state, params)
+        rate = 0.1 if step < 20 else 0.01 if step < 30 else 0.001
+        np.testing.assert_allclose(updates["kernel"], -rate * 0.01, rtol=1e-6)
+        np.testing.assert_allclose(updates["bn"]["scale"], -rate * 0.03, rtol=1e-6)
+        np.testing.assert_allclose(learning_rate_schedule(config)(step), rate, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["standard", "pgd", "feature_scatter"])
+def test_a_few_steps_lower_the_loss(method):
+    config = dataclasses.replace(preset("digits"), method=method, batch_size=32, learning_rate=0.05)
+    from fs_jax import data
+
+    digits = data.load("digits")
+    batch = {"images": digits.train_images[:32] / np.float32(255), "labels": digits.train_labels[:32]}
+    step = jax.jit(lambda state: train_step(state, batch, jax.random.key(1), config=config))
+    state, first = step(create_state(config, jax.random.key(0)))
+    for _ in range(9):
+        state, last = step(state)
+    assert last["loss"] < first["loss"] - 0.05
+    assert int(state.step) == 10
+    if method == "feature_scatter":
+        assert last["transport_cost"] > 0
+        assert last["natural_accuracy"] > 0.2  # a tenth by chance
+
+
+def test_noise_changes_with_the_step_and_the_key():
+    config = dataclasses.replace(preset("digits"), learning_rate=1e-9)
+    batch = {"images": jax.random.uniform(jax.random.key(5), (8, 8, 8, 1)), "labels": jnp.arange(8)}
+    step = jax.jit(lambda state, key: train_step(state, batch, key, config=config)[1]["transport_cost"])
+    state = create_state(config, jax.random.key(0))
+    later = state.replace(step=jnp.int32(1))
+    costs = [step(state, jax.random.key(0)), step(later, jax.random.key(0)), step(state, jax.random.key(1))]
+    assert len({float(cost) for cost in costs}) == 3
+    assert step(state, jax.random.key(0)) == costs[0]
+
+
+def test_bad_batches_are_refused():
+    config = preset("digits")
+    state = create_state(config, jax.random.key(0))
+    batch = {"images": jnp.full((4, 8, 8, 1), 255.0), "labels": jnp.arange(4)}
+    with pytest.raises(ValueError, match="images: expected values in"):
+        train_step(state, batch, jax.random.key(0), config=config)
+
+
+def test_optimizer_is_sgd_as_pytorch_has_it():
+    # p <- p - lr m, m <- momentum m + (g + decay p), by hand for two steps.
+    config = TrainConfig(decay_epochs=(), weight_decay=0.1)
+    p, m = 2.0, 0.0
+    optimizer, params = make_optimizer(config), jnp.array(2.0)
+    state = optimizer.init(params)
+    for g in (1.0, -0.5):
+        m = 0.9 * m + (g + 0.1 * p)
+        p -= 0.1 * m
+        updates, state = optimizer.update(jnp.array(g), state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params, p, rtol=1e-6)
