@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+STOPPED = 75  # exit status of a run that was stopped before its end: "temporary failure", to job queues
+
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Run `main` on the command line's words; what it says of bad input is printed as one error, with status 2."""

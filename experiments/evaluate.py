@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
 
     import jax
 
+    from experiments.comparison import draw_examples
     from fs_jax import backend, data, report
     from fs_jax.config import check_number, to_dict
     from fs_jax.evaluation import evaluate, parse_attack
@@ -111,29 +112,6 @@ def main(argv: list[str]) -> None:
     write_text(outputs["json"], json.dumps({**summary, "records": result.records}) + "\n")
     print(table)
     print(f"Written: {outputs['json']} and, beside it, .md and .png")
-
-
-def draw_examples(model, variables, attack, dataset, path, count=8):
-    """Draw the first test images, what the attack adds to them, and what the network says before and after."""
-    import numpy as np
-
-    from fs_jax import report
-    from fs_jax.evaluation import Attack, attack_batch
-
-    few = dataset.test_images[:count], dataset.test_labels[:count], np.arange(count)
-    clean, clean_logits = attack_batch(model, variables, Attack("clean"), *few)
-    attacked, attacked_logits = attack_batch(model, variables, attack, *few)
-    report.attack_examples(
-        clean,
-        attacked,
-        few[1],
-        clean_logits,
-        attacked_logits,
-        path,
-        class_names=dataset.info.class_names,
-        epsilon=attack.epsilon,
-        title=f"{attack.name}, radius {report.radius(attack.epsilon)}",
-    )
 
 
 if __name__ == "__main__":

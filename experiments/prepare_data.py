@@ -6,16 +6,16 @@
 A data set that is there already is left as it is.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from experiments import command_line
 from fs_jax import data
 
 
-def main(name: Annotated[str, tyro.conf.Positional], data_dir: Path, archive: Path | None = None) -> None:
+def prepare(name: Annotated[str, tyro.conf.Positional], data_dir: Path, archive: Path | None = None) -> None:
     """Download a data set and write it in TFDS's format.
 
     Args:
@@ -23,11 +23,12 @@ def main(name: Annotated[str, tyro.conf.Positional], data_dir: Path, archive: Pa
       data_dir: Folder that holds TFDS's folders, as TFDS_DATA_DIR.
       archive: Local copy of what would be downloaded: a .tar.gz, or for SVHN the folder with the two .mat files.
     """
-    try:
-        print(data.prepare(name, data_dir, archive=archive))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    print(data.prepare(name, data_dir, archive=archive))
+
+
+def main(argv: list[str]) -> None:
+    tyro.cli(prepare, args=argv, prog="python -m experiments.prepare_data")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command_line.run(main)

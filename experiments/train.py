@@ -14,8 +14,6 @@ import tyro
 from experiments import command_line
 from fs_jax.config import PRESETS, TrainConfig, preset
 
-STOPPED = 75  # exit status of a run that was stopped before its end: "temporary failure", to job queues
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -64,7 +62,7 @@ def main(argv: list[str]) -> int:
     run = training.train(arguments.config, dataset, **options)
     if not run.finished:
         print(f"Stopped at step {int(run.state.step)}. The same command goes on.")
-        return STOPPED
+        return command_line.STOPPED
     print(f"Finished. Next: python -m experiments.evaluate --workdir {arguments.options.workdir}")
     return 0
 

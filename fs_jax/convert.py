@@ -130,5 +130,5 @@ def _check_complete(variables: Mapping[str, Any]) -> None:
     missing = sorted(expected - found)
     if missing:
         raise ValueError(
-            f"state_dict: expected all arrays of a Wide-ResNet; {len(missing)} are missing, the first is {missing[0]!r}."
+            f"state_dict: expected all of a Wide-ResNet; {len(missing)} are missing, the first is {missing[0]!r}."
         )

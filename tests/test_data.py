@@ -235,7 +235,7 @@ assert "tensorflow_datasets" not in sys.modules
 def test_the_command_prepares_and_says_what_is_wrong_in_one_line(cifar, tmp_path):
     command = ("-m", "experiments.prepare_data", "cifar10", "--data-dir", str(tmp_path), "--archive")
     run = run_python(*command, str(tmp_path / "nothing"))
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert run.stderr.startswith("error: archive: expected cifar-10-binary.tar.gz; got nothing at ")
     run = run_python(*command, str(cifar[0]))
     assert run.returncode == 0, run.stderr

@@ -38,8 +38,8 @@ def random_start(
     """Images plus noise uniform in [-epsilon, epsilon]; not clipped to [0, 1], as the released code starts.
 
     Args:
-      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image. With keys of their own the images'
-        noise doesn't depend on how they are split in batches.
+      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image. With keys of their own,
+        the images' noise doesn't depend on how they are split in batches.
       images: Images [N, H, W, C].
       epsilon: Radius, in units of the [0, 1] range.
 

@@ -114,5 +114,5 @@ def test_networks_that_do_not_exist_are_refused(arguments, message):
 
 
 def test_images_of_another_rank_are_refused():
-    with pytest.raises(ValueError, match="images: expected shape .*got \\(32, 32, 3\\)"):
+    with pytest.raises(ValueError, match=r"images: expected shape .*got \(32, 32, 3\)"):
         WideResNet(10, 1).init(jax.random.key(0), jnp.zeros((32, 32, 3)))

@@ -115,7 +115,5 @@ def test_batches_are_the_orders_images_cropped_in_turn():
 
 def test_a_batch_that_does_not_divide_is_refused():
     config = dataclasses.replace(preset("digits"), batch_size=30)
-    with pytest.raises(
-        ValueError, match=r"batch_size: expected a multiple of the number of devices, 4; got 30. Try 32"
-    ):
+    with pytest.raises(ValueError, match="multiple of the number of devices, 4; got 30"):
         pmap_train_step(config)

@@ -1,0 +1,94 @@
+"""Train several networks on one data set, evaluate them under the same attacks, and write tables and figures."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from fs_jax import backend, report, training
+from fs_jax.config import TrainConfig, to_dict
+from fs_jax.data import Dataset
+from fs_jax.evaluation import Attack, attack_batch, evaluate
+from fs_jax.files import write_text
+
+
+def compare(
+    runs: Mapping[str, tuple[str, TrainConfig]],
+    dataset: Dataset,
+    attacks: Sequence[Attack],
+    workdir: pathlib.Path,
+    results: pathlib.Path,
+    *,
+    title: str,
+    attacked_images: int | None = None,
+    max_minutes: float | None = None,
+    progress: bool = True,
+) -> str | None:
+    """Train and evaluate; write `table.md`, `NAME.json`, `training.png`, `accuracy.png` and `attacks.png`.
+
+    Args:
+      runs: By the name of its folder in `workdir`, each network's name in the table and its configuration.
+      dataset: The data set of all of them.
+      attacks: The first must be clean: it is run on all test images.
+      workdir: Folder of the runs. A run that is there is gone on with.
+      results: Folder of the table and figures.
+      title: Of the figure of accuracies.
+      attacked_images: How many test images the attacks are run on; by default all.
+      max_minutes: Stop training cleanly after so many minutes.
+      progress: Show progress bars.
+
+    Returns:
+      The table and its caption; None if training was stopped, and the same call goes on.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    evaluations, metrics = {}, {}
+    for folder, (name, config) in runs.items():
+        run = training.train(config, dataset, workdir / folder, max_minutes=max_minutes, progress=progress)
+        if not run.finished:
+            return None
+        model, variables = training.make_model(config), jax.device_put(run.state.variables)
+        few = slice(0, attacked_images)
+        clean = evaluate(model, variables, dataset.test_images, dataset.test_labels, attacks[:1], progress=progress)
+        attacked = evaluate(
+            model, variables, dataset.test_images[few], dataset.test_labels[few], attacks, progress=progress
+        )
+        summary = dict(attacked.summary)
+        summary["attacks"] = [*clean.summary["attacks"], *attacked.summary["attacks"][1:]]
+        rows = report.read_jsonl(workdir / folder / "metrics.jsonl")
+        evaluations[name] = {
+            **summary, "config": to_dict(config), "environment": backend.describe(),
+            "training_seconds": sum(
+                config.batch_size * (row["step"] - before["step"]) / row["images_per_second"]
+                for before, row in zip([{"step": 0}, *rows], rows, strict=False) if "images_per_second" in row
+            ),
+        }  # fmt: skip
+        metrics[name] = rows
+        records = [{**record, "network": name} for record in attacked.records]
+        write_text(results / f"{folder}.json", json.dumps({**evaluations[name], "records": records}) + "\n")
+
+    table = f"{report.accuracy_table(evaluations)}\n\n{report.caption(evaluations)}.\n"
+    write_text(results / "table.md", table)
+    report.training_curves(metrics, results / "training.png")
+    report.accuracy_bars(evaluations, results / "accuracy.png", title=title)
+    draw_examples(model, variables, attacks[-2], dataset, results / "attacks.png")
+    return table
+
+
+def draw_examples(model, variables, attack: Attack, dataset: Dataset, path: pathlib.Path, count: int = 8) -> None:
+    """Draw the first test images, what the attack adds to them, and what the network says before and after."""
+    few = dataset.test_images[:count], dataset.test_labels[:count], np.arange(count)
+    clean, clean_logits = attack_batch(model, variables, Attack("clean"), *few)
+    attacked, attacked_logits = attack_batch(model, variables, attack, *few)
+    report.attack_examples(
+        clean,
+        attacked,
+        few[1],
+        clean_logits,
+        attacked_logits,
+        path,
+        class_names=dataset.info.class_names,
+        epsilon=attack.epsilon,
+        title=f"{attack.name}, radius {report.radius(attack.epsilon)}",
+    )
