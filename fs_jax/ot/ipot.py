@@ -118,7 +118,8 @@ def _iterate(scaled, a, b, num_iters, inner_iters, threshold):
     start = jnp.where(b != 0, jnp.zeros_like(b), MASKED)
     state = (jnp.where(a != 0, jnp.zeros_like(a), MASKED), start, start, jnp.int32(0), jnp.bool_(False))
     times = jnp.arange(1, num_iters + 1, dtype=scaled.dtype)
-    (phi, gamma, _, done, converged), _ = lax.scan(bounded_step, state, times)
+    # Checkpointed: the way back keeps the potentials of each step, and no matrix.
+    (phi, gamma, _, done, converged), _ = lax.scan(jax.checkpoint(bounded_step), state, times)
     return phi, gamma, done, converged
 
 

@@ -1,6 +1,5 @@
-"""Sinkhorn's algorithm for entropic optimal transport (Algorithm 1), in the kernel and in the log domain."""
+"""Sinkhorn's algorithm for entropic optimal transport (Algorithm 1)."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -9,11 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from fs_jax.ot import checks, transport
-from fs_jax.ot.logspace import MASKED, log_sum_exp, log_weights
+from fs_jax.ot import checks, iterations, transport
+from fs_jax.ot.logspace import MASKED, log_weights
 from fs_jax.ot.transport import Transport
 
-METHODS = ("auto", "kernel", "log")
+METHODS = ("auto", "stabilized", "kernel", "log")
 GRADS = ("unroll", "implicit", "envelope", "none")
 
 
@@ -25,7 +24,7 @@ def sinkhorn(
     reg: float | Float[Array, ""],
     num_iters: int = 100,
     threshold: float | None = None,
-    method: Literal["auto", "kernel", "log"] = "auto",
+    method: Literal["auto", "stabilized", "kernel", "log"] = "auto",
     grad: Literal["unroll", "implicit", "envelope", "none"] = "unroll",
     init: tuple[Float[Array, " n"], Float[Array, " m"]] | None = None,
 ) -> Transport:
@@ -44,12 +43,13 @@ def sinkhorn(
         num_iters: iterations, at most (static under jit).
         threshold: stop when the marginal error (L1, in units of mass) is at most this; by default all iterations are
             done. In a batch each problem stops by its own error.
-        method: "log" works at any reg. "kernel" is Algorithm 1 to the letter and works while exp(-cost / reg) does not
-            underflow (cost / reg up to about 80 in float32); beyond, the result's status is `Status.NOT_FINITE`. "auto"
-            is "log".
-        grad: "unroll" differentiates the iterations; "implicit" the fixed point, which the iterations should have
-            reached; "envelope" holds plan and potentials fixed, so that the gradient of `primal_cost` is the plan and
-            that of `reg_cost` is exact at convergence; "none" gives zeros.
+        method: "stabilized" (which "auto" means) goes at the speed of matrix-vector products and works at any reg: it
+            keeps the scalings in range, and goes through the log domain where it can't. "log" goes there always, ten
+            times slower. "kernel" is Algorithm 1 to the letter and works while exp(-cost / reg) does not underflow
+            (cost / reg up to about 80 in float32); beyond, the result's status is `Status.NOT_FINITE`.
+        grad: "unroll" differentiates the iterations (first derivatives, both modes); "implicit" the fixed point, which
+            the iterations should have reached; "envelope" holds plan and potentials fixed, so that the gradient of
+            `primal_cost` is the plan and that of `reg_cost` is exact at convergence; "none" gives zeros.
         init: potentials (f, g) to start from, such as those of a similar problem. The columns are updated first, so it
             is f that matters.
 
@@ -90,10 +90,11 @@ def _solve(cost, a, b, reg, threshold, start, num_iters, method, grad):
     if grad == "none":
         cost, a, b, reg, start = lax.stop_gradient((cost, a, b, reg, start))
     scaled = -cost / reg
-    problem = (scaled, a, b, start)
+    problem = (scaled, log_weights(a), log_weights(b), start)
     if grad != "unroll":
         problem = lax.stop_gradient(problem)
-    phi, gamma, done, converged = _iterate(*problem, num_iters, threshold, kernel=method == "kernel")
+    method = "stabilized" if method == "auto" else method
+    phi, gamma, done, converged = iterations.potentials(*problem, threshold, num_iters, method)
     if grad == "implicit":
         phi, gamma = _attach_implicit_derivative(phi, gamma, scaled, a, b)
 
@@ -102,59 +103,6 @@ def _solve(cost, a, b, reg, threshold, start, num_iters, method, grad):
         plan, f, g, error = lax.stop_gradient((result.plan, result.f, result.g, result.marginal_error))
         result = result._replace(plan=plan, f=f, g=g, marginal_error=error, primal_cost=jnp.sum(plan * cost))
     return result
-
-
-def _iterate(scaled, a, b, phi, num_iters, threshold, *, kernel):
-    """Scaled potentials after the iterations, how many were done, and whether the threshold was met."""
-    log_sums = _kernel_log_sums if kernel else _log_domain_log_sums
-    sum_rows, sum_columns = log_sums(scaled)
-    log_a, log_b = log_weights(a), log_weights(b)
-
-    def fit_columns(phi):
-        return jnp.where(b != 0, log_b - sum_columns(phi), MASKED)
-
-    def fit_rows(gamma):
-        return jnp.where(a != 0, log_a - sum_rows(gamma), MASKED)
-
-    if threshold is None:
-
-        def iteration(state, _):
-            gamma = fit_columns(state[0])
-            return (fit_rows(gamma), gamma), None
-
-        (phi, gamma), _ = lax.scan(iteration, (phi, jnp.zeros_like(b)), length=num_iters)
-        return phi, gamma, num_iters, False
-
-    # A problem whose threshold is met stands still while others go on. The test costs nothing: the rows are exact after
-    # their update, and the next update of the columns tells by how much they were off.
-    def bounded_iteration(state, _):
-        phi, gamma, done, converged = state
-        new_gamma = fit_columns(phi)
-        error = jnp.sum(b * jnp.abs(jnp.expm1(gamma - new_gamma)))
-        converged |= (done > 0) & (error <= threshold)
-        new_phi = fit_rows(new_gamma)
-        phi = jnp.where(converged, phi, new_phi)
-        gamma = jnp.where(converged, gamma, new_gamma)
-        return (phi, gamma, done + ~converged, converged), None
-
-    state = (phi, jnp.zeros_like(b), jnp.int32(0), jnp.bool_(False))
-    (phi, gamma, done, converged), _ = lax.scan(bounded_iteration, state, length=num_iters)
-    return phi, gamma, done, converged
-
-
-def _log_domain_log_sums(scaled) -> tuple[Callable, Callable]:
-    """Log of K exp(γ) and of Kᵀ exp(φ), K = exp(scaled), with the largest term taken out of each sum."""
-    return lambda gamma: log_sum_exp(scaled + gamma[None, :], 1), lambda phi: log_sum_exp(scaled + phi[:, None], 0)
-
-
-def _kernel_log_sums(scaled) -> tuple[Callable, Callable]:
-    """The same by matrix-vector products with K itself, whose small entries underflow."""
-    kernel = jnp.exp(scaled)
-
-    def log_product(matrix, potential):
-        return jnp.log(jnp.matmul(matrix, jnp.exp(potential), precision=lax.Precision.HIGHEST))
-
-    return lambda gamma: log_product(kernel, gamma), lambda phi: log_product(kernel.T, phi)
 
 
 def _attach_implicit_derivative(phi, gamma, scaled, a, b):

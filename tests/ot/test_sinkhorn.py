@@ -9,9 +9,9 @@ from ott.solvers.linear import implicit_differentiation
 from ott.solvers.linear import sinkhorn as ott_sinkhorn
 from scipy.optimize import linear_sum_assignment
 
-from fs_jax.ot import Status, sinkhorn
+from fs_jax.ot import Status, iterations, sinkhorn
 
-METHODS = ("kernel", "log")
+METHODS = ("kernel", "log", "stabilized")
 
 
 def ott(cost, a, b, reg, iterations, implicit=False):
@@ -41,21 +41,23 @@ def functionals(result, seed=0):
     return plan + result.primal_cost + 2 * result.reg_cost + f @ result.f + g @ result.g
 
 
-def test_every_iteration_is_ott_jaxs(problem):
+@pytest.mark.parametrize("method", METHODS)
+def test_every_iteration_is_ott_jaxs(problem, method):
     cost, a, b = problem
     theirs = ott_sinkhorn.Sinkhorn(inner_iterations=1, max_iterations=20)
     prob = linear_problem.LinearProblem(geometry.Geometry(cost_matrix=jnp.asarray(cost), epsilon=0.1), a, b)
     step = jax.jit(lambda state, i: theirs.one_iteration(prob, state, i, compute_error=False))
     state = theirs.init_state(prob, (jnp.zeros_like(a), jnp.zeros_like(b)))
-    for iterations in range(1, 21):
-        state = step(state, iterations - 1)
-        plan = np.exp((state.fu[:, None] + state.gv - cost) / 0.1)
-        for method in METHODS:
-            ours = sinkhorn(cost, a, b, reg=0.1, num_iters=iterations, method=method)
-            # Float64, and exponents of at most 2 / 0.1: rounding is amplified 20 times at most.
-            np.testing.assert_allclose(ours.plan, plan, atol=1e-14)
-            np.testing.assert_allclose(ours.f, state.fu, atol=1e-13)
-            np.testing.assert_allclose(ours.g, state.gv, atol=1e-13)
+    start = jnp.zeros_like(a)
+    _, path = iterations._walk(-cost / 0.1, jnp.log(a), jnp.log(b), start, None, 20, method, keep=True)
+    for i in range(20):
+        state = step(state, i)
+        # Float64, and exponents of at most 2 / 0.1: rounding is amplified 20 times at most.
+        np.testing.assert_allclose(0.1 * path.phi[i], state.fu, atol=1e-13)
+        np.testing.assert_allclose(0.1 * path.gamma[i], state.gv, atol=1e-13)
+        if i + 1 in (1, 2, 9, 10, 11, 20):
+            ours = sinkhorn(cost, a, b, reg=0.1, num_iters=i + 1, method=method)
+            np.testing.assert_allclose(ours.plan, np.exp((state.fu[:, None] + state.gv - cost) / 0.1), atol=1e-14)
 
 
 def test_costs_are_ott_jaxs(problem):
@@ -146,11 +148,10 @@ def test_unrolled_gradient_is_autodiff_of_ott_jax(problem):
     np.testing.assert_allclose(ours, jax.grad(theirs)(problem[0]), atol=1e-13)  # float64, ten iterations
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_implicit_derivatives(problem, method):
+def test_implicit_derivatives(problem):
     def value(cost, a, b, reg, grad="implicit"):
         # The masses must stay equal for the fixed point to exist: normalise inside.
-        result = sinkhorn(cost, a / a.sum(), b / b.sum(), reg=reg, num_iters=300, method=method, grad=grad)
+        result = sinkhorn(cost, a / a.sum(), b / b.sum(), reg=reg, num_iters=300, grad=grad)
         return functionals(result)
 
     arguments = (*problem, 0.2)

@@ -1,0 +1,107 @@
+"""The kernel domain's range, the derivative's memory, and what happens at their limits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fs_jax.ot import Status, iterations, sinkhorn
+
+rng = np.random.default_rng(0)
+LINE = np.linspace(0, 1, 20)[:, None] - np.linspace(0.3, 1.3, 30)[None, :]
+COSTS = {
+    "uniform": rng.uniform(0, 1, (20, 30)),
+    "line": LINE**2,  # prices must travel far: scalings grow for a long time
+    "unwanted": np.where(np.arange(30) == 3, 0.0, 1.0) * rng.uniform(0.5, 1, (20, 30)) + np.eye(20, 30),
+}
+
+
+def solve(cost, method, reg, **options):
+    result = sinkhorn(cost, reg=reg, method=method, **options)
+    return result.primal_cost, result
+
+
+def gradient(cost, method, reg, **options):
+    return jax.jit(jax.value_and_grad(lambda c: solve(c, method, reg, **options), has_aux=True))(cost)
+
+
+@pytest.mark.parametrize("reg", [0.05, 1e-3, 1e-4])
+def test_float32_is_as_good_as_in_the_log_domain(reg):
+    costs = jnp.float32(np.stack(list(COSTS.values())))
+
+    def solutions(costs, method):
+        return jax.vmap(lambda cost: gradient(cost, method, reg, num_iters=25))(costs)
+
+    (_, exact), exact_gradient = solutions(costs.astype(jnp.float64), "log")
+    errors = {}
+    for method in ("stabilized", "log"):
+        (_, result), got = solutions(costs, method)
+        assert set(result.status.tolist()) == {Status.LIMIT}
+        errors[method] = [
+            np.abs(result.primal_cost - exact.primal_cost),
+            np.abs(result.plan - exact.plan).max((1, 2)),
+            np.abs(got - exact_gradient).max((1, 2)) / np.abs(exact_gradient).max((1, 2)),
+        ]
+    # Exponents of 1 / reg are rounded at 6e-8 of themselves, which moves a plan's entries of 1/20 by as much, and
+    # gradients (sums over 25 iterations, divided by reg) by more. How much more depends on the problem, and the log
+    # domain shows it: by chance either may be a few times closer.
+    rounding = np.array([[1e-6], [6e-8 / reg], [6e-7 / reg]])
+    np.testing.assert_array_less(errors["stabilized"], 4 * np.array(errors["log"]) + rounding)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """No scaling is in range: each run is repeated in the log domain, and so is the way back."""
+    jax.clear_caches()  # the limits are constants of compiled programs
+    monkeypatch.setattr(iterations, "_limit", lambda array, power: 0.0)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("threshold", [None, 1e-2])
+def test_out_of_range_runs_are_repeated(threshold):
+    costs = np.stack([COSTS["uniform"], COSTS["line"]])
+    options = {"reg": 0.05, "num_iters": 23, "threshold": threshold}
+    (values, results), gradients = jax.vmap(lambda c: gradient(c, "stabilized", **options))(costs)
+    for i, cost in enumerate(costs):
+        (value, result), expected = gradient(cost, "log", **options)
+        # The same iterations, restarted from the same potentials.
+        np.testing.assert_allclose(values[i], value, rtol=1e-13)
+        np.testing.assert_allclose(results.plan[i], result.plan, atol=1e-14)
+        np.testing.assert_allclose(gradients[i], expected, atol=1e-12)
+        assert results.num_iters[i] == result.num_iters
+
+
+def test_in_range_runs_are_not_repeated(monkeypatch):
+    monkeypatch.setattr(iterations, "log_sum_exp", lambda terms, axis: jnp.full(terms.shape[1 - axis], jnp.nan))
+    jax.clear_caches()
+    (_, result), got = gradient(COSTS["uniform"], "stabilized", 0.05, num_iters=25)
+    jax.clear_caches()
+    assert result.status == Status.LIMIT
+    assert np.isfinite(got).all()
+
+
+def test_starts_far_from_the_solution():
+    # Potentials of nothing: rows that nobody wants at first, 1e4 exponents away.
+    cost, init = COSTS["uniform"], (rng.uniform(-500, 500, 20), np.zeros(30))
+    results = [sinkhorn(cost, reg=0.05, num_iters=30, init=init, method=m) for m in ("stabilized", "log")]
+    np.testing.assert_allclose(results[0].plan, results[1].plan, atol=1e-10)  # exponents of 1e4 lose four digits
+
+
+@pytest.mark.parametrize("method", ["stabilized", "log"])
+def test_memory_of_the_gradient_grows_with_the_vectors_alone(method):
+    n, m = 48, 64
+
+    def memory(num_iters):
+        program = jax.jit(jax.grad(lambda c: solve(c, method, 0.1, num_iters=num_iters)[0]))
+        return program.lower(jnp.zeros((n, m))).compile().memory_analysis().temp_size_in_bytes
+
+    per_iteration = (memory(410) - memory(10)) / 400
+    # φ and γ of each iteration, with room for a few copies of them; one matrix would be 48 · 64.
+    assert per_iteration <= 8 * 6 * (n + m)
+
+
+def test_second_derivatives_are_refused_clearly():
+    with pytest.raises(NotImplementedError, match='differentiate grad="implicit"'):
+        jax.hessian(lambda c: solve(c, "stabilized", 0.1)[0])(COSTS["uniform"])

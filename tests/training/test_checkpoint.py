@@ -1,0 +1,105 @@
+"""Checkpoints: what goes in comes out, damage is passed over, another configuration is refused, nothing is lost."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fs_jax.config import AttackConfig, ModelConfig, preset
+from fs_jax.training import Checkpoints, create_state
+
+CONFIG = preset("digits")
+
+
+@pytest.fixture(scope="module")
+def state():
+    return create_state(CONFIG, jax.random.key(0))
+
+
+def at(state, step):
+    """A state that differs by step in every floating-point array."""
+    moved = jax.tree.map(lambda x: x + step if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+    return moved.replace(step=jnp.int32(step))
+
+
+def equal(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert jax.tree.map(lambda x: x.dtype, ours) == jax.tree.map(lambda x: x.dtype, theirs)
+
+
+def test_the_state_comes_back_whole_and_the_newest_first(state, tmp_path):
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.restore_latest() is None
+        for step in (5, 7):
+            checkpoints.save(at(state, step))
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        equal(checkpoints.restore_latest(), at(state, 7))
+
+
+def test_the_latest_few_are_kept_and_the_best_apart_from_them(state, tmp_path):
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save_best(at(state, 1), {"monitor_robust": 0.9})
+        for step in range(1, 6):
+            checkpoints.save(at(state, step))
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.steps() == [3, 4, 5]
+        assert checkpoints.best_scores() == {"monitor_robust": 0.9}
+        equal(checkpoints.restore_best(), at(state, 1))
+        checkpoints.save_best(at(state, 4), {"monitor_robust": 0.95})
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        equal(checkpoints.restore_best(), at(state, 4))
+
+
+def damaged(path: pathlib.Path, how: str):
+    """Cut off or empty the files that hold arrays; those of an OCDBT store are under `d/`."""
+    files = [file for file in path.rglob("*") if file.is_file() and file.stat().st_size > 1000]
+    assert files
+    for file in files:
+        if how == "truncated":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        else:
+            file.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "missing"])
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(state, tmp_path, how):
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(at(state, step))
+    damaged(tmp_path / "checkpoints" / "4", how)
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        with pytest.warns(UserWarning, match="checkpoints/4 can't be read and is passed over"):
+            restored = checkpoints.restore_latest()
+        equal(restored, at(state, 2))
+        checkpoints.save(at(state, 4))  # the step is free again, and what was damaged is still there to look at
+    assert (tmp_path / "checkpoints" / "damaged-4").is_dir()
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        equal(checkpoints.restore_latest(), at(state, 4))
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_with_the_fields(state, tmp_path):
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(at(state, 2))
+    other = dataclasses.replace(
+        CONFIG, learning_rate=0.05, model=ModelConfig(depth=16, width=1), attack=AttackConfig(epsilon=0.3)
+    )
+    with Checkpoints(tmp_path, other) as checkpoints, pytest.raises(ValueError, match="of another one") as error:
+        checkpoints.restore_latest()
+    for field in ("learning_rate: 0.05 here, 0.1 there", "model.depth: 16 here, 10 there", "attack.epsilon"):
+        assert field in str(error.value)
+    assert "momentum" not in str(error.value)
+    assert (tmp_path / "checkpoints" / "2").is_dir()  # refused is not damaged
+
+
+@pytest.mark.parametrize("part", ["params", "batch_stats"])
+def test_a_state_that_is_not_finite_is_not_saved(state, tmp_path, part):
+    broken = jax.tree.map(lambda x: x * jnp.nan, getattr(state, part))
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(at(state, 2))
+        with pytest.raises(FloatingPointError, match=f"expected finite arrays; .{part}.* isn't. Not saved"):
+            checkpoints.save(state.replace(**{part: broken}, step=jnp.int32(3)))
+        assert checkpoints.steps() == [2]
