@@ -84,8 +84,8 @@ def parse_attack(text: str, *, epsilon: float = 8 / 255, step_size: float | None
     match = re.fullmatch(r"(pgd|cw)-(\d+)", text)
     if match is not None:
         return Attack(match[1], epsilon, step_size, int(match[2]), restarts)
-    # Typical spellings, so that a typo meets its neighbour.
-    check_choice("attack", text, ["clean", "fgsm", *(("pgd-20", "cw-20") if text not in ("pgd", "cw") else [])])
+    # With 20 for any number of steps, so that a typo meets its neighbour.
+    check_choice("attack", text, ["clean", "fgsm", "pgd-20", "cw-20"])
     return Attack("clean") if text == "clean" else Attack("fgsm", epsilon, None, 1, restarts)
 
 
@@ -146,6 +146,7 @@ def evaluate(
     images, labels = np.asarray(images), np.asarray(labels)
     names = [attack.name for attack in attack_list]
     _check_inputs(images, labels, names, batch_size)
+    _check_classes(model, variables, images, labels)
     total = len(labels)
     summaries: list[dict[str, Any]] = []
     margins, predictions = {}, {}
@@ -290,3 +291,13 @@ def _check_inputs(images, labels, names, batch_size):
     if not names or len(set(names)) < len(names):
         raise ValueError(f"attack_list: expected at least one attack, and none twice; got {names}.")
     check_number("batch_size", batch_size, at_least=1, integer=True)
+
+
+def _check_classes(model, variables, images, labels):
+    one = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
+    num_classes = jax.eval_shape(model.apply, variables, one)[0].shape[-1]
+    if not (labels.min() >= 0 and labels.max() < num_classes):
+        raise ValueError(
+            f"labels: expected classes 0 to {num_classes - 1}, as the network has {num_classes}; "
+            f"got {labels.min()} to {labels.max()}."
+        )

@@ -4,7 +4,7 @@ from fs_jax.training.checkpoint import Checkpoints
 from fs_jax.training.loop import train
 from fs_jax.training.parallel import pmap_train_step, pmap_train_steps, replicate, unreplicate
 from fs_jax.training.state import TrainState, create_state, make_model, make_optimizer
-from fs_jax.training.step import smooth_labels, smoothed_cross_entropy, train_step
+from fs_jax.training.step import make_transport, smooth_labels, smoothed_cross_entropy, train_step
 
 __all__ = [
     "Checkpoints",
@@ -12,6 +12,7 @@ __all__ = [
     "create_state",
     "make_model",
     "make_optimizer",
+    "make_transport",
     "pmap_train_step",
     "pmap_train_steps",
     "replicate",

@@ -1,0 +1,189 @@
+"""Time of a feature-scattering step: against the sum of its parts, and against eager PyTorch, side by side.
+
+    python -m experiments.benchmarks.training_step
+
+Needs PyTorch (`pip install -e ".[bench]"`). All contestants take turns in one process, round after round, so that noise
+falls on all alike; medians over the rounds are reported, with ratios. The parts are jitted alone: the natural forward
+pass, the forward and backward pass to the images (through a fixed direction in place of the transport), the transport
+with its cost and derivative, and the forward and backward pass to the weights. The PyTorch contestant,
+`torch_feature_scatter.py`, does the passes that the released code does: three natural ones, and weight gradients in the
+attack that nobody uses. The released code also runs clean images through the network when it logs; that isn't timed.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import time
+
+import tyro
+
+from experiments import command_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Time a feature-scattering training step against its parts and against eager PyTorch."""
+
+    depth: int = 10
+    width: int = 2
+    batch_size: int = 60
+    rounds: int = 15
+    """Times that each contestant is run; the median counts."""
+    results: pathlib.Path = pathlib.Path("experiments/results/bench_training_step")
+    """Folder of the table and the JSON file."""
+
+
+def main(argv: list[str]) -> None:
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.benchmarks.training_step")
+    contestants = {}
+    for solver in ("released_sinkhorn", "sinkhorn"):
+        contestants |= {f"{solver}: {name}": run for name, run in jax_contestants(arguments, solver).items()}
+        contestants[f"{solver}: PyTorch, eager"] = torch_contestant(arguments, solver)
+    medians = race(contestants, arguments.rounds)
+
+    rows, summary = [], {}
+    for solver in ("released_sinkhorn", "sinkhorn"):
+        times = {name.split(": ")[1]: ms for name, ms in medians.items() if name.startswith(solver + ":")}
+        step, peer = times.pop("step"), times.pop("PyTorch, eager")
+        total = sum(times.values())
+        rows += [[solver, name, f"{ms:.1f}"] for name, ms in times.items()]
+        rows += [
+            [solver, "sum of the parts", f"{total:.1f}"],
+            [solver, "**our step**", f"{step:.1f} ({step / total:.2f} of the sum, {step / peer:.2f} of PyTorch)"],
+            [solver, "PyTorch, eager, as released", f"{peer:.1f}"],
+        ]
+        summary[solver] = {
+            "parts_ms": times, "step_ms": step, "torch_ms": peer, "of_the_sum": step / total, "of_torch": step / peer,
+        }  # fmt: skip
+
+    import tabulate
+    import torch
+
+    from fs_jax import backend
+    from fs_jax.files import write_text
+
+    environment = {**backend.describe(), "torch": torch.__version__, "torch_threads": torch.get_num_threads()}
+    table = tabulate.tabulate(
+        rows, headers=["transport", "what", "ms, median"], tablefmt="github", disable_numparse=True
+    )
+    caption = (
+        f"WRN-{arguments.depth}-{arguments.width}, batch {arguments.batch_size}, {arguments.rounds} rounds, "
+        f"{environment['device']}, {environment['cpu_count']} cores, "
+        f"jax {environment['jax']}, torch {torch.__version__}."
+    )
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    results = {"arguments": dataclasses.asdict(arguments), "environment": environment, **summary}
+    write_text(arguments.results / "table.md", f"{table}\n\n{caption}\n")
+    write_text(arguments.results / "times.json", json.dumps(results, indent=1, default=str) + "\n")
+    print(f"{table}\n\n{caption}")
+
+
+def race(contestants, rounds: int) -> dict[str, float]:
+    """Milliseconds of each, the median over the rounds; in every round each runs once."""
+    from tqdm import tqdm
+
+    for run in contestants.values():  # compile and warm up
+        run()
+        run()
+    times = {name: [] for name in contestants}
+    for _ in tqdm(range(rounds), unit="round"):
+        for name, run in contestants.items():
+            began = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - began))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def jax_contestants(arguments: Arguments, solver: str):
+    """Our step as training runs it, and its parts, each a function of nothing that waits for its result."""
+    import jax
+    import jax.numpy as jnp
+
+    from fs_jax import backend, ot
+    from fs_jax.config import ModelConfig, TrainConfig, TransportConfig
+    from fs_jax.training import (
+        create_state,
+        make_model,
+        make_transport,
+        pmap_train_step,
+        replicate,
+        smoothed_cross_entropy,
+    )
+
+    config = TrainConfig(
+        model=ModelConfig(arguments.depth, arguments.width),
+        transport=TransportConfig(solver=solver),
+        batch_size=arguments.batch_size,
+    )
+    keys = jax.random.split(jax.random.key(0), 3)
+    images = jax.random.uniform(keys[0], (config.batch_size, 32, 32, 3))
+    labels = jax.random.randint(keys[1], (config.batch_size,), 0, 10)
+    model, state = make_model(config), create_state(config, keys[2])
+    variables = state.variables
+    jit = functools.partial(jax.jit, compiler_options=backend.compiler_options())
+
+    @jit
+    def natural(variables, images):
+        return model.apply(variables, images)[0]
+
+    logits = natural(variables, images)
+    moved = natural(variables, jnp.clip(images + 0.03, 0, 1))
+
+    @jit
+    def to_images(variables, images):
+        return jax.grad(lambda images: jnp.vdot(model.apply(variables, images)[0], logits))(images)
+
+    @jit
+    def transport(logits, moved):
+        solve = make_transport(config)
+        return jax.value_and_grad(lambda moved: solve(ot.cosine_cost(logits, moved)).primal_cost)(moved)
+
+    @jit
+    def to_weights(variables, images, labels):
+        def loss(params):
+            (logits, _), updates = model.apply(
+                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+            )
+            return jnp.mean(smoothed_cross_entropy(logits, labels, config.smoothing)), updates
+
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+    step = pmap_train_step(config, jax.local_devices()[:1])
+    batch = {"images": images[None], "labels": labels[None]}
+    carried = [replicate(state, jax.local_devices()[:1])]
+
+    def run_step():
+        carried[0], metrics = step(carried[0], batch, keys[2])
+        jax.block_until_ready(metrics)
+
+    def waiting(run, *inputs):
+        return lambda: jax.block_until_ready(run(*inputs))
+
+    return {
+        "natural forward pass": waiting(natural, variables, images),
+        "forward and backward to the images": waiting(to_images, variables, images),
+        "transport": waiting(transport, logits, moved),
+        "forward and backward to the weights": waiting(to_weights, variables, images, labels),
+        "step": run_step,
+    }
+
+
+def torch_contestant(arguments: Arguments, solver: str):
+    """The same step by the independent PyTorch implementation, eager, with the released code's passes."""
+    import torch
+
+    from experiments.benchmarks import torch_feature_scatter as peer
+
+    torch.manual_seed(0)
+    net = peer.make(arguments.depth, arguments.width)
+    optimizer = peer.make_optimizer(net)
+    images = 2 * torch.rand(arguments.batch_size, 3, 32, 32) - 1
+    labels = torch.randint(0, 10, (arguments.batch_size,))
+    transport = {"released_sinkhorn": peer.released_sinkhorn, "sinkhorn": peer.sinkhorn}[solver]
+    return lambda: peer.feature_scatter_step(net, optimizer, images, labels, transport=transport)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,61 @@
+"""Configurations refuse what cannot be, and go through JSON unchanged."""
+
+import dataclasses
+import json
+
+import pytest
+
+from fs_jax import config as configs
+from fs_jax.config import AttackConfig, ModelConfig, TrainConfig, TransportConfig
+
+
+@pytest.mark.parametrize("name", configs.PRESETS)
+def test_presets_go_through_json_unchanged(name):
+    preset = configs.preset(name)
+    assert configs.from_dict(json.loads(json.dumps(configs.to_dict(preset)))) == preset
+    assert configs.differences(preset, preset) == {}
+
+
+def test_presets_are_the_papers():
+    paper = configs.preset("cifar10_wrn28_10")
+    assert (paper.model.depth, paper.model.width, paper.batch_size, paper.epochs) == (28, 10, 60, 200)
+    assert (paper.decay_epochs, paper.decay_factor, paper.learning_rate) == ((60, 90), 0.1, 0.1)
+    assert (paper.transport.reg, paper.smoothing, paper.weight_decay, paper.momentum) == (0.01, 0.5, 2e-4, 0.9)
+    assert (paper.attack.epsilon, paper.attack_step_size, paper.attack_steps) == (8 / 255, 8 / 255, 1)
+    madry = dataclasses.replace(paper, method="pgd")
+    assert (madry.attack_step_size, madry.attack_steps) == (2 / 255, 7)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: configs.preset("cifar10_wrn28"),
+            ValueError,
+            "preset: expected one of .*Did you mean 'cifar10_wrn28_10'",
+        ),
+        (lambda: ModelConfig(depth=27), ValueError, "depth: expected 6n .* got 27. Try 22"),
+        (lambda: ModelConfig(depth=28.0), TypeError, "depth: expected an integer"),
+        (lambda: ModelConfig(dtype="float16"), ValueError, "dtype: expected one of float32, bfloat16.*mean 'bfloat16'"),
+        (lambda: AttackConfig(epsilon=-0.1), ValueError, "attack.epsilon: expected .* of at least 0"),
+        (lambda: AttackConfig(epsilon=8), ValueError, "attack.epsilon: .* of at most 1; got 8"),
+        (lambda: AttackConfig(num_steps=0), ValueError, "attack.num_steps: .* at least 1; got 0"),
+        (lambda: TransportConfig(reg=0), ValueError, "transport.reg: expected a finite number above 0; got 0"),
+        (lambda: TransportConfig(solver="sinkhron"), ValueError, "transport.solver: .*Did you mean 'sinkhorn'"),
+        (lambda: TrainConfig(method="pdg"), ValueError, "method: .*Did you mean 'pgd'"),
+        (lambda: TrainConfig(smoothing=1.5), ValueError, "smoothing: .* at most 1; got 1.5"),
+        (lambda: TrainConfig(learning_rate=float("nan")), ValueError, "learning_rate: expected a finite number"),
+        (lambda: TrainConfig(decay_epochs=(90, 60)), ValueError, "decay_epochs: expected increasing"),
+        (lambda: TrainConfig(holdout=50_000), ValueError, "holdout: .* of at most 49999"),
+        (lambda: configs.from_dict({"modle": {}}), ValueError, "field modle: .*Did you mean 'model'"),
+        (lambda: configs.from_dict({"model": {"deph": 10}}), ValueError, "field model.deph: .*Did you mean 'depth'"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_argument_expected_and_got(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_steps_and_epochs():
+    config = TrainConfig(train_size=1000, holdout=100, batch_size=60, epochs=2)
+    assert (config.steps_per_epoch, config.total_steps) == (15, 30)
