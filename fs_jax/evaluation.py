@@ -147,6 +147,7 @@ def evaluate(
     names = [attack.name for attack in attack_list]
     _check_inputs(images, labels, names, batch_size)
     _check_classes(model, variables, images, labels)
+    variables = jax.device_put(variables)  # once, not with every batch
     total = len(labels)
     summaries: list[dict[str, Any]] = []
     margins, predictions = {}, {}

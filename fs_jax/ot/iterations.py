@@ -32,11 +32,24 @@ from fs_jax.ot.logspace import MASKED, log_sum_exp
 RUN = 10  # iterations between two looks at the scalings; each lets their logarithms grow by log n or so at most
 
 
-class Path(NamedTuple):
-    """Potentials after each iteration, [T, n] and [T, m]: all that the derivative needs to know of the way."""
+class Run(NamedTuple):
+    """What the derivative needs to know of a run of L iterations: vectors alone.
 
-    phi: jax.Array
-    gamma: jax.Array
+    Attributes:
+        f, g: the reference, [n] and [m].
+        first: u before the run, [n].
+        u, v: scalings after each iteration, [L, n] and [L, m].
+        is_log: of a run in the log domain, which has no reference: φ and γ stand in the places of u and v.
+        active: whether the iteration was done, [L]; None where all are, there being no threshold.
+    """
+
+    f: jax.Array
+    g: jax.Array
+    first: jax.Array
+    u: jax.Array
+    v: jax.Array
+    is_log: jax.Array
+    active: jax.Array | None
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6))
@@ -52,7 +65,7 @@ def potentials(scaled, log_a, log_b, start, threshold, num_iters, method):
         num_iters: iterations, at most.
         method: "kernel", "log" or "stabilized".
     """
-    return _walk(scaled, log_a, log_b, start, threshold, num_iters, method, keep=False)[0]
+    return _walk(_rounded(scaled), log_a, log_b, start, threshold, num_iters, method, keep=False)[0]
 
 
 @potentials.defjvp
@@ -63,17 +76,17 @@ def _derivative(num_iters, method, primals, tangents):
     so the tangents of `scaled` and of `start` come out again, for nobody. They are one vector, since JAX asks that
     all of the right side be differentiated or nothing.
     """
-    threshold = primals[4]
-    result, path = _walk(*primals, num_iters, method, keep=True)
-    *problem, path = _first_order_only((*primals[:4], path))
-    active = None if threshold is None else jnp.arange(num_iters) < result[2]
+    scaled, *others = primals
+    primals = (_rounded(scaled), *others)
+    result, runs = _walk(*primals, num_iters, method, keep=True)
+    *problem, runs = _first_order_only((*primals[:3], runs))
     tangents, unravel = ravel_pytree(tuple(tangents[:4]))
 
     def forward(_, tangents):
-        return ravel_pytree(_forward(*problem, path, active, *unravel(tangents)))[0]
+        return ravel_pytree(_forward(*problem, runs, *unravel(tangents)))[0]
 
     def back(_, cotangents):
-        return ravel_pytree(_back(*problem, path, active, method, *unravel(cotangents)))[0]
+        return ravel_pytree(_back(*problem, runs, method, *unravel(cotangents)))[0]
 
     _, d_phi, d_gamma, _ = unravel(lax.custom_linear_solve(lambda x: x, tangents, forward, back))
     not_differentiable = (np.zeros(jnp.shape(x), jax.dtypes.float0) for x in result[2:])
@@ -99,6 +112,7 @@ class _Kernel(NamedTuple):
     """Potentials as a reference, absorbed in K, and scalings: φ = f + log u, γ = g + log v."""
 
     k: jax.Array
+    transposed: jax.Array
     f: jax.Array
     g: jax.Array
     u: jax.Array
@@ -106,52 +120,39 @@ class _Kernel(NamedTuple):
 
 
 def _walk(scaled, log_a, log_b, start, threshold, num_iters, method, keep):
-    """`potentials`, and with `keep` the path."""
+    """`potentials`, and with `keep` the runs: those of full length as one stack, and the last if it is shorter."""
     step = {"log": _log_run, "kernel": _kernel_run, "stabilized": _stabilized_run}[method]
-    step = partial(step, scaled, log_a, log_b, threshold)
+    step = partial(step, scaled, log_a, log_b, threshold, keep)
     if method == "log":
         state = (start, jnp.zeros_like(log_b))
     elif method == "kernel":
-        state = _Kernel(
-            jnp.exp(scaled), jnp.zeros_like(log_a), jnp.zeros_like(log_b), jnp.exp(start), jnp.ones_like(log_b)
-        )
+        state = _absorb(scaled, jnp.zeros_like(log_a), jnp.zeros_like(log_b))._replace(u=jnp.exp(start))
     else:
         state = _absorb_start(scaled, log_a, log_b, start)
-    carry = (state, jnp.int32(0), jnp.bool_(False))
 
     def run(length, carry):
         if threshold is None:
-            return step(length, keep, *carry)
+            return step(length, *carry)
         # A problem that is done stands still; a batch that is done skips the run.
-        phi, gamma = _potentials_of(carry[0], log_a, log_b)
-        path = Path(jnp.broadcast_to(phi, (length, *phi.shape)), jnp.broadcast_to(gamma, (length, *gamma.shape)))
-        pending = ~carry[2]
-        _, carry, path = lax.while_loop(
+        idle = _idle_run(length, carry[0]) if keep else None
+        return lax.while_loop(
             lambda loop: loop[0],
-            lambda loop: (jnp.bool_(False), *step(length, keep, *loop[1])),
-            (pending, carry, path if keep else None),
-        )
-        return carry, path
+            lambda loop: (jnp.bool_(False), *step(length, *loop[1])),
+            (~carry[2], carry, idle),
+        )[1:]
 
-    carry, path = _in_runs(run, carry, num_iters, num_iters if method == "kernel" and threshold is None else RUN)
+    length = num_iters if method == "kernel" and threshold is None else min(RUN, num_iters)
+    carry = (state, jnp.int32(0), jnp.bool_(False))
+    carry, stack = lax.scan(lambda carry, _: run(length, carry), carry, length=num_iters // length)
+    last = None
+    if num_iters % length:
+        carry, last = run(num_iters % length, carry)
     state, done, converged = carry
-    phi, gamma = _potentials_of(state, log_a, log_b)
     done = jnp.int32(num_iters) if threshold is None else done
-    return (phi, gamma, done, converged), path
+    return (*_potentials_of(state, log_a, log_b), done, converged), (stack, last)
 
 
-def _in_runs(run, carry, num_iters, length):
-    """`run(length, carry)` as often as fits, then the rest; what it returns beside the carry is laid end to end."""
-    whole, rest = divmod(num_iters, length)
-    carry, path = lax.scan(lambda carry, _: run(length, carry), carry, length=whole)
-    path = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), path)
-    if rest:
-        carry, last = run(rest, carry)
-        path = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), path, last)
-    return carry, path
-
-
-def _log_run(scaled, log_a, log_b, threshold, length, keep, state, done, converged):
+def _log_run(scaled, log_a, log_b, threshold, keep, length, state, done, converged):
     """Iterations in the log domain."""
 
     def iteration(carry, _):
@@ -160,66 +161,64 @@ def _log_run(scaled, log_a, log_b, threshold, length, keep, state, done, converg
         new_phi = jnp.where(_present(log_a), log_a - log_sum_exp(scaled + new_gamma[None, :], 1), MASKED)
         change = jnp.expm1(jnp.where(_present(log_b), gamma - new_gamma, 0))
         carry = _unless_converged(threshold, log_b, change, carry, (new_phi, new_gamma), done, converged)
-        return carry, Path(*carry[0]) if keep else None
+        return carry, (*carry[0], None if threshold is None else ~carry[2]) if keep else None
 
-    return lax.scan(iteration, (state, done, converged), length=length)
+    carry, kept = lax.scan(iteration, (state, done, converged), length=length)
+    if not keep:
+        return carry, None
+    phi, gamma, active = kept
+    reference = (jnp.zeros_like(log_a), jnp.zeros_like(log_b))
+    return carry, Run(*reference, state[0], phi, gamma, jnp.bool_(True), active)
 
 
-def _kernel_run(scaled, log_a, log_b, threshold, length, keep, state, done, converged):
+def _kernel_run(scaled, log_a, log_b, threshold, keep, length, state, done, converged):
     """Iterations in the kernel domain, from and to the same reference."""
-    carry, path, _ = _scalings(log_a, log_b, threshold, length, keep, state, done, converged)
-    return carry, path
+    return _scalings(log_a, log_b, threshold, keep, length, state, done, converged)[:2]
 
 
-def _stabilized_run(scaled, log_a, log_b, threshold, length, keep, state, done, converged):
+def _stabilized_run(scaled, log_a, log_b, threshold, keep, length, state, done, converged):
     """The same, with a look at the scalings before (K absorbs those that have grown) and after (all is done again)."""
-    grown = _largest(state) > _limit(scaled, 0.08)
+    grown = jnp.maximum(state.u.max(), state.v.max()) > _limit(scaled, 0.08)
     _, state = lax.while_loop(
         lambda loop: loop[0],
         lambda loop: (jnp.bool_(False), _absorb(scaled, *_potentials_of(loop[1], log_a, log_b))),
         (grown, state),
     )
-    carry, path, largest = _scalings(log_a, log_b, threshold, length, keep, state, done, converged)
+    (end, *counts), run, largest = _scalings(log_a, log_b, threshold, keep, length, state, done, converged)
 
     # K flushes its entries below 1e-38 (in float32) to zero: at most u·v times that is lost of a plan.
     out_of_range = ~(largest <= _limit(scaled, 0.37))
-    start = (*_potentials_of(state, log_a, log_b), done, converged)
-    end = (*_potentials_of(carry[0], log_a, log_b), *carry[1:])
-    begin = jax.tree.map(lambda x, y: jnp.where(out_of_range, x, y), start, end)
+    potentials = (_potentials_of(x, log_a, log_b) for x in (state, end))
+    begin, finish = ((x, *c) for x, c in zip(potentials, ((done, converged), counts), strict=True))
+    begin = jax.tree.map(lambda x, y: jnp.where(out_of_range, x, y), begin, finish)
 
     def again(loop):
-        _, (phi, gamma, done, converged), _, _ = loop
-        carry, path = _log_run(scaled, log_a, log_b, threshold, length, keep, (phi, gamma), done, converged)
-        return jnp.bool_(False), (*carry[0], *carry[1:]), _absorb(scaled, *carry[0]), path
+        carry, run = _log_run(scaled, log_a, log_b, threshold, keep, length, *loop[1])
+        return jnp.bool_(False), carry, _absorb(scaled, *carry[0]), run
 
-    _, (_, _, done, converged), state, path = lax.while_loop(
-        lambda loop: loop[0], again, (out_of_range, begin, carry[0], path)
-    )
-    return (state, done, converged), path
+    _, (_, *counts), state, run = lax.while_loop(lambda loop: loop[0], again, (out_of_range, begin, end, run))
+    return (state, *counts), run
 
 
-def _scalings(log_a, log_b, threshold, length, keep, state, done, converged):
+def _scalings(log_a, log_b, threshold, keep, length, state, done, converged):
     """Iterations with one K; also the largest scaling on the way."""
     a, b = jnp.exp(log_a), jnp.exp(log_b)
     absent_a, absent_b = (jnp.where(_present(w), 0, 1).astype(w.dtype) for w in (log_a, log_b))
-    kernel, transposed = state.k, _transposed(state.k)
 
     def iteration(carry, _):
         ((u, v), done, converged), (most_u, most_v) = carry
-        new_v = b / (_product(transposed, u) + absent_b)
-        new_u = a / (_product(kernel, new_v) + absent_a)
+        new_v = b / (_product(state.transposed, u) + absent_b)
+        new_u = a / (_product(state.k, new_v) + absent_a)
         change = v / (new_v + absent_b) - 1
         moved = _unless_converged(threshold, log_b, change, carry[0], (new_u, new_v), done, converged)
-        (u, v), _, _ = moved
-        path = (u, v) if keep else None
-        return (moved, (jnp.maximum(most_u, u), jnp.maximum(most_v, v))), path
+        (u, v), _, converged = moved
+        kept = (u, v, None if threshold is None else ~converged) if keep else None
+        return (moved, (jnp.maximum(most_u, u), jnp.maximum(most_v, v))), kept
 
-    start = (state.u, state.v)
-    carry, path = lax.scan(iteration, (((start, done, converged)), (state.u, jnp.zeros_like(state.v))), length=length)
-    ((u, v), done, converged), (most_u, most_v) = carry
-    if keep:
-        path = Path(*_potentials_of(state._replace(u=path[0], v=path[1]), log_a, log_b))
-    return (state._replace(u=u, v=v), done, converged), path, jnp.maximum(most_u.max(), most_v.max())
+    start = (((state.u, state.v), done, converged), (state.u, jnp.zeros_like(state.v)))
+    (((u, v), done, converged), (most_u, most_v)), kept = lax.scan(iteration, start, length=length)
+    run = Run(state.f, state.g, state.u, *kept[:2], jnp.bool_(False), kept[2]) if keep else None
+    return (state._replace(u=u, v=v), done, converged), run, jnp.maximum(most_u.max(), most_v.max())
 
 
 def _unless_converged(threshold, log_b, change, old, new, done, converged):
@@ -235,16 +234,24 @@ def _unless_converged(threshold, log_b, change, old, new, done, converged):
     return new, done + ~converged, converged
 
 
+def _idle_run(length, state):
+    """A run in which nothing was done."""
+    is_log = not isinstance(state, _Kernel)
+    f, g, u, v = (*map(jnp.zeros_like, state), *state) if is_log else (state.f, state.g, state.u, state.v)
+    u_of_each, v_of_each = (jnp.broadcast_to(x, (length, *x.shape)) for x in (u, v))
+    return Run(f, g, u, u_of_each, v_of_each, jnp.bool_(is_log), jnp.zeros(length, bool))
+
+
 def _absorb_start(scaled, log_a, log_b, phi):
     """A reference for potentials that fit nothing yet: each row's and each column's largest entry in K is one."""
     g = jnp.where(_present(log_b), -jnp.max(scaled + phi[:, None], 0), MASKED)
     f = jnp.where(_present(log_a), -jnp.max(scaled + g[None, :], 1), MASKED)
-    state = _absorb(scaled, f, g)
-    return state._replace(u=jnp.where(_present(log_a), jnp.exp(phi - f), 0))
+    return _absorb(scaled, f, g)._replace(u=jnp.where(_present(log_a), jnp.exp(phi - f), 0))
 
 
-def _absorb(scaled, phi, gamma):
-    return _Kernel(_plan(scaled, phi, gamma), phi, gamma, jnp.ones_like(phi), jnp.ones_like(gamma))
+def _absorb(scaled, f, g):
+    k = _plan(scaled, f, g)
+    return _Kernel(k, _transposed(k), f, g, jnp.ones_like(f), jnp.ones_like(g))
 
 
 def _potentials_of(state, log_a, log_b):
@@ -257,24 +264,30 @@ def _potentials_of(state, log_a, log_b):
 # The derivative along the path
 
 
-def _forward(scaled, log_a, log_b, start, path, active, d_scaled, d_log_a, d_log_b, d_start):
+def _forward(scaled, log_a, log_b, runs, d_scaled, d_log_a, d_log_b, d_start):
     """Tangents of the potentials: each sum over a row or column becomes the mean of its terms' tangents."""
 
     def iteration(carry, at):
         (d_phi, d_gamma), (before, phi, gamma, active) = carry, at
-        columns = _plan(scaled, before, gamma) * _inverse(log_b)[None, :]
-        rows = _plan(scaled, phi, gamma) * _inverse(log_a)[:, None]
+        columns = _normalised(_plan(scaled, before, gamma), 0)
+        rows = _normalised(_plan(scaled, phi, gamma), 1)
         new_d_gamma = d_log_b - jnp.sum(columns * (d_scaled + d_phi[:, None]), 0)
         new_d_phi = d_log_a - jnp.sum(rows * (d_scaled + new_d_gamma[None, :]), 1)
         if active is None:
             return (new_d_phi, new_d_gamma), None
         return (jnp.where(active, new_d_phi, d_phi), jnp.where(active, new_d_gamma, d_gamma)), None
 
-    (d_phi, d_gamma), _ = lax.scan(iteration, (d_start, jnp.zeros_like(d_log_b)), (*_steps(start, path), active))
-    return d_scaled, d_phi, d_gamma, d_start
+    def over(carry, run):
+        return lax.scan(iteration, carry, _steps(run, log_a, log_b))[0], None
+
+    stack, last = runs
+    carry, _ = lax.scan(over, (d_start, jnp.zeros_like(d_log_b)), stack)
+    if last is not None:
+        carry, _ = over(carry, last)
+    return d_scaled, *carry, d_start
 
 
-def _back(scaled, log_a, log_b, start, path, active, method, c_scaled, c_phi, c_gamma, c_start):
+def _back(scaled, log_a, log_b, runs, method, c_scaled, c_phi, c_gamma, c_start):
     """Cotangents of (scaled, log a, log b, start) from those of the potentials: the transpose of `_forward`.
 
     With x = u φ̄ / a and y = v γ̄ / b, an iteration is passed backwards by
@@ -283,49 +296,63 @@ def _back(scaled, log_a, log_b, start, path, active, method, c_scaled, c_phi, c_
 
     and takes K ∘ (x vᵀ + u_{k-1} yᵀ) from the cotangent of `scaled`: terms of a matrix product, done once per run.
     """
-    run = partial(_back_log if method == "log" else _back_stabilized, scaled, log_a, log_b)
-    total = (jnp.zeros_like(log_a), jnp.zeros_like(log_b))
-    carry = ((c_phi, c_gamma), total, c_scaled)
-    steps = (*_steps(start, path), active)
-    num_iters = path.phi.shape[0]
-    whole = num_iters - num_iters % RUN
-    if whole < num_iters:
-        carry = run(carry, jax.tree.map(lambda x: x[whole:], steps))
-    if whole:
-        runs = jax.tree.map(lambda x: x[:whole].reshape(-1, RUN, *x.shape[1:]), steps)
-        carry, _ = lax.scan(lambda carry, steps: (run(carry, steps), None), carry, runs, reverse=True)
+    kernel = partial(_back_kernel, scaled, log_a, log_b)
+    log = partial(_back_log, scaled, log_a, log_b)
+
+    def by_runs(carry):
+        def over(carry, run):
+            return _each_if(((~run.is_log, kernel), (run.is_log, log)), carry, run), None
+
+        stack, last = runs
+        if last is not None:
+            carry, _ = over(carry, last)
+        return lax.scan(over, carry, stack, reverse=True)[0]
+
+    carry = ((c_phi, c_gamma), (jnp.zeros_like(log_a), jnp.zeros_like(log_b)), c_scaled)
+    whole, one_reference = _as_one_run(runs)
+    if method == "log":
+        carry = log(carry, whole)
+    elif method == "kernel":
+        carry = kernel(carry, whole)
+    else:
+        carry = _each_if(((one_reference, kernel), (~one_reference, lambda carry, _: by_runs(carry))), carry, whole)
     (c_phi, _), (c_log_a, c_log_b), c_scaled = carry
     return c_scaled, c_log_a, c_log_b, c_start + c_phi
 
 
-def _back_stabilized(scaled, log_a, log_b, carry, steps):
-    """Back over a run, in the kernel domain if its potentials stay close enough to its last ones."""
-    before, phi, gamma, _ = steps
-    f, g = phi[-1], gamma[-1]
-    u, v = jnp.exp(jnp.concatenate([before[:1], phi]) - f), jnp.exp(gamma - g)
-    scalings = u[:-1], u[1:], v
-    in_range = jnp.maximum(u[1:].max(), v.max()) <= _limit(scaled, 0.37)
-    ok, result = lax.while_loop(
-        lambda loop: ~loop[0] & in_range,
-        lambda loop: (jnp.bool_(True), _back_kernel(scaled, log_a, log_b, (f, g), scalings, loop[1], steps)),
-        (jnp.bool_(False), carry),
-    )
-    return lax.while_loop(
-        lambda loop: ~loop[0],
-        lambda loop: (jnp.bool_(True), _back_log(scaled, log_a, log_b, loop[1], steps)),
-        (ok, result),
-    )[1]
+def _each_if(cases, carry, run):
+    """`carry` passed through each function whose condition holds, as loops that run once or never."""
+    for condition, function in cases:
+        _, carry = lax.while_loop(
+            lambda loop: loop[0],
+            lambda loop, function=function: (jnp.bool_(False), function(loop[1], run)),
+            (condition, carry),
+        )
+    return carry
 
 
-def _back_kernel(scaled, log_a, log_b, reference, scalings, carry, steps):
-    kernel = _plan(scaled, *reference)
+def _as_one_run(runs):
+    """All of them end to end, and whether that is true: there is one reference, since nothing had to be absorbed."""
+    stack, last = runs
+    one_reference = jnp.all(stack.f == stack.f[0]) & ~jnp.any(stack.is_log)
+    together = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (stack.u, stack.v, stack.active))
+    if last is not None:
+        one_reference &= jnp.all(last.f == stack.f[0]) & ~last.is_log
+        together = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), together, (last.u, last.v, last.active))
+    u, v, active = together
+    return Run(stack.f[0], stack.g[0], stack.first[0], u, v, stack.is_log[0], active), one_reference
+
+
+def _back_kernel(scaled, log_a, log_b, carry, run):
+    kernel = _plan(scaled, run.f, run.g)
     transposed = _transposed(kernel)
     inverse_a, inverse_b = _inverse(log_a), _inverse(log_b)
     cotangents, totals, c_scaled = carry
+    before = jnp.concatenate([run.first[None], run.u[:-1]])
 
     def iteration(carry, at):
         (c_phi, c_gamma), (total_a, total_b) = carry
-        (u_before, u, v), active = at
+        u_before, u, v, active = at
         x = u * c_phi * inverse_a
         c_gamma = c_gamma - v * _product(transposed, x)
         y = v * c_gamma * inverse_b
@@ -335,21 +362,20 @@ def _back_kernel(scaled, log_a, log_b, reference, scalings, carry, steps):
             return new, (x, y)
         return jax.tree.map(lambda n, o: jnp.where(active, n, o), (new, (x, y)), (carry, (0 * x, 0 * y)))
 
-    (cotangents, totals), (x, y) = lax.scan(iteration, (cotangents, totals), (scalings, steps[3]), reverse=True)
-    left, right = jnp.concatenate([x, scalings[0]]), jnp.concatenate([scalings[2], y])
+    steps = (before, run.u, run.v, run.active)
+    (cotangents, totals), (x, y) = lax.scan(iteration, (cotangents, totals), steps, reverse=True)
+    left, right = jnp.concatenate([x, before]), jnp.concatenate([run.v, y])
     outer = jnp.einsum("ti,tj->ij", left, right, precision=lax.Precision.HIGHEST)
     return cotangents, totals, c_scaled - kernel * outer
 
 
-def _back_log(scaled, log_a, log_b, carry, steps):
-    inverse_a, inverse_b = _inverse(log_a), _inverse(log_b)
-
+def _back_log(scaled, log_a, log_b, carry, run):
     def iteration(carry, at):
         (c_phi, c_gamma), (total_a, total_b), c_scaled = carry
         before, phi, gamma, active = at
-        rows = _plan(scaled, phi, gamma) * (c_phi * inverse_a)[:, None]
+        rows = _normalised(_plan(scaled, phi, gamma), 1) * c_phi[:, None]
         c_gamma = c_gamma - rows.sum(0)
-        columns = _plan(scaled, before, gamma) * (c_gamma * inverse_b)[None, :]
+        columns = _normalised(_plan(scaled, before, gamma), 0) * c_gamma[None, :]
         new = (
             (-columns.sum(1), jnp.zeros_like(c_gamma)),
             (total_a + c_phi, total_b + c_gamma),
@@ -359,12 +385,15 @@ def _back_log(scaled, log_a, log_b, carry, steps):
             return new, None
         return jax.tree.map(lambda n, o: jnp.where(active, n, o), new, carry), None
 
-    return lax.scan(iteration, carry, steps, reverse=True)[0]
+    return lax.scan(iteration, carry, _steps(run, log_a, log_b), reverse=True)[0]
 
 
-def _steps(start, path):
-    """φ_{k-1}, φ_k and γ_k of each iteration."""
-    return jnp.concatenate([start[None], path.phi[:-1]]), path.phi, path.gamma
+def _steps(run, log_a, log_b):
+    """φ_{k-1}, φ_k and γ_k of each iteration, and whether it was done."""
+    u = jnp.concatenate([run.first[None], run.u])
+    phi = jnp.where(run.is_log, u, jnp.where(_present(log_a), run.f + jnp.log(u), MASKED))
+    gamma = jnp.where(run.is_log, run.v, jnp.where(_present(log_b), run.g + jnp.log(run.v), MASKED))
+    return phi[:-1], phi[1:], gamma, run.active
 
 
 def _present(log_weights):
@@ -379,6 +408,20 @@ def _plan(scaled, phi, gamma):
     return jnp.exp(phi[:, None] + gamma[None, :] + scaled)
 
 
+def _rounded(scaled):
+    # By one bit, which no compiler may skip. Where -cost / reg is part of a fusion its own rounding is skipped, and K
+    # on the way back is then not K on the way there: they differ by the rounding of exponents of hundreds.
+    bits = jnp.finfo(scaled.dtype)
+    return lax.reduce_precision(scaled, bits.nexp, bits.nmant - 1)
+
+
+def _normalised(plan, axis):
+    # By the sum itself and not by the weights, which rounded potentials meet only to 6e-8 of an exponent of hundreds:
+    # errors of rows that don't quite sum to one would grow from iteration to iteration.
+    total = plan.sum(axis, keepdims=True)
+    return plan / jnp.where(total == 0, 1, total)
+
+
 def _product(matrix, vector):
     # On a GPU the default precision is TF32's, in which the iterations stall at a marginal error of 1e-3.
     return jnp.matmul(matrix, vector, precision=lax.Precision.HIGHEST)
@@ -387,10 +430,6 @@ def _product(matrix, vector):
 def _transposed(matrix):
     # Once, and not in every product: XLA's are several times slower along a matrix's columns than along its rows.
     return lax.optimization_barrier(matrix.T)
-
-
-def _largest(state):
-    return jnp.maximum(state.u.max(), state.v.max())
 
 
 def _limit(array, power):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from fs_jax.config import TrainConfig, from_dict, to_dict
+from fs_jax.config import TrainConfig, check_number, from_dict, to_dict
 from fs_jax.data import Dataset
 from fs_jax.evaluation import Attack, evaluate
 from fs_jax.files import write_text
@@ -94,6 +94,10 @@ def train(
     """
     if jax.process_count() > 1:
         raise ValueError(f"jax.process_count(): expected 1; got {jax.process_count()}. Train on one host.")
+    check_number("max_minutes", 0 if max_minutes is None else max_minutes, at_least=0)
+    check_number("checkpoint_minutes", checkpoint_minutes, at_least=0)
+    check_number("steps_per_dispatch", steps_per_dispatch, at_least=1, integer=True)
+    check_number("monitor_images", monitor_images, at_least=0, integer=True)
     deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
     devices = list(devices or jax.local_devices())
     config = _fit_to_data(config, dataset)

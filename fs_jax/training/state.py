@@ -70,6 +70,8 @@ def make_model(config: TrainConfig, axis_name: str | None = None) -> WideResNet:
       >>> make_model(preset("digits")).num_classes
       10
     """
+    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("dtype: expected float32 or bfloat16 unless JAX computes in 64 bits; set JAX_ENABLE_X64=1.")
     return WideResNet(
         depth=config.model.depth,
         width=config.model.width,

@@ -1,0 +1,299 @@
+"""Sinkhorn solvers side by side: this library's, ott-jax's and POT's, on the same costs, in one process, interleaved.
+
+    python -m experiments.benchmarks.solvers                  # about five minutes on two cores
+    python -m experiments.benchmarks.solvers --largest 1e8    # sizes up to B·n² = 1e8, for a GPU
+
+Two tables. At equal iterations (50, what one training step does): milliseconds for the value ⟨T, C⟩ of every problem,
+and for value and gradient by unrolling. At equal marginal error (1e-3 in L1): milliseconds until every problem is
+there. Costs are uniform on [0, 1], float32; each figure is the median of rounds in which every contender runs once. Errors are
+relative, against the same iterations in float64 in the log domain, on the first problems of the batch.
+
+ott-jax as its documentation says for vmap: min_iterations = max_iterations makes its loop a scan. Its gradient is taken
+with an unreachable threshold instead, since the scan's (ott-jax 0.6) walks back over the wrong iterations. POT is NumPy
+in float64, one problem after the other.
+
+Writes solvers.json, solvers.md and solvers.png to the results folder.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ot as pot
+import tyro
+from ott.geometry.geometry import Geometry
+from ott.problems.linear.linear_problem import LinearProblem
+from ott.solvers.linear import implicit_differentiation
+from ott.solvers.linear.sinkhorn import Sinkhorn
+
+from experiments.command_line import run
+from fs_jax.ot import sinkhorn
+
+ITERATIONS = 50
+THRESHOLD = 1e-3
+LIMIT = 5000  # iterations, where the threshold stops them
+REGS = (0.05, 0.01, 0.001)
+SHAPES = [(b, n) for b in (1, 64, 1024) for n in (60, 128, 256, 1024)]
+POT_PROBLEMS = 64  # one after the other: more is only longer
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Benchmark of the transport solvers."""
+
+    out: Path = Path("experiments/results/bench_solvers_cpu")
+    """Folder of the results."""
+    rounds: int = 5
+    """Runs of each contender per figure."""
+    largest: float = 5e6
+    """Shapes [B, n, n] with more entries than this are left out."""
+
+
+def ours(reg: float, method: str) -> Callable:
+    def value(cost):
+        return sinkhorn(cost, reg=reg, num_iters=ITERATIONS, method=method).primal_cost
+
+    return value
+
+
+def ott(reg: float, lse_mode: bool, gradient: bool) -> Callable:
+    solver = Sinkhorn(
+        lse_mode=lse_mode,
+        min_iterations=0 if gradient else ITERATIONS,
+        max_iterations=ITERATIONS,
+        threshold=-1.0,
+        implicit_diff=None,
+    )
+
+    def value(cost):
+        return solver(LinearProblem(Geometry(cost_matrix=cost, epsilon=reg))).primal_cost
+
+    return value
+
+
+def pot_value(costs: np.ndarray, reg: float) -> list[float]:
+    weights = np.full(costs.shape[1], 1 / costs.shape[1])
+    options = {"numItermax": ITERATIONS, "stopThr": 0, "warn": False}
+    return [np.sum(pot.sinkhorn(weights, weights, cost, reg, **options) * cost) for cost in costs]
+
+
+def ours_to_threshold(cost, reg: float) -> tuple:
+    result = sinkhorn(cost, reg=reg, num_iters=LIMIT, threshold=THRESHOLD, grad="implicit")
+    return result.primal_cost, (result.num_iters, result.marginal_error)
+
+
+def ott_to_threshold(cost, reg: float) -> tuple:
+    implicit = implicit_differentiation.ImplicitDiff()
+    solver = Sinkhorn(max_iterations=LIMIT, threshold=THRESHOLD, implicit_diff=implicit)
+    result = solver(LinearProblem(Geometry(cost_matrix=cost, epsilon=reg)))
+    rows, columns = (jnp.abs(result.matrix.sum(axis) - 1 / cost.shape[0]).sum() for axis in (1, 0))
+    return result.primal_cost, (result.n_iters, rows + columns)
+
+
+def interleaved(programs: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each program, after one run that isn't counted."""
+    times = {name: [] for name in programs}
+    for _ in range(rounds + 1):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program())
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(of[1:]) for name, of in times.items()}
+
+
+def batched(function: Callable, costs: jax.Array) -> tuple[Callable, float]:
+    """The compiled function over the batch, and the megabytes that it works in."""
+    compiled = jax.jit(jax.vmap(function)).lower(costs).compile()
+    return partial(compiled, costs), compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+
+def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
+    """A row per contender: value, gradient, their errors, and the memory of the gradient."""
+    with jax.enable_x64(True):
+        few = jnp.asarray(np.asarray(costs[:4]), jnp.float64)
+        exact = jax.jit(jax.vmap(jax.value_and_grad(ours(reg, "log"))))(few)
+        exact = jax.tree.map(np.asarray, exact)
+    values = {
+        "fs_jax stabilized": ours(reg, "stabilized"),
+        "fs_jax log": ours(reg, "log"),
+        "ott-jax log": ott(reg, lse_mode=True, gradient=False),
+    }
+    gradients = {
+        "fs_jax stabilized": ours(reg, "stabilized"),
+        "fs_jax log": ours(reg, "log"),
+        "ott-jax log": ott(reg, lse_mode=True, gradient=True),
+    }
+    if reg >= 0.05:  # below, K has underflown
+        values |= {"fs_jax kernel": ours(reg, "kernel"), "ott-jax kernel": ott(reg, lse_mode=False, gradient=False)}
+        gradients |= {"fs_jax kernel": ours(reg, "kernel"), "ott-jax kernel": ott(reg, lse_mode=False, gradient=True)}
+    forward = {name: batched(function, costs) for name, function in values.items()}
+    both = {name: batched(jax.value_and_grad(function), costs) for name, function in gradients.items()}
+    programs = {("value", name): program for name, (program, _) in forward.items()}
+    programs |= {("gradient", name): program for name, (program, _) in both.items()}
+    if costs.shape[0] <= POT_PROBLEMS and reg >= 0.01:
+        programs["value", "POT"] = partial(pot_value, np.asarray(costs, np.float64), reg)
+    times = interleaved(programs, rounds)
+
+    rows = []
+    for name in [*values, "POT"]:
+        if ("value", name) not in times:
+            continue
+        row = {"solver": name, "value_ms": times["value", name]}
+        value = np.asarray(programs["value", name]())[:4]
+        row["value_error"] = float(np.max(np.abs(value - exact[0]) / exact[0]))
+        if name in both:
+            gradient = np.asarray(programs["gradient", name]()[1])[:4]
+            scale = np.abs(exact[1]).max((1, 2), keepdims=True)
+            row["gradient_ms"] = times["gradient", name]
+            row["gradient_error"] = float(np.max(np.abs(gradient - exact[1]) / scale))
+            row["gradient_megabytes"] = both[name][1]
+        rows.append(row)
+    return rows
+
+
+def equal_error(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
+    """A row per contender: value and implicit gradient once the marginal error is below the threshold."""
+    solvers = {
+        "fs_jax stabilized": partial(ours_to_threshold, reg=reg),
+        "ott-jax log": partial(ott_to_threshold, reg=reg),
+    }
+    programs = {("value", name): batched(solver, costs)[0] for name, solver in solvers.items()}
+    for name, solver in solvers.items():
+        programs["gradient", name] = batched(jax.value_and_grad(solver, has_aux=True), costs)[0]
+    times = interleaved(programs, rounds)
+    rows = []
+    for name in solvers:
+        iterations, error = programs["value", name]()[1]
+        rows.append(
+            {
+                "solver": name,
+                "value_ms": times["value", name],
+                "gradient_ms": times["gradient", name],
+                "iterations": float(jnp.mean(iterations)),
+                "marginal_error": float(jnp.max(error)),
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict], columns: dict[str, str]) -> str:
+    def cell(row, column):
+        value = row.get(column)
+        if value is None:
+            return ""
+        if isinstance(value, str):
+            return value
+        return f"{value:.1e}" if "error" in column else f"{value:.4g}"
+
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(cell(row, column) for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def ratios(rows: list[dict], against: str = "ott-jax log", of: str = "fs_jax stabilized") -> list[dict]:
+    """How many times faster, per shape and reg."""
+    times = {(row["shape"], row["reg"], row["solver"]): row for row in rows}
+    return [
+        {
+            "shape": shape,
+            "reg": reg,
+            "value": times[shape, reg, against]["value_ms"] / row["value_ms"],
+            "gradient": times[shape, reg, against]["gradient_ms"] / row["gradient_ms"],
+            "gradient / value": row["gradient_ms"] / row["value_ms"],
+        }
+        for (shape, reg, solver), row in times.items()
+        if solver == of
+    ]
+
+
+def figure(result: dict, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(9, 3.6), layout="constrained")
+    for axis, what in zip(fig.subplots(1, 2, sharey=True), ("value", "gradient"), strict=True):
+        for reg, shade in zip(REGS, ("#9ecae1", "#4292c6", "#084594"), strict=True):
+            chosen = [row for row in result["ratios"] if row["reg"] == reg]
+            offset = (REGS.index(reg) - 1) * 0.27
+            axis.bar(
+                np.arange(len(chosen)) + offset, [row[what] for row in chosen], 0.25, color=shade, label=f"τ = {reg}"
+            )
+        axis.set_xticks(range(len(chosen)), [row["shape"] for row in chosen], rotation=30, ha="right")
+        axis.axhline(1, color="black", lw=0.8)
+        axis.set_title(f"{what}, {ITERATIONS} iterations")
+    fig.axes[0].set_ylabel("times faster than ott-jax (log domain)")
+    fig.axes[0].legend(frameon=False)
+    fig.savefig(path, dpi=150)
+
+
+def write(result: dict, out: Path) -> None:
+    times = {
+        "shape": "[B, n, n]",
+        "reg": "τ",
+        "solver": "solver",
+        "value_ms": "value, ms",
+        "gradient_ms": "gradient, ms",
+    }
+    accuracy = {"value_error": "value error", "gradient_error": "gradient error", "gradient_megabytes": "MB"}
+    converged = {"iterations": "iterations (mean)", "marginal_error": "marginal error (worst)"}
+    speed = {"shape": "[B, n, n]", "reg": "τ"} | {k: k for k in ("value", "gradient", "gradient / value")}
+    machine = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
+    text = [
+        "# Sinkhorn solvers",
+        f"`python -m experiments.benchmarks.solvers` on {machine}. The script says how it is measured.",
+        "## How many times faster than ott-jax in the log domain",
+        table(result["ratios"], speed),
+        "![ratios](solvers.png)",
+        f"## {ITERATIONS} iterations",
+        table(result["equal_iterations"], times | accuracy),
+        f"## Until the marginal error is below {THRESHOLD:g}; the gradient by the implicit rule",
+        table(result["equal_error"], times | converged),
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "solvers.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "solvers.md").write_text("\n\n".join(text) + "\n")
+    figure(result, out / "solvers.png")
+
+
+def main(arguments: list[str]) -> None:
+    options = tyro.cli(Options, args=arguments)
+    if options.rounds < 1:
+        raise ValueError(f"--rounds: expected at least 1, got {options.rounds}")
+    shapes = [(b, n) for b, n in SHAPES if b * n * n <= options.largest]
+    if not shapes:
+        raise ValueError(
+            f"--largest: expected at least {SHAPES[0][1] ** 2}, the smallest shape, got {options.largest:g}"
+        )
+    result = {
+        "machine": {
+            "device": jax.devices()[0].device_kind,
+            "cores": len(os.sched_getaffinity(0)),
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+        "equal_iterations": [],
+        "equal_error": [],
+    }
+    for b, n in shapes:
+        costs = jax.random.uniform(jax.random.key(0), (b, n, n))
+        for reg in REGS:
+            place = {"shape": f"[{b}, {n}, {n}]", "reg": reg}
+            rows = [place | row for row in equal_iterations(costs, reg, options.rounds)]
+            result["equal_iterations"] += rows
+            if reg == 0.01 and b <= 64:
+                result["equal_error"] += [place | row for row in equal_error(costs, reg, options.rounds)]
+            print(table(rows, {k: k for k in rows[0]}), flush=True)
+    result["ratios"] = ratios(result["equal_iterations"])
+    write(result, options.out)
+
+
+if __name__ == "__main__":
+    run(main)
