@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     from fs_jax.files import write_text
 
     def configure(**transport):
-        return dataclasses.replace(preset("cifar10_wrn10_2"), transport=TransportConfig(**transport))
+        return dataclasses.replace(preset("cifar10_wrn10_2"), smoothing=0.5, transport=TransportConfig(**transport))
 
     backend.enable_compilation_cache()
     table = compare(

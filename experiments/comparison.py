@@ -1,7 +1,9 @@
 """Train several networks on one data set, evaluate them under the same attacks, and write tables and figures."""
 
 import json
+import math
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -11,7 +13,7 @@ from fs_jax import backend, report, training
 from fs_jax.config import TrainConfig, to_dict
 from fs_jax.data import Dataset
 from fs_jax.evaluation import Attack, attack_batch, evaluate
-from fs_jax.files import write_text
+from fs_jax.files import read_jsonl, write_text
 
 
 def compare(
@@ -31,24 +33,28 @@ def compare(
     Args:
       runs: By the name of its folder in `workdir`, each network's name in the table and its configuration.
       dataset: The data set of all of them.
-      attacks: The first must be clean: it is run on all test images.
+      attacks: The first must be clean: it is run on all test images. The figure shows the last but one.
       workdir: Folder of the runs. A run that is there is gone on with.
       results: Folder of the table and figures.
       title: Of the figure of accuracies.
       attacked_images: How many test images the attacks are run on; by default all.
-      max_minutes: Stop training cleanly after so many minutes.
+      max_minutes: Stop training cleanly after so many minutes in all.
       progress: Show progress bars.
 
     Returns:
       The table and its caption; None if training was stopped, and the same call goes on.
     """
     results.mkdir(parents=True, exist_ok=True)
+    deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
     evaluations, metrics = {}, {}
     for folder, (name, config) in runs.items():
-        run = training.train(config, dataset, workdir / folder, max_minutes=max_minutes, progress=progress)
-        if not run.finished:
+        left = None if max_minutes is None else max(0.0, (deadline - time.monotonic()) / 60)
+        # One device: with several, the transport and BatchNorm of each would be of a smaller batch than the paper's.
+        device = jax.local_devices()[:1]
+        run = training.train(config, dataset, workdir / folder, devices=device, max_minutes=left, progress=progress)
+        if run.stopped or not run.finished:
             return None
-        model, variables = training.make_model(config), jax.device_put(run.state.variables)
+        model, variables = training.make_model(config), run.state.variables
         few = slice(0, attacked_images)
         clean = evaluate(model, variables, dataset.test_images, dataset.test_labels, attacks[:1], progress=progress)
         attacked = evaluate(
@@ -56,7 +62,7 @@ def compare(
         )
         summary = dict(attacked.summary)
         summary["attacks"] = [*clean.summary["attacks"], *attacked.summary["attacks"][1:]]
-        rows = report.read_jsonl(workdir / folder / "metrics.jsonl")
+        rows = read_jsonl(workdir / folder / "metrics.jsonl")
         evaluations[name] = {
             **summary, "config": to_dict(config), "environment": backend.describe(),
             "training_seconds": sum(
@@ -72,15 +78,16 @@ def compare(
     write_text(results / "table.md", table)
     report.training_curves(metrics, results / "training.png")
     report.accuracy_bars(evaluations, results / "accuracy.png", title=title)
-    draw_examples(model, variables, attacks[-2], dataset, results / "attacks.png")
+    examples = dataset.test_images, dataset.test_labels
+    draw_examples(model, variables, attacks[-2], *examples, dataset.info.class_names, results / "attacks.png")
     return table
 
 
-def draw_examples(model, variables, attack: Attack, dataset: Dataset, path: pathlib.Path, count: int = 8) -> None:
-    """Draw the first test images, what the attack adds to them, and what the network says before and after."""
-    few = dataset.test_images[:count], dataset.test_labels[:count], np.arange(count)
+def draw_examples(model, variables, attack, images, labels, class_names, path, *, seed=0, count=8) -> None:
+    """Draw the first images, what the attack adds to them, and what the network says before and after."""
+    few = images[:count], labels[:count], np.arange(len(labels[:count]))
     clean, clean_logits = attack_batch(model, variables, Attack("clean"), *few)
-    attacked, attacked_logits = attack_batch(model, variables, attack, *few)
+    attacked, attacked_logits = attack_batch(model, variables, attack, *few, seed=seed)
     report.attack_examples(
         clean,
         attacked,
@@ -88,7 +95,7 @@ def draw_examples(model, variables, attack: Attack, dataset: Dataset, path: path
         clean_logits,
         attacked_logits,
         path,
-        class_names=dataset.info.class_names,
+        class_names=class_names,
         epsilon=attack.epsilon,
         title=f"{attack.name}, radius {report.radius(attack.epsilon)}",
     )

@@ -47,8 +47,6 @@ class Arguments:
 def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.evaluate")
 
-    import jax
-
     from experiments.comparison import draw_examples
     from fs_jax import backend, data, report
     from fs_jax.config import check_number, to_dict
@@ -78,7 +76,7 @@ def main(argv: list[str]) -> None:
         "train": (dataset.train_images, dataset.train_labels),
     }[arguments.split]
     images, labels = images[: arguments.num_images], labels[: arguments.num_images]
-    with Checkpoints(arguments.workdir, config) as checkpoints:
+    with Checkpoints(arguments.workdir, config, read_only=True) as checkpoints:
         state = checkpoints.restore_best() if arguments.checkpoint == "best" else checkpoints.restore_latest()
     if state is None:
         raise ValueError(
@@ -86,10 +84,10 @@ def main(argv: list[str]) -> None:
         )
 
     model = make_model(config)
-    variables = jax.device_put(state.variables)
+    folder.mkdir(exist_ok=True)  # if it can't be made, now is the time to say so
     result = evaluate(
         model,
-        variables,
+        state.variables,
         images,
         labels,
         attack_list,
@@ -106,12 +104,14 @@ def main(argv: list[str]) -> None:
         "environment": backend.describe(),
     }
     table = report.accuracy_table({f"{summary['network']}, {config.method}": summary})
-    folder.mkdir(exist_ok=True)
-    draw_examples(model, variables, attack_list[-1], dataset, outputs["png"])
-    write_text(outputs["md"], f"{table}\n\n{report.caption({config.method: summary})}\n")
     write_text(outputs["json"], json.dumps({**summary, "records": result.records}) + "\n")
+    write_text(outputs["md"], f"{table}\n\n{report.caption({config.method: summary})}\n")
+    shown = [attack for attack in attack_list if attack.kind != "clean" and attack.epsilon > 0]
+    if shown and images.shape[-1] in (1, 3):
+        names = dataset.info.class_names
+        draw_examples(model, state.variables, shown[-1], images, labels, names, outputs["png"], seed=arguments.seed)
     print(table)
-    print(f"Written: {outputs['json']} and, beside it, .md and .png")
+    print(f"Written: {folder / arguments.name}.json and, beside it, .md and .png")
 
 
 if __name__ == "__main__":

@@ -26,12 +26,7 @@ class Arguments:
     """Show progress bars."""
 
 
-# Folder and method, name in the table, label smoothing: the paper's for its method, none for those it is compared to.
-METHODS = (
-    ("standard", "standard", 0.0),
-    ("pgd", "PGD training", 0.0),
-    ("feature_scatter", "feature scattering", 0.5),
-)
+METHODS = {"standard": "standard", "pgd": "PGD training", "feature_scatter": "feature scattering"}
 
 
 def main(argv: list[str]) -> int:
@@ -42,16 +37,16 @@ def main(argv: list[str]) -> int:
     from fs_jax.config import preset
     from fs_jax.evaluation import parse_attack
 
+    workdir = arguments.workdir
+    if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / "standard" / "config.json").exists():
+        raise ValueError(f"workdir: expected a new folder or one of the quickstart; got {workdir}. Choose another.")
     base = preset("digits")
     if arguments.epochs is not None:
         decays = tuple(epoch for epoch in base.decay_epochs if epoch < arguments.epochs)
         base = dataclasses.replace(base, epochs=arguments.epochs, decay_epochs=decays)
     backend.enable_compilation_cache()
     table = compare(
-        {
-            method: (name, dataclasses.replace(base, method=method, smoothing=smoothing))
-            for method, name, smoothing in METHODS
-        },
+        {method: (name, dataclasses.replace(base, method=method)) for method, name in METHODS.items()},
         data.load("digits"),
         [parse_attack(word, epsilon=base.attack.epsilon) for word in ("clean", "fgsm", "pgd-20", "cw-20")],
         arguments.workdir,

@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from experiments import command_line
-from fs_jax.config import PRESETS, TrainConfig, preset
+from fs_jax.config import PRESETS, TrainConfig, check_number, preset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Options:
     """Folder of the run: a new one, or the one to go on with."""
     data_dir: pathlib.Path | None = None
     """TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    devices: int | None = None
+    """How many devices to use; by default all."""
     max_minutes: float | None = None
     """Stop cleanly after so many minutes, with exit status 75; the same command goes on."""
     checkpoint_minutes: float = 5.0
@@ -55,9 +57,15 @@ def main(argv: list[str]) -> int:
     )
     options = dataclasses.asdict(arguments.options)
 
+    import jax
+
     from fs_jax import backend, data, training  # after the command line, which so answers at once
 
     backend.enable_compilation_cache()
+    devices = jax.local_devices()
+    if options["devices"] is not None:
+        check_number("devices", options["devices"], at_least=1, at_most=len(devices), integer=True)
+    options["devices"] = devices[: options["devices"]]
     dataset = data.load(arguments.config.dataset, data_dir=options.pop("data_dir"))
     run = training.train(arguments.config, dataset, **options)
     if not run.finished:

@@ -6,6 +6,8 @@ import pathlib
 
 import jax
 
+from fs_jax.files import cache_home
+
 # XLA's CPU backend hands convolutions, dots and reductions to YNNPACK. For the small channel counts of a narrow
 # network its convolutions are several times slower than XLA's own (a weight gradient of 60 x 32 x 32 x 32: 42 ms
 # against 13 ms on two AVX-512 cores), while its reductions are several times faster. So: all but the convolutions.
@@ -48,11 +50,6 @@ def enable_compilation_cache(directory: str | os.PathLike | None = None) -> path
     jax.config.update("jax_compilation_cache_dir", str(chosen))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     return pathlib.Path(chosen)
-
-
-def cache_home() -> pathlib.Path:
-    """The project's folder in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`)."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fs_jax"
 
 
 def describe() -> dict[str, str | int]:

@@ -82,7 +82,8 @@ def _flax_path(name: str) -> tuple[str, tuple[str, ...], str]:
     match = _TORCH_NAME.fullmatch(name)
     if match is None:
         raise ValueError(
-            f"state_dict: expected names of a Wide-ResNet, such as 'block1.layer.0.conv1.weight'; got {name!r}."
+            f"state_dict: expected names of a Wide-ResNet, such as 'block1.layer.0.conv1.weight'; got {name!r}. "
+            "Remove a prefix that a wrapper added, such as 'module.'."
         )
     prefix = (f"{match['block']}_layer{match['layer']}",) if match["block"] else ()
     if match["bn"]:
@@ -126,6 +127,9 @@ def _check_complete(variables: Mapping[str, Any]) -> None:
             block = f"block{group}.layer.{layer}"
             expected |= {f"{block}.{bn}.{stat}" for bn in ("bn1", "bn2") for stat in _BATCH_NORM}
             expected |= {f"{block}.{conv}.weight" for conv in ("conv1", "conv2")}
+            kernel = params.get(f"block{group}_layer{layer}", {}).get("conv1", {}).get("kernel")
+            if kernel is not None and kernel.shape[2] != kernel.shape[3]:  # the width changes
+                expected.add(f"{block}.convShortcut.weight")
     found = {_torch_name(path)[0] for tree in (params, stats) for path, _ in _leaves(tree)}
     missing = sorted(expected - found)
     if missing:

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from fs_jax.config import check_choice
-from fs_jax.files import replacing
+from fs_jax.files import cache_home, replacing
 
 # --- What there is ---------------------------------------------------------------------------------------------------
 
@@ -330,7 +330,7 @@ def _sha256(arrays: Mapping[str, np.ndarray]) -> str:
 def _cache_dir(cache_dir: str | os.PathLike | None) -> Path:
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fs_jax"
+    return cache_home()
 
 
 def _cached(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

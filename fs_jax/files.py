@@ -1,11 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read though a writer was killed."""
 
 import contextlib
+import json
 import os
 import pathlib
 import uuid
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -44,3 +45,44 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    r"""Read one JSON object per line, and leave out a last line that a killed run didn't finish.
+
+    Args:
+      path: A JSONL file.
+
+    Returns:
+      The objects, in the order of the lines. Blank lines are skipped.
+
+    Raises:
+      ValueError: Another line isn't a JSON object; the message has its number.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+      >>> _ = path.write_text('{"step": 1, "loss": 2.3}\n{"step": 2, "lo')
+      >>> read_jsonl(path)
+      [{'step': 1, 'loss': 2.3}]
+    """
+    lines = pathlib.Path(path).read_bytes().split(b"\n")  # what follows the last newline is unfinished
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # not JSON, or cut inside a character
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: expected a JSON object; got {line[:60]!r} ({error}).") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object; got {line[:60]!r}.")
+        rows.append(row)
+    return rows
+
+
+def cache_home() -> pathlib.Path:
+    """The project's folder in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`)."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fs_jax"

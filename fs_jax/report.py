@@ -5,7 +5,6 @@ matplotlib is loaded when the first figure is drawn, and no display or global st
 """
 
 import contextlib
-import json
 import math
 import os
 import pathlib
@@ -40,42 +39,6 @@ _STYLE = {
 }
 _DPI = 160
 _WORST = "worst case"
-
-
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    r"""Read one JSON object per line, and leave out a last line that a killed run didn't finish.
-
-    Args:
-      path: A JSONL file.
-
-    Returns:
-      The objects, in the order of the lines. Blank lines are skipped.
-
-    Raises:
-      ValueError: Another line isn't a JSON object; the message has its number.
-
-    Example:
-      >>> import pathlib, tempfile
-      >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
-      >>> _ = path.write_text('{"step": 1, "loss": 2.3}\n{"step": 2, "lo')
-      >>> read_jsonl(path)
-      [{'step': 1, 'loss': 2.3}]
-    """
-    lines = pathlib.Path(path).read_bytes().split(b"\n")  # what follows the last newline is unfinished
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # not JSON, or cut inside a character
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: expected a JSON object; got {line[:60]!r} ({error}).") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object; got {line[:60]!r}.")
-        rows.append(row)
-    return rows
 
 
 def accuracy_table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
@@ -207,14 +170,14 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: st
     """Draw loss and accuracies over epochs, a colour per run.
 
     Args:
-      metrics: Run's name to its rows, as `read_jsonl` gives them. Each has `step` and `epoch` (the epochs seen, a
+      metrics: Run's name to its rows, as `fs_jax.files.read_jsonl` gives them. Each has `step` and `epoch` (the epochs seen, a
         fraction inside one) and some of `loss` (nats), `accuracy` and `natural_accuracy` (in [0, 1], on the images
-        trained on and on these before the attack), `monitor_clean` and `monitor_robust` (in [0, 1], on held-out
-        images). A resumed run may log a step again: the later value counts.
+        trained on and on these before the attack), `monitor_clean` and `monitor_robust` (in [0, 1], on the
+        monitored images). A resumed run may log a step again: the later value counts.
       path: The PNG file to write.
 
     Returns:
-      The figure: an axes for the loss, one for the accuracies in training, and one for the held-out images where a
+      The figure: an axes for the loss, one for the accuracies in training, and one for the monitored images where a
       row has them.
 
     Example:
@@ -245,7 +208,7 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: st
         loss.set_title("training loss")
         loss.set_ylabel("cross-entropy (nats)")
         accuracies = [(training, "training accuracy", "as trained on")]
-        accuracies += [(axes, "held-out accuracy", "attacked") for axes in held_out]
+        accuracies += [(axes, "accuracy on monitored images", "attacked") for axes in held_out]
         for axes, title, solid in accuracies:
             axes.set_title(title)
             axes.set_ylabel("accuracy (%)")

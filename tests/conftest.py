@@ -1,6 +1,9 @@
 """Four simulated CPU devices for all tests, recorded vectors, and a small network to attack."""
 
+import os
 import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # also of the processes that tests start; before JAX is imported
 
 import jax
 import jax.numpy as jnp

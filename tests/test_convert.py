@@ -30,7 +30,7 @@ def test_a_foreign_name_is_refused(recorded_10_1):
         convert.from_torch({**weights, "layer1.conv.weight": np.zeros((1, 1, 3, 3))})
 
 
-@pytest.mark.parametrize("name", ["fc.bias", "block2.layer.0.bn2.running_var", "block3.layer.0.conv1.weight"])
+@pytest.mark.parametrize("name", ["fc.bias", "block2.layer.0.bn2.running_var", "block3.layer.0.convShortcut.weight"])
 def test_a_missing_array_is_named(recorded_10_1, name):
     weights = recorded_10_1.state_dict("weights/")
     del weights[name]

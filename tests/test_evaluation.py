@@ -68,6 +68,8 @@ def test_restarts_and_attacks_are_worst_cases(network):
         runs.append(np.argmax(logits, -1) == LABELS)
     assert often["accuracy"] == np.mean(np.all(runs, axis=0))
     assert often["lowest_single_run"] == np.mean(runs, axis=1).min()
+    # The first start of four is the one start of one, so that more starts can only find more.
+    assert (runs[0] == [record["margin"]["pgd-2"] > 0 for record in result.records]).all()
     survivors = [all(record["margin"][name] > 0 for name in record["margin"]) for record in result.records]
     assert survivors == [record["robust"] for record in result.records]
     assert result.summary["worst"]["correct"] == sum(survivors) <= min(clean["correct"], once["correct"])

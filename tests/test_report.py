@@ -12,7 +12,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from fs_jax import report
+from fs_jax import files, report
 
 
 def record(name, accuracy, low, high, **more):
@@ -280,7 +280,7 @@ def test_a_failed_write_keeps_the_old_figure(tmp_path, monkeypatch):
 
 def test_figures_need_no_display_and_the_module_loads_no_matplotlib(tmp_path):
     script = (
-        "import sys; from fs_jax import report; assert 'matplotlib' not in sys.modules\n"
+        "import sys; from fs_jax import files, report; assert 'matplotlib' not in sys.modules\n"
         "record = {'name': 'clean', 'accuracy': 0.5, 'low': 0.4, 'high': 0.6}\n"
         "report.accuracy_bars({'a': {'attacks': [record], 'worst': record}}, sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
@@ -296,10 +296,10 @@ def test_jsonl_cut_anywhere_in_its_last_line_gives_the_lines_before(tmp_path):
     first, second = (json.dumps(row, ensure_ascii=False).encode() for row in rows)
     for cut in range(len(second)):
         path.write_bytes(first + b"\n" + second[:cut])
-        assert report.read_jsonl(path) == rows[:1]
+        assert files.read_jsonl(path) == rows[:1]
     for end in (b"", b"\n", b"\n\n"):
         path.write_bytes(first + b"\n" + second + end)
-        assert report.read_jsonl(path) == rows
+        assert files.read_jsonl(path) == rows
 
 
 @pytest.mark.parametrize("broken", [b'{"step": 2, "lo\n', b'{"step": 2, "lo{"step": 2}\n', b"[2, 3]\n", b'"\xce\n'])
@@ -307,4 +307,4 @@ def test_jsonl_broken_elsewhere_names_the_line(tmp_path, broken):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\n' + broken + b'{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3: expected a JSON object; got "):
-        report.read_jsonl(path)
+        files.read_jsonl(path)

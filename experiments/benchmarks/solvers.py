@@ -5,8 +5,8 @@
 
 Two tables. At equal iterations (50, what one training step does): milliseconds for the value ⟨T, C⟩ of every problem,
 and for value and gradient by unrolling. At equal marginal error (1e-3 in L1): milliseconds until every problem is
-there. Costs are uniform on [0, 1], float32; each figure is the median of rounds in which every contender runs once. Errors are
-relative, against the same iterations in float64 in the log domain, on the first problems of the batch.
+there. Costs are uniform on [0, 1], float32; each figure is the median of rounds in which every contender runs once.
+Errors are relative, against the same iterations in float64 in the log domain, on the first problems of the batch.
 
 ott-jax as its documentation says for vmap: min_iterations = max_iterations makes its loop a scan. Its gradient is taken
 with an unreachable threshold instead, since the scan's (ott-jax 0.6) walks back over the wrong iterations. POT is NumPy

@@ -146,7 +146,7 @@ def jax_contestants(arguments: Arguments, solver: str):
             (logits, _), updates = model.apply(
                 {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
             )
-            return jnp.mean(smoothed_cross_entropy(logits, labels, config.smoothing)), updates
+            return jnp.mean(smoothed_cross_entropy(logits, labels, config.label_smoothing)), updates
 
         return jax.value_and_grad(loss, has_aux=True)(variables["params"])
 

@@ -68,6 +68,8 @@ def image_keys(rng: Key[Array, ""] | Key[Array, "n"], count: int) -> Key[Array, 
       >>> image_keys(jax.random.key(0), 3).shape
       (3,)
     """
+    if not isinstance(rng, jax.Array):
+        raise TypeError(f"rng: expected a key, such as jax.random.key(0); got {rng!r}.")
     if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         # An old-style key, jax.random.PRNGKey: an array of integers, one axis more than the keys it holds.
         rng = jax.random.wrap_key_data(rng)
@@ -93,6 +95,8 @@ def check_attack(
     Raises:
       TypeError, ValueError: naming the argument, what was expected, what was given, and what to do.
     """
+    if not hasattr(images, "dtype"):
+        raise TypeError(f"images: expected an array; got {type(images).__name__}. Use jnp.asarray.")
     if images.ndim != 4:
         raise ValueError(f"images: expected shape [N, height, width, channels]; got {images.shape}.")
     if not jnp.issubdtype(images.dtype, jnp.floating):
@@ -113,13 +117,15 @@ def check_attack(
             f"images: expected values in [0, 1]; got [{values.min():.4g}, {values.max():.4g}]. "
             "Divide by 255, or undo the normalisation: the model does its own."
         )
-    num_classes = jax.eval_shape(logits_fn, images).shape[-1]
     if labels is None:
         return
+    if not hasattr(labels, "dtype"):
+        raise TypeError(f"labels: expected an array of integers; got {type(labels).__name__}. Use jnp.asarray.")
     if labels.shape != images.shape[:1]:
         raise ValueError(f"labels: expected shape {images.shape[:1]}, one for each image; got {labels.shape}.")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels: expected integers; got {labels.dtype}.")
+    num_classes = jax.eval_shape(logits_fn, images).shape[-1]
     classes = _known(labels)
     if classes is not None and classes.size and not (classes.min() >= 0 and classes.max() < num_classes):
         raise ValueError(

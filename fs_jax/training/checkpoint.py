@@ -25,6 +25,7 @@ class Checkpoints:
     Args:
       workdir: The run's folder.
       config: The run's configuration; a checkpoint of another one is refused.
+      read_only: Only look: make no folders, and leave damaged checkpoints where they are.
 
     Example:
       >>> import tempfile
@@ -37,12 +38,12 @@ class Checkpoints:
       0
     """
 
-    def __init__(self, workdir: str | os.PathLike, config: TrainConfig):
-        self._config = config
+    def __init__(self, workdir: str | os.PathLike, config: TrainConfig, *, read_only: bool = False):
+        self._config, self._read_only = config, read_only
         # An absolute path is what Orbax asks for.
         root = pathlib.Path(workdir).absolute()
-        self._latest = _manager(root / "checkpoints", KEPT)
-        self._best = _manager(root / "best", 1)
+        self._latest = _manager(root / "checkpoints", KEPT, read_only)
+        self._best = _manager(root / "best", 1, read_only)
 
     def __enter__(self):
         return self
@@ -73,7 +74,12 @@ class Checkpoints:
         step = self._best.latest_step()
         if step is None:
             return {}
-        return self._best.restore(step, args=ocp.args.Composite(scores=ocp.args.JsonRestore()))["scores"]
+        try:
+            return self._best.restore(step, args=ocp.args.Composite(scores=ocp.args.JsonRestore()))["scores"]
+        except Exception as error:  # whatever a damaged file brings about
+            _skipped(self._best, step, error)
+            self._set_aside(self._best, [step])
+            return {}
 
     def restore_latest(self) -> TrainState | None:
         """The newest checkpoint that can be read; None where there is none.
@@ -81,14 +87,21 @@ class Checkpoints:
         A damaged one is passed over with a warning, and set aside so that its step can be saved again.
 
         Raises:
-          ValueError: if a checkpoint is of another configuration, naming the fields that differ.
+          ValueError: if a checkpoint is of another configuration, naming the fields that differ; or if there are
+            checkpoints and none can be read. Nothing is changed then.
         """
+        damaged = []
         for step in sorted(self._latest.all_steps(), reverse=True):
             state = self._restore(self._latest, step)
             if state is not None:
+                self._set_aside(self._latest, damaged)
                 return state
-            _set_aside(self._latest.directory / str(step))
-            self._latest.reload()
+            damaged.append(step)
+        if damaged:
+            raise ValueError(
+                f"workdir: expected a checkpoint that can be read; none of steps {damaged} in {self._latest.directory} "
+                "can. Nothing was changed. See the warnings; to start anew, choose another workdir."
+            )
         return None
 
     def restore_best(self) -> TrainState | None:
@@ -105,6 +118,17 @@ class Checkpoints:
         for manager in (self._latest, self._best):
             manager.wait_until_finished()
             manager.close()
+
+    def _set_aside(self, manager, steps: list[int]) -> None:
+        """Rename damaged checkpoints, out of Orbax's sight but not out of the user's."""
+        if self._read_only or not steps:
+            return
+        for step in steps:
+            path, number = manager.directory / str(step), 1
+            while (target := path.with_name(f"damaged-{step}" + (f"-{number}" if number > 1 else ""))).exists():
+                number += 1
+            os.rename(path, target)
+        manager.reload()
 
     def _args(self, state: TrainState, scores: dict[str, float] | None = None):
         return ocp.args.Composite(
@@ -143,8 +167,14 @@ def check_same_config(ours: TrainConfig, theirs: TrainConfig, where: str) -> Non
         )
 
 
-def _manager(directory: pathlib.Path, kept: int) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=kept, create=True, enable_async_checkpointing=True)
+def _manager(directory: pathlib.Path, kept: int, read_only: bool) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=kept,
+        create=not read_only,
+        read_only=read_only,
+        cleanup_tmp_directories=not read_only,  # what a killed run left half-written
+        enable_async_checkpointing=not read_only,
+    )
     return ocp.CheckpointManager(directory, options=options, item_names=("state", "config", "scores"))
 
 
@@ -170,13 +200,3 @@ def _skipped(manager, step, error) -> None:
         f"{str(error).splitlines()[0] if str(error) else ''}",
         stacklevel=3,
     )
-
-
-def _set_aside(path: pathlib.Path) -> None:
-    """Rename a damaged checkpoint, out of Orbax's sight but not out of the user's."""
-    target = path.with_name(f"damaged-{path.name}")
-    number = 1
-    while target.exists():
-        number += 1
-        target = path.with_name(f"damaged-{path.name}-{number}")
-    os.rename(path, target)

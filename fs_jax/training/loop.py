@@ -21,10 +21,11 @@ from jaxtyping import Array, Int, Key
 from fs_jax.config import TrainConfig, check_number, from_dict, to_dict
 from fs_jax.data import Dataset
 from fs_jax.evaluation import Attack, evaluate
-from fs_jax.files import write_text
+from fs_jax.files import read_jsonl, write_text
 from fs_jax.training.checkpoint import Checkpoints, check_same_config
 from fs_jax.training.parallel import pmap_train_steps, replicate, share, unreplicate
 from fs_jax.training.state import TrainState, create_state, make_model
+from fs_jax.training.step import train_step
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -37,6 +38,8 @@ class Run(NamedTuple):
     """The state on the host, unreplicated."""
     finished: bool
     """Whether the last epoch is done; otherwise the same call goes on."""
+    stopped: bool
+    """Whether a signal or the time limit asked for a stop, be it with the last step."""
 
 
 def train(
@@ -56,10 +59,13 @@ def train(
     A run that is stopped (SIGTERM, SIGINT, `max_minutes`) or killed, and called again, ends in the same weights as one
     left alone: batches, crops and noise are drawn from the seed, the epoch and the step.
 
+    Any number of devices can go on with a run; another number gives other sums, so the same weights to rounding only,
+    and with transport and BatchNorm per device another method.
+
     In `workdir`: `config.json`, `metrics.jsonl` and `tensorboard/` (a row per dispatch, and one per epoch with the
-    accuracies on the monitored images), `checkpoints/` and `best/`. The monitored images are the held-out ones, or the
-    first training images where none are held out; never test images. Best is the highest accuracy under PGD-10 (for
-    standard training, the highest clean accuracy).
+    accuracies on the monitored images), `checkpoints/` and `best/`. The monitored images are held-out ones, or
+    training images where none are held out, drawn by the seed; never test images. Best is the highest accuracy under
+    PGD-10 (for standard training, the highest clean accuracy).
 
     Args:
       config: Configuration. Its `train_size` is set to the data set's.
@@ -103,23 +109,26 @@ def train(
     config = _fit_to_data(config, dataset)
     steps = pmap_train_steps(config, dataset.info, devices)  # before anything is written: it checks the batch size
 
+    batch = {"images": jnp.zeros((1, *dataset.info.image_shape)), "labels": jnp.zeros(1, jnp.int32)}
+    rng = jax.random.key(config.seed)
+    jax.eval_shape(lambda: train_step(create_state(config, rng), batch, rng, config=config))  # does it work at all?
+
     workdir = open_workdir(workdir, config)
     with _lock(workdir), Checkpoints(workdir, config) as checkpoints, _stop_signals() as stop:
-        init_rng, order_rng, steps_rng = jax.random.split(jax.random.key(config.seed), 3)
+        init_rng, order_rng, steps_rng = jax.random.split(rng, 3)
         restored = checkpoints.restore_latest()
         state = create_state(config, init_rng) if restored is None else restored
         step = int(state.step)
         state = replicate(state, devices)
         best = checkpoints.best_scores()
 
-        kept = slice(0, config.train_size - config.holdout)
+        kept, monitored = _split(config, monitor_images)
         images, labels = share((dataset.train_images[kept], dataset.train_labels[kept]), devices)
-        monitored = slice(config.train_size - config.holdout, None) if config.holdout else slice(0, None)
-        monitor = tuple(x[monitored][:monitor_images] for x in (dataset.train_images, dataset.train_labels))
+        monitor = dataset.train_images[monitored], dataset.train_labels[monitored]
 
         if progress and step:
             print(f"Going on from step {step} of {config.total_steps}.", file=sys.stderr)
-        saved_at = time.monotonic()
+        saved_at, stopping = time.monotonic(), False
         with _Log(workdir, step) as log, _progress_bar(config, step, progress) as bar:
             epoch, order = None, None
             while step < config.total_steps:
@@ -162,7 +171,7 @@ def train(
                     saved_at = time.monotonic()
                 if stopping:
                     break
-        return Run(unreplicate(state), step >= config.total_steps)
+        return Run(unreplicate(state), step >= config.total_steps, stopping)
 
 
 def open_workdir(workdir: str | os.PathLike, config: TrainConfig) -> pathlib.Path:
@@ -172,8 +181,11 @@ def open_workdir(workdir: str | os.PathLike, config: TrainConfig) -> pathlib.Pat
       ValueError: if the folder holds files but no run, or a run of another configuration.
       PermissionError, NotADirectoryError, FileExistsError: if it can't be made or written to.
     """
-    workdir = pathlib.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = pathlib.Path(workdir).expanduser()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"workdir: expected a folder that can be made; got {workdir}: {error.strerror}.") from None
     if not os.access(workdir, os.W_OK | os.X_OK):
         raise PermissionError(f"workdir: expected a folder that can be written to; got {workdir}. Choose another.")
     if (workdir / CONFIG_FILE).exists():
@@ -200,7 +212,12 @@ def read_config(workdir: str | os.PathLike) -> TrainConfig:
             f"workdir: expected the folder of a run, with {CONFIG_FILE}; got {workdir}. "
             "Make one with: python -m experiments.train PRESET --workdir DIR"
         )
-    return from_dict(json.loads(path.read_text()))
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"workdir: expected the folder of a run; {path} is no configuration of one: {error} Choose another."
+        ) from None
 
 
 def _fit_to_data(config: TrainConfig, dataset: Dataset) -> TrainConfig:
@@ -211,6 +228,14 @@ def _fit_to_data(config: TrainConfig, dataset: Dataset) -> TrainConfig:
             f"got {config.batch_size}."
         )
     return config
+
+
+def _split(config: TrainConfig, monitor_images: int) -> tuple[np.ndarray | slice, np.ndarray]:
+    """Indices of the images to train on and of the monitored ones."""
+    shuffled = np.random.default_rng(config.seed).permutation(config.train_size)  # an .npz may be sorted by class
+    if not config.holdout:
+        return slice(None), shuffled[:monitor_images]
+    return np.sort(shuffled[config.holdout :]), shuffled[: config.holdout][:monitor_images]
 
 
 @jax.jit
@@ -248,12 +273,8 @@ class _Log:
 
         path = workdir / METRICS_FILE
         if path.exists():
-            rows = []
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut short
-                    rows.append(json.loads(line))
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
-            write_text(path, "".join(kept))
+            rows = read_jsonl(path)  # without the line that a kill cut short
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         self._file = path.open("a")
         self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
@@ -321,5 +342,5 @@ def _non_finite(metrics: dict[str, float], step: int, count: int, checkpoints: C
     kept = f"The last good checkpoint is of step {steps[-1]}." if steps else "There is no checkpoint yet."
     return (
         f"Not finite between steps {step} and {step + count}: {wrong}. The run stops. {kept} "
-        "Try a lower learning rate, a larger transport.reg, or float32."
+        "Try a lower learning rate, a larger transport.reg, or float32, in a new workdir."
     )

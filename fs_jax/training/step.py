@@ -61,7 +61,7 @@ def train_step(
         (logits, _), updates = make_model(config, axis_name).apply(
             {"params": params, "batch_stats": state.batch_stats}, attacked, train=True, mutable=["batch_stats"]
         )
-        loss = jnp.mean(smoothed_cross_entropy(logits, labels, config.smoothing))
+        loss = jnp.mean(smoothed_cross_entropy(logits, labels, config.label_smoothing))
         return loss, (_accuracy(logits, labels), updates["batch_stats"])
 
     (loss, (accuracy, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

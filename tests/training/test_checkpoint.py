@@ -81,6 +81,45 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(state, tmp_pa
         equal(checkpoints.restore_latest(), at(state, 4))
 
 
+def test_where_no_checkpoint_can_be_read_nothing_is_changed(state, tmp_path):
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(at(state, step))
+    for step in (2, 4):
+        damaged(tmp_path / "checkpoints" / str(step), "truncated")
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"none of steps \[4, 2\].*Nothing was changed"):
+            checkpoints.restore_latest()
+        assert checkpoints.steps() == [2, 4]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_a_damaged_best_checkpoint_does_not_stop_the_run(state, tmp_path):
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save_best(at(state, 2), {"monitor_robust": 0.5})
+    for file in (tmp_path / "best" / "2" / "scores").iterdir():
+        file.write_bytes(file.read_bytes()[:3])
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        with pytest.warns(UserWarning, match="best/2 can't be read"):
+            assert checkpoints.best_scores() == {}
+        checkpoints.save_best(at(state, 2), {"monitor_robust": 0.6})
+    with Checkpoints(tmp_path, CONFIG, read_only=True) as checkpoints:
+        assert checkpoints.best_scores() == {"monitor_robust": 0.6}
+
+
+def test_looking_changes_nothing(state, tmp_path):
+    with Checkpoints(tmp_path / "empty", CONFIG, read_only=True) as checkpoints:
+        assert checkpoints.restore_latest() is checkpoints.restore_best() is None
+    assert not (tmp_path / "empty").exists()
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(at(state, step))
+    damaged(tmp_path / "checkpoints" / "4", "truncated")
+    with Checkpoints(tmp_path, CONFIG, read_only=True) as checkpoints, pytest.warns(UserWarning):
+        equal(checkpoints.restore_latest(), at(state, 2))
+    assert (tmp_path / "checkpoints" / "4").is_dir()
+
+
 def test_a_checkpoint_of_another_configuration_is_refused_with_the_fields(state, tmp_path):
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         checkpoints.save(at(state, 2))
