@@ -170,8 +170,8 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: st
     """Draw loss and accuracies over epochs, a colour per run.
 
     Args:
-      metrics: Run's name to its rows, as `fs_jax.files.read_jsonl` gives them. Each has `step` and `epoch` (the epochs seen, a
-        fraction inside one) and some of `loss` (nats), `accuracy` and `natural_accuracy` (in [0, 1], on the images
+      metrics: Run's name to its rows, as `fs_jax.files.read_jsonl` gives them. Each has `step` and `epoch` (those seen,
+        a fraction inside one) and some of `loss` (nats), `accuracy` and `natural_accuracy` (in [0, 1], on the images
         trained on and on these before the attack), `monitor_clean` and `monitor_robust` (in [0, 1], on the
         monitored images). A resumed run may log a step again: the later value counts.
       path: The PNG file to write.

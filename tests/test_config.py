@@ -20,10 +20,10 @@ def test_presets_are_the_papers():
     paper = configs.preset("cifar10_wrn28_10")
     assert (paper.model.depth, paper.model.width, paper.batch_size, paper.epochs) == (28, 10, 60, 200)
     assert (paper.decay_epochs, paper.decay_factor, paper.learning_rate) == ((60, 90), 0.1, 0.1)
-    assert (paper.transport.reg, paper.smoothing, paper.weight_decay, paper.momentum) == (0.01, 0.5, 2e-4, 0.9)
+    assert (paper.transport.reg, paper.label_smoothing, paper.weight_decay, paper.momentum) == (0.01, 0.5, 2e-4, 0.9)
     assert (paper.attack.epsilon, paper.attack_step_size, paper.attack_steps) == (8 / 255, 8 / 255, 1)
     madry = dataclasses.replace(paper, method="pgd")
-    assert (madry.attack_step_size, madry.attack_steps) == (2 / 255, 7)
+    assert (madry.attack_step_size, madry.attack_steps, madry.label_smoothing) == (2 / 255, 7, 0)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,8 @@ def test_presets_are_the_papers():
         (lambda: TrainConfig(smoothing=1.5), ValueError, "smoothing: .* at most 1; got 1.5"),
         (lambda: TrainConfig(learning_rate=float("nan")), ValueError, "learning_rate: expected a finite number"),
         (lambda: TrainConfig(decay_epochs=(90, 60)), ValueError, "decay_epochs: expected increasing"),
-        (lambda: TrainConfig(holdout=50_000), ValueError, "holdout: .* of at most 49999"),
+        (lambda: TrainConfig(seed=2**70), ValueError, "seed: expected an integer of at least 0 of at most 4294967295"),
+        (lambda: TrainConfig(decay_epochs=(1.5,)), TypeError, "decay_epochs: expected an integer"),
         (lambda: configs.from_dict({"modle": {}}), ValueError, "field modle: .*Did you mean 'model'"),
         (lambda: configs.from_dict({"model": {"deph": 10}}), ValueError, "field model.deph: .*Did you mean 'depth'"),
     ],

@@ -39,7 +39,7 @@ def png_size(path):
     return struct.unpack(">II", data[16:24])
 
 
-def files(folder):
+def listing(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -185,7 +185,7 @@ def test_a_long_run_is_smoothed_by_a_centred_mean_and_the_figure_says_so(tmp_pat
 def test_bad_metrics_are_named(tmp_path, metrics, message):
     with pytest.raises(ValueError, match=message):
         report.training_curves(metrics, tmp_path / "curves.png")
-    assert files(tmp_path) == []
+    assert listing(tmp_path) == []
 
 
 EPSILON = 8 / 255
@@ -253,19 +253,19 @@ def test_bad_examples_are_named(tmp_path, change, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         report.attack_examples(**(arguments | change))
-    assert files(tmp_path) == []
+    assert listing(tmp_path) == []
 
 
 def test_the_same_data_give_the_same_bytes(tmp_path):
     for name in ("one.png", "two.png"):
         report.accuracy_bars(EVALUATIONS, tmp_path / "new folder" / name)
-    assert files(tmp_path / "new folder") == ["one.png", "two.png"]
+    assert listing(tmp_path / "new folder") == ["one.png", "two.png"]
     assert (tmp_path / "new folder/one.png").read_bytes() == (tmp_path / "new folder/two.png").read_bytes()
 
 
 def test_a_failed_write_keeps_the_old_figure(tmp_path, monkeypatch):
     def disk_full(figure, target, **_):
-        target.write_bytes(b"half a pict")
+        target.write(b"half a pict")
         raise OSError("No space left on device")
 
     path = tmp_path / "bars.png"
@@ -274,7 +274,7 @@ def test_a_failed_write_keeps_the_old_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", disk_full)
     with pytest.raises(OSError, match="No space"):
         report.accuracy_bars(EVALUATIONS, path)
-    assert files(tmp_path) == ["bars.png"]
+    assert listing(tmp_path) == ["bars.png"]
     assert path.read_bytes() == before
 
 

@@ -142,8 +142,10 @@ def train(
                 state, sums = steps(state, images, labels, order, steps_rng, jnp.int32(first), jnp.int32(count))
                 metrics = {name: float(total) / count for name, total in unreplicate(sums).items()}
                 seconds = time.monotonic() - began
-                if not all(math.isfinite(value) for value in metrics.values()):
-                    raise FloatingPointError(_non_finite(metrics, step, count, checkpoints))
+                wrong = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
+                if wrong:
+                    why = f"Not finite between steps {step} and {step + count}: {', '.join(wrong)}."
+                    raise FloatingPointError(_stopped(why, checkpoints))
                 step += count
                 bar.update(count)
                 bar.set_postfix(epoch=step // config.steps_per_epoch, loss=f"{metrics['loss']:.3f}")
@@ -158,17 +160,20 @@ def train(
 
                 ends_epoch = step % config.steps_per_epoch == 0
                 stopping = bool(stop) or time.monotonic() >= deadline
-                if ends_epoch and len(monitor[1]):
-                    scores = _monitor(config, unreplicate(state), monitor)
-                    log.write(step, {"epoch": step / config.steps_per_epoch, **scores})
-                    decisive = "monitor_clean" if config.method == "standard" else "monitor_robust"
-                    if scores[decisive] > best.get(decisive, -1):
-                        best = scores
-                        checkpoints.save_best(unreplicate(state), scores)
-                # After the best one: a run that is killed in between comes back to before both.
-                if ends_epoch or stopping or time.monotonic() - saved_at >= 60 * checkpoint_minutes:
-                    checkpoints.save(unreplicate(state))
-                    saved_at = time.monotonic()
+                try:
+                    if ends_epoch and len(monitor[1]):
+                        scores = _monitor(config, unreplicate(state), monitor)
+                        log.write(step, {"epoch": step / config.steps_per_epoch, **scores})
+                        decisive = "monitor_clean" if config.method == "standard" else "monitor_robust"
+                        if scores[decisive] > best.get(decisive, -1):
+                            best = scores
+                            checkpoints.save_best(unreplicate(state), scores)
+                    # After the best one: a run that is killed in between comes back to before both.
+                    if ends_epoch or stopping or time.monotonic() - saved_at >= 60 * checkpoint_minutes:
+                        checkpoints.save(unreplicate(state))
+                        saved_at = time.monotonic()
+                except FloatingPointError as error:  # the loss was finite, the weights after it aren't
+                    raise FloatingPointError(_stopped(f"Not finite at step {step}: {error}", checkpoints)) from None
                 if stopping:
                     break
         return Run(unreplicate(state), step >= config.total_steps, stopping)
@@ -222,6 +227,7 @@ def read_config(workdir: str | os.PathLike) -> TrainConfig:
 
 def _fit_to_data(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     config = dataclasses.replace(config, train_size=len(dataset.train_labels))
+    check_number("holdout", config.holdout, at_least=0, at_most=config.train_size - 1, integer=True)
     if config.steps_per_epoch < 1:
         raise ValueError(
             f"batch_size: expected at most the {config.train_size - config.holdout} training images; "
@@ -336,11 +342,9 @@ def _lock(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _non_finite(metrics: dict[str, float], step: int, count: int, checkpoints: Checkpoints) -> str:
-    wrong = ", ".join(f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value))
+def _stopped(why: str, checkpoints: Checkpoints) -> str:
     steps = checkpoints.steps()
     kept = f"The last good checkpoint is of step {steps[-1]}." if steps else "There is no checkpoint yet."
     return (
-        f"Not finite between steps {step} and {step + count}: {wrong}. The run stops. {kept} "
-        "Try a lower learning rate, a larger transport.reg, or float32, in a new workdir."
+        f"{why} The run stops. {kept} Try a lower learning rate, a larger transport.reg, or float32, in a new workdir."
     )

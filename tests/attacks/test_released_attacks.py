@@ -12,7 +12,9 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize(
-    ("attack", "name"), [(attacks.fgsm, "fgsm"), (attacks.pgd, "pgd20"), (attacks.cw, "cw20")], ids=lambda x: str(x)
+    ("attack", "name"),
+    [(attacks.fgsm, "fgsm"), (attacks.pgd, "pgd20"), (attacks.cw, "cw20")],
+    ids=["fgsm", "pgd20", "cw20"],
 )
 def test_attacked_images_equal_the_recorded_on_every_pixel(recorded, attack, name):
     model, variables = WideResNet(recorded.depth, recorded.width, dtype=jnp.float64), recorded.variables(jnp.float64)

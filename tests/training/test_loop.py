@@ -132,7 +132,7 @@ def test_a_finished_run_is_left_as_it_is(undisturbed):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     # Weights that grow 4,000-fold a step leave float32's range of 3e38 after some ten of them, not at once.
     config = dataclasses.replace(SHORT, learning_rate=2e7, epochs=3, decay_epochs=(), method="standard")
-    with pytest.raises(FloatingPointError, match=r"Not finite between steps .*Try a lower learning rate") as error:
+    with pytest.raises(FloatingPointError, match=r"Not finite .* The run stops.*Try a lower learning rate") as error:
         train(
             config, DIGITS, tmp_path, devices=jax.devices()[:1], monitor_images=0, progress=False,
             steps_per_dispatch=1, checkpoint_minutes=0,
@@ -171,7 +171,7 @@ def test_a_foreign_folder_is_refused_and_left_as_it_is(tmp_path):
 @pytest.mark.parametrize("below", ["", "below"])
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path, below):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OSError, match="workdir: expected a folder that can be made; got .*file"):
+    with pytest.raises(OSError, match=r"workdir: expected a folder that can be made; got .*file"):
         train(SHORT, DIGITS, tmp_path / "file" / below, devices=jax.devices()[:1])
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -206,6 +206,11 @@ def test_a_second_run_in_the_same_folder_is_refused(cache, tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_holdout_of_everything_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holdout: expected an integer of at least 0 of at most 1436; got 1437"):
+        train(dataclasses.replace(SHORT, holdout=1437), DIGITS, tmp_path / "run", devices=jax.devices()[:1])
 
 
 def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(tmp_path):
