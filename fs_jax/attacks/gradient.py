@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from fs_jax.attacks.linf import LogitsFn, check_attack, project, random_start
+from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed, project, random_start
 from fs_jax.attacks.losses import cross_entropy, cw_margin
 
 
@@ -56,6 +56,7 @@ def pgd(
     """
     check_attack(logits_fn, images, labels, epsilon=epsilon, step_size=step_size, num_steps=num_steps, start=start)
     images = jax.lax.stop_gradient(images)
+    logits_fn = held_fixed(logits_fn, images)
     first = random_start(rng, images, epsilon) if start is None else jax.lax.stop_gradient(start)
 
     # The sum over images leaves each image the gradient of its own loss alone; its sign is that of the mean's.

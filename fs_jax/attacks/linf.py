@@ -80,6 +80,21 @@ def image_keys(rng: Key[Array, ""] | Key[Array, "n"], count: int) -> Key[Array, 
     return rng
 
 
+def held_fixed(logits_fn: LogitsFn, images: Float[Array, "n h w c"]) -> LogitsFn:
+    """The same function of images of this shape, with all that it closes over held constant.
+
+    Whoever differentiates through an attack gets no gradient, and no second derivatives are traced to find that out.
+
+    Example:
+      >>> total = lambda scale: held_fixed(lambda x: scale * x, jnp.ones(2))(jnp.ones(2)).sum()
+      >>> float(jax.grad(total)(3.0))
+      0.0
+    """
+    converted, captured = jax.closure_convert(logits_fn, images)
+    captured = jax.lax.stop_gradient(captured)
+    return lambda x: converted(x, *captured)
+
+
 def check_attack(
     logits_fn: LogitsFn,
     images: Float[Array, "n h w c"],

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from fs_jax.attacks.linf import LogitsFn, check_attack, project, random_start
+from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed, project, random_start
 from fs_jax.ot import Transport, cosine_cost, sinkhorn
 
 CostFn = Callable[[Float[Array, "n d"], Float[Array, "m d"]], Float[Array, "n m"]]
@@ -109,6 +109,7 @@ def scatter(
     """
     check_attack(logits_fn, images, None, epsilon=epsilon, step_size=step_size, num_steps=num_steps, start=start)
     images = jax.lax.stop_gradient(images)
+    logits_fn = held_fixed(logits_fn, images)
     natural_logits = jax.lax.stop_gradient(logits_fn(images))
     first = random_start(rng, images, epsilon) if start is None else jax.lax.stop_gradient(start)
 

@@ -47,7 +47,8 @@ def train_step(
       >>> config = preset("digits")
       >>> state = create_state(config, jax.random.key(0))
       >>> batch = {"images": jnp.full((4, 8, 8, 1), 0.5), "labels": jnp.arange(4)}
-      >>> state, metrics = train_step(state, batch, jax.random.key(1), config=config)
+      >>> step = jax.jit(functools.partial(train_step, config=config))
+      >>> state, metrics = step(state, batch, jax.random.key(1))
       >>> int(state.step), sorted(metrics)[:3]
       (1, ['accuracy', 'learning_rate', 'loss'])
 

@@ -91,7 +91,9 @@ def same_run(workdir, other):
     assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "stop", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["SIGKILL", "SIGTERM"]
+)
 def test_a_run_that_is_stopped_and_resumed_equals_one_left_alone_bit_for_bit(stop, undisturbed, cache, tmp_path):
     workdir = tmp_path / "run"
     # Twice: once within an epoch, and once later on.

@@ -48,7 +48,9 @@ def as_type(state, dtype):
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
 
 
-@pytest.mark.parametrize("method", ["feature_scatter", "pgd", "standard"])
+@pytest.mark.parametrize(
+    "method", ["feature_scatter", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pgd", "standard"))]
+)
 @pytest.mark.usefixtures("float64")
 def test_four_devices_equal_one_on_the_whole_batch(method):
     config = configure(method)
@@ -69,6 +71,7 @@ def test_four_devices_equal_one_on_the_whole_batch(method):
         jax.tree.map(lambda x, copy=copy: np.testing.assert_array_equal(x[0], x[copy]), many)
 
 
+@pytest.mark.slow
 def test_transport_per_device_is_another_problem():
     # Otherwise the test above would say nothing of "global".
     config = configure(dtype="float32")
@@ -95,6 +98,7 @@ def test_dispatches_of_any_length_give_the_same_weights_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, run(5), run(1, 3, 1))
 
 
+@pytest.mark.slow
 def test_batches_are_the_orders_images_cropped_in_turn():
     # With a learning rate of all but nothing, the metrics of two steps are those of each batch, in the order given.
     config = configure("standard", dtype="float32", learning_rate=1e-12)
