@@ -9,8 +9,7 @@ import jax
 from fs_jax.files import cache_home
 
 # XLA's CPU backend hands convolutions, dots and reductions to YNNPACK. For the small channel counts of a narrow
-# network its convolutions are several times slower than XLA's own (a weight gradient of 60 x 32 x 32 x 32: 42 ms
-# against 13 ms on two AVX-512 cores), while its reductions are several times faster. So: all but the convolutions.
+# network its convolutions are slower than XLA's own, while its reductions are faster. So: all but the convolutions.
 _CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }

@@ -19,9 +19,9 @@ def conv2d(x: Float[Array, "n h w c"], kernel: Float[Array, "size size c d"], st
 
     The derivative is the same on every platform; how it is computed is not. XLA's CPU backend is fast on convolutions
     of one layout only, channels last, which the derivatives that JAX writes down don't have: there they are written
-    as convolutions of that layout, between barriers that keep XLA from folding the transpositions in again. On a
-    Wide-ResNet's layers that is about 1.3 times as fast, and inside a loop up to forty times. Being a `custom_vjp` it
-    has no forward-mode derivative.
+    as convolutions of that layout, between barriers that keep XLA from folding the transpositions in again. It matters
+    most inside a loop, where the others are far slower (jax issue 12868). Being a
+    `custom_vjp` it has no forward-mode derivative.
 
     Args:
       x: Images or feature maps [N, H, W, C].
