@@ -1,13 +1,16 @@
 """White-box attacks by signed gradients: FGSM, PGD and CW as the paper reports them."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
 from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed, project, random_start
 from fs_jax.attacks.losses import cross_entropy, cw_margin
+from fs_jax.attacks.stepwise import Progress, Stepwise, judged, run_keys, unjudged, where
 
 
 def pgd(
@@ -130,3 +133,88 @@ def cw(
         loss=cw_margin,
         start=start,
     )
+
+
+def pgd_steps(
+    *,
+    epsilon: float = 8 / 255,
+    step_size: float = 2 / 255,
+    num_steps: int = 20,
+    num_runs: int = 1,
+    loss: Callable[[Array, Array], Array] = cross_entropy,
+    last_only: bool = False,
+) -> Stepwise:
+    """`pgd` cut in steps; with `loss=cw_margin`, `cw`. Run r of an image starts at noise from `fold_in(its key, r)`.
+
+    Args:
+      epsilon: Radius, in units of [0, 1].
+      step_size: Step, in units of [0, 1].
+      num_steps: Steps of each run.
+      num_runs: Random starts of each image.
+      loss: What is ascended: a function of logits and labels, one value per image.
+      last_only: Judge the last iterate alone, as the paper's code reports its attacks: then no image falls before its
+        last step. By default a misclassified iterate counts whenever it occurs, and the image is done with that; not
+        the start, which may lie outside [0, 1].
+
+    Returns:
+      The attack, for `stepwise.run` and `packing.packed`.
+
+    Example:
+      >>> pgd_steps(num_steps=100, num_runs=5).num_runs
+      5
+    """
+    bound = {"epsilon": epsilon, "loss": Partial(loss)}
+    if last_only:
+        step = Partial(_blind_step, step_size=step_size, num_steps=num_steps, **bound)
+        return Stepwise(Partial(_blind_start, epsilon=epsilon), step, num_steps, num_runs, ((1, 0), (1, 1)))
+    return Stepwise(Partial(_start, **bound), Partial(_step, step_size=step_size, **bound), num_steps, num_runs)
+
+
+class _Ascent(NamedTuple):
+    iterate: Float[Array, "n h w c"]
+    direction: Int[Array, "n h w c"]
+    """Sign of the loss's gradient at the iterate."""
+    progress: Progress
+
+
+def _start(logits_fn, keys, images, labels, run, *, epsilon, loss):
+    first = random_start(run_keys(keys, run), images, epsilon)
+    return _Ascent(first, signed_gradient(loss, logits_fn, first, labels)[0], unjudged(images))
+
+
+def _step(logits_fn, state, images, labels, *, epsilon, step_size, loss):
+    iterate = project(state.iterate + step_size * state.direction, images, epsilon).astype(images.dtype)
+    direction, logits = signed_gradient(loss, logits_fn, iterate, labels)
+    return _Ascent(iterate, direction, judged(state.progress, iterate, logits, labels))
+
+
+class _Blind(NamedTuple):
+    iterate: Float[Array, "n h w c"]
+    progress: Progress
+
+
+def _blind_start(logits_fn, keys, images, labels, run, *, epsilon):
+    return _Blind(random_start(run_keys(keys, run), images, epsilon), unjudged(images))
+
+
+def _blind_step(logits_fn, state, images, labels, *, epsilon, step_size, num_steps, loss):
+    direction, _ = signed_gradient(loss, logits_fn, state.iterate, labels)
+    iterate = project(state.iterate + step_size * direction, images, epsilon).astype(images.dtype)
+    on_the_way = state.progress._replace(step=state.progress.step + 1)
+    last = on_the_way.step == num_steps
+
+    def at_the_end():
+        return where(last, judged(state.progress, iterate, logits_fn(iterate), labels), on_the_way)
+
+    return _Blind(iterate, jax.lax.cond(last.any(), at_the_end, lambda: on_the_way))
+
+
+def signed_gradient(loss, logits_fn, iterates, labels):
+    """Sign of the gradient of each image's loss, as int8, and the logits of the same pass."""
+
+    def total(x):
+        logits = logits_fn(x)
+        return jnp.sum(loss(logits, labels)), logits
+
+    gradient, logits = jax.grad(total, has_aux=True)(iterates)
+    return jnp.sign(gradient).astype(jnp.int8), logits

@@ -101,11 +101,13 @@ def check_attack(
     labels: Int[Array, "n"] | None,
     *,
     epsilon: float,
-    step_size: float,
     num_steps: int,
-    start: Float[Array, "n h w c"] | None,
+    step_size: float | None = None,
+    start: Float[Array, "n h w c"] | None = None,
 ) -> None:
     """Reject what no attack can work on. Values are looked at where they are known, so not under jit.
+
+    Attacks that choose their step size have none to check, and some take no `start`.
 
     Raises:
       TypeError, ValueError: naming the argument, what was expected, what was given, and what to do.
@@ -122,7 +124,7 @@ def check_attack(
         raise TypeError(f"num_steps: expected an integer; got {num_steps!r}.")
     if num_steps < 1:
         raise ValueError(f"num_steps: expected at least 1; got {num_steps}.")
-    for name, value in (("epsilon", epsilon), ("step_size", step_size)):
+    for name, value in (("epsilon", epsilon), ("step_size", 0 if step_size is None else step_size)):
         number = _known(value)
         if number is not None and not 0 <= number <= 1:  # NaN is in no range
             raise ValueError(f"{name}: expected a number in [0, 1], the range of the images; got {value}. Try 8/255.")

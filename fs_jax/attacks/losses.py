@@ -1,4 +1,4 @@
-"""Losses that attacks ascend, one value per image."""
+"""Losses that attacks ascend, and the margin that says whether an image stands: one value per image."""
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,24 @@ def cross_entropy(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) ->
     return -_pick(jax.nn.log_softmax(logits), labels)
 
 
+def logit_margin(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) -> Float[Array, "n"]:
+    """How far the true class leads: z_y - max_{i != y} z_i. An image stands while it is above 0.
+
+    Args:
+      logits: [N, classes], at least 2 classes.
+      labels: True classes [N].
+
+    Returns:
+      Margins [N].
+
+    Example:
+      >>> logit_margin(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([0])).tolist()
+      [1.0]
+    """
+    is_true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    return _pick(logits, labels) - jnp.max(jnp.where(is_true, -jnp.inf, logits), -1)
+
+
 def cw_margin(logits: Float[Array, "n classes"], labels: Int[Array, "n"], margin: float = 50.0) -> Float[Array, "n"]:
     """The paper's "CW" loss: -max(z_y - max_{i != y} z_i + margin, 0).
 
@@ -39,9 +57,7 @@ def cw_margin(logits: Float[Array, "n classes"], labels: Int[Array, "n"], margin
 
     Source: Carlini & Wagner, 2017, loss f6; as an attack by signed gradients, Madry et al., 2018.
     """
-    is_true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-    best_wrong = jnp.max(jnp.where(is_true, -jnp.inf, logits), -1)
-    return -jnp.maximum(_pick(logits, labels) - best_wrong + margin, 0)
+    return -jnp.maximum(logit_margin(logits, labels) + margin, 0)
 
 
 def _pick(values, labels):

@@ -1,0 +1,281 @@
+"""Any number of images through a stepwise attack, with no work on those that are done.
+
+The host keeps a queue of jobs, (image, run), and a batch of slots on the device. A compiled program advances all slots
+together; an image that is done leaves its slot, and a compiled start puts the next job there. When fewer jobs are left
+than there are slots, the batch shrinks, to one of a few fixed sizes: each is compiled once, and only when it is used.
+What happens to an image depends on its key and its run alone, not on the company it keeps.
+"""
+
+import collections
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+
+from fs_jax import backend
+from fs_jax.attacks.linf import LogitsFn, image_keys
+from fs_jax.attacks.stepwise import Stepwise, unfinished, where
+
+_SHRINKS = 3
+"""The batch may halve this many times; the smallest size is also that in which slots are filled again."""
+
+_SECONDS = 2
+"""After how long the host looks at the device, within a factor of 2; sooner when there is something to do."""
+
+
+class Finished(NamedTuple):
+    """What became of one job: the attack is done with this image in this run."""
+
+    image: int
+    """Position among the images given."""
+    run: int
+    fallen: bool
+    step: int
+    """The step at which it fell, 0 being the start; where it stands, all of the run's."""
+    margin: float
+    """Lowest z_y - max_{i != y} z_i found; above 0 where the image stands."""
+    adversarial: Float[np.ndarray, "h w c"]
+    """The image in the ball that has it."""
+
+
+class Look(NamedTuple):
+    """What the host saw when it looked at the device."""
+
+    finished: list[Finished]
+    """Jobs that ended since the last look; there may be none."""
+    running: int
+    """Jobs in the batch now."""
+    waiting: int
+    """Jobs in the queue now. (Unless every run is wanted, an image that survives a run queues again.)"""
+    forward: int
+    """Forward passes of single images spent since the last look, those on empty slots included."""
+    backward: int
+    """Backward passes, likewise."""
+
+
+def packed(
+    attack: Stepwise,
+    logits_fn: LogitsFn,
+    rng: Key[Array, ""] | Key[Array, "n"],
+    images: UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"],
+    labels: Int[np.ndarray, "n"],
+    *,
+    batch_size: int = 128,
+    every_run: bool = False,
+    jobs: Sequence[tuple[int, int]] | None = None,
+) -> Iterator[Look]:
+    """Run a stepwise attack over any number of images; yields what has finished, every few seconds or sooner.
+
+    Memory is bounded by the batch size: only images in the batch are on the device. Results come as the jobs end, in no
+    particular order.
+
+    Args:
+      attack: The attack, such as `pgd_steps(...)` or `apgd_steps(...)`.
+      logits_fn: Network, from images to logits [N, classes]. Best a `jax.tree_util.Partial(apply, variables)` of a
+        function that is defined once: then variables are arguments of the compiled programs, not constants in them, and
+        the next call compiles nothing.
+      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image.
+      images: Images [N, H, W, C] on the host: uint8, or floating point in [0, 1].
+      labels: True classes [N].
+      batch_size: Most images at a time.
+      every_run: Make every run of every image. By default an image that falls in a run makes no later ones.
+      jobs: What to do, as (image, run): by default all of it. Without `every_run`, for each image its first run that is
+        to be made, the later ones following by themselves. To resume, pass what is missing, with the same `rng`.
+
+    Yields:
+      Looks: jobs that have finished, how many are left, what was spent.
+
+    Raises:
+      FloatingPointError: if the network gives logits that aren't finite.
+
+    Example:
+      >>> from fs_jax.attacks import pgd_steps
+      >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
+      >>> images = np.linspace(0.4, 0.8, 5, dtype=np.float32).reshape(5, 1, 1, 1)  # class 0 likes bright images
+      >>> looks = list(packed(pgd_steps(), logits_fn, jax.random.key(0), images, np.zeros(5, int), batch_size=2))
+      >>> {done.image: done.fallen for look in looks for done in look.finished}
+      {0: True, 1: True, 2: False, 3: False, 4: False}
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1; got {batch_size}.")
+    images, labels = np.asarray(images), np.asarray(labels)
+    keys = image_keys(rng, len(labels))
+    if jobs is None:
+        jobs = [(i, r) for r in range(attack.num_runs if every_run else 1) for i in range(len(labels))]
+    waiting = collections.deque(jobs)
+    sizes = sorted({max(1, batch_size >> halvings) for halvings in range(_SHRINKS + 1)})
+    smallest = sizes[0]
+    batch = _Batch(attack, logits_fn, keys, images, labels)
+    limit = 4  # most images fall within few steps
+    while waiting or batch.running:
+        size = _best_size(sizes, batch.running, len(waiting))
+        if not batch.running:
+            batch.begin([waiting.popleft() for _ in range(min(size, len(waiting)))], size)
+        elif size < len(batch.jobs):
+            batch.shrink(size)
+        while waiting and batch.free >= min(smallest, len(waiting)):
+            batch.fill([waiting.popleft() for _ in range(min(smallest, len(waiting)))], smallest)
+        # Back to the host as soon as there are slots to fill, or the next smaller size would do.
+        smaller = max((s for s in sizes if s < size), default=0)
+        until_idle = min(smallest, len(waiting)) if waiting else size - smaller
+        began = time.monotonic()
+        finished = batch.advance(limit, until_idle)
+        seconds = time.monotonic() - began
+        limit = min(2 * limit, attack.num_steps) if seconds < _SECONDS else max(limit // 2, 1)
+        if not every_run:
+            waiting += [(d.image, d.run + 1) for d in finished if not d.fallen and d.run + 1 < attack.num_runs]
+        yield Look(finished, batch.running, len(waiting), *batch.take_passes())
+
+
+def _best_size(sizes: list[int], running: int, waiting: int) -> int:
+    """The largest size that can be filled; but one that holds all that are running."""
+    filled = max((size for size in sizes if size <= running + waiting), default=sizes[0])
+    holding = min(size for size in sizes if size >= running)
+    return max(filled, holding)
+
+
+class _Batch:
+    """Slots on the device, and on the host which job is in which."""
+
+    def __init__(self, attack, logits_fn, keys, images, labels):
+        self.jobs: list[tuple[int, int] | None] = []
+        self._attack, self._keys, self._images, self._labels = attack, keys, images, labels
+        self._start, self._step, self._logits_fn = map(_as_partial, (attack.start, attack.step, logits_fn))
+        self._programs = _programs()
+        self._slots = None
+        self._passes = np.zeros(2, np.int64)
+
+    @property
+    def running(self) -> int:
+        return len(self.jobs) - self.free
+
+    @property
+    def free(self) -> int:
+        return self.jobs.count(None)
+
+    def begin(self, jobs, size):
+        """Slots of this size, with these jobs in them."""
+        self._slots = self._started(jobs, size)
+        self.jobs = jobs + [None] * (size - len(jobs))
+
+    def shrink(self, size):
+        """Move what is running to a batch of a smaller size."""
+        order = sorted(range(len(self.jobs)), key=lambda slot: self.jobs[slot] is None)[:size]
+        self._slots = self._programs.take(self._slots, np.array(order))
+        self.jobs = [self.jobs[slot] for slot in order]
+
+    def fill(self, jobs, size):
+        """Start these jobs, in a batch of their own of this size, and put them where slots are free."""
+        started = self._started(jobs, size)
+        free = [slot for slot, job in enumerate(self.jobs) if job is None][: len(jobs)]
+        nowhere = [len(self.jobs)] * (size - len(jobs))
+        self._slots = self._programs.put(self._slots, np.array(free + nowhere), started)
+        for slot, job in zip(free, jobs, strict=True):
+            self.jobs[slot] = job
+
+    def advance(self, limit, until_idle) -> list[Finished]:
+        """Take steps, this many at most, until so many slots are idle; frees those of the jobs that ended."""
+        busy = np.array([job is not None for job in self.jobs])
+        self._slots, steps = self._programs.advance(
+            self._step, self._logits_fn, self._slots, busy, self._attack.num_steps, limit, until_idle
+        )
+        progress = self._slots.state.progress
+        steps, step, fallen_at, margin = jax.device_get((steps, progress.step, progress.fallen_at, progress.margin))
+        self._passes += int(steps) * len(busy) * np.array(self._attack.passes[1])
+        ended = np.flatnonzero(busy & ((fallen_at >= 0) | (step >= self._attack.num_steps)))
+        if not len(ended):
+            return []
+        finished, adversarial = [], np.asarray(progress.adversarial)
+        for slot in ended:
+            image, run = self.jobs[slot]
+            if not np.isfinite(margin[slot]):
+                raise FloatingPointError(
+                    f"logits_fn: expected finite logits; got others for image {image} under attack, after "
+                    f"{step[slot]} steps of run {run}. Look for overflow in the network, or use float32."
+                )
+            adversary = adversarial[slot].copy()  # a view would hold the batch's memory
+            job = Finished(image, run, bool(fallen_at[slot] >= 0), int(step[slot]), float(margin[slot]), adversary)
+            finished.append(job)
+            self.jobs[slot] = None
+        return finished
+
+    def take_passes(self) -> tuple[int, int]:
+        """Forward and backward passes since this was last asked."""
+        spent, self._passes = self._passes, np.zeros(2, np.int64)
+        return int(spent[0]), int(spent[1])
+
+    def _started(self, jobs, size):
+        image, run = np.resize(np.array(jobs), (size, 2)).T  # filled up with repetitions
+        self._passes += size * np.array(self._attack.passes[0])
+        return self._programs.start(
+            self._start,
+            self._logits_fn,
+            self._keys[image],
+            self._images[image],
+            self._labels[image].astype(np.int32),
+            run.astype(np.int32),
+        )
+
+
+class _Slots(NamedTuple):
+    state: PyTree
+    images: Float[Array, "n h w c"]
+    labels: Int[Array, "n"]
+
+
+class _Programs(NamedTuple):
+    start: Callable
+    advance: Callable
+    take: Callable
+    put: Callable
+
+
+@functools.cache
+def _programs() -> _Programs:
+    """The compiled programs. Attacks and networks are their arguments, as Partials."""
+
+    def start(attack_start, logits_fn, keys, images, labels, run):
+        if jnp.issubdtype(images.dtype, jnp.integer):
+            images = images.astype(jnp.float32) / 255
+        return _Slots(attack_start(logits_fn, keys, images, labels, run), images, labels)
+
+    def advance(attack_step, logits_fn, slots, busy, num_steps, limit, until_idle):
+        _, images, labels = slots
+
+        def active(state):
+            return busy & unfinished(state.progress, num_steps)
+
+        def more(carry):
+            state, count = carry
+            return (count < limit) & (jnp.sum(~active(state)) < until_idle)
+
+        def step(carry):
+            state, count = carry
+            return where(active(state), attack_step(logits_fn, state, images, labels), state), count + 1
+
+        state, count = jax.lax.while_loop(more, step, (slots.state, jnp.int32(0)))
+        return _Slots(state, images, labels), count
+
+    def take(slots, order):
+        return jax.tree.map(lambda leaf: leaf[order], slots)
+
+    def put(slots, where_to, started):
+        return jax.tree.map(lambda leaf, new: leaf.at[where_to].set(new, mode="drop"), slots, started)
+
+    options = backend.compiler_options()
+    return _Programs(
+        jax.jit(start, compiler_options=options),
+        jax.jit(advance, compiler_options=options, donate_argnames="slots"),
+        jax.jit(take),
+        jax.jit(put, donate_argnames="slots"),
+    )
+
+
+def _as_partial(function):
+    return function if isinstance(function, Partial) else Partial(function)

@@ -1,0 +1,143 @@
+"""Packing: an image's fate depends on its key and its run alone, and images that are done cost nothing more."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fs_jax import attacks
+from fs_jax.attacks.stepwise import run
+
+KEY = jax.random.key(5)
+COUNT = 21
+# A radius at which some of the images fall at once, some after a while, and some not at all.
+ATTACK = attacks.pgd_steps(epsilon=0.05, step_size=0.004, num_steps=25, num_runs=3)
+
+
+@pytest.fixture(scope="module")
+def problem(classifier):
+    """The classifier with 21 images; it is right about all of them before the attack."""
+    logits_fn, _, _ = classifier
+    images = np.random.default_rng(1).uniform(size=(COUNT, 4, 4, 1)).astype(np.float32)
+    return logits_fn, images, np.asarray(jnp.argmax(logits_fn(images), -1))
+
+
+def finished(problem, attack=ATTACK, rng=KEY, **settings):
+    """Every job by image and run, and the looks."""
+    logits_fn, images, labels = problem
+    looks = list(attacks.packed(attack, logits_fn, rng, images, labels, **settings))
+    return {(job.image, job.run): job for look in looks for job in look.finished}, looks
+
+
+def assert_same_fates(one, other):
+    assert one.keys() == other.keys()
+    for job, fate in one.items():
+        assert fate.step == other[job].step, job
+        assert fate.fallen == other[job].fallen, job
+        # Products of differently shaped batches are rounded differently, by 1e-7 of logits of about 1 at each step.
+        np.testing.assert_allclose(fate.margin, other[job].margin, atol=1e-5)
+        np.testing.assert_allclose(fate.adversarial, other[job].adversarial, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def in_batches_of_8(problem):
+    return finished(problem, batch_size=8)
+
+
+def test_a_packed_image_fares_as_in_one_batch_of_all(problem, in_batches_of_8):
+    logits_fn, images, labels = problem
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(COUNT))
+    whole = run(ATTACK, logits_fn, keys, jnp.asarray(images), jnp.asarray(labels))
+    jobs, _ = in_batches_of_8
+    lowest = {}
+    for (image, _), job in sorted(jobs.items()):
+        if image not in lowest or job.margin < lowest[image].margin:
+            lowest[image] = job
+    assert 0 < sum(job.fallen for job in lowest.values()) < COUNT  # else this compares nothing
+    for image, job in lowest.items():
+        assert (job.step if job.fallen else -1) == whole.fallen_at[image]
+        np.testing.assert_allclose(job.margin, whole.margin[image], atol=1e-5)
+        np.testing.assert_allclose(job.adversarial, whole.adversarial[image], atol=1e-6)
+
+
+def test_batch_size_changes_nothing(problem, in_batches_of_8):
+    assert_same_fates(in_batches_of_8[0], finished(problem, batch_size=3)[0])
+
+
+def test_an_image_that_fell_makes_no_later_run_unless_every_run_is_wanted(problem, in_batches_of_8):
+    jobs, _ = in_batches_of_8
+    for (image, number), job in jobs.items():
+        assert ((image, number + 1) in jobs) == (not job.fallen and number + 1 < ATTACK.num_runs)
+    every, _ = finished(problem, batch_size=8, every_run=True)
+    assert set(every) == {(image, number) for image in range(COUNT) for number in range(3)}
+    assert_same_fates(jobs, {job: every[job] for job in jobs})
+
+
+def test_what_is_missing_can_be_done_later(problem, in_batches_of_8):
+    jobs, _ = in_batches_of_8
+    once, stands = min(jobs)[0], next(image for image, number in jobs if number == 2)
+    rest, _ = finished(problem, batch_size=8, jobs=[(once, 0), (stands, 1)])
+    missing = [job for job in jobs if job[0] == once] + [(stands, 1), (stands, 2)]
+    assert_same_fates(rest, {job: jobs[job] for job in missing})
+
+
+def test_passes_are_those_of_the_steps_taken_and_few_slots_idle(problem, in_batches_of_8):
+    jobs, looks = in_batches_of_8
+    needed = sum(1 + job.step for job in jobs.values())
+    spent = sum(look.forward for look in looks)
+    assert spent == sum(look.backward for look in looks)
+    assert needed <= spent <= 1.1 * needed
+    # As if none left: every run of every image, all steps.
+    assert spent < 0.9 * COUNT * 3 * (1 + ATTACK.num_steps)
+
+
+def test_looks_count_what_is_left(in_batches_of_8):
+    _, looks = in_batches_of_8
+    assert all(look.running <= 8 for look in looks)
+    assert (looks[-1].running, looks[-1].waiting) == (0, 0)
+
+
+def test_last_only_judges_the_last_iterate_as_the_plain_attack_does(problem):
+    logits_fn, images, labels = problem
+    settings = {"epsilon": 0.05, "step_size": 0.01, "num_steps": 9}
+    keys = jax.random.split(KEY, COUNT)
+    jobs, looks = finished(problem, attacks.pgd_steps(**settings, last_only=True), keys, batch_size=COUNT)
+    starts = attacks.random_start(jax.vmap(jax.random.fold_in, (0, None))(keys, 0), images, 0.05)
+    plain = attacks.pgd(logits_fn, KEY, jnp.asarray(images), jnp.asarray(labels), start=starts, **settings)
+    for image in range(COUNT):
+        np.testing.assert_allclose(jobs[image, 0].adversarial, plain[image], atol=1e-6)
+        assert jobs[image, 0].step == 9
+    margins = attacks.logit_margin(logits_fn(plain), labels)
+    np.testing.assert_allclose([jobs[image, 0].margin for image in range(COUNT)], margins, atol=1e-5)
+    assert sum(look.backward for look in looks) == COUNT * 9
+
+
+def test_uint8_images_are_scaled(problem):
+    logits_fn, images, _ = problem
+    stored = np.round(images[:3] * 255).astype(np.uint8)
+    labels = np.asarray(jnp.argmax(logits_fn(stored / 255), -1))
+    attack = attacks.pgd_steps(epsilon=0.0, num_steps=1)
+    jobs, _ = finished((logits_fn, stored, labels), attack, batch_size=3)
+    for image in range(3):
+        np.testing.assert_allclose(jobs[image, 0].adversarial, stored[image] / 255, atol=1e-7)
+
+
+def test_another_radius_compiles_nothing_anew(problem):
+    from fs_jax.attacks.packing import _programs
+
+    before = _programs().advance._cache_size()
+    for epsilon in (0.01, 0.02):
+        finished(problem, attacks.pgd_steps(epsilon=epsilon, num_steps=3), batch_size=8, jobs=[(0, 0)])
+    assert _programs().advance._cache_size() == before
+
+
+def test_logits_that_are_not_numbers_stop_the_attack(problem):
+    logits_fn, images, labels = problem
+
+    def overflows(x):
+        return jnp.where(x[:, :1, 0, 0] > 0.5, jnp.nan, logits_fn(x))
+
+    with pytest.raises(FloatingPointError, match="logits_fn: expected finite logits; got others for image"):
+        finished((overflows, images, labels), batch_size=8)
+    with pytest.raises(ValueError, match="batch_size: expected at least 1; got 0"):
+        finished(problem, batch_size=0)
