@@ -1,4 +1,9 @@
-"""PyTorch's names and layouts, there and back."""
+"""PyTorch's names, layouts and files, there and back; what isn't a Wide-ResNet's weights is refused, not executed."""
+
+import pathlib
+import pickle
+import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +14,26 @@ from fs_jax import convert
 from fs_jax.models import WideResNet
 
 
+@pytest.fixture(scope="module")
+def weights(recorded_10_1):
+    """A WRN-10-1's arrays by PyTorch name, in float32."""
+    return {name: np.asarray(array, np.float32) for name, array in recorded_10_1.state_dict("weights/").items()}
+
+
+@pytest.fixture(scope="module")
+def wrn_16_2():
+    """A network unlike the defaults in all that a file must say: sizes, classes, normalisation for each channel."""
+    model = WideResNet(16, 2, num_classes=7, mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda leaf: rng.uniform(0.1, 0.2, leaf.shape).astype(np.float32), shapes)
+
+
+def assert_same(variables, expected):
+    assert jax.tree.structure(variables) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+
+
 def test_there_and_back_changes_nothing(recorded):
     state_dict = {k: v for k, v in recorded.state_dict("weights/").items() if "num_batches" not in k}
     again = convert.to_torch(convert.from_torch(state_dict))
@@ -17,22 +42,174 @@ def test_there_and_back_changes_nothing(recorded):
         np.testing.assert_array_equal(again[name], array, err_msg=name)
 
 
-def test_variables_are_those_of_the_network(recorded):
-    model = WideResNet(recorded.depth, recorded.width)
-    expected = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    ours = convert.from_torch(recorded.state_dict("weights/"))
-    assert jax.tree.map(np.shape, ours) == jax.tree.map(np.shape, dict(expected))
+# Files
 
 
-def test_a_foreign_name_is_refused(recorded_10_1):
-    weights = recorded_10_1.state_dict("weights/")
-    with pytest.raises(ValueError, match=r"expected names of a Wide-ResNet.*got 'layer1\.conv\.weight'"):
-        convert.from_torch({**weights, "layer1.conv.weight": np.zeros((1, 1, 3, 3))})
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt"])
+def test_a_file_read_again_is_the_same_network(tmp_path, wrn_16_2, suffix):
+    if suffix == ".pt":
+        pytest.importorskip("torch")
+    model, variables = wrn_16_2
+    path = tmp_path / f"network{suffix}"
+    convert.save_weights(path, model, variables)
+    again, loaded = convert.load_weights(path)
+    assert_same(loaded, variables)
+    assert (again.depth, again.width, again.num_classes) == (16, 2, 7)
+    # The buffers are float32.
+    np.testing.assert_allclose([again.mean, again.std], [model.mean, model.std], rtol=1e-7)
+
+
+def test_logits_of_a_file_are_those_that_were_recorded(tmp_path, recorded_10_1, weights):
+    # The paper's code, in its wrapper, wraps the network; and its images are in [-1, 1].
+    np.savez(tmp_path / "paper.npz", **{f"module.basic_net.{name}": array for name, array in weights.items()})
+    model, variables = convert.load_weights(tmp_path / "paper.npz")
+    apply = jax.jit(model.apply)
+    images = recorded_10_1.images.astype(np.float32)
+    # As in tests/models: float32 after ten layers.
+    np.testing.assert_allclose(apply(variables, images)[0], recorded_10_1["eval_logits"], atol=1e-4, rtol=0)
+    convert.save_weights(tmp_path / "ours.safetensors", model, variables)
+    again, loaded = convert.load_weights(tmp_path / "ours.safetensors")
+    assert again == model
+    np.testing.assert_array_equal(apply(loaded, images)[0], apply(variables, images)[0])
+
+
+def test_prefixes_unused_blocks_and_half_precision(tmp_path, weights):
+    # As TRADES' descendants in RobustBench: two prefixes, a group of blocks that no forward pass uses, buffers outside.
+    unused = {name.replace("block1", "sub_block1"): array for name, array in weights.items() if "block1" in name}
+    stored = {f"module.model.{name}": array.astype(np.float16) for name, array in {**weights, **unused}.items()}
+    buffers = {"normalize.mean": np.full((1, 3, 1, 1), 0.25), "normalize.std": np.full((1, 3, 1, 1), 0.5)}
+    np.savez(tmp_path / "trades.npz", **stored, **buffers)
+    model, variables = convert.load_weights(tmp_path / "trades.npz")
+    assert (model.depth, model.width, model.num_classes, model.mean, model.std) == (10, 1, 10, 0.25, 0.5)
+    assert_same(variables, jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), convert.from_torch(weights)))
+
+
+def test_normalisation_is_not_guessed(tmp_path, weights):
+    path = tmp_path / "bare.npz"
+    np.savez(path, **weights)
+    with pytest.raises(ValueError, match=r"mean, std: expected them, as .*bare\.npz doesn't say .* Give 0 and 1 for"):
+        convert.load_weights(path)
+    assert convert.load_weights(path, mean=0, std=1)[0] == WideResNet(10, 1, mean=0, std=1)
+    with pytest.raises(ValueError, match="mean, std: expected both or neither"):
+        convert.load_weights(path, mean=0)
+    np.savez(path, **weights, mu=np.zeros(3))
+    with pytest.raises(ValueError, match="expected both buffers of the normalisation, or neither; got only the mean"):
+        convert.load_weights(path)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, wrn_16_2):
+    with pytest.raises(ValueError, match=r"suffix: expected one of \.safetensors, .*got '\.safetensor'\. Did you mean"):
+        convert.save_weights(tmp_path / "network.safetensor", *wrn_16_2)
+    with pytest.raises(ValueError, match="variables: expected those of a Wide-ResNet; got 'dense/kernel'"):
+        convert.save_weights(
+            tmp_path / "n.npz", wrn_16_2[0], {"params": {"dense": {"kernel": np.ones((1, 1))}}, "batch_stats": {}}
+        )
+    assert not list(tmp_path.iterdir())
+
+
+# Files that are refused
+
+
+def test_another_architecture_is_refused_by_name(weights):
+    with pytest.raises(ValueError, match=r"0\.bn1\.bias'; 1 unexpected, the first 'layer1\.0\.conv1\.weight'"):
+        convert.from_torch({"conv1.weight": np.zeros((64, 3, 3, 3)), "layer1.0.conv1.weight": np.zeros((64, 64, 3, 3))})
+    with pytest.raises(
+        ValueError, match=r"Wide-ResNet \(here of depth 10\); 1 unexpected, the first 'ema\.fc\.bias'\."
+    ):
+        convert.from_torch({**weights, "ema.fc.bias": np.zeros(10)})
 
 
 @pytest.mark.parametrize("name", ["fc.bias", "block2.layer.0.bn2.running_var", "block3.layer.0.convShortcut.weight"])
-def test_a_missing_array_is_named(recorded_10_1, name):
-    weights = recorded_10_1.state_dict("weights/")
-    del weights[name]
-    with pytest.raises(ValueError, match=f"1 are missing, the first is '{name}'"):
-        convert.from_torch(weights)
+def test_a_missing_array_is_named(weights, name):
+    with pytest.raises(ValueError, match=rf"1 missing, the first '{name}'\."):
+        convert.from_torch({key: array for key, array in weights.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        (
+            "block2.layer.0.conv2.weight",
+            np.zeros((32, 32, 5, 5)),
+            r"of shape \(32, 32, 3, 3\); got float64 \(32, 32, 5, 5",
+        ),
+        ("bn1.bias", np.zeros(64, int), r"expected floating point of shape \(64,\); got int64 \(64,\)"),
+        ("fc.bias", np.array([np.nan, np.inf] + 8 * [0.0]), "expected finite values; 2 are NaN or infinite"),
+    ],
+    ids=["shape", "type", "NaN"],
+)
+def test_an_array_that_cannot_be_is_named(weights, name, array, message):
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        convert.from_torch({**weights, name: array})
+
+
+class Malicious:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.trace,)
+
+
+def bare_pickle(path, content):
+    path.write_bytes(pickle.dumps(content))
+
+
+def torch_archive(path, content):
+    # What torch.save writes is a zip archive with a pickle in it.
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(content, protocol=2))
+        archive.writestr("archive/version", "3\n")
+
+
+def object_array(path, content):
+    np.savez(path, **{"conv1.weight": np.array([content], object)})
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "error"),
+    [
+        (bare_pickle, "weights.pt", "UnpicklingError"),
+        (torch_archive, "weights.pt", "UnpicklingError"),
+        (object_array, "weights.npz", "ValueError"),
+        (bare_pickle, "weights.npz", "ValueError"),
+        (bare_pickle, "weights.safetensors", "SafetensorError"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+def test_nothing_in_a_file_is_executed(tmp_path, write, name, error):
+    if name.endswith(".pt"):
+        pytest.importorskip("torch")
+    trace, path = tmp_path / "trace", tmp_path / name
+    write(path, {"conv1.weight": Malicious(trace)})
+    with pytest.raises(ValueError, match=rf"weights.*expected a file of weights; .*\({error}\).*not executed"):
+        convert.load_weights(path)
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Malicious(trace)))  # it would have
+    assert trace.exists()
+
+
+def test_what_pytorch_saved_with_other_things(tmp_path, weights):
+    torch = pytest.importorskip("torch")
+    state_dict = {f"module.basic_net.{name}": torch.from_numpy(array) for name, array in weights.items()}
+    checkpoint = {"net": state_dict, "acc": 0.9, "epoch": 200, "optimizer": {"state": {0: torch.zeros(3)}}}
+    torch.save(checkpoint, tmp_path / "checkpoint-200")  # the paper's code gives its files no suffix
+    model, variables = convert.load_weights(tmp_path / "checkpoint-200")
+    assert model == WideResNet(10, 1)
+    assert_same(variables, convert.from_torch(weights))
+    torch.save({"last": state_dict, "best": state_dict}, tmp_path / "two.pt")
+    with pytest.raises(ValueError, match=r"two\.pt: expected the arrays of one network, by name; got 2"):
+        convert.load_weights(tmp_path / "two.pt")
+    torch.save({"epoch": 3}, tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="got 0 such"):
+        convert.load_weights(tmp_path / "none.pt")
+
+
+def test_without_pytorch_its_files_are_refused_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it weren't installed
+    (tmp_path / "weights.pt").touch()
+    with pytest.raises(ImportError, match=r"PyTorch files need PyTorch 2\.6 .*experiments\.convert_weights"):
+        convert.load_weights(tmp_path / "weights.pt")

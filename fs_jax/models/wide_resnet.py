@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from fs_jax.config import ModelConfig
@@ -25,12 +26,15 @@ class WideResNet(nn.Module):
 
     `depth = 6n + 4` layers: a 3 x 3 convolution to 16 channels, three groups of n blocks with 16, 32 and 64 times
     `width` channels (the second and third halve the resolution), BatchNorm, ReLU, the mean over positions, and a linear
-    classifier. Images are normalised to [-1, 1] inside.
+    classifier. Images are normalised inside, to (images - mean) / std.
 
     Args:
       depth: Number of layers, 6n + 4.
       width: Widening factor k of "WRN-depth-k".
       num_classes: Number of logits.
+      mean: Subtracted from the images: a number, or a tuple with one for each channel. The paper's mean and std of 0.5
+        make [-1, 1]; networks from elsewhere have others.
+      std: Divides what is left, as `mean`.
       dtype: Precision of the convolutions' arithmetic. Parameters are float32; BatchNorm, the pooled features and the
         classifier are computed in float32 or the wider type of `dtype`.
       axis_name: Mapped axis over whose devices train-mode BatchNorm takes its moments (None: each device's own).
@@ -40,7 +44,7 @@ class WideResNet(nn.Module):
       `train=True` BatchNorm uses the batch's moments, and with `mutable=["batch_stats"]` moves the running ones.
 
     Raises:
-      ValueError: if depth isn't 6n + 4, a size isn't positive, or the images aren't [N, H, W, C].
+      ValueError: if depth isn't 6n + 4, a size or `std` isn't positive, or the images aren't [N, H, W, C].
 
     Example:
       >>> model = WideResNet(depth=10, width=1)
@@ -56,6 +60,8 @@ class WideResNet(nn.Module):
     depth: int = 28
     width: int = 10
     num_classes: int = 10
+    mean: float | tuple[float, ...] = 0.5
+    std: float | tuple[float, ...] = 0.5
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
@@ -63,6 +69,10 @@ class WideResNet(nn.Module):
         ModelConfig(depth=self.depth, width=self.width)  # the one place that knows which sizes exist
         if self.num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1; got {self.num_classes}.")
+        if not np.isfinite(self.mean).all():
+            raise ValueError(f"mean: expected finite numbers; got {self.mean}.")
+        if not (np.isfinite(self.std).all() and np.min(self.std) > 0):
+            raise ValueError(f"std: expected finite numbers above 0; got {self.std}.")
         super().__post_init__()
 
     @nn.compact
@@ -71,7 +81,12 @@ class WideResNet(nn.Module):
     ) -> tuple[Float[Array, "n classes"], Float[Array, "n features"]]:
         if images.ndim != 4:
             raise ValueError(f"images: expected shape [N, height, width, channels]; got {images.shape}.")
-        x = _Conv(16, 3, 1, self.dtype, name="conv1")(images * 2 - 1)
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if np.size(value) not in (1, images.shape[-1]):
+                raise ValueError(f"{name}: expected one number, or {images.shape[-1]}, one per channel; got {value}.")
+        dtype = jnp.result_type(images.dtype, float)
+        normalised = (images - jnp.asarray(self.mean, dtype)) / jnp.asarray(self.std, dtype)
+        x = _Conv(16, 3, 1, self.dtype, name="conv1")(normalised)
         for group, stride in ((1, 1), (2, 2), (3, 2)):
             channels = 16 * self.width * 2 ** (group - 1)
             for layer in range((self.depth - 4) // 6):
