@@ -1,8 +1,9 @@
 """Attacks in L-infinity on images in [0, 1]. They see a network only as `logits_fn: images -> logits`."""
 
+from fs_jax.attacks.apgd import apgd, apgd_steps
 from fs_jax.attacks.gradient import cw, fgsm, pgd, pgd_steps
 from fs_jax.attacks.linf import project, random_start
-from fs_jax.attacks.losses import cross_entropy, cw_margin, logit_margin
+from fs_jax.attacks.losses import cross_entropy, cw_margin, dlr, logit_margin, targeted_dlr
 from fs_jax.attacks.packing import Finished, Look, packed
 from fs_jax.attacks.scatter import Scatter, feature_scatter, scatter
 from fs_jax.attacks.stepwise import Progress, Stepwise
@@ -13,9 +14,12 @@ __all__ = [
     "Progress",
     "Scatter",
     "Stepwise",
+    "apgd",
+    "apgd_steps",
     "cross_entropy",
     "cw",
     "cw_margin",
+    "dlr",
     "feature_scatter",
     "fgsm",
     "logit_margin",
@@ -25,4 +29,5 @@ __all__ = [
     "project",
     "random_start",
     "scatter",
+    "targeted_dlr",
 ]

@@ -60,5 +60,88 @@ def cw_margin(logits: Float[Array, "n classes"], labels: Int[Array, "n"], margin
     return -jnp.maximum(logit_margin(logits, labels) + margin, 0)
 
 
+def dlr(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) -> Float[Array, "n"]:
+    """Difference of logits ratio: -(z_y - max_{i != y} z_i) / (z_(1) - z_(3) + 1e-12), z_(k) the k-th largest logit.
+
+    Unlike the cross-entropy it doesn't change when the logits are scaled or shifted, so that a confident network can't
+    make its gradients vanish.
+
+    Args:
+      logits: [N, classes], at least 3 classes.
+      labels: True classes [N].
+
+    Returns:
+      Losses [N], in [-1, 1]; above 0 where misclassified.
+
+    Raises:
+      ValueError: for fewer than 3 classes.
+
+    Example:
+      >>> dlr(jnp.array([[3.0, 2.0, 1.0]]), jnp.array([0])).tolist()
+      [-0.5]
+
+    Source: Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+    attacks", ICML 2020, equation 6.
+    """
+    _check_classes(logits, 3, "DLR", "APGD-CE, FAB and Square")
+    top = jax.lax.top_k(logits, 3)[0]
+    return -logit_margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def targeted_dlr(
+    logits: Float[Array, "n classes"], labels: Int[Array, "n"], targets: Int[Array, "n"]
+) -> Float[Array, "n"]:
+    """`dlr` towards a class t: -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12).
+
+    Args:
+      logits: [N, classes], at least 4 classes.
+      labels: True classes [N].
+      targets: Classes to reach [N].
+
+    Returns:
+      Losses [N]; above 0 where the target leads the true class.
+
+    Raises:
+      ValueError: for fewer than 4 classes.
+
+    Example:
+      >>> targeted_dlr(jnp.array([[4.0, 3.0, 2.0, 0.0]]), jnp.array([0]), jnp.array([1])).round(3).tolist()
+      [-0.333]
+
+    Source: Croce & Hein, ICML 2020, equation 7.
+    """
+    _check_classes(logits, 4, "targeted DLR", "APGD-CE, FAB and Square, and with 3 classes APGD-DLR")
+    top = jax.lax.top_k(logits, 4)[0]
+    return (_pick(logits, targets) - _pick(logits, labels)) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def wrong_class(logits: Float[Array, "n classes"], labels: Int[Array, "n"], rank: Int[Array, "n"]) -> Int[Array, "n"]:
+    """The class of this rank among the wrong ones, by falling logit; 0 is the nearest rival.
+
+    Args:
+      logits: [N, classes].
+      labels: True classes [N].
+      rank: [N], from 0 to classes - 2.
+
+    Returns:
+      Classes [N].
+
+    Example:
+      >>> wrong_class(jnp.array([[3.0, 1.0, 2.0]] * 2), jnp.array([0, 0]), jnp.array([0, 1])).tolist()
+      [2, 1]
+    """
+    is_true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    ranked = jnp.argsort(jnp.where(is_true, -jnp.inf, logits), axis=-1, descending=True)
+    return _pick(ranked, rank).astype(jnp.int32)
+
+
+def _check_classes(logits, least, loss, remaining):
+    if logits.shape[-1] < least:
+        raise ValueError(
+            f"logits_fn: expected at least {least} classes, which the {loss} loss compares; got {logits.shape[-1]}. "
+            f"Attacks that remain: {remaining}."
+        )
+
+
 def _pick(values, labels):
     return jnp.take_along_axis(values, labels[:, None].astype(jnp.int32), axis=-1)[:, 0]

@@ -82,7 +82,8 @@ def first_judged(
       [0]
     """
     margin = logit_margin(logits, labels).astype(jnp.float32)
-    return Progress(iterates, margin, jnp.zeros(len(labels), jnp.int32), jnp.where(margin > 0, -1, 0))
+    fallen_at = jnp.where(margin > 0, -1, 0).astype(jnp.int32)
+    return Progress(iterates, margin, jnp.zeros(len(labels), jnp.int32), fallen_at)
 
 
 def judged(

@@ -1,0 +1,281 @@
+"""APGD: gradient ascent with momentum whose step size is halved, image by image, where it no longer helps."""
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed, image_keys, project
+from fs_jax.attacks.losses import cross_entropy, dlr, targeted_dlr, wrong_class
+from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, judged, run, run_keys, where
+
+Loss = Literal["ce", "dlr", "targeted"]
+
+_MOMENTUM = 0.25
+_RISES = 0.75  # the share of an interval's steps in which the loss has to rise, or the step size is halved
+
+
+def apgd(
+    logits_fn: LogitsFn,
+    rng: Key[Array, ""] | Key[Array, "n"],
+    images: Float[Array, "n h w c"],
+    labels: Int[Array, "n"],
+    *,
+    epsilon: float = 8 / 255,
+    num_steps: int = 100,
+    loss: Loss = "ce",
+    num_runs: int | None = None,
+) -> Float[Array, "n h w c"]:
+    """Auto-PGD, the parameter-free attack of AutoAttack.
+
+    From x_0 = clip(x + epsilon u / max|u|, 0, 1), u uniform in [-1, 1], with the projection P on the ball and on [0, 1]
+
+      z = P(x_k + eta sign(grad L(x_k))),    x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1})),
+
+    but x_1 = z. eta is 2 epsilon at first. At checkpoints, for 100 steps after 22, 41, 57, 70, 80, 87, 93 and 99, it is
+    halved and the image goes back to its iterate of highest loss: if the loss rose in at most 0.75 of the steps since
+    the last checkpoint, or if eta wasn't halved there and the highest loss hasn't risen since. A misclassified iterate
+    counts whenever it occurs, x_0 included, and the image stays there.
+
+    Args:
+      logits_fn: Network, from images to logits [N, classes]; inference mode.
+      rng: A key, from which image i takes `fold_in(rng, i)`, or a key for each image.
+      images: Images [N, H, W, C] in [0, 1].
+      labels: True classes [N].
+      epsilon: Radius, in units of [0, 1].
+      num_steps: Steps of each run, at least 1.
+      loss: L: the cross-entropy "ce", the difference of logits ratio "dlr" (at least 3 classes), or "targeted" (APGD-T,
+        at least 4): `targeted_dlr` towards another class in each run, the rivals at the clean image, nearest first.
+      num_runs: Random starts of each image, 1 by default; of a targeted attack the number of targets, 9 by default and
+        at most the number of wrong classes.
+
+    Returns:
+      Images [N, H, W, C] in the ball: as they fell, else those of the lowest margin met. No gradient flows through.
+
+    Raises:
+      TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
+        no steps, an unknown loss, too few classes for it. (Values are checked where they are known, so not under jit.)
+
+    Example:
+      >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
+      >>> images = jnp.full((1, 4, 4, 1), 0.56)
+      >>> attacked = apgd(logits_fn, jax.random.key(0), images, jnp.array([0]), epsilon=0.1)
+      >>> int(logits_fn(attacked).argmax())  # class 0 likes bright images, so the attack darkens this one
+      1
+
+    Source: Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+    attacks", ICML 2020, algorithm 1.
+    """
+    check_attack(logits_fn, images, labels, epsilon=epsilon, num_steps=num_steps)
+    rivals = jax.eval_shape(logits_fn, images).shape[-1] - 1
+    if num_runs is None:
+        num_runs = min(9, rivals) if loss == "targeted" else 1
+    if num_runs < 1 or (loss == "targeted" and num_runs > rivals):
+        raise ValueError(
+            f"num_runs: expected at least 1, and at most the {rivals} wrong classes as targets; got {num_runs}."
+        )
+    attack = apgd_steps(epsilon=epsilon, num_steps=num_steps, loss=loss, num_runs=num_runs)
+    images, keys = jax.lax.stop_gradient(images), image_keys(rng, len(images))
+    return jax.lax.stop_gradient(run(attack, held_fixed(logits_fn, images), keys, images, labels).adversarial)
+
+
+def apgd_steps(
+    *,
+    epsilon: float = 8 / 255,
+    num_steps: int = 100,
+    loss: Loss = "ce",
+    num_runs: int | None = None,
+    num_draws: int | None = None,
+) -> Stepwise:
+    """`apgd` cut in steps.
+
+    Args:
+      epsilon: Radius, in units of [0, 1].
+      num_steps: Steps of each run.
+      loss: "ce", "dlr" or "targeted".
+      num_runs: Random starts, 1 by default; targets, 9 by default: fewer than there are classes.
+      num_draws: For a randomised network, one that is called with images and a key for each, `logits_fn(images, keys)`:
+        the gradients of so many draws are averaged (expectation over transformation), and the last one is judged.
+
+    Returns:
+      The attack, for `stepwise.run` and `packing.packed`.
+
+    Raises:
+      ValueError: for an unknown loss, or draws for the targeted one.
+
+    Example:
+      >>> apgd_steps(loss="targeted").num_runs
+      9
+    """
+    if loss not in get_args(Loss):
+        raise ValueError(f"loss: expected one of {', '.join(get_args(Loss))}; got {loss!r}.")
+    targeted = loss == "targeted"
+    if targeted and num_draws is not None:
+        raise ValueError("num_draws: expected None for the targeted loss, which ranks the targets without a draw.")
+    ascended = Partial({"ce": _cross_entropy, "dlr": _dlr, "targeted": targeted_dlr}[loss])
+    if num_draws is None:
+        gradient = Partial(_gradient, loss=ascended)
+    else:
+        gradient = Partial(_mean_gradient, loss=ascended, num_draws=num_draws)
+    bound = {"epsilon": epsilon, "gradient": gradient}
+    draws = num_draws or 1
+    return Stepwise(
+        Partial(_targeted_start if targeted else _start, **bound),
+        Partial(_step, intervals=_intervals(num_steps), **bound),
+        num_steps,
+        num_runs or (9 if targeted else 1),
+        ((draws + targeted, draws), (draws, draws)),
+    )
+
+
+class _State(NamedTuple):
+    iterate: Float[Array, "n h w c"]
+    before: Float[Array, "n h w c"]
+    """The iterate before this one; for the momentum."""
+    direction: Int[Array, "n h w c"]
+    """Sign of the gradient at the iterate, int8."""
+    loss: Float[Array, "n"]
+    """The last one computed."""
+    best: Float[Array, "n h w c"]
+    """Iterate of the highest loss."""
+    best_direction: Int[Array, "n h w c"]
+    best_loss: Float[Array, "n"]
+    step_size: Float[Array, "n"]
+    rises: Int[Array, "n"]
+    """In how many steps since the last checkpoint the loss rose."""
+    checked_loss: Float[Array, "n"]
+    """The highest loss at the last checkpoint."""
+    halved: Bool[Array, "n"]
+    """Whether the step size was halved there."""
+    targets: Int[Array, "n"]
+    keys: Key[Array, "n"]
+    progress: Progress
+
+
+def _targeted_start(logits_fn, keys, images, labels, run, **settings):
+    return _start(logits_fn, keys, images, labels, run, targets=wrong_class(logits_fn(images), labels, run), **settings)
+
+
+def _start(logits_fn, keys, images, labels, run, *, epsilon, gradient, targets=None):
+    keys = run_keys(keys, run)
+    targets = labels if targets is None else targets  # whoever has no targets looks at none
+    noise = jax.vmap(_noise, (0, None, None))(keys, images.shape[1:], images.dtype)
+    first = jnp.clip(images + epsilon * noise, 0, 1).astype(images.dtype)
+    direction, loss, logits = gradient(logits_fn, first, labels, targets, keys, jnp.zeros_like(labels))
+    return _State(
+        iterate=first,
+        before=first,
+        direction=direction,
+        loss=loss,
+        best=first,
+        best_direction=direction,
+        best_loss=loss,
+        step_size=jnp.full(len(labels), 2 * epsilon, images.dtype),
+        rises=jnp.zeros(len(labels), jnp.int32),
+        checked_loss=loss,
+        halved=jnp.ones(len(labels), bool),  # so that the first checkpoint asks about the rises alone
+        targets=targets,
+        keys=keys,
+        progress=first_judged(first, logits, labels),
+    )
+
+
+def _noise(key, shape, dtype):
+    """Uniform noise, stretched until it touches the unit ball."""
+    noise = jax.random.uniform(key, shape, dtype, -1, 1)
+    return noise / jnp.max(jnp.abs(noise))
+
+
+def _step(logits_fn, state, images, labels, *, epsilon, gradient, intervals):
+    s, done = state, state.progress.step
+
+    def by_image(values):
+        return values[:, None, None, None]
+
+    stepped = project(s.iterate + by_image(s.step_size) * s.direction, images, epsilon)
+    momentum = by_image(jnp.where(done > 0, _MOMENTUM, 0).astype(images.dtype))
+    mixed = s.iterate + (1 - momentum) * (stepped - s.iterate) + momentum * (s.iterate - s.before)
+    iterate = project(mixed, images, epsilon).astype(images.dtype)
+    direction, loss, logits = gradient(logits_fn, iterate, labels, s.targets, s.keys, done + 1)
+
+    improved = loss > s.best_loss
+    best, best_direction, best_loss = where(
+        improved, (iterate, direction, loss), (s.best, s.best_direction, s.best_loss)
+    )
+    rises = s.rises + (loss > s.loss)
+    interval = jnp.asarray(intervals)[done]
+    at_checkpoint = interval > 0
+    stuck = (rises <= _RISES * interval) | (~s.halved & (best_loss <= s.checked_loss))
+    halve = at_checkpoint & stuck
+    return _State(
+        iterate=where(halve, best, iterate),
+        before=s.iterate,
+        direction=where(halve, best_direction, direction),
+        loss=loss,
+        best=best,
+        best_direction=best_direction,
+        best_loss=best_loss,
+        step_size=jnp.where(halve, s.step_size / 2, s.step_size),
+        rises=jnp.where(at_checkpoint, 0, rises),
+        checked_loss=jnp.where(at_checkpoint, best_loss, s.checked_loss),
+        halved=jnp.where(at_checkpoint, stuck, s.halved),
+        targets=s.targets,
+        keys=s.keys,
+        progress=judged(s.progress, iterate, logits, labels),
+    )
+
+
+def _intervals(num_steps: int) -> Int[np.ndarray, "num_steps"]:
+    """For each step, if a checkpoint follows it, how many steps it closes; else 0.
+
+    The first interval has a share of 0.22 of the steps, each one 0.03 less than that before, down to 0.06; rounded
+    down, and at least one step.
+    """
+    length, shrink, least = (max(hundredths * num_steps // 100, 1) for hundredths in (22, 3, 6))
+    intervals, end = np.zeros(num_steps, np.int32), length
+    while end <= num_steps:
+        intervals[end - 1] = length
+        length = max(length - shrink, least)
+        end += length
+    return intervals
+
+
+def _gradient(logits_fn, iterates, labels, targets, keys, step, *, loss):
+    """Signs of each image's gradient as int8, its loss, and its logits, of one pass."""
+
+    def total(x):
+        logits = logits_fn(x)
+        losses = loss(logits, labels, targets)
+        return jnp.sum(losses), (losses, logits)
+
+    gradient, (losses, logits) = jax.grad(total, has_aux=True)(iterates)
+    return jnp.sign(gradient).astype(jnp.int8), losses, logits
+
+
+def _mean_gradient(logits_fn, iterates, labels, targets, keys, step, *, loss, num_draws):
+    """Signs of the mean of the gradients of some draws of a randomised network; loss and logits of the last one."""
+    keys = jax.vmap(jax.random.fold_in)(keys, step)
+
+    def total(x, draw):
+        logits = logits_fn(x, jax.vmap(jax.random.fold_in, (0, None))(keys, draw))
+        losses = loss(logits, labels, targets)
+        return jnp.sum(losses), (losses, logits)
+
+    def add(draw, carry):
+        gradient, judged = jax.grad(total, has_aux=True)(iterates, draw)
+        return carry[0] + gradient, judged
+
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(total, iterates, 0)[1])
+    gradient, (losses, logits) = jax.lax.fori_loop(0, num_draws, add, (jnp.zeros_like(iterates), nothing))
+    return jnp.sign(gradient).astype(jnp.int8), losses, logits
+
+
+def _cross_entropy(logits, labels, targets):
+    return cross_entropy(logits, labels)
+
+
+def _dlr(logits, labels, targets):
+    return dlr(logits, labels)
