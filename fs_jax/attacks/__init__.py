@@ -1,11 +1,13 @@
 """Attacks in L-infinity on images in [0, 1]. They see a network only as `logits_fn: images -> logits`."""
 
 from fs_jax.attacks.apgd import apgd, apgd_steps
+from fs_jax.attacks.fab import fab, fab_steps
 from fs_jax.attacks.gradient import cw, fgsm, pgd, pgd_steps
 from fs_jax.attacks.linf import project, random_start
 from fs_jax.attacks.losses import cross_entropy, cw_margin, dlr, logit_margin, targeted_dlr
 from fs_jax.attacks.packing import Finished, Look, packed
 from fs_jax.attacks.scatter import Scatter, feature_scatter, scatter
+from fs_jax.attacks.square import square, square_steps
 from fs_jax.attacks.stepwise import Progress, Stepwise
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "cw",
     "cw_margin",
     "dlr",
+    "fab",
+    "fab_steps",
     "feature_scatter",
     "fgsm",
     "logit_margin",
@@ -29,5 +33,7 @@ __all__ = [
     "project",
     "random_start",
     "scatter",
+    "square",
+    "square_steps",
     "targeted_dlr",
 ]

@@ -1,0 +1,264 @@
+"""FAB: small perturbations found by projecting on linearised decision boundaries, of all classes or of one target."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int, Key
+
+from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed, image_keys
+from fs_jax.attacks.losses import logit_margin, wrong_class
+from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, run, run_keys, where
+
+_ALPHA_MAX = 0.1  # at most this share of a step goes towards the clean image's own projection
+_OVERSHOOT = 1.05
+_BACKWARD = 0.9
+
+
+def fab(
+    logits_fn: LogitsFn,
+    rng: Key[Array, ""] | Key[Array, "n"],
+    images: Float[Array, "n h w c"],
+    labels: Int[Array, "n"],
+    *,
+    epsilon: float = 8 / 255,
+    num_steps: int = 100,
+    targeted: bool = False,
+    num_runs: int | None = None,
+) -> Float[Array, "n h w c"]:
+    """Fast adaptive boundary attack in L-infinity: searches for a small perturbation, not only for one in the ball.
+
+    At the iterate x_k every boundary between the true class y and another class i is linearised; of these hyperplanes,
+    {x: z_i - z_y + <grad(z_i - z_y), x - x_k> = 0}, the one nearest in L-infinity, |z_i - z_y| / ||grad(z_i - z_y)||_1,
+    is taken. With d_k and d the moves in [0, 1] that project x_k and the clean image x on it (see `to_hyperplane`),
+
+      alpha = min(||d_k|| / (||d_k|| + ||d||), 0.1),
+      x_{k+1} = clip((1 - alpha) (x_k + 1.05 d_k) + alpha (x + 1.05 d), 0, 1);
+
+    if that is misclassified it is a perturbation found, and the search goes on from x + 0.9 (x_{k+1} - x). What lies
+    outside the ball counts as nothing, though the search may pass there. The first run starts at the image, the others
+    at x + epsilon/2 * u / ||u||, u uniform in [-1, 1].
+
+    Targeted (FAB-T), each run looks at the boundary with one class alone, the rivals at the clean image, nearest first;
+    that costs one backward pass for each step, however many classes there are. Every run then starts at the image.
+
+    Args:
+      logits_fn: Network, from images to logits [N, classes]; inference mode.
+      rng: A key, from which image i takes `fold_in(rng, i)`, or a key for each image.
+      images: Images [N, H, W, C] in [0, 1].
+      labels: True classes [N].
+      epsilon: Radius, in units of [0, 1].
+      num_steps: Steps of each run, at least 1.
+      targeted: One class for each run, in place of the nearest boundary of all.
+      num_runs: Runs of each image, 5 by default; if targeted the number of targets, 9 by default and at most the number
+        of wrong classes.
+
+    Returns:
+      Images [N, H, W, C] in the ball: as they fell, else those of the lowest margin met. No gradient flows through.
+
+    Raises:
+      TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
+        no steps, no runs. (Values are checked where they are known, so not under jit.)
+
+    Example:
+      >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
+      >>> images = jnp.full((1, 4, 4, 1), 0.6)
+      >>> attacked = fab(logits_fn, jax.random.key(0), images, jnp.array([0]), epsilon=0.2)
+      >>> float(attacked.mean().round(3))  # the boundary is at 0.5, and 1.05 times as far it is crossed
+      0.495
+
+    Source: Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020,
+    algorithm 1; targeted, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+    attacks" (AutoAttack), ICML 2020, by the same authors.
+    """
+    check_attack(logits_fn, images, labels, epsilon=epsilon, num_steps=num_steps)
+    rivals = jax.eval_shape(logits_fn, images).shape[-1] - 1
+    if num_runs is None:
+        num_runs = min(9, rivals) if targeted else 5
+    if num_runs < 1 or (targeted and num_runs > rivals):
+        raise ValueError(
+            f"num_runs: expected at least 1, and at most the {rivals} wrong classes as targets; got {num_runs}."
+        )
+    attack = fab_steps(epsilon=epsilon, num_steps=num_steps, targeted=targeted, num_runs=num_runs)
+    images, keys = jax.lax.stop_gradient(images), image_keys(rng, len(images))
+    return jax.lax.stop_gradient(run(attack, held_fixed(logits_fn, images), keys, images, labels).adversarial)
+
+
+def fab_steps(
+    *,
+    epsilon: float = 8 / 255,
+    num_steps: int = 100,
+    targeted: bool = False,
+    num_runs: int | None = None,
+    num_classes: int = 10,
+) -> Stepwise:
+    """`fab` cut in steps. Its state holds, as `distance`, that of the closest misclassified iterate, near or far.
+
+    Args:
+      epsilon: Radius, in units of [0, 1].
+      num_steps: Steps of each run.
+      targeted: One class for each run.
+      num_runs: Runs of each image, 5 by default; targets, 9 by default: fewer than there are classes.
+      num_classes: Classes of the network: untargeted steps take a backward pass for all but the true one. Only `passes`
+        depends on it.
+
+    Returns:
+      The attack, for `stepwise.run` and `packing.packed`.
+
+    Example:
+      >>> fab_steps().passes, fab_steps(targeted=True).passes
+      (((1, 0), (2, 9)), ((1, 0), (2, 1)))
+    """
+    bound = {"epsilon": epsilon}
+    if targeted:
+        start, step, num_runs, backward = _start_to_target, Partial(_step_to_target, **bound), num_runs or 9, 1
+    else:
+        start, step, num_runs, backward = (
+            Partial(_start, **bound),
+            Partial(_step, **bound),
+            num_runs or 5,
+            num_classes - 1,
+        )
+    return Stepwise(start, step, num_steps, num_runs, ((1, 0), (2, backward)))
+
+
+def to_hyperplane(point: Float[Array, "d"], normal: Float[Array, "d"], value: Float[Array, ""]) -> Float[Array, "d"]:
+    """The smallest move, in L-infinity, that takes a point of the unit box to a hyperplane, inside the box.
+
+    argmin_d ||d||_inf subject to <normal, d> = -value and 0 <= point + d <= 1. Moves that are no larger than need be
+    have the form d_j = -sign(value normal_j) min(r, room_j), room_j being the way to the box's wall; and
+    sum_j |normal_j| min(r, room_j) = |value| says what r is. The left side is concave, increasing and piecewise linear
+    in r, so that Newton's method from r = 0 rises to the root and is there, exactly, after finitely many steps: few,
+    as each takes in all walls that its radius reaches. (FAB's authors sort the rooms, which costs far more.)
+
+    Args:
+      point: Point in the unit box [d].
+      normal: Normal vector of the hyperplane [d]; zeros are allowed, and nothing moves there.
+      value: What <normal, x> exceeds the hyperplane's by at the point.
+
+    Returns:
+      The move [d]. If the hyperplane doesn't meet the box: to the box's point closest to it by value.
+
+    Example:
+      >>> to_hyperplane(jnp.array([0.1, 0.5]), jnp.array([1.0, 1.0]), 0.4).round(3).tolist()
+      [-0.1, -0.3]
+
+    Source: Croce & Hein, ICML 2020 (FAB), section 2 and appendix, where it is solved by sorting.
+    """
+    weight, needed = jnp.abs(normal), jnp.abs(value)
+    direction = -jnp.sign(value) * jnp.sign(normal)
+    room = jnp.where(direction > 0, 1 - point, point)
+
+    def radius(at_wall):
+        rest = jnp.sum(jnp.where(at_wall, 0, weight))
+        still = needed - jnp.sum(jnp.where(at_wall, weight * room, 0))
+        return jnp.where(rest > 0, still / rest, jnp.inf)
+
+    def advance(carry):
+        at_wall, _ = carry
+        now = at_wall | (room < radius(at_wall))
+        return now, jnp.any(now != at_wall)
+
+    at_wall, _ = jax.lax.while_loop(lambda carry: carry[1], advance, (jnp.zeros(point.shape, bool), jnp.array(True)))
+    return direction * jnp.minimum(radius(at_wall), room)
+
+
+class _Boundary(NamedTuple):
+    iterate: Float[Array, "n h w c"]
+    target: Int[Array, "n"] | None
+    """The class whose boundary is approached; None for whichever is nearest."""
+    distance: Float[Array, "n"]
+    """Of the closest misclassified iterate, in L-infinity; infinite if there is none yet."""
+    progress: Progress
+
+
+def _start(logits_fn, keys, images, labels, run, *, epsilon):
+    def noise(key):
+        direction = jax.random.uniform(key, images.shape[1:], images.dtype, -1, 1)
+        return epsilon / 2 * direction / jnp.max(jnp.abs(direction))
+
+    random = jnp.clip(images + jax.vmap(noise)(run_keys(keys, run)), 0, 1).astype(images.dtype)
+    first = where(run > 0, random, images)
+    return _first_state(first, None, logits_fn(first), images, labels)
+
+
+def _start_to_target(logits_fn, keys, images, labels, run):
+    logits = logits_fn(images)
+    return _first_state(images, wrong_class(logits, labels, run), logits, images, labels)
+
+
+def _first_state(first, target, logits, images, labels):
+    progress = first_judged(first, logits, labels)
+    distance = jnp.where(progress.fallen_at == 0, _length(first - images), jnp.inf)
+    return _Boundary(first, target, distance, progress)
+
+
+def _step(logits_fn, state, images, labels, *, epsilon):
+    return _towards(*_nearest_boundary(logits_fn, state.iterate, labels), logits_fn, state, images, labels, epsilon)
+
+
+def _step_to_target(logits_fn, state, images, labels, *, epsilon):
+    value, vjp = jax.vjp(lambda x: _lead(logits_fn(x), state.target, labels), state.iterate)
+    (normal,) = vjp(jnp.ones_like(value))
+    return _towards(value, normal, logits_fn, state, images, labels, epsilon)
+
+
+def _nearest_boundary(logits_fn, iterates, labels):
+    """Lead over the true class [N], and its gradient, of each image's class with the nearest linearised boundary."""
+    logits, vjp = jax.vjp(lambda x: logits_fn(x).astype(jnp.float32), iterates)
+    num_classes = logits.shape[-1]
+
+    def nearer(best, offset):
+        other = (labels + offset) % num_classes
+        value = _lead(logits, other, labels)
+        (normal,) = vjp(jax.nn.one_hot(other, num_classes) - jax.nn.one_hot(labels, num_classes))
+        distance = jnp.abs(value) / (1e-12 + jnp.sum(jnp.abs(normal), (1, 2, 3)))  # finite where gradients vanish
+        return where(distance < best[0], (distance, value, normal), best), None
+
+    # One class after the other, so that one gradient and the best so far are all that is held.
+    none = jnp.full(len(labels), jnp.inf), jnp.zeros(len(labels)), jnp.zeros_like(iterates)
+    (_, value, normal), _ = jax.lax.scan(nearer, none, jnp.arange(1, num_classes))
+    return value, normal
+
+
+def _towards(value, normal, logits_fn, state, images, labels, epsilon):
+    """The step on the hyperplanes value + <normal, x - iterate> = 0."""
+    project = jax.vmap(lambda point, normal, value: to_hyperplane(point.ravel(), normal.ravel(), value))
+    value = value.astype(images.dtype)
+    value_at_image = value + jnp.sum(normal * (images - state.iterate), (1, 2, 3))
+    move = project(state.iterate, normal, value).reshape(images.shape)
+    move_of_image = project(images, normal, value_at_image).reshape(images.shape)
+
+    length, length_of_image = (jnp.maximum(_length(m), 1e-8) for m in (move, move_of_image))  # of none, equal lengths
+    alpha = jnp.minimum(length / (length + length_of_image), _ALPHA_MAX)[:, None, None, None]
+    biased = (1 - alpha) * (state.iterate + _OVERSHOOT * move) + alpha * (images + _OVERSHOOT * move_of_image)
+    iterate = jnp.clip(biased, 0, 1).astype(images.dtype)
+
+    margin = logit_margin(logits_fn(iterate), labels).astype(jnp.float32)
+    distance, misclassified = _length(iterate - images), ~(margin > 0)
+    closer = misclassified & (distance < state.distance)
+    # An image that stands keeps its lowest margin in the ball; one that has fallen, its closest perturbation.
+    progress, step = state.progress, state.progress.step + 1
+    better = (distance <= epsilon) & jnp.where(misclassified, closer, margin < progress.margin)
+    return state._replace(
+        iterate=where(misclassified, images + _BACKWARD * (iterate - images), iterate),
+        distance=jnp.where(closer, distance, state.distance),
+        progress=Progress(
+            adversarial=where(better, iterate, progress.adversarial),
+            margin=jnp.where(better, margin, progress.margin),
+            step=step,
+            fallen_at=jnp.where((progress.fallen_at < 0) & better & misclassified, step, progress.fallen_at),
+        ),
+    )
+
+
+def _lead(logits, other, labels):
+    logits = logits.astype(jnp.float32)
+    return (
+        jnp.take_along_axis(logits, other[:, None], -1)[:, 0] - jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
+    )
+
+
+def _length(moves):
+    return jnp.max(jnp.abs(moves), (1, 2, 3))

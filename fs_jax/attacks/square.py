@@ -1,0 +1,127 @@
+"""Square: random search by forward passes alone, where each proposal repaints one square of the image."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int, Key
+
+from fs_jax.attacks.linf import LogitsFn, check_attack, image_keys
+from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, judged, run, run_keys
+
+# The square's share of the image starts at 0.8 and halves after these queries of 5,000; of another budget, after the
+# same shares of it. (The released AutoAttack's schedule. The paper's, for 10,000 queries, halves at 10, 50, ... too.)
+_SHARE = 0.8
+_HALVED_AFTER, _OF = np.array([10, 50, 200, 500, 1000, 2000, 4000]), 5000
+
+
+def square(
+    logits_fn: LogitsFn,
+    rng: Key[Array, ""] | Key[Array, "n"],
+    images: Float[Array, "n h w c"],
+    labels: Int[Array, "n"],
+    *,
+    epsilon: float = 8 / 255,
+    num_steps: int = 5000,
+) -> Float[Array, "n h w c"]:
+    """Square attack: a random square of the perturbation is set to +-epsilon per channel, and kept where that helps.
+
+    Starts at x + epsilon * s, s a random sign for each column and channel (vertical stripes), clipped to [0, 1]. Each
+    step draws a square of side round(sqrt(p h w)) at a random place, adds +-2 epsilon to it, one random sign per
+    channel, and projects; the proposal is kept if the margin z_y - max_{i != y} z_i falls, or is at most 0. p is 0.8,
+    halved after 10, 50, 200, 500, 1000, 2000 and 4000 of 5,000 steps. No gradients are used.
+
+    Args:
+      logits_fn: Network, from images to logits [N, classes]; inference mode.
+      rng: A key, from which image i takes `fold_in(rng, i)`, or a key for each image.
+      images: Images [N, H, W, C] in [0, 1].
+      labels: True classes [N].
+      epsilon: Radius, in units of [0, 1].
+      num_steps: Queries after the start, at least 1.
+
+    Returns:
+      Images [N, H, W, C] in the ball: as they fell, else those of the lowest margin found. No gradient flows through.
+
+    Raises:
+      TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
+        no steps. (Values are checked where they are known, so not under jit.)
+
+    Example:
+      >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
+      >>> images = jnp.full((1, 4, 4, 1), 0.54)
+      >>> attacked = square(logits_fn, jax.random.key(0), images, jnp.array([0]), epsilon=0.1, num_steps=100)
+      >>> int(logits_fn(attacked).argmax())  # class 0 likes bright images, so the attack darkens this one
+      1
+
+    Source: Andriushchenko et al., "Square Attack", ECCV 2020, algorithms 1 and 2; settings as AutoAttack's (Croce &
+    Hein, ICML 2020).
+    """
+    check_attack(logits_fn, images, labels, epsilon=epsilon, num_steps=num_steps)
+    attack = square_steps(epsilon=epsilon, num_steps=num_steps)
+    images, keys = jax.lax.stop_gradient(images), image_keys(rng, len(images))
+    return run(attack, lambda x: jax.lax.stop_gradient(logits_fn(x)), keys, images, labels).adversarial
+
+
+def square_steps(*, epsilon: float = 8 / 255, num_steps: int = 5000) -> Stepwise:
+    """`square` cut in steps of one query each.
+
+    Args:
+      epsilon: Radius, in units of [0, 1].
+      num_steps: Queries after the start.
+
+    Returns:
+      The attack, for `stepwise.run` and `packing.packed`.
+
+    Example:
+      >>> square_steps(num_steps=1000).passes
+      ((1, 0), (1, 0))
+    """
+    step = Partial(_step, epsilon=epsilon, num_steps=num_steps)
+    return Stepwise(Partial(_start, epsilon=epsilon), step, num_steps, passes=((1, 0), (1, 0)))
+
+
+class _Search(NamedTuple):
+    keys: Key[Array, "n"]
+    progress: Progress
+
+
+def _start(logits_fn, keys, images, labels, run, *, epsilon):
+    keys = run_keys(keys, run)
+
+    def stripes(key):
+        return jax.random.rademacher(jax.random.fold_in(key, 0), (1, *images.shape[2:]), images.dtype)
+
+    first = _painted(images, jax.vmap(stripes)(keys), epsilon)
+    return _Search(keys, first_judged(first, logits_fn(first), labels))
+
+
+def _step(logits_fn, state, images, labels, *, epsilon, num_steps):
+    progress = state.progress
+    inside, signs = jax.vmap(_random_square, (0, 0, None, None))(state.keys, progress.step, num_steps, images.shape[1:])
+    # Whatever the iterate was, +-2 epsilon and the projection bring it to the same edge of the ball, image +- epsilon.
+    proposal = jnp.where(inside, _painted(images, signs, epsilon), progress.adversarial)
+    # Kept where the margin falls; a misclassified proposal is that too, as long as the image stands.
+    return state._replace(progress=judged(progress, proposal, logits_fn(proposal), labels))
+
+
+def _random_square(key, step, num_steps, shape):
+    """Where a random square of this step lies [H, W, 1], and its sign for each channel [C]."""
+    height, width, channels = shape
+    row_key, column_key, sign_key = jax.random.split(jax.random.fold_in(key, step + 1), 3)
+    shares = _SHARE / 2.0 ** np.arange(len(_HALVED_AFTER) + 1)
+    sides = np.clip(np.round(np.sqrt(shares * height * width)).astype(int), 1, min(height, width))
+    side = jnp.asarray(sides)[jnp.sum(step * _OF > _HALVED_AFTER * num_steps)]
+
+    def interval(key, length):
+        # The last place included, as the paper has it: then every pixel can be reached.
+        first = jax.random.randint(key, (), 0, length - side + 1)
+        return (jnp.arange(length) >= first) & (jnp.arange(length) < first + side)
+
+    inside = interval(row_key, height)[:, None] & interval(column_key, width)
+    return inside[..., None], jax.random.rademacher(sign_key, (1, 1, channels), jnp.float32)
+
+
+def _painted(images, signs, epsilon):
+    return jnp.clip(images + epsilon * signs, 0, 1).astype(images.dtype)

@@ -1,0 +1,160 @@
+"""FAB: its projection against linear programming, and the attack where the smallest perturbation is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import linprog
+
+from fs_jax.attacks.fab import _nearest_boundary, fab, fab_steps, to_hyperplane
+
+
+def smallest_move(point, normal, value):
+    """The length of the smallest move to the hyperplane, by linear programming over (d, r); None if there is none."""
+    count = len(point)
+    within_r = np.block([[np.eye(count), -np.ones((count, 1))], [-np.eye(count), -np.ones((count, 1))]])
+    solved = linprog(
+        c=np.r_[np.zeros(count), 1],
+        A_ub=within_r,
+        b_ub=np.zeros(2 * count),
+        A_eq=np.r_[normal, 0][None],
+        b_eq=[-value],
+        bounds=[*zip(-point, 1 - point, strict=True), (0, None)],
+    )
+    return solved.fun if solved.status == 0 else None
+
+
+def problems():
+    """Points, normals and values [60, 7]: with zeros in the normal, points at walls, hyperplanes out of reach, ..."""
+    rng = np.random.default_rng(0)
+    points, normals = rng.uniform(size=(60, 7)), rng.normal(size=(60, 7))
+    normals[10:30] *= rng.uniform(size=(20, 7)) < 0.5
+    points[20:40] = np.round(points[20:40])
+    normals[40:45] *= 10.0 ** rng.uniform(-6, 0, size=(5, 7))
+    normals[45] = 0
+    # Half of what all walls together allow: reached by most, as the other side of the box is nearer or farther.
+    values = rng.normal(size=60) * np.abs(normals).sum(1) / 4
+    values[46] = 0
+    values[47:50] *= 100
+    return points, normals, values
+
+
+@pytest.mark.usefixtures("float64")
+def test_projection_equals_linear_programming():
+    points, normals, values = problems()
+    moves = np.asarray(jax.jit(jax.vmap(to_hyperplane))(points, normals, values))
+    lengths = [smallest_move(*problem) for problem in zip(points, normals, values, strict=True)]
+    reached = np.array([length is not None for length in lengths])
+    assert 5 < (~reached).sum() < 30  # both kinds are tested
+    # HiGHS solves to 1e-7 of feasibility.
+    np.testing.assert_allclose(np.abs(moves).max(1)[reached], np.array(lengths)[reached].astype(float), atol=1e-6)
+    np.testing.assert_allclose((moves * normals).sum(1)[reached], -values[reached], atol=1e-12)
+    # Out of reach: every pixel that counts is at the wall that brings it nearest.
+    nearest = np.where(normals * values[:, None] > 0, -points, 1 - points) * (normals != 0)
+    np.testing.assert_array_equal(moves[~reached], nearest[~reached])
+    assert (points + moves >= 0).all()
+    assert (points + moves <= 1).all()
+    assert not moves[normals == 0].any()
+    assert not moves[46].any()
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """A linear network of 5 classes on 4 x 4 images, 8 images that it gets right, and their smallest perturbations."""
+    rng = np.random.default_rng(1)
+    weights = rng.normal(size=(16, 5))
+    images = rng.uniform(0.2, 0.8, size=(40, 16))
+    logits = images @ weights
+    # The images nearest a boundary: there no wall is in the way.
+    labels = logits.argmax(1)
+    gaps = logits[np.arange(40), labels][:, None] - logits
+    norms = np.abs(weights.T[labels][:, None] - weights.T[None]).sum(-1)
+    gaps[np.arange(40), labels], norms[np.arange(40), labels] = np.inf, 1
+    distances = (gaps / norms).min(1)
+    chosen = np.argsort(distances)[:8]
+    assert distances[chosen].max() < 0.15  # as far as no pixel meets a wall, even 1.05 times
+
+    def logits_fn(images):
+        return images.reshape(len(images), -1) @ jnp.asarray(weights, jnp.float32)
+
+    as_images = jnp.asarray(images[chosen].reshape(8, 4, 4, 1), jnp.float32)
+    return logits_fn, as_images, jnp.asarray(labels[chosen]), distances[chosen]
+
+
+def states_after(attack, num_steps, logits_fn, images, labels, run):
+    """The state after some steps that no image is held back from: the search for a closer perturbation goes on."""
+    keys, runs = jax.random.split(jax.random.key(0), len(images)), jnp.full(len(images), run, jnp.int32)
+
+    @jax.jit
+    def advance(keys, runs):
+        state = attack.start(logits_fn, keys, images, labels, runs)
+        return jax.lax.fori_loop(0, num_steps, lambda _, s: attack.step(logits_fn, s, images, labels), state)
+
+    return advance(keys, runs)
+
+
+# On a linear boundary at distance 1 the first step, from the image, goes to 1.05, and back to 0.9 * 1.05 = 0.945. From
+# there its own projection is 0.055 away, the image's 1, and the second step ends closer than all that follow.
+_ALPHA = 0.055 / 1.055
+CLOSEST = (1 - _ALPHA) * (0.945 + 1.05 * 0.055) + _ALPHA * 1.05
+
+
+def test_finds_the_smallest_perturbation_of_a_linear_network(linear):
+    logits_fn, images, labels, smallest = linear
+    state = states_after(fab_steps(epsilon=0.1), 10, logits_fn, images, labels, run=0)
+    # The gap of the logits, 0.1 and more, is known to 1e-6.
+    np.testing.assert_allclose(state.distance, CLOSEST * smallest, rtol=1e-4)
+
+
+def test_the_best_target_gives_the_smallest_perturbation(linear):
+    logits_fn, images, labels, smallest = linear
+    attack = fab_steps(epsilon=0.1, targeted=True)
+    states = [states_after(attack, 10, logits_fn, images, labels, run) for run in range(4)]
+    np.testing.assert_allclose(np.min([state.distance for state in states], 0), CLOSEST * smallest, rtol=1e-4)
+    ranked = np.argsort(-logits_fn(images), -1)
+    np.testing.assert_array_equal(np.stack([state.target for state in states], 1), ranked[:, 1:])
+    assert (ranked[:, 0] == labels).all()
+
+
+def test_runs_begin_at_the_image_and_then_at_half_the_radius(linear):
+    logits_fn, images, labels, _ = linear
+    start, keys = (
+        jax.jit(lambda *args: fab_steps(epsilon=0.1).start(logits_fn, *args)),
+        jax.random.split(jax.random.key(0), 8),
+    )
+    firsts = [start(keys, images, labels, jnp.full(8, run)).iterate for run in range(3)]
+    np.testing.assert_array_equal(firsts[0], images)
+    noise = np.stack(firsts[1:]) - images
+    # No pixel meets a wall; 6e-8 is what float32 rounds.
+    np.testing.assert_allclose(np.abs(noise).max((2, 3, 4)), 0.05, atol=1e-7)
+    assert (np.abs(noise[0] - noise[1]).max((1, 2, 3)) > 0.01).all()
+
+
+def test_only_what_lies_in_the_ball_counts(linear):
+    logits_fn, images, labels, smallest = linear
+    epsilon = float(np.median(smallest))  # of 8, so no image's own
+    attacked = jax.jit(lambda rng, x: fab(logits_fn, rng, x, labels, epsilon=epsilon, num_steps=10, num_runs=2))(
+        jax.random.key(0), images
+    )
+    assert np.abs(smallest / epsilon - 1).min() > CLOSEST - 1  # none lies so near the radius that it would be missed
+    np.testing.assert_array_equal(logits_fn(attacked).argmax(-1) != labels, smallest < epsilon)
+    assert np.abs(attacked - images).max() <= epsilon
+
+
+def test_the_nearest_boundary_is_that_of_all_gradients(classifier):
+    logits_fn, images, labels = classifier
+    value, normal = jax.jit(lambda x: _nearest_boundary(logits_fn, x, labels))(images)
+
+    def leads(image, label):
+        logits = logits_fn(image[None])[0]
+        return logits - logits[label]
+
+    values = jax.vmap(leads)(images, labels)
+    normals = jax.vmap(jax.jacrev(leads))(images, labels)
+    each, norms = np.arange(len(images)), np.abs(normals).sum((2, 3, 4))
+    wrong = norms > 0  # the true class has no lead over itself, and no boundary
+    nearest = np.where(wrong, np.abs(values) / np.where(wrong, norms, 1), np.inf).argmin(1)
+    # Sums of 16 and 12 products of float32 in another order.
+    np.testing.assert_allclose(value, values[each, nearest], atol=1e-5)
+    np.testing.assert_allclose(normal, normals[each, nearest], atol=1e-5)
+    assert len(set((nearest - labels).tolist())) > 1
