@@ -14,7 +14,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """Run `main` on the command line's words; what it says of bad input is printed as one error, with status 2."""
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         # Raised by the project's own checks, or by the file system; what a library raises is a bug, and shown whole.
         raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if not isinstance(error, OSError) and raised_in.parent not in _ours():

@@ -71,7 +71,7 @@ def load_weights(
             "Give 0 and 1 for images as they are (most of RobustBench's), 0.5 and 0.5 for [-1, 1] (the paper's)."
         )
     wide = jax.tree.map(lambda x: x.astype(np.promote_types(x.dtype, np.float32)), variables)
-    return model.clone(mean=mean, std=std), wide
+    return model.clone(mean=_per_channel(mean), std=_per_channel(std)), wide
 
 
 def save_weights(path: str | os.PathLike, model: WideResNet, variables: Mapping[str, Any]) -> None:
@@ -121,7 +121,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
         of another shape, or for values that aren't finite.
 
     Example:
-      >>> variables = WideResNet(10, 1).init(jax.random.key(0), np.zeros((1, 32, 32, 3)))
+      >>> variables = WideResNet(10, 1).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
       >>> again = from_torch(to_torch(variables))
       >>> all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), dict(variables), again)))
       True
@@ -296,13 +296,18 @@ def _take_normalisation(arrays: dict[str, np.ndarray]) -> tuple[PerChannel | Non
     for name in list(arrays):
         buffer = _BUFFERS.get(name.rpartition(".")[2])
         if buffer is not None and buffer not in found:
-            values = tuple(float(value) for value in np.ravel(arrays.pop(name)))
-            found[buffer] = values[0] if len(set(values)) == 1 else values
+            found[buffer] = _per_channel(arrays.pop(name))
     if len(found) == 1:
         raise ValueError(f"expected both buffers of the normalisation, or neither; got only the {next(iter(found))}.")
     if not found and any("basic_net.block1." in name for name in arrays):
         return 0.5, 0.5
     return found.get("mean"), found.get("std")
+
+
+def _per_channel(values: Any) -> PerChannel:
+    """One number where all channels have the same."""
+    numbers = tuple(float(value) for value in np.ravel(values))
+    return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
 def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:

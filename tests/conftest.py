@@ -3,7 +3,11 @@
 import os
 import pathlib
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # also of the processes that tests start; before JAX is imported
+# Also of the processes that tests start; before JAX is imported.
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of the tests' time is compilation, and most of that LLVM's: at a lower level it takes half as long, of random
+# numbers a quarter. What XLA itself makes of a program is the same.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 
 from fs_jax import convert
+from fs_jax.config import preset
 
 jax.config.update("jax_num_cpu_devices", 4)  # before the first computation
 
@@ -49,6 +54,15 @@ def recorded(request):
 @pytest.fixture(scope="session")
 def recorded_10_1():
     return Recorded(10, 1)
+
+
+@pytest.fixture(scope="session")
+def digits_state():
+    """The digits preset, and the state before its first step."""
+    from fs_jax.training import create_state  # not above: it loads much that most tests don't need
+
+    config = preset("digits")
+    return config, create_state(config, jax.random.key(0))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """PyTorch's names, layouts and files, there and back; what isn't a Wide-ResNet's weights is refused, not executed."""
 
+import json
 import pathlib
 import pickle
 import sys
@@ -10,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import convert_weights
 from fs_jax import convert
+from fs_jax.config import to_dict
 from fs_jax.models import WideResNet
+from fs_jax.training import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ def test_normalisation_is_not_guessed(tmp_path, weights):
     np.savez(path, **weights)
     with pytest.raises(ValueError, match=r"mean, std: expected them, as .*bare\.npz doesn't say .* Give 0 and 1 for"):
         convert.load_weights(path)
-    assert convert.load_weights(path, mean=0, std=1)[0] == WideResNet(10, 1, mean=0, std=1)
+    assert convert.load_weights(path, mean=0, std=(1, 1, 1))[0] == WideResNet(10, 1, mean=0, std=1)
     with pytest.raises(ValueError, match="mean, std: expected both or neither"):
         convert.load_weights(path, mean=0)
     np.savez(path, **weights, mu=np.zeros(3))
@@ -105,6 +109,30 @@ def test_a_failed_write_leaves_nothing(tmp_path, wrn_16_2):
             tmp_path / "n.npz", wrn_16_2[0], {"params": {"dense": {"kernel": np.ones((1, 1))}}, "batch_stats": {}}
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_the_script_converts_files(tmp_path, weights, capsys):
+    np.savez(tmp_path / "bare.npz", **weights)
+    convert_weights.main([str(tmp_path / "bare.npz"), str(tmp_path / "a.safetensors"), "--mean", "0", "--std", "1"])
+    assert "a.safetensors: WRN-10-1, 10 classes, takes (images - 0.0) / 1.0" in capsys.readouterr().out
+    model, variables = convert.load_weights(tmp_path / "a.safetensors")
+    assert model == WideResNet(10, 1, mean=0, std=1)
+    assert_same(variables, convert.from_torch(weights))
+    with pytest.raises(ValueError, match=r"target: expected a new file; .* exists"):
+        convert_weights.main([str(tmp_path / "bare.npz"), str(tmp_path / "a.safetensors")])
+
+
+def test_the_script_writes_the_network_of_a_run(tmp_path, digits_state):
+    config, state = digits_state
+    with Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(state)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    convert_weights.main([str(tmp_path), str(tmp_path / "digits.npz")])
+    model, variables = convert.load_weights(tmp_path / "digits.npz")
+    assert model == WideResNet(10, 1)
+    assert_same(variables, state.variables)
+    with pytest.raises(ValueError, match="source: expected a run with a best checkpoint"):
+        convert_weights.main([str(tmp_path), str(tmp_path / "best.npz"), "--checkpoint", "best"])
 
 
 # Files that are refused
