@@ -1,6 +1,7 @@
 """Attacks in L-infinity on images in [0, 1]. They see a network only as `logits_fn: images -> logits`."""
 
 from fs_jax.attacks.apgd import apgd, apgd_steps
+from fs_jax.attacks.autoattack import AttackRecord, autoattack, autoattack_settings, autoattack_steps
 from fs_jax.attacks.fab import fab, fab_steps
 from fs_jax.attacks.gradient import cw, fgsm, pgd, pgd_steps
 from fs_jax.attacks.linf import project, random_start
@@ -11,6 +12,7 @@ from fs_jax.attacks.square import square, square_steps
 from fs_jax.attacks.stepwise import Progress, Stepwise
 
 __all__ = [
+    "AttackRecord",
     "Finished",
     "Look",
     "Progress",
@@ -18,6 +20,9 @@ __all__ = [
     "Stepwise",
     "apgd",
     "apgd_steps",
+    "autoattack",
+    "autoattack_settings",
+    "autoattack_steps",
     "cross_entropy",
     "cw",
     "cw_margin",

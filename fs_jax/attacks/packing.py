@@ -146,7 +146,7 @@ class _Batch:
     def __init__(self, attack, logits_fn, keys, images, labels):
         self.jobs: list[tuple[int, int] | None] = []
         self._attack, self._keys, self._images, self._labels = attack, keys, images, labels
-        self._start, self._step, self._logits_fn = map(_as_partial, (attack.start, attack.step, logits_fn))
+        self._start, self._step, self._logits_fn = map(as_partial, (attack.start, attack.step, logits_fn))
         self._programs = _programs()
         self._slots = None
         self._passes = np.zeros(2, np.int64)
@@ -277,5 +277,11 @@ def _programs() -> _Programs:
     )
 
 
-def _as_partial(function):
+def as_partial(function: Callable) -> Partial:
+    """The function as a pytree, which a compiled program can take as an argument; a `Partial` is one already.
+
+    Example:
+      >>> jax.jit(lambda f, x: f(x))(as_partial(jnp.sin), 0.0).item()
+      0.0
+    """
     return function if isinstance(function, Partial) else Partial(function)

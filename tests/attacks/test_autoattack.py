@@ -1,0 +1,182 @@
+"""AutoAttack: the worst case over its attacks in order, whatever the batch; and the warnings that go with it."""
+
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fs_jax import attacks
+from fs_jax.attacks.autoattack import SETTINGS, _keys_of
+
+KEY = jax.random.key(8)
+EPSILON = 0.045
+COUNT = 9
+NOISE = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def problem(classifier):
+    """The classifier of 5 classes and 9 images, of which it gets the first one wrong."""
+    logits_fn, _, _ = classifier
+    images = np.random.default_rng(1).uniform(size=(COUNT, 4, 4, 1)).astype(np.float32)
+    labels = np.array(jnp.argmax(logits_fn(images), -1))
+    labels[0] = (labels[0] + 1) % 5
+    return logits_fn, images, labels
+
+
+def run(problem, **settings):
+    logits_fn, images, labels = problem
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the record holds them too
+        return attacks.autoattack(logits_fn, KEY, images, labels, **{"epsilon": EPSILON, "batch_size": 4, **settings})
+
+
+@pytest.fixture(scope="module")
+def record(problem):
+    return run(problem)
+
+
+def test_the_record_is_what_the_network_says_of_its_images(problem, record):
+    logits_fn, images, labels = problem
+    margins = attacks.logit_margin(logits_fn(record.images), labels)
+    np.testing.assert_allclose(record.margin, margins, atol=1e-5)  # rounding of differently shaped products
+    np.testing.assert_array_equal(record.robust, margins > 0)
+    assert 0 < record.robust.sum() < COUNT - 1
+    assert np.abs(record.images - images).max() <= EPSILON + 6e-8
+    assert record.images.min() >= 0
+    assert record.images.max() <= 1
+
+
+def test_the_record_agrees_with_itself(record):
+    assert list(record.stages) == ["clean", *SETTINGS["standard"]]
+    for done, (name, share) in enumerate(record.stages.items(), 1):
+        fallen = sum(to in list(record.stages)[:done] for to in record.fallen_to)
+        assert share == 1 - fallen / COUNT, name
+    assert record.stages["square"] == record.robust.mean()
+    assert record.fallen_to[0] == "clean"
+    np.testing.assert_array_equal(record.robust, [not to for to in record.fallen_to])
+    np.testing.assert_array_equal(record.robust, record.steps < 0)
+    assert record.settings["apgd-t"] == {"num_steps": 100, "loss": "targeted", "num_runs": 4}
+    assert record.settings["epsilon"] == EPSILON
+    # What stands has made every step of every run.
+    assert record.queries["square"][0] >= 5001 * record.robust.sum()
+    assert record.queries["square"][1] == 0
+    assert record.warnings == []
+
+
+def test_an_image_falls_to_the_first_attack_that_breaks_it_alone(problem, record):
+    logits_fn, images, labels = problem
+    expected = ["clean"] + [""] * (COUNT - 1)
+    for name, attack in attacks.autoattack_steps(epsilon=EPSILON, num_classes=5).items():
+        keys = _keys_of(name, jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(COUNT)))
+        for look in attacks.packed(attack, logits_fn, keys, images, labels, batch_size=4):
+            for job in look.finished:
+                if job.fallen and not expected[job.image]:
+                    expected[job.image] = name
+    assert record.fallen_to == expected
+
+
+def test_the_same_images_fall_whatever_the_batch_size(problem, record):
+    other = run(problem, batch_size=2)
+    assert other.fallen_to == record.fallen_to
+    np.testing.assert_array_equal(other.steps, record.steps)
+    np.testing.assert_allclose(other.images, record.images, atol=1e-6)
+
+
+def test_gradients_of_a_network_that_ignores_its_draws_average_to_themselves(problem):
+    logits_fn, images, labels = problem
+    once = run(problem, version=["apgd-ce", "apgd-dlr"], batch_size=1)
+    often = run((lambda x, keys: logits_fn(x) + 0 * keys.ndim, images, labels), version="rand", batch_size=1)
+    assert often.fallen_to == once.fallen_to
+    np.testing.assert_array_equal(often.steps, once.steps)
+
+
+def test_one_lucky_draw_is_not_enough(problem):
+    logits_fn, images, labels = problem
+
+    def mostly_right(x, keys):
+        # Logits that no attack can change, wrong in one draw of 20.
+        wrong = jax.vmap(jax.random.uniform)(keys) < 0.05
+        right = jax.nn.one_hot(labels[-1], 5)
+        return jnp.where(wrong[:, None], -right, right) + 0 * logits_fn(x)
+
+    alike = np.full_like(labels, labels[-1])
+    record = run((mostly_right, images, alike), version="rand", batch_size=1)
+    # In 202 draws nearly every image would fall; in two more, nearly none.
+    assert record.robust.mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("network", "doubt"),
+    [
+        (jax.nn.softmax, "looks like probabilities"),
+        (jnp.round, "9 of 9 images have a cross-entropy gradient of exactly zero"),
+        (lambda logits: logits + NOISE.normal(size=5), "other logits when called again"),
+    ],
+)
+def test_warns_of_networks_that_cannot_be_trusted(problem, network, doubt):
+    logits_fn, images, labels = problem
+    with pytest.warns(UserWarning, match=doubt) as caught:
+        record = attacks.autoattack(
+            lambda x: network(logits_fn(x)), KEY, images, labels, epsilon=0, version=["apgd-ce"], batch_size=1
+        )
+    assert [str(warning.message) for warning in caught] == record.warnings
+    assert len(record.warnings) == 1
+
+
+def test_warns_where_square_beats_the_gradients(problem):
+    logits_fn, images, labels = problem
+
+    def masked(x):
+        # The gradient of the pixels' rounding errors: none of its own, and misleading.
+        return logits_fn(jnp.round(x, 3) + 1e-6 * jnp.sin(1e4 * x))
+
+    record = run((masked, images, labels), version=["apgd-ce", "square"], batch_size=1, epsilon=0.08)
+    assert record.stages["square"] < record.stages["apgd-ce"]
+    assert any("Square, which sees no gradient, broke" in doubt for doubt in record.warnings)
+
+
+def test_versions_are_the_authors():
+    assert list(SETTINGS["standard"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert list(SETTINGS["plus"]) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+    assert list(SETTINGS["rand"]) == ["apgd-ce", "apgd-dlr"]
+    plus = attacks.autoattack_steps("plus", num_classes=10)
+    assert {name: (attack.num_steps, attack.num_runs) for name, attack in plus.items()} == {
+        "apgd-ce": (100, 5),
+        "apgd-dlr": (100, 5),
+        "fab": (100, 5),
+        "square": (5000, 1),
+        "apgd-t": (100, 9),
+        "fab-t": (100, 9),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"version": "standart"}, ValueError, "version: expected one of standard, plus, rand; got 'standart'. Did you"),
+        ({"version": ["apgd-c"]}, ValueError, "got 'apgd-c'. Did you mean 'apgd-ce'?"),
+        ({"version": ["fab", "fab"]}, ValueError, "version: expected at least one attack, and none twice"),
+        ({"version": []}, ValueError, "version: expected at least one attack"),
+        ({"version": "rand"}, TypeError, "logits_fn: for version 'rand' expected a function of images and keys"),
+        ({"epsilon": 8}, ValueError, "epsilon: expected a number in [0, 1]"),
+    ],
+)
+def test_bad_settings_are_refused(problem, change, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        run(problem, **change)
+
+
+def test_bad_networks_and_images_are_refused(problem):
+    logits_fn, images, labels = problem
+    with pytest.raises(ValueError, match=r"3\. Attacks that remain, .*: apgd-ce, apgd-dlr, fab, square, fab-t\."):
+        run((lambda x: logits_fn(x)[:, :3], images, labels % 3))
+    with pytest.raises(FloatingPointError, match="got others for 9 images as they are, the first at 0"):
+        run((lambda x: jnp.nan * logits_fn(x), images, labels))
+    with pytest.raises(ValueError, match="images: expected at least one"):
+        run((logits_fn, images[:0], labels[:0]))
+    with pytest.raises(ValueError, match="labels: expected classes 0 to 4, as logits_fn has 5; got 5 to 5"):
+        run((logits_fn, images, 0 * labels + 5))
