@@ -1,13 +1,21 @@
 """Attacks in L-infinity on images in [0, 1]. They see a network only as `logits_fn: images -> logits`."""
 
 from fs_jax.attacks.apgd import apgd, apgd_steps
-from fs_jax.attacks.autoattack import AttackRecord, autoattack, autoattack_settings, autoattack_steps
+from fs_jax.attacks.autoattack import (
+    AttackRecord,
+    autoattack,
+    autoattack_settings,
+    autoattack_steps,
+    sanity_warnings,
+)
 from fs_jax.attacks.fab import fab, fab_steps
 from fs_jax.attacks.gradient import cw, fgsm, pgd, pgd_steps
 from fs_jax.attacks.linf import project, random_start
+from fs_jax.attacks.local_search import local_search, local_search_steps
 from fs_jax.attacks.losses import cross_entropy, cw_margin, dlr, logit_margin, targeted_dlr
 from fs_jax.attacks.packing import Finished, Look, packed
 from fs_jax.attacks.scatter import Scatter, feature_scatter, scatter
+from fs_jax.attacks.spsa import spsa, spsa_steps
 from fs_jax.attacks.square import square, square_steps
 from fs_jax.attacks.stepwise import Progress, Stepwise
 
@@ -31,13 +39,18 @@ __all__ = [
     "fab_steps",
     "feature_scatter",
     "fgsm",
+    "local_search",
+    "local_search_steps",
     "logit_margin",
     "packed",
     "pgd",
     "pgd_steps",
     "project",
     "random_start",
+    "sanity_warnings",
     "scatter",
+    "spsa",
+    "spsa_steps",
     "square",
     "square_steps",
     "targeted_dlr",
