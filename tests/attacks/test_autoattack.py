@@ -31,7 +31,7 @@ def run(problem, **settings):
     logits_fn, images, labels = problem
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the record holds them too
-        return attacks.autoattack(logits_fn, KEY, images, labels, **{"epsilon": EPSILON, "batch_size": 4, **settings})
+        return attacks.autoattack(logits_fn, KEY, images, labels, **{"epsilon": EPSILON, "batch_size": 2, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_an_image_falls_to_the_first_attack_that_breaks_it_alone(problem, record
     expected = ["clean"] + [""] * (COUNT - 1)
     for name, attack in attacks.autoattack_steps(epsilon=EPSILON, num_classes=5).items():
         keys = _keys_of(name, jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(COUNT)))
-        for look in attacks.packed(attack, logits_fn, keys, images, labels, batch_size=4):
+        for look in attacks.packed(attack, logits_fn, keys, images, labels, batch_size=2):
             for job in look.finished:
                 if job.fallen and not expected[job.image]:
                     expected[job.image] = name
@@ -80,18 +80,10 @@ def test_an_image_falls_to_the_first_attack_that_breaks_it_alone(problem, record
 
 
 def test_the_same_images_fall_whatever_the_batch_size(problem, record):
-    other = run(problem, batch_size=2)
+    other = run(problem, batch_size=1)
     assert other.fallen_to == record.fallen_to
     np.testing.assert_array_equal(other.steps, record.steps)
     np.testing.assert_allclose(other.images, record.images, atol=1e-6)
-
-
-def test_gradients_of_a_network_that_ignores_its_draws_average_to_themselves(problem):
-    logits_fn, images, labels = problem
-    once = run(problem, version=["apgd-ce", "apgd-dlr"], batch_size=1)
-    often = run((lambda x, keys: logits_fn(x) + 0 * keys.ndim, images, labels), version="rand", batch_size=1)
-    assert often.fallen_to == once.fallen_to
-    np.testing.assert_array_equal(often.steps, once.steps)
 
 
 def test_one_lucky_draw_is_not_enough(problem):
@@ -107,6 +99,8 @@ def test_one_lucky_draw_is_not_enough(problem):
     record = run((mostly_right, images, alike), version="rand", batch_size=1)
     # In 202 draws nearly every image would fall; in two more, nearly none.
     assert record.robust.mean() > 0.5
+    assert record.settings["apgd-ce"]["num_draws"] == 20
+    assert record.queries["apgd-ce"][0] % 20 == 0
 
 
 @pytest.mark.parametrize(
@@ -114,17 +108,17 @@ def test_one_lucky_draw_is_not_enough(problem):
     [
         (jax.nn.softmax, "looks like probabilities"),
         (jnp.round, "9 of 9 images have a cross-entropy gradient of exactly zero"),
-        (lambda logits: logits + NOISE.normal(size=5), "other logits when called again"),
+        (lambda logits: logits + 0.01 * NOISE.normal(size=5), "other logits when called again"),
     ],
 )
 def test_warns_of_networks_that_cannot_be_trusted(problem, network, doubt):
-    logits_fn, images, labels = problem
+    logits_fn, images, _ = problem
+    all_wrong = (np.asarray(jnp.argmax(logits_fn(images), -1)) + 1) % 5  # so that no attack has to run
     with pytest.warns(UserWarning, match=doubt) as caught:
-        record = attacks.autoattack(
-            lambda x: network(logits_fn(x)), KEY, images, labels, epsilon=0, version=["apgd-ce"], batch_size=1
-        )
+        record = attacks.autoattack(lambda x: network(logits_fn(x)), KEY, images, all_wrong, version=["square"])
     assert [str(warning.message) for warning in caught] == record.warnings
     assert len(record.warnings) == 1
+    assert record.stages == {"clean": 0.0, "square": 0.0}
 
 
 def test_warns_where_square_beats_the_gradients(problem):

@@ -61,7 +61,7 @@ def test_a_packed_image_fares_as_in_one_batch_of_all(problem, in_batches_of_8):
 
 
 def test_batch_size_changes_nothing(problem, in_batches_of_8):
-    assert_same_fates(in_batches_of_8[0], finished(problem, batch_size=3)[0])
+    assert_same_fates(in_batches_of_8[0], finished(problem, batch_size=2)[0])
 
 
 def test_an_image_that_fell_makes_no_later_run_unless_every_run_is_wanted(problem, in_batches_of_8):
