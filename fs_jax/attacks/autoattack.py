@@ -230,6 +230,28 @@ def autoattack_steps(
     return {name: families[name.split("-")[0]](epsilon=epsilon, **own) for name, own in settings.items()}
 
 
+def sanity_warnings(
+    logits_fn: LogitsFn,
+    images: UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"],
+    labels: Int[np.ndarray, "n"],
+    *,
+    batch_size: int = 128,
+) -> list[str]:
+    """What a network's answers to clean images say against any evaluation of it, in words; nothing where all is well.
+
+    Whether the logits look like probabilities, whether gradients vanish, whether answers differ from call to call.
+    Arguments and errors are those of `autoattack`, which asks this itself.
+
+    Example:
+      >>> logits_fn = lambda x: jax.nn.softmax(jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1))
+      >>> [warning[:54] for warning in sanity_warnings(logits_fn, np.ones((5, 1, 1, 1), np.float32), np.zeros(5, int))]
+      ['logits_fn returns what looks like probabilities, which']
+    """
+    images = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images
+    logits, flat = _judged(logits_fn, None, images, labels, batch_size)
+    return _doubts_beforehand(logits, flat, labels, logits_fn, images[:8])
+
+
 def _checked_classes(logits_fn, keys, images, labels, epsilon):
     """Check the arguments; the number of classes."""
     if not len(images):
