@@ -1,5 +1,6 @@
 """The training state and what it is made of: network and optimizer of a configuration."""
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -52,7 +53,7 @@ def create_state(config: TrainConfig, rng: Key[Array, ""]) -> TrainState:
       (0, (3, 3, 1, 16))
     """
     images = jnp.zeros((1, *data.info(config.dataset).image_shape))
-    variables = jax.jit(make_model(config).init)(rng, images)
+    variables = _init(make_model(config), rng, images)
     params = variables["params"]
     return TrainState(
         params=params,
@@ -60,6 +61,11 @@ def create_state(config: TrainConfig, rng: Key[Array, ""]) -> TrainState:
         opt_state=make_optimizer(config).init(params),
         step=jnp.zeros((), jnp.int32),
     )
+
+
+@functools.partial(jax.jit, static_argnames="model")  # compiled once for each network
+def _init(model, rng, images):
+    return model.init(rng, images)
 
 
 def make_model(config: TrainConfig, axis_name: str | None = None) -> WideResNet:

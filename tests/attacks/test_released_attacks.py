@@ -24,12 +24,17 @@ def test_attacked_images_equal_the_recorded_on_every_pixel(recorded, attack, nam
 
     # Noise, like images, was recorded for [-1, 1]. The attacks' defaults are the paper's radius and steps.
     start = jnp.asarray(recorded.images + recorded.nhwc("attack_noise_nchw") / 2)
-    run = jax.jit(lambda start: attack(logits_fn, jax.random.key(0), recorded.images, recorded.labels, start=start))
-    attacked = run(start)
+
+    @jax.jit
+    def run(start):
+        attacked = attack(logits_fn, jax.random.key(0), recorded.images, recorded.labels, start=start)
+        return attacked, logits_fn(attacked)
+
+    attacked, logits = run(start)
     # The recorded images are float32 of range [-1, 1], so known to 3e-8 of [0, 1]; a pixel that went the other way
     # once would be off by a step of 2/255 = 8e-3.
     np.testing.assert_allclose(attacked, (recorded.nhwc(f"{name}_adv_nchw") + 1) / 2, atol=1e-7, rtol=0)
-    np.testing.assert_allclose(logits_fn(attacked), recorded[f"{name}_logits"], atol=1e-6, rtol=0)
+    np.testing.assert_allclose(logits, recorded[f"{name}_logits"], atol=1e-6, rtol=0)
 
 
 def test_margin_loss_equals_the_recorded():
