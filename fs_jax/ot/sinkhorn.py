@@ -137,7 +137,9 @@ def _solve_fixed_point(plan, rows, columns, right_rows, right_columns):
 
     With x = √r dφ, y = √c dγ and A = diag(r)^-½ T diag(c)^-½ it reads x + A y = p, y + Aᵀ x = q, so (I - A Aᵀ) x =
     p - A q. A's singular values are at most 1, and (√r, √c) is its singular pair at exactly 1: the constant that can
-    move between the potentials. It is projected out.
+    move between the potentials. It is projected out of the right side, and the matrix is made 1 on it, for what is
+    left of the right side there is rounding and must not be divided by rounding. A ridge of as much as the products'
+    rounding does the same for the other constants that the plan has when it falls into blocks.
     """
 
     def inverse_root(mass):
@@ -148,14 +150,20 @@ def _solve_fixed_point(plan, rows, columns, right_rows, right_columns):
     constant = jnp.sqrt(rows) / jnp.sqrt(jnp.sum(rows))
     p, q = root_rows * right_rows, root_columns * right_columns
 
-    def project(x):
-        return x - constant * jnp.sum(constant * x)
+    epsilon = jnp.finfo(plan.dtype).eps
+
+    def along_constant(x):
+        return constant * jnp.sum(constant * x)
 
     def reduced(x):
-        return project(x - _matvec(scaled_plan, _matvec(scaled_plan.T, x)))
+        return (1 + 16 * epsilon) * x - _matvec(scaled_plan, _matvec(scaled_plan.T, x)) + along_constant(x)
 
-    right = project(p - _matvec(scaled_plan, q))
-    x, _ = jax.scipy.sparse.linalg.cg(reduced, right, tol=8 * jnp.finfo(plan.dtype).eps, maxiter=2 * min(plan.shape))
+    right = p - _matvec(scaled_plan, q)
+    right = right - along_constant(right)
+    size = jnp.max(jnp.abs(right))  # taken out, since conjugate gradients square it
+    size = jnp.where(size > 0, size, 1)
+    x, _ = jax.scipy.sparse.linalg.cg(reduced, right / size, tol=8 * epsilon, maxiter=2 * min(plan.shape))
+    x = size * x
     y = q - _matvec(scaled_plan.T, x)
     return root_rows * x, root_columns * y
 
