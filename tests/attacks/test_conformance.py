@@ -109,6 +109,68 @@ def test_labelled_attacks_raise_their_loss(name, classifier):
     assert (loss(logits_fn(attacked), labels) > loss(logits_fn(images), labels)).all()
 
 
+STEPWISE = {
+    "apgd": functools.partial(attacks.apgd, num_steps=10),
+    "apgd-t": functools.partial(attacks.apgd, num_steps=10, loss="targeted"),
+    "fab": functools.partial(attacks.fab, num_steps=5, num_runs=2),
+    "fab-t": functools.partial(attacks.fab, num_steps=5, targeted=True),
+    "square": functools.partial(attacks.square, num_steps=20),
+    "spsa": functools.partial(attacks.spsa, num_steps=5, num_directions=16),
+    "local_search": functools.partial(attacks.local_search, num_steps=5),
+}
+
+
+@pytest.fixture(scope="module", params=STEPWISE.values(), ids=STEPWISE)
+def stepwise(request, classifier):
+    """An attack as one compiled program, of keys, images, labels and radius: to attacked images and their gradients."""
+    logits_fn = classifier[0]
+
+    def total(images, scale, rng, labels, epsilon):
+        attacked = request.param(lambda x: scale * logits_fn(x), rng, images, labels, epsilon=epsilon)
+        return jnp.sum(attacked), attacked
+
+    program = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+
+    def run(rng, images, labels, epsilon=EPSILON):
+        gradients, attacked = program(images, 1.0, rng, labels, epsilon)
+        return attacked, gradients
+
+    return run
+
+
+def test_stepwise_attacks_stay_in_the_ball_and_in_the_range_and_harm(stepwise, classifier):
+    logits_fn, images, labels = classifier
+    attacked, _ = stepwise(jax.random.split(KEY, len(images)), images, labels)
+    assert attacked.dtype == images.dtype
+    assert np.abs(attacked - images).max() <= EPSILON + 6e-8  # as above
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+    margins, before = (attacks.logit_margin(logits_fn(x), labels) for x in (attacked, images))
+    # Those that are misclassified as they are may fall at a start, which may be anywhere.
+    assert (margins <= before)[before > 0].all()
+    assert (margins < before)[before > 0].any()
+
+
+def test_stepwise_attacks_with_radius_zero_are_the_identity(stepwise, classifier):
+    _, images, labels = classifier
+    attacked, _ = stepwise(jax.random.split(KEY, len(images)), images, labels, 0.0)
+    np.testing.assert_array_equal(attacked, images)
+
+
+def test_no_gradient_leaks_out_of_stepwise_attacks(stepwise, classifier):
+    _, images, labels = classifier
+    for gradient in stepwise(jax.random.split(KEY, len(images)), images, labels)[1]:
+        assert not jnp.any(gradient)
+
+
+def test_in_stepwise_attacks_an_image_fares_alike_in_any_place(stepwise, classifier):
+    _, images, labels = classifier
+    keys = jax.random.split(KEY, len(images))
+    attacked, _ = stepwise(keys, images, labels)
+    reversed_, _ = stepwise(keys[::-1], images[::-1], labels[::-1])
+    np.testing.assert_array_equal(attacked, reversed_[::-1])
+
+
 def test_scattering_raises_the_transport_cost(classifier):
     logits_fn, images, _ = classifier
     result = {n: attacks.scatter(logits_fn, KEY, images, epsilon=EPSILON, step_size=0.03, num_steps=n) for n in (1, 4)}
