@@ -1,7 +1,7 @@
 """IPOT: exact optimal transport by proximal points (Algorithm 2), in a form that can neither overflow nor underflow."""
 
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,47 +85,73 @@ def _solve(cost, a, b, beta, threshold, num_iters, inner_iters, grad):
     problem = (-cost / beta, a, b)
     if grad != "unroll":
         problem = lax.stop_gradient(problem)
-    phi, gamma, done, converged = _iterate(*problem, num_iters, inner_iters, threshold)
+    phi, gamma, done, converged = _potentials(*problem, threshold, num_iters, inner_iters)
 
-    result = transport.from_potentials(phi, gamma, cost, a, b, beta / done, done, converged)
+    result = transport.from_potentials(phi, gamma, -cost / (beta / done), cost, a, b, beta / done, done, converged)
     if grad == "envelope":
         plan, f, g, error = lax.stop_gradient((result.plan, result.f, result.g, result.marginal_error))
         result = result._replace(plan=plan, f=f, g=g, marginal_error=error, primal_cost=jnp.sum(plan * cost))
     return result
 
 
-def _iterate(scaled, a, b, num_iters, inner_iters, threshold):
+@partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def _potentials(scaled, a, b, threshold, num_iters, inner_iters):
     """Potentials F and G after the proximal steps, how many were done, and whether the threshold was met."""
-    log_a, log_b = log_weights(a), log_weights(b)
-
-    def step(gamma, before, t):
-        terms = t * scaled
-        start = jnp.where(b != 0, 2 * gamma - before, MASKED)  # doubling MASKED again and again would overflow
-        for _ in range(inner_iters):
-            phi = jnp.where(a != 0, log_a - log_sum_exp(terms + start[None, :], 1), MASKED)
-            start = jnp.where(b != 0, log_b - log_sum_exp(terms + phi[:, None], 0), MASKED)
-        return phi, start
-
-    def bounded_step(state, t):
-        phi, gamma, before, done, converged = state
-        new_phi, new_gamma = step(gamma, before, t)
-        if threshold is not None:
-            converged |= _settled(scaled, a, (phi, gamma), (new_phi, new_gamma), t) <= threshold
-        new = (new_phi, new_gamma, gamma, t.astype(jnp.int32))
-        phi, gamma, before, done = (jnp.where(state[4], old, new) for old, new in zip(state[:4], new, strict=True))
-        return (phi, gamma, before, done, converged), None
-
-    start = jnp.where(b != 0, jnp.zeros_like(b), MASKED)
-    state = (jnp.where(a != 0, jnp.zeros_like(a), MASKED), start, start, jnp.int32(0), jnp.bool_(False))
-    times = jnp.arange(1, num_iters + 1, dtype=scaled.dtype)
-    # Checkpointed: the way back keeps the potentials of each step, and no matrix.
-    (phi, gamma, _, done, converged), _ = lax.scan(jax.checkpoint(bounded_step), state, times)
-    return phi, gamma, done, converged
+    step = partial(_step, scaled, a, b, threshold, inner_iters)
+    if threshold is None:
+        return lax.fori_loop(0, num_iters, lambda _, state: step(state), _start(a, b)).outcome
+    # In a batch, too, this ends when the last problem is done.
+    return lax.while_loop(lambda state: ~state.converged & (state.done < num_iters), step, _start(a, b)).outcome
 
 
-def _settled(scaled, a, before, after, t):
-    """The larger of the marginal error and the mass that moved in step t, both in L1."""
+@_potentials.defjvp
+def _derivative(num_iters, inner_iters, primals, tangents):
+    """That of the same steps as a scan, which has a reverse mode: it keeps the potentials of each step, no matrix."""
+
+    def outcome(scaled, a, b, threshold):
+        step = jax.checkpoint(partial(_step, scaled, a, b, threshold, inner_iters))
+        return lax.scan(lambda state, _: (step(state), None), _start(a, b), length=num_iters)[0].outcome
+
+    return jax.jvp(outcome, primals, tangents)
+
+
+class _State(NamedTuple):
+    """Potentials (F and G, and G before the last step), steps done, and whether the threshold is met."""
+
+    phi: jax.Array
+    gamma: jax.Array
+    before: jax.Array
+    done: jax.Array
+    converged: jax.Array
+
+    @property
+    def outcome(self):
+        return self.phi, self.gamma, self.done, self.converged
+
+
+def _start(a, b):
+    gamma = jnp.where(b != 0, jnp.zeros_like(b), MASKED)
+    return _State(jnp.where(a != 0, jnp.zeros_like(a), MASKED), gamma, gamma, jnp.int32(0), jnp.bool_(False))
+
+
+def _step(scaled, a, b, threshold, inner_iters, state):
+    """One proximal step; none for a problem that has converged."""
+    terms = (state.done + 1).astype(scaled.dtype) * scaled
+    gamma = jnp.where(b != 0, 2 * state.gamma - state.before, MASKED)  # doubling MASKED again and again would overflow
+    for _ in range(inner_iters):
+        phi = jnp.where(a != 0, log_weights(a) - log_sum_exp(terms + gamma[None, :], 1), MASKED)
+        gamma = jnp.where(b != 0, log_weights(b) - log_sum_exp(terms + phi[:, None], 0), MASKED)
+    new = _State(phi, gamma, state.gamma, state.done + 1, state.converged)
+    if threshold is None:
+        return new
+    new = new._replace(converged=_settled(scaled, a, state, new) <= threshold)
+    return jax.tree.map(lambda x, y: jnp.where(state.converged, x, y), state, new)
+
+
+def _settled(scaled, a, before, after):
+    """The larger of the marginal error and the mass that moved in a step, both in L1."""
     plan, last = (
-        jnp.exp(phi[:, None] + gamma[None, :] + time * scaled) for (phi, gamma), time in ((after, t), (before, t - 1))
+        jnp.exp(state.phi[:, None] + state.gamma[None, :] + state.done.astype(scaled.dtype) * scaled)
+        for state in (after, before)
     )
     return jnp.maximum(jnp.abs(plan - last).sum(), jnp.abs(plan.sum(1) - a).sum())

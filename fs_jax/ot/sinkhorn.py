@@ -89,7 +89,7 @@ def _solve(cost, a, b, reg, threshold, start, num_iters, method, grad):
     start = jnp.where(a != 0, start, MASKED)
     if grad == "none":
         cost, a, b, reg, start = lax.stop_gradient((cost, a, b, reg, start))
-    scaled = -cost / reg
+    scaled = iterations.rounded(-cost / reg)
     problem = (scaled, log_weights(a), log_weights(b), start)
     if grad != "unroll":
         problem = lax.stop_gradient(problem)
@@ -98,7 +98,7 @@ def _solve(cost, a, b, reg, threshold, start, num_iters, method, grad):
     if grad == "implicit":
         phi, gamma = _attach_implicit_derivative(phi, gamma, scaled, a, b)
 
-    result = transport.from_potentials(phi, gamma, cost, a, b, reg, done, converged)
+    result = transport.from_potentials(phi, gamma, scaled, cost, a, b, reg, done, converged)
     if grad == "envelope":
         plan, f, g, error = lax.stop_gradient((result.plan, result.f, result.g, result.marginal_error))
         result = result._replace(plan=plan, f=f, g=g, marginal_error=error, primal_cost=jnp.sum(plan * cost))

@@ -45,9 +45,12 @@ class Transport(NamedTuple):
     status: Int[Array, ""]
 
 
-def from_potentials(phi, gamma, cost, a, b, reg, num_iters, converged) -> Transport:
-    """The result at scaled potentials; `converged` is the outcome of the solver's own stopping test, or False."""
-    plan = jnp.exp(phi[:, None] + gamma[None, :] - cost / reg)
+def from_potentials(phi, gamma, scaled, cost, a, b, reg, num_iters, converged) -> Transport:
+    """The result at scaled potentials, where `scaled` is -cost / reg.
+
+    `converged` is the outcome of the solver's own stopping test, or False.
+    """
+    plan = jnp.exp(phi[:, None] + gamma[None, :] + scaled)
     rows, columns = plan.sum(1), plan.sum(0)
     marginal_error = jnp.abs(rows - a).sum() + jnp.abs(columns - b).sum()
     primal_cost = jnp.sum(plan * cost)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fs_jax.ot import Status, iterations, sinkhorn
+from fs_jax.ot import Status, batching, iterations, sinkhorn
 
 rng = np.random.default_rng(0)
 LINE = np.linspace(0, 1, 20)[:, None] - np.linspace(0.3, 1.3, 30)[None, :]
@@ -87,6 +87,25 @@ def test_starts_far_from_the_solution():
     cost, init = COSTS["uniform"], (rng.uniform(-500, 500, 20), np.zeros(30))
     results = [sinkhorn(cost, reg=0.05, num_iters=30, init=init, method=m) for m in ("stabilized", "log")]
     np.testing.assert_allclose(results[0].plan, results[1].plan, atol=1e-10)  # exponents of 1e4 lose four digits
+
+
+def test_batches_larger_than_the_cache_go_in_pieces(monkeypatch):
+    costs = np.random.default_rng(1).uniform(0, 1, (7, 5, 8))
+    regs = np.linspace(0.05, 0.2, 7)
+
+    def solve(cost, reg):
+        return sinkhorn(cost, reg=reg, num_iters=25, threshold=1e-3).primal_cost
+
+    program = jax.vmap(jax.value_and_grad(solve))
+    whole = jax.jit(program)(costs, regs)
+    monkeypatch.setattr(batching, "CACHE", 3 * 5 * 8 * 8)  # room for three matrices: 3, 3 and 1
+    jax.clear_caches()
+    pieces = jax.jit(program).lower(costs, regs)
+    jax.clear_caches()
+    assert "tensor<3x5x8xf64>" in pieces.as_text()
+    # The same sums, in another program.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-13), pieces.compile()(costs, regs), whole)
+    assert [batching._chunk(size, 5 * 8 * 8) for size in (1, 2, 6, 7, 100)] == [1, 2, 3, 3, 2]
 
 
 @pytest.mark.parametrize("method", ["stabilized", "log"])

@@ -49,9 +49,9 @@ def test_every_iteration_is_ott_jaxs(problem, method):
     step = jax.jit(lambda state, i: theirs.one_iteration(prob, state, i, compute_error=False))
     state = theirs.init_state(prob, (jnp.zeros_like(a), jnp.zeros_like(b)))
     start = jnp.zeros_like(a)
-    _, (runs, _) = iterations._walk(-cost / 0.1, jnp.log(a), jnp.log(b), start, None, 20, method, keep=True)
-    steps = jax.vmap(iterations._steps, in_axes=(0, None, None))(runs, jnp.log(a), jnp.log(b))
-    _, phi, gamma, _ = jax.tree.map(lambda x: x.reshape(20, -1), steps)
+    _, runs, _ = iterations._walk(20, method, True)(jnp.asarray(-cost / 0.1), jnp.log(a), jnp.log(b), start, None)
+    phi, gamma = jax.vmap(iterations._potentials_along, (0, None, None))(runs, jnp.log(a), jnp.log(b))
+    phi, gamma = phi[:, 1:].reshape(20, -1), gamma.reshape(20, -1)
     for i in range(20):
         state = step(state, i)
         # Float64, and exponents of at most 2 / 0.1: rounding is amplified 20 times at most.
