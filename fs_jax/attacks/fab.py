@@ -1,5 +1,6 @@
 """FAB: small perturbations found by projecting on linearised decision boundaries, of all classes or of one target."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -110,17 +111,10 @@ def fab_steps(
       >>> fab_steps().passes, fab_steps(targeted=True).passes
       (((1, 0), (2, 9)), ((1, 0), (2, 1)))
     """
-    bound = {"epsilon": epsilon}
+    step = Partial(_step_to_target if targeted else _step, epsilon=epsilon)
     if targeted:
-        start, step, num_runs, backward = _start_to_target, Partial(_step_to_target, **bound), num_runs or 9, 1
-    else:
-        start, step, num_runs, backward = (
-            Partial(_start, **bound),
-            Partial(_step, **bound),
-            num_runs or 5,
-            num_classes - 1,
-        )
-    return Stepwise(start, step, num_steps, num_runs, ((1, 0), (2, backward)))
+        return Stepwise(Partial(_start_to_target), step, num_steps, num_runs or 9, ((1, 0), (2, 1)))
+    return Stepwise(Partial(_start, epsilon=epsilon), step, num_steps, num_runs or 5, ((1, 0), (2, num_classes - 1)))
 
 
 def to_hyperplane(point: Float[Array, "d"], normal: Float[Array, "d"], value: Float[Array, ""]) -> Float[Array, "d"]:
@@ -208,11 +202,12 @@ def _nearest_boundary(logits_fn, iterates, labels):
     """Lead over the true class [N], and its gradient, of each image's class with the nearest linearised boundary."""
     logits, vjp = jax.vjp(lambda x: logits_fn(x).astype(jnp.float32), iterates)
     num_classes = logits.shape[-1]
+    one_hot = functools.partial(jax.nn.one_hot, num_classes=num_classes, dtype=logits.dtype)
 
     def nearer(best, offset):
         other = (labels + offset) % num_classes
         value = _lead(logits, other, labels)
-        (normal,) = vjp(jax.nn.one_hot(other, num_classes) - jax.nn.one_hot(labels, num_classes))
+        (normal,) = vjp(one_hot(other) - one_hot(labels))
         distance = jnp.abs(value) / (1e-12 + jnp.sum(jnp.abs(normal), (1, 2, 3)))  # finite where gradients vanish
         return where(distance < best[0], (distance, value, normal), best), None
 
@@ -254,10 +249,8 @@ def _towards(value, normal, logits_fn, state, images, labels, epsilon):
 
 
 def _lead(logits, other, labels):
-    logits = logits.astype(jnp.float32)
-    return (
-        jnp.take_along_axis(logits, other[:, None], -1)[:, 0] - jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
-    )
+    pair = jnp.take_along_axis(logits.astype(jnp.float32), jnp.stack([other, labels], -1), axis=-1)
+    return pair[:, 0] - pair[:, 1]
 
 
 def _length(moves):
