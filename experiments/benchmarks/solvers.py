@@ -22,7 +22,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -36,6 +36,7 @@ from ott.solvers.linear import implicit_differentiation
 from ott.solvers.linear.sinkhorn import Sinkhorn
 
 from experiments.command_line import run
+from fs_jax.files import write_text
 from fs_jax.ot import sinkhorn
 
 ITERATIONS = 50
@@ -43,6 +44,7 @@ THRESHOLD = 1e-3
 LIMIT = 5000  # iterations, where the threshold stops them
 REGS = (0.05, 0.01, 0.001)
 SHAPES = [(b, n) for b in (1, 64, 1024) for n in (60, 128, 256, 1024)]
+PRODUCTS = "the products alone"
 POT_PROBLEMS = 64  # one after the other: more is only longer
 
 
@@ -54,18 +56,18 @@ class Options:
     """Folder of the results."""
     rounds: int = 5
     """Runs of each contender per figure."""
-    largest: float = 5e6
+    largest: float = 4e6
     """Shapes [B, n, n] with more entries than this are left out."""
 
 
-def ours(reg: float, method: str) -> Callable:
-    def value(cost):
+def ours(method: str) -> Callable:
+    def value(cost, reg):
         return sinkhorn(cost, reg=reg, num_iters=ITERATIONS, method=method).primal_cost
 
     return value
 
 
-def ott(reg: float, lse_mode: bool, gradient: bool) -> Callable:
+def ott(lse_mode: bool, gradient: bool) -> Callable:
     solver = Sinkhorn(
         lse_mode=lse_mode,
         min_iterations=0 if gradient else ITERATIONS,
@@ -74,10 +76,25 @@ def ott(reg: float, lse_mode: bool, gradient: bool) -> Callable:
         implicit_diff=None,
     )
 
-    def value(cost):
+    def value(cost, reg):
         return solver(LinearProblem(Geometry(cost_matrix=cost, epsilon=reg))).primal_cost
 
     return value
+
+
+def products(cost, reg):
+    """What no way of scaling can do without: the two products of each iteration, with a matrix that is there."""
+
+    def iteration(u, _):
+        v = 1 / jnp.einsum("ij,i->j", cost, u, precision="highest")
+        return 1 / jnp.einsum("ij,j->i", cost, v, precision="highest"), None
+
+    u, _ = jax.lax.scan(iteration, jnp.full(cost.shape[0], reg), length=ITERATIONS)
+    return u.sum()
+
+
+OURS = {method: ours(method) for method in ("stabilized", "log", "kernel")}
+OTT = {choice: ott(*choice) for choice in ((True, False), (True, True), (False, False), (False, True))}
 
 
 def pot_value(costs: np.ndarray, reg: float) -> list[float]:
@@ -86,12 +103,12 @@ def pot_value(costs: np.ndarray, reg: float) -> list[float]:
     return [np.sum(pot.sinkhorn(weights, weights, cost, reg, **options) * cost) for cost in costs]
 
 
-def ours_to_threshold(cost, reg: float) -> tuple:
+def ours_to_threshold(cost, reg) -> tuple:
     result = sinkhorn(cost, reg=reg, num_iters=LIMIT, threshold=THRESHOLD, grad="implicit")
     return result.primal_cost, (result.num_iters, result.marginal_error)
 
 
-def ott_to_threshold(cost, reg: float) -> tuple:
+def ott_to_threshold(cost, reg) -> tuple:
     implicit = implicit_differentiation.ImplicitDiff()
     solver = Sinkhorn(max_iterations=LIMIT, threshold=THRESHOLD, implicit_diff=implicit)
     result = solver(LinearProblem(Geometry(cost_matrix=cost, epsilon=reg)))
@@ -110,44 +127,46 @@ def interleaved(programs: dict[str, Callable], rounds: int) -> dict[str, float]:
     return {name: statistics.median(of[1:]) for name, of in times.items()}
 
 
-def batched(function: Callable, costs: jax.Array) -> tuple[Callable, float]:
-    """The compiled function over the batch, and the megabytes that it works in."""
-    compiled = jax.jit(jax.vmap(function)).lower(costs).compile()
-    return partial(compiled, costs), compiled.memory_analysis().temp_size_in_bytes / 1e6
+@lru_cache
+def batched(function: Callable, gradient: bool, has_aux: bool, shape: tuple[int, int, int]) -> tuple[Callable, float]:
+    """The compiled function of a batch and reg (or its value and gradient), and the megabytes that it works in."""
+    function = jax.value_and_grad(function, has_aux=has_aux) if gradient else function
+    compiled = jax.jit(jax.vmap(function, in_axes=(0, None))).lower(jnp.zeros(shape), 0.1).compile()
+    return compiled, compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 
 def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
     """A row per contender: value, gradient, their errors, and the memory of the gradient."""
     with jax.enable_x64(True):
         few = jnp.asarray(np.asarray(costs[:4]), jnp.float64)
-        exact = jax.jit(jax.vmap(jax.value_and_grad(ours(reg, "log"))))(few)
+        exact = jax.jit(jax.vmap(jax.value_and_grad(ours("log")), in_axes=(0, None)))(few, reg)
         exact = jax.tree.map(np.asarray, exact)
     values = {
-        "fs_jax stabilized": ours(reg, "stabilized"),
-        "fs_jax log": ours(reg, "log"),
-        "ott-jax log": ott(reg, lse_mode=True, gradient=False),
+        "fs_jax stabilized": OURS["stabilized"],
+        "fs_jax log": OURS["log"],
+        "ott-jax log": OTT[True, False],
     }
-    gradients = {
-        "fs_jax stabilized": ours(reg, "stabilized"),
-        "fs_jax log": ours(reg, "log"),
-        "ott-jax log": ott(reg, lse_mode=True, gradient=True),
-    }
+    gradients = values | {"ott-jax log": OTT[True, True]}
     if reg >= 0.05:  # below, K has underflown
-        values |= {"fs_jax kernel": ours(reg, "kernel"), "ott-jax kernel": ott(reg, lse_mode=False, gradient=False)}
-        gradients |= {"fs_jax kernel": ours(reg, "kernel"), "ott-jax kernel": ott(reg, lse_mode=False, gradient=True)}
-    forward = {name: batched(function, costs) for name, function in values.items()}
-    both = {name: batched(jax.value_and_grad(function), costs) for name, function in gradients.items()}
-    programs = {("value", name): program for name, (program, _) in forward.items()}
-    programs |= {("gradient", name): program for name, (program, _) in both.items()}
+        values |= {"fs_jax kernel": OURS["kernel"], "ott-jax kernel": OTT[False, False]}
+        gradients |= {"fs_jax kernel": OURS["kernel"], "ott-jax kernel": OTT[False, True]}
+    forward = {name: batched(function, False, False, costs.shape) for name, function in values.items()}
+    both = {name: batched(function, True, False, costs.shape) for name, function in gradients.items()}
+    programs = {("value", name): partial(program, costs, reg) for name, (program, _) in forward.items()}
+    programs |= {("gradient", name): partial(program, costs, reg) for name, (program, _) in both.items()}
     if costs.shape[0] <= POT_PROBLEMS and reg >= 0.01:
         programs["value", "POT"] = partial(pot_value, np.asarray(costs, np.float64), reg)
+    programs["value", PRODUCTS] = partial(batched(products, False, False, costs.shape)[0], costs, reg)
     times = interleaved(programs, rounds)
 
     rows = []
-    for name in [*values, "POT"]:
+    for name in [*values, "POT", PRODUCTS]:
         if ("value", name) not in times:
             continue
         row = {"solver": name, "value_ms": times["value", name]}
+        if name == PRODUCTS:
+            rows.append(row)
+            continue
         value = np.asarray(programs["value", name]())[:4]
         row["value_error"] = float(np.max(np.abs(value - exact[0]) / exact[0]))
         if name in both:
@@ -162,13 +181,12 @@ def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
 
 def equal_error(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
     """A row per contender: value and implicit gradient once the marginal error is below the threshold."""
-    solvers = {
-        "fs_jax stabilized": partial(ours_to_threshold, reg=reg),
-        "ott-jax log": partial(ott_to_threshold, reg=reg),
+    solvers = {"fs_jax stabilized": ours_to_threshold, "ott-jax log": ott_to_threshold}
+    programs = {
+        (what, name): partial(batched(solver, what == "gradient", True, costs.shape)[0], costs, reg)
+        for name, solver in solvers.items()
+        for what in ("value", "gradient")
     }
-    programs = {("value", name): batched(solver, costs)[0] for name, solver in solvers.items()}
-    for name, solver in solvers.items():
-        programs["gradient", name] = batched(jax.value_and_grad(solver, has_aux=True), costs)[0]
     times = interleaved(programs, rounds)
     rows = []
     for name in solvers:
@@ -209,6 +227,7 @@ def ratios(rows: list[dict], against: str = "ott-jax log", of: str = "fs_jax sta
             "value": times[shape, reg, against]["value_ms"] / row["value_ms"],
             "gradient": times[shape, reg, against]["gradient_ms"] / row["gradient_ms"],
             "gradient / value": row["gradient_ms"] / row["value_ms"],
+            "products": times[shape, reg, PRODUCTS]["value_ms"] / row["value_ms"],
         }
         for (shape, reg, solver), row in times.items()
         if solver == of
@@ -234,6 +253,14 @@ def figure(result: dict, path: Path) -> None:
     fig.savefig(path, dpi=150)
 
 
+HOW_TO_READ = """\
+Each iteration is two products of the matrix with a vector. *Products' share*: the time of these alone, one hundred of
+them on a matrix that is already there, over that of the whole value: what is left is the exponentials before and after,
+and the looks at the scalings. Where the share is near 1, only faster products would make the value faster; XLA computes
+them on one core here, while ott-jax's exponentials run on all. Walking back does as many products again, and the matrix
+product that collects the cost's gradient, whence two to three times the value."""
+
+
 def write(result: dict, out: Path) -> None:
     times = {
         "shape": "[B, n, n]",
@@ -245,12 +272,14 @@ def write(result: dict, out: Path) -> None:
     accuracy = {"value_error": "value error", "gradient_error": "gradient error", "gradient_megabytes": "MB"}
     converged = {"iterations": "iterations (mean)", "marginal_error": "marginal error (worst)"}
     speed = {"shape": "[B, n, n]", "reg": "τ"} | {k: k for k in ("value", "gradient", "gradient / value")}
+    speed |= {"products": "products' share of the value"}
     machine = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
     text = [
         "# Sinkhorn solvers",
         f"`python -m experiments.benchmarks.solvers` on {machine}. The script says how it is measured.",
         "## How many times faster than ott-jax in the log domain",
         table(result["ratios"], speed),
+        HOW_TO_READ,
         "![ratios](solvers.png)",
         f"## {ITERATIONS} iterations",
         table(result["equal_iterations"], times | accuracy),
@@ -258,8 +287,8 @@ def write(result: dict, out: Path) -> None:
         table(result["equal_error"], times | converged),
     ]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "solvers.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "solvers.md").write_text("\n\n".join(text) + "\n")
+    write_text(out / "solvers.json", json.dumps(result, indent=1) + "\n")
+    write_text(out / "solvers.md", "\n\n".join(text) + "\n")
     figure(result, out / "solvers.png")
 
 
@@ -291,8 +320,8 @@ def main(arguments: list[str]) -> None:
             if reg == 0.01 and b <= 64:
                 result["equal_error"] += [place | row for row in equal_error(costs, reg, options.rounds)]
             print(table(rows, {k: k for k in rows[0]}), flush=True)
-    result["ratios"] = ratios(result["equal_iterations"])
-    write(result, options.out)
+        result["ratios"] = ratios(result["equal_iterations"])
+        write(result, options.out)  # after each shape, so that what was measured is kept
 
 
 if __name__ == "__main__":
