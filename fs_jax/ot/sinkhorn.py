@@ -44,9 +44,9 @@ def sinkhorn(
         threshold: stop when the marginal error (L1, in units of mass) is at most this; by default all iterations are
             done. In a batch each problem stops by its own error.
         method: "stabilized" (which "auto" means) goes at the speed of matrix-vector products and works at any reg: it
-            keeps the scalings in range, and goes through the log domain where it can't. "log" goes there always, ten
-            times slower. "kernel" is Algorithm 1 to the letter and works while exp(-cost / reg) does not underflow
-            (cost / reg up to about 80 in float32); beyond, the result's status is `Status.NOT_FINITE`.
+            keeps the scalings in range, and goes through the log domain where it can't. "log" goes there always,
+            several times slower. "kernel" is Algorithm 1 to the letter and works while exp(-cost / reg) does not
+            underflow (cost / reg up to about 80 in float32); beyond, the result's status is `Status.NOT_FINITE`.
         grad: "unroll" differentiates the iterations (first derivatives, both modes); "implicit" the fixed point, which
             the iterations should have reached; "envelope" holds plan and potentials fixed, so that the gradient of
             `primal_cost` is the plan and that of `reg_cost` is exact at convergence; "none" gives zeros.
