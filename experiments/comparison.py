@@ -7,12 +7,13 @@ import time
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fs_jax import backend, report, training
 from fs_jax.config import TrainConfig, to_dict
 from fs_jax.data import Dataset
-from fs_jax.evaluation import Attack, attack_batch, evaluate
+from fs_jax.evaluation import Attack, as_float, evaluate
 from fs_jax.files import read_jsonl, write_text
 
 
@@ -78,24 +79,26 @@ def compare(
     write_text(results / "table.md", table)
     report.training_curves(metrics, results / "training.png")
     report.accuracy_bars(evaluations, results / "accuracy.png", title=title)
-    examples = dataset.test_images, dataset.test_labels
-    draw_examples(model, variables, attacks[-2], *examples, dataset.info.class_names, results / "attacks.png")
+    images, labels, shown = dataset.test_images[:8], dataset.test_labels[:8], attacks[-2]
+    adversaries = np.empty(images.shape, np.float32)
+    evaluate(model, variables, images, labels, [shown], batch_size=8, worst_images=adversaries, progress=False)
+    draw_examples(
+        model, variables, images, adversaries, labels, dataset.info.class_names, results / "attacks.png",
+        epsilon=shown.epsilon, title=shown.name,
+    )  # fmt: skip
     return table
 
 
-def draw_examples(model, variables, attack, images, labels, class_names, path, *, seed=0, count=8) -> None:
-    """Draw the first images, what the attack adds to them, and what the network says before and after."""
-    few = images[:count], labels[:count], np.arange(len(labels[:count]))
-    clean, clean_logits = attack_batch(model, variables, Attack("clean"), *few)
-    attacked, attacked_logits = attack_batch(model, variables, attack, *few, seed=seed)
+def draw_examples(model, variables, images, adversaries, labels, class_names, path, *, epsilon, title) -> None:
+    """Draw images, what an attack has added to them, and what the network says before and after."""
+    images = as_float(images)
     report.attack_examples(
-        clean,
-        attacked,
-        few[1],
-        clean_logits,
-        attacked_logits,
+        images,
+        adversaries,
+        labels,
+        *(np.asarray(model.apply(variables, jnp.asarray(shown))[0]) for shown in (images, adversaries)),
         path,
         class_names=class_names,
-        epsilon=attack.epsilon,
-        title=f"{attack.name}, radius {report.radius(attack.epsilon)}",
+        epsilon=epsilon,
+        title=f"{title}, radius {report.radius(epsilon)}",
     )

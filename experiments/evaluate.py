@@ -1,117 +1,362 @@
-"""Evaluate a trained network under attack: `python -m experiments.evaluate --workdir DIR [attacks, radius, ...]`.
+"""Evaluate a network under attack: `python -m experiments.evaluate --workdir DIR --suite paper`.
 
-Writes `NAME.json` (settings, accuracies with 95% intervals, a record for each image), `NAME.md` (the table) and
-`NAME.png` (some images and what the last attack makes of them) into `DIR/evaluations`.
+    python -m experiments.evaluate --workdir runs/cifar10 --suite all --num-images 1000
+    python -m experiments.evaluate --workdir runs/cifar10 --attacks clean pgd-20 cw-100 --restarts 5
+    python -m experiments.evaluate --weights network.safetensors --output results/network --suite autoattack
+
+Suites: `paper` (FGSM, PGD and CW, with up to 1000 steps from 5 starts), `autoattack` (the standard version),
+`gradient-free` (SPSA and local search), `all` (all these). A suite is followed by a sweep over radii and by the
+checklist for masked gradients.
+
+Writes into `DIR/evaluations/NAME`: `records.jsonl` (a line for each image and attack, as it goes), and in the end
+`result.json` (settings, accuracies with 95% intervals, what they cost, a record for each image, RobustBench's fields),
+`report.md` (the tables), and the figures. Stopped or killed at any moment, the same command goes on, and ends in the
+same numbers; of another network, radius or setting it refuses to.
 """
 
 import dataclasses
 import json
 import pathlib
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from experiments import command_line
 
+SHOWN = 8  # images in figures
+LOOKED_AT = 100  # images in the checks that no attack is needed for
+SWEPT = 500  # images in the sweep over radii
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Evaluate a trained network under attack, on every image of a split."""
+    """Evaluate a network under attack, on the images of a split."""
 
-    workdir: pathlib.Path
-    """Folder of a run of experiments.train."""
-    attacks: tuple[str, ...] = ("clean", "fgsm", "pgd-20", "cw-20")
-    """clean, fgsm, pgd-K or cw-K with K steps; the worst case is over these."""
+    workdir: pathlib.Path | None = None
+    """Folder of a run of experiments.train; or else --weights."""
+    weights: pathlib.Path | None = None
+    """A file of weights (.safetensors, .npz, .pt, ...): this project's, the paper's, or RobustBench's."""
+    suite: Literal["paper", "autoattack", "gradient-free", "all"] | None = None
+    """Attacks that belong together; or else --attacks."""
+    attacks: tuple[str, ...] = ()
+    """By default clean fgsm pgd-20 cw-20. There are clean, fgsm, pgd-K and cw-K with K steps, apgd-ce, apgd-dlr,
+    apgd-t, fab, fab-t, square, spsa, local-search and local-search-projected, each from the clean images."""
     epsilon: float | None = None
-    """Radius on [0, 1] images; by default the run's own."""
+    """Radius on [0, 1] images; by default the run's own, or 8/255 for weights."""
     step_size: float | None = None
     """Step of PGD and CW; by default a quarter of the radius."""
     restarts: int = 1
-    """Random starts; an image counts as robust if it survives them all."""
+    """Random starts of --attacks; an image counts as robust if it survives them all."""
     num_images: int | None = None
     """The first so many images of the split; by default all."""
+    gradient_free_images: int = 100
+    """How many of these a suite's SPSA and local search attack: they ask the network some 100,000 times for each."""
+    spsa_directions: int = 128
+    """Directions in each of the 100 steps of a suite's SPSA. The strong attack of its paper has 8192."""
+    transfer_from: pathlib.Path | None = None
+    """Another network, a run's folder or a file of weights, whose adversaries are tried on this one."""
     split: Literal["test", "train"] = "test"
+    dataset: str = "cifar10"
+    """For weights: cifar10, cifar100, svhn_cropped, digits, or the path of an .npz file. A run has its own."""
+    mean: tuple[float, ...] | None = None
+    """For weights that don't say it: the network takes (images - mean) / std. One number, or one for each channel."""
+    std: tuple[float, ...] | None = None
+    """As mean."""
     checkpoint: Literal["latest", "best"] = "latest"
-    """The last one, or the one with the best accuracy on the monitored images."""
+    """Of a run: the last one, or the one with the best accuracy on the monitored images."""
     batch_size: int = 128
+    """Most images at a time."""
     seed: int = 0
     """Of the random starts."""
-    name: str = "evaluation"
-    """Name of the result's files; an existing result is never written over."""
+    name: str | None = None
+    """Name of the evaluation; by default the suite's, or "attacks"."""
+    output: pathlib.Path | None = None
+    """Folder of the results; by default evaluations/NAME in the workdir."""
+    save_images: bool = False
+    """Write each image's worst adversary, over all attacks, to adversarial.npz."""
     data_dir: pathlib.Path | None = None
     """TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     progress: bool = True
-    """Show a progress bar."""
+    """Show a progress bar for each attack."""
 
 
 def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.evaluate")
 
-    from experiments.comparison import draw_examples
-    from fs_jax import backend, data, report
-    from fs_jax.config import check_number, to_dict
-    from fs_jax.evaluation import evaluate, parse_attack
+    from fs_jax import attacks, backend, data, masking
+    from fs_jax.evaluation import Attack, as_logits_fn, evaluate
     from fs_jax.files import write_text
-    from fs_jax.training import Checkpoints, make_model
+    from fs_jax.journal import Journal, fingerprint
     from fs_jax.training.loop import read_config
 
     # Everything that can be wrong is found before the long work starts.
-    config = read_config(arguments.workdir)
-    epsilon = config.attack.epsilon if arguments.epsilon is None else arguments.epsilon
-    attack_list = [
-        parse_attack(word, epsilon=epsilon, step_size=arguments.step_size, restarts=arguments.restarts)
-        for word in arguments.attacks
-    ]
-    folder = arguments.workdir / "evaluations"
-    outputs = {kind: folder / f"{arguments.name}.{kind}" for kind in ("json", "md", "png")}
-    for path in outputs.values():
-        if path.exists():
-            raise ValueError(f"name: expected a new result's name; {path} exists. Give another --name.")
-    if arguments.num_images is not None:
-        check_number("num_images", arguments.num_images, at_least=1, integer=True)
+    check_arguments(arguments)
+    config = None if arguments.workdir is None else read_config(arguments.workdir)
+    own_epsilon = 8 / 255 if config is None else config.attack.epsilon
+    epsilon = own_epsilon if arguments.epsilon is None else arguments.epsilon
+    attack_list = chosen_attacks(arguments, epsilon)
+    output = output_folder(arguments)
     backend.enable_compilation_cache()
-    dataset = data.load(config.dataset, data_dir=arguments.data_dir)
+    dataset = data.load(arguments.dataset if config is None else config.dataset, data_dir=arguments.data_dir)
     images, labels = {
         "test": (dataset.test_images, dataset.test_labels),
         "train": (dataset.train_images, dataset.train_labels),
     }[arguments.split]
     images, labels = images[: arguments.num_images], labels[: arguments.num_images]
-    with Checkpoints(arguments.workdir, config, read_only=True) as checkpoints:
+    model, variables, origin = load_network(arguments.workdir or arguments.weights, arguments)
+    source = None
+    if arguments.transfer_from is not None:
+        *source, _ = load_network(arguments.transfer_from, arguments)
+        attack_list.append(Attack("transfer", epsilon, source=fingerprint(source[1]), apart=True))
+    warnings = attacks.sanity_warnings(as_logits_fn(model, variables), images[:LOOKED_AT], labels[:LOOKED_AT])
+
+    kept = len(labels) if arguments.save_images else min(SHOWN, len(labels))
+    header = {
+        "network": f"WRN-{model.depth}-{model.width}",
+        "normalised": f"(images - {model.mean}) / {model.std}",
+        "weights": fingerprint(variables),
+        "dataset": dataset.info.name,
+        "split": arguments.split,
+        "images": len(labels),
+        "data": fingerprint([images, labels]),
+        "adversaries_kept": kept,
+        "seed": arguments.seed,
+    }
+    with Journal(output / "records.jsonl", header) as journal:
+        adversaries = open_array(output / "adversaries.npy", (kept, *images.shape[1:]), new=not journal.records)
+        result = evaluate(
+            model, variables, images, labels, attack_list,
+            batch_size=arguments.batch_size, seed=arguments.seed, journal=journal, worst_images=adversaries,
+            source=source, progress=arguments.progress,
+        )  # fmt: skip
+
+    summary = {
+        **header, **origin, **result.summary, "suite": arguments.suite, "epsilon": epsilon, "warnings": warnings,
+        "environment": backend.describe(),
+    }  # fmt: skip
+    if arguments.suite is not None:
+        names = dataset.info.class_names
+        losses = draw_surfaces(model, variables, images, labels, result.records, names, epsilon, output)
+        checks = masking.checklist(result.summary, result.records, losses)
+        summary["masking"] = [check._asdict() for check in checks]
+    if arguments.suite in ("autoattack", "all"):
+        summary |= leaderboard(model, dataset.info.name, epsilon, result.summary)
+    draw_strength(summary, result.records, output)
+    draw_adversaries(model, variables, images, labels, adversaries, dataset.info.class_names, epsilon, output)
+    if arguments.save_images:
+        save_images(output / "adversarial.npz", adversaries, labels, result.records)
+    write_text(output / "result.json", json.dumps({**summary, "records": result.records}) + "\n")
+    write_text(output / "report.md", report_text(summary))
+    print(f"{report_text(summary)}\nWritten: {output}")
+
+
+def check_arguments(arguments: Arguments) -> None:
+    """What can be said of the command line by itself."""
+    from fs_jax.config import check_number
+
+    if (arguments.workdir is None) == (arguments.weights is None):
+        raise ValueError("workdir, weights: expected one of them. Make a run with: python -m experiments.train")
+    if arguments.weights is not None and arguments.output is None:
+        raise ValueError("output: expected a folder for the results, as --weights has no workdir.")
+    if arguments.suite is not None and (arguments.attacks or arguments.restarts != 1):
+        raise ValueError("suite: expected it alone, without --attacks or --restarts; it has its own.")
+    for name in ("num_images", "gradient_free_images", "spsa_directions", "batch_size"):
+        if getattr(arguments, name) is not None:
+            check_number(name, getattr(arguments, name), at_least=1, integer=True)
+
+
+def chosen_attacks(arguments: Arguments, epsilon: float) -> list:
+    """Those that were named; or those of the suite, and the sweep over radii."""
+    from fs_jax import masking
+    from fs_jax.evaluation import parse_attack, suite
+
+    if arguments.suite is None:
+        words = arguments.attacks or ("clean", "fgsm", "pgd-20", "cw-20")
+        step_size, restarts = arguments.step_size, arguments.restarts
+        return [parse_attack(word, epsilon=epsilon, step_size=step_size, restarts=restarts) for word in words]
+    chosen = suite(
+        arguments.suite,
+        epsilon=epsilon,
+        step_size=arguments.step_size,
+        gradient_free_images=arguments.gradient_free_images,
+        num_directions=arguments.spsa_directions,
+    )
+    return [*chosen, *masking.radius_attacks(SWEPT)]
+
+
+def output_folder(arguments: Arguments) -> pathlib.Path:
+    """A new folder, or one of an evaluation; the journal in it knows of which."""
+    name = arguments.name or arguments.suite or "attacks"
+    output = arguments.output or arguments.workdir / "evaluations" / name
+    if output.exists() and not (output / "records.jsonl").exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output: expected a new folder, or one of an evaluation; got {output}. Choose another.")
+    return output
+
+
+def load_network(path: pathlib.Path, arguments: Arguments) -> tuple[Any, Any, dict[str, Any]]:
+    """Network, variables, and where they are from, of a run's folder or a file of weights."""
+    from fs_jax import convert
+    from fs_jax.config import to_dict
+    from fs_jax.training import Checkpoints, make_model
+    from fs_jax.training.loop import read_config
+
+    if path.is_file():
+        model, variables = convert.load_weights(path, mean=arguments.mean, std=arguments.std)
+        return model, variables, {"file": path.name}
+    config = read_config(path)
+    with Checkpoints(path, config, read_only=True) as checkpoints:
         state = checkpoints.restore_best() if arguments.checkpoint == "best" else checkpoints.restore_latest()
     if state is None:
-        raise ValueError(
-            f"workdir: expected a run with a {arguments.checkpoint} checkpoint; {arguments.workdir} has none."
+        raise ValueError(f"workdir: expected a run with a {arguments.checkpoint} checkpoint; {path} has none.")
+    return make_model(config), state.variables, {"step": int(state.step), "config": to_dict(config)}
+
+
+def open_array(path: pathlib.Path, shape: tuple[int, ...], *, new: bool):
+    """A float32 array in a file, which keeps what is written though the process is killed."""
+    import numpy as np
+
+    if new:
+        return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    return np.lib.format.open_memmap(path, mode="r+")
+
+
+def leaderboard(model, dataset: str, epsilon: float, summary: dict[str, Any]) -> dict[str, Any]:
+    """AutoAttack's settings, and the result as RobustBench has it."""
+    from fs_jax import attacks, convert
+
+    accuracies = {attack["name"]: attack["accuracy"] for attack in summary["attacks"]}
+    return {
+        "autoattack": attacks.autoattack_settings("standard", num_classes=model.num_classes),
+        "robustbench": convert.robustbench_entry(
+            model,
+            dataset=dataset,
+            epsilon=epsilon,
+            clean_accuracy=accuracies["clean"],
+            autoattack_accuracy=accuracies["square"],  # the last of the chain
+        ),
+    }
+
+
+def draw_strength(summary: dict[str, Any], records: list[dict[str, Any]], output: pathlib.Path) -> None:
+    """Accuracy against steps and radius, where there was an attack at all."""
+    from fs_jax import masking, report
+
+    # Lines for attacks on all images, of each kind the longest; marks for those whose last iterate decides.
+    whole = [
+        attack
+        for attack in summary["attacks"]
+        if attack["kind"] != "clean" and attack["num_images"] is None and attack["after"] in ((), ("clean",))
+    ]
+    longest = {attack["kind"]: attack for attack in whole if "by_step" in attack}
+    shown = [*longest.values(), *(attack for attack in whole if "by_step" not in attack)]
+    radii = masking.radius_points(summary, records)
+    if shown or radii:
+        report.attack_strength(shown, radii, output / "strength.png", worst=summary["worst"]["accuracy"])
+
+
+def draw_adversaries(model, variables, images, labels, adversaries, class_names, epsilon, output) -> None:
+    """The first images, where there is something to see."""
+    from experiments.comparison import draw_examples
+
+    if epsilon and images.shape[-1] in (1, 3):
+        draw_examples(
+            model, variables, images[:SHOWN], adversaries[:SHOWN], labels[:SHOWN], class_names,
+            output / "examples.png", epsilon=epsilon, title="the worst of all attacks",
+        )  # fmt: skip
+
+
+def draw_surfaces(model, variables, images, labels, records, class_names, epsilon, output):
+    """Loss surfaces of the first images that are classified correctly; more of them, of 3 x 3 points, are returned."""
+    import jax
+
+    from fs_jax import masking, report
+    from fs_jax.evaluation import as_float, as_logits_fn
+
+    logits_fn, key = as_logits_fn(model, variables), jax.random.key(0)
+    correct = [record["index"] for record in records if record["margin"]["clean"] > 0][:LOOKED_AT]
+    if not correct:
+        return None
+    few = correct[:SHOWN]
+    losses, margins = masking.loss_surface(logits_fn, key, as_float(images[few]), labels[few], epsilon=epsilon)
+    titles = [class_names[label] for label in labels[few]]
+    report.loss_surfaces(losses, margins, output / "surface.png", epsilon=epsilon, titles=titles)
+    losses, _ = masking.loss_surface(
+        logits_fn, key, as_float(images[correct]), labels[correct], epsilon=epsilon, size=3
+    )
+    return losses
+
+
+def save_images(path: pathlib.Path, adversaries, labels, records) -> None:
+    """Each image's adversary of the lowest margin, in the order of the split."""
+    import numpy as np
+
+    from fs_jax.files import replacing
+
+    with replacing(path) as file:
+        np.savez_compressed(
+            file,
+            images=adversaries,
+            labels=labels,
+            robust=np.array([record["robust"] for record in records]),
         )
 
-    model = make_model(config)
-    folder.mkdir(exist_ok=True)  # if it can't be made, now is the time to say so
-    result = evaluate(
-        model,
-        state.variables,
-        images,
-        labels,
-        attack_list,
-        batch_size=min(arguments.batch_size, len(labels)),
-        seed=arguments.seed,
-        progress=arguments.progress,
-    )
-    summary = {
-        **result.summary,
-        "network": f"WRN-{config.model.depth}-{config.model.width}",
-        "step": int(state.step),
-        "split": arguments.split,
-        "config": to_dict(config),
-        "environment": backend.describe(),
-    }
-    table = report.accuracy_table({f"{summary['network']}, {config.method}": summary})
-    write_text(outputs["json"], json.dumps({**summary, "records": result.records}) + "\n")
-    write_text(outputs["md"], f"{table}\n\n{report.caption({config.method: summary})}\n")
-    shown = [attack for attack in attack_list if attack.kind != "clean" and attack.epsilon > 0]
-    if shown and images.shape[-1] in (1, 3):
-        names = dataset.info.class_names
-        draw_examples(model, state.variables, shown[-1], images, labels, names, outputs["png"], seed=arguments.seed)
-    print(table)
-    print(f"Written: {folder / arguments.name}.json and, beside it, .md and .png")
+
+HOW_TO_READ = """\
+Accuracy in % with 95% intervals. *Decides*: where the last iterate decides, the attack is judged as the paper's code
+judges its own, so that the numbers compare; where any iterate does, it is stronger, and an image leaves when it falls.
+An attack on fewer images than there are was run on the first ones, or spared those that had fallen before: these count
+as fallen. *Lowest run*: of several random starts, the one that found most; the accuracy is that after all of them.
+*Forward*, *backward*: passes of one image that the attack took in all (of local search, the most that it can take)."""
+
+
+def report_text(summary: dict[str, Any]) -> str:
+    """The report in Markdown."""
+    import tabulate
+
+    from fs_jax import report
+
+    config = summary.get("config")
+    origin = f"{config['method']}, step {summary['step']:,}" if config else summary["file"]
+    together = [attack for attack in summary["attacks"] if not attack["apart"]]
+    apart = [attack for attack in summary["attacks"] if attack["apart"]]
+    environment = summary["environment"]
+    parts = [
+        f"# {summary['network']} ({origin}) under attack",
+        f"{summary['dataset']}, {summary['images']:,} {summary['split']} images, L∞ radius "
+        f"{report.radius(summary['epsilon'])}, seed {summary['seed']}. Weights {summary['weights']}. On "
+        f"{environment['device']}, {environment['cpu_count']} cores, jax {environment['jax']}.",
+        *(f"**Warning.** {warning}" for warning in summary["warnings"]),
+        report.attack_table({"attacks": together, "worst": summary["worst"]}),
+        HOW_TO_READ,
+    ]
+    if apart:
+        parts += [
+            "Apart from the worst case, as they have another radius, or none, or another network's adversaries:",
+            report.attack_table({"attacks": apart}),
+        ]
+    if len(together) > 1:
+        parts += ["![Accuracy against steps and radius](strength.png)"]
+    if "autoattack" in summary:
+        accuracy = summary["robustbench"]["autoattack_acc"]
+        settings = "; ".join(
+            f"{name}: {', '.join(f'{key} {value}' for key, value in of_attack.items())}"
+            for name, of_attack in summary["autoattack"].items()
+        )
+        parts += [
+            f"**AutoAttack, standard version: {accuracy}%.** Each attack is run on what those before it left standing. "
+            f"Their settings are the authors': {settings}."
+        ]
+    if "masking" in summary:
+        rows = [[check["what"], check["verdict"], check["why"]] for check in summary["masking"]]
+        parts += [
+            "## Is the gradient masked?",
+            "What holds of a network whose gradients are honest. A *no* is a sign that attacks by gradients may have "
+            "found too little here; *yes* everywhere proves nothing.",
+            tabulate.tabulate(rows, headers=["expected", "is it so?", "numbers"], tablefmt="pipe"),
+            "![Loss surfaces](surface.png)",
+            "Cross-entropy around the first images that are classified correctly; on the white line the class changes.",
+        ]
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

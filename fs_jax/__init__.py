@@ -16,6 +16,8 @@ __all__ = [
     "convert",
     "data",
     "evaluation",
+    "journal",
+    "masking",
     "models",
     "ot",
     "report",

@@ -225,6 +225,170 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: st
     return figure
 
 
+def attack_table(evaluation: Mapping[str, Any]) -> str:
+    """Markdown table of one network's evaluation: a row per attack, and the worst case last.
+
+    Args:
+      evaluation: What `fs_jax.evaluation.evaluate` sums up: `attacks`, records with `name`, `judged_by`, `attacked`,
+        `total`, `accuracy`, `low`, `high`, `lowest_single_run` (a dash where there was one run), `seconds`, and
+        `forward` and `backward`, the passes of single images; and, if there is one, `worst`.
+
+    Returns:
+      The table in GitHub's Markdown.
+
+    Example:
+      >>> clean = {"name": "clean", "judged_by": "the image", "attacked": 50, "total": 50, "seconds": 0.12}
+      >>> clean |= {"accuracy": 0.9, "low": 0.79, "high": 0.96, "lowest_single_run": None, "forward": 50, "backward": 0}
+      >>> print(attack_table({"attacks": [clean], "worst": clean}))
+      | attack     | decides   | images   | accuracy, %       | lowest run   | seconds   | forward   | backward   |
+      |:-----------|:----------|:---------|:------------------|:-------------|:----------|:----------|:-----------|
+      | clean      | the image | 50 of 50 | 90.0 [79.0, 96.0] | –            | 0.1       | 50        | 0          |
+      | worst case |           |          | 90.0 [79.0, 96.0] |              |           |           |            |
+    """
+    rows = [
+        [
+            record["name"],
+            record["judged_by"],
+            f"{record['attacked']:,} of {record['total']:,}",
+            _cell(record),
+            f"{100 * record['lowest_single_run']:.1f}" if record["lowest_single_run"] is not None else "–",
+            f"{record['seconds']:,.1f}",
+            f"{record['forward']:,}",
+            f"{record['backward']:,}",
+        ]
+        for record in evaluation["attacks"]
+    ]
+    if "worst" in evaluation:
+        rows.append([_WORST, "", "", _cell(evaluation["worst"]), "", "", "", ""])
+    headers = ["attack", "decides", "images", "accuracy, %", "lowest run", "seconds", "forward", "backward"]
+    return tabulate.tabulate(
+        rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=["left"] * len(headers)
+    )
+
+
+def attack_strength(
+    attacks: Sequence[Mapping[str, Any]],
+    radii: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike,
+    *,
+    worst: float | None = None,
+) -> "Figure":
+    """Draw accuracy against the strength of attacks: against their steps, and against the radius.
+
+    Args:
+      attacks: Records of an evaluation with `name`. Those with `by_step`, pairs of a number of steps and the accuracy
+        after it, become lines; the others have `num_steps` and `accuracy`, and become marks.
+      radii: Accuracies at several radii: `epsilon`, `accuracy`, `low`, `high`.
+      path: The PNG file to write.
+      worst: The accuracy over all attacks, for a dashed line.
+
+    Returns:
+      The figure: an axes for the steps and one for the radii, each if there is something to show.
+
+    Example:
+      >>> import tempfile
+      >>> attack = {"name": "apgd-ce", "accuracy": 0.3, "by_step": [(0, 0.6), (10, 0.4), (100, 0.3)]}
+      >>> figure = attack_strength([attack], [], tempfile.mkdtemp() + "/strength.png")
+      >>> [line.get_label() for line in figure.axes[0].lines]
+      ['apgd-ce']
+    """
+    path = _png(path)
+    panels = bool(attacks) + bool(radii)
+    if not panels:
+        raise ValueError("attacks: expected at least one, or one radius; got none.")
+    with _figure(figsize=(4.6 * panels, 3.6)) as figure:
+        places = iter(figure.subplots(1, panels, squeeze=False)[0])
+        if attacks:
+            _against_steps(next(places), attacks, worst)
+        if radii:
+            axes = next(places)
+            radii = sorted(radii, key=lambda record: record["epsilon"])
+            levels = [255 * record["epsilon"] for record in radii]
+            low, accuracy, high = (100 * np.array([r[key] for r in radii]) for key in ("low", "accuracy", "high"))
+            axes.fill_between(levels, low, high, color=_PALETTE[0], alpha=0.15, linewidth=0)
+            axes.plot(levels, accuracy, "o-", color=_PALETTE[0], markersize=3.5, linewidth=1.5)
+            axes.set_xlabel("radius · 255")
+            axes.set_xlim(0, levels[-1])
+        for axes in figure.axes:
+            axes.set_ylabel("accuracy (%)")
+            axes.set_ylim(0, 100)
+        _save(figure, path)
+    return figure
+
+
+def _against_steps(axes: "Axes", attacks: Sequence[Mapping[str, Any]], worst: float | None) -> None:
+    lines = [record for record in attacks if "by_step" in record]
+    for index, record in enumerate(lines):
+        steps, accuracies = np.array(record["by_step"], dtype=np.float64).T
+        axes.step(
+            steps, 100 * accuracies, where="post", label=record["name"], color=_colour(index, len(lines)), linewidth=1.5
+        )
+    for record in attacks:
+        if "by_step" not in record:
+            place = (record["num_steps"], 100 * record["accuracy"])
+            axes.plot(*place, "o", color=_GREY, markersize=4)
+            axes.annotate(record["name"], place, (4, 4), textcoords="offset points", fontsize=7, color=_GREY)
+    if worst is not None:
+        axes.axhline(100 * worst, color="black", linewidth=0.9, linestyle=_CLEAN, label="all attacks together")
+    axes.set_xscale("symlog", linthresh=1, linscale=0.3)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("steps of the attack")
+    if lines or worst is not None:
+        axes.legend(fontsize=8)
+
+
+def loss_surfaces(
+    losses: Float[np.ndarray, "n k k"],
+    margins: Float[np.ndarray, "n k k"],
+    path: str | os.PathLike,
+    *,
+    epsilon: float,
+    titles: Sequence[str],
+) -> "Figure":
+    """Draw the loss around images: along the sign of the gradient, and along random signs.
+
+    Args:
+      losses: [n, k, k]; the middle one is the image's own, rows go along the random signs, columns along the gradient.
+      margins: [n, k, k], above 0 where the image is classified correctly; a line is drawn where they change sign.
+      path: The PNG file to write.
+      epsilon: Both axes go from minus to plus this, in units of [0, 1].
+      titles: A title for each image.
+
+    Returns:
+      The figure, with an axes per image, and those of the colour bars.
+
+    Example:
+      >>> import tempfile
+      >>> slope = np.linspace(0, 1, 5)[None, None] * np.ones((1, 5, 1))
+      >>> figure = loss_surfaces(slope, 0.5 - slope, tempfile.mkdtemp() + "/surface.png", epsilon=0.1, titles=["cat"])
+      >>> figure.axes[0].get_title()
+      'cat'
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    path = _png(path)
+    count, size, _ = losses.shape
+    columns = min(4, count)
+    rows = -(-count // columns)
+    line = 255 * epsilon * np.linspace(-1, 1, size)
+    with _figure(figsize=(0.4 + 2.5 * columns, 0.4 + 2.2 * rows)) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        for axes in grid.flat[count:]:
+            axes.set_visible(False)
+        for axes, loss, margin, title in zip(grid.flat, losses, margins, titles, strict=False):
+            drawn = axes.contourf(line, line, loss, 24, cmap="viridis")
+            figure.colorbar(drawn, ax=axes, shrink=0.85, ticks=MaxNLocator(4)).ax.tick_params(labelsize=7)
+            if margin.min() < 0 < margin.max():
+                axes.contour(line, line, margin, [0.0], colors="white", linewidths=1.4)
+            axes.plot(0, 0, "+", color="white", markersize=7)
+            axes.set_title(title, fontsize=8)
+            axes.grid(visible=False)
+        figure.supxlabel("along the sign of the gradient · 255", fontsize=9)
+        figure.supylabel("along random signs · 255", fontsize=9)
+        _save(figure, path)
+    return figure
+
+
 def attack_examples(
     images: Float[np.ndarray, "n h w c"],
     adversarial: Float[np.ndarray, "n h w c"],

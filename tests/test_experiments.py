@@ -3,10 +3,17 @@
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from fs_jax import convert
+from fs_jax.models import WideResNet
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -43,16 +50,62 @@ def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(
 
     run = tmp_path / "standard"
     words = ("experiments.evaluate", "--workdir", str(run), "--attacks", "clean", "pgd-2", "--num-images", "40")
-    done = script(*words, "--restarts", "2", "--epsilon", "0.05", "--no-progress")
+    words = (*words, "--restarts", "2", "--no-progress", "--batch-size", "40")
+    done = script(*words, "--epsilon", "0.05", "--save-images")
     assert done.returncode == 0, done.stderr
-    result = json.loads((run / "evaluations" / "evaluation.json").read_text())
-    assert result["images"] == 40
+    folder = run / "evaluations" / "attacks"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["images"] == len(result["records"]) == 40
     assert [attack["name"] for attack in result["attacks"]] == ["clean", "pgd-2x2"]
     assert result["attacks"][1]["epsilon"] == 0.05
-    # A second result of the same name is refused, and the first is left.
-    done = script(*words)
+    assert "| pgd-2x2 " in (folder / "report.md").read_text()
+    assert (folder / "report.md").read_text() in done.stdout
+    for figure in ("strength", "examples"):
+        assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    with np.load(folder / "adversarial.npz") as saved:
+        assert saved["images"].shape == (40, 8, 8, 1)
+        assert list(saved["robust"]) == [record["robust"] for record in result["records"]]
+    # With another radius that is another evaluation; the first is left as it is.
+    records = (folder / "records.jsonl").read_bytes()
+    done = script(*words, "--epsilon", "0.06", "--save-images")
     assert done.returncode == 2
-    assert "exists. Give another --name" in done.stderr
+    assert "pgd-2x2: epsilon: expected 0.05, as in" in done.stderr
+    assert (folder / "records.jsonl").read_bytes() == records
+
+
+@pytest.mark.slow
+def test_every_suite_runs_on_weights_from_a_file(script, tmp_path):
+    # A fresh network, whose last layer is brightened so that there is something to lose.
+    model = WideResNet(10, 1)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    variables["params"]["fc"]["kernel"] *= 30
+    for name, seed in (("network", 1), ("other", 2)):
+        rng = np.random.default_rng(seed)
+        moved = jax.tree.map(lambda x, rng=rng: x + 0.01 * rng.normal(size=x.shape).astype(x.dtype), variables)
+        convert.save_weights(tmp_path / f"{name}.npz", model, moved)
+    words = ("experiments.evaluate", "--weights", str(tmp_path / "network.npz"), "--dataset", "digits")
+    words = (
+        *words,
+        "--transfer-from",
+        str(tmp_path / "other.npz"),
+        "--num-images",
+        "64",
+        "--gradient-free-images",
+        "8",
+    )
+    for suite in ("paper", "autoattack", "gradient-free", "all"):
+        done = script(*words, "--suite", suite, "--output", str(tmp_path / suite), "--epsilon", "0.05", "--no-progress")
+        assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "all" / "result.json").read_text())
+    accuracies = {attack["name"]: attack["accuracy"] for attack in result["attacks"]}
+    assert accuracies["pgd-1000x5"] <= accuracies["pgd-20"] <= accuracies["clean"]
+    assert accuracies["square"] <= accuracies["fab-t"] <= accuracies["apgd-t"] <= accuracies["apgd-ce"]
+    assert result["robustbench"]["autoattack_acc"] == str(round(100 * accuracies["square"], 2))
+    assert len(result["masking"]) == 7
+    # The suites by themselves found the same.
+    for suite in ("paper", "autoattack", "gradient-free"):
+        alone = json.loads((tmp_path / suite / "result.json").read_text())
+        assert {a["name"]: a["accuracy"] for a in alone["attacks"]}.items() <= accuracies.items()
 
 
 @pytest.mark.parametrize(
@@ -67,15 +120,24 @@ def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(
         (("experiments.train", "cifar10_wrn10_2", "--workdir", "x", "--data-dir", "/nowhere"), "prepare_data cifar10"),
         (("experiments.evaluate", "--workdir", "nowhere"), "expected the folder of a run"),
         (("experiments.evaluate", "--workdir", "nowhere", "--epsilom", "1"), "--epsilon"),
+        (("experiments.evaluate",), "workdir, weights: expected one of them"),
+        (("experiments.evaluate", "--weights", "x"), "output: expected a folder for the results"),
+        (("experiments.evaluate", "--weights", "x", "--output", "tests"), "output: expected a new folder"),
+        (("experiments.evaluate", "--weights", "x", "--output", "x", "--suite", "papr"), "'paper'"),
+        (("experiments.evaluate", "--weights", "x", "--output", "x", "--attacks", "pdg-20"), "Did you mean 'pgd-20'"),
+        (("experiments.evaluate", "--workdir", "x", "--suite", "all", "--restarts", "5"), "suite: expected it alone"),
         (("experiments.quickstart", "--epoch", "1"), "--epochs"),
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, tuple) else "",
 )
-def test_what_is_wrong_is_said_before_anything_is_written(script, words, message):
-    done = script(*words)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_is_wrong_is_said_before_anything_is_written(monkeypatch, capsys, words, message):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", list(words))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(words[0], run_name="__main__")
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
     assert not (ROOT / "x").exists()
 
 

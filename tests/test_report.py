@@ -256,6 +256,58 @@ def test_bad_examples_are_named(tmp_path, change, message):
     assert listing(tmp_path) == []
 
 
+def attack_record(name, **more):
+    costs = {"judged_by": "any iterate", "attacked": 1500, "seconds": 1234.56, "forward": 21_000, "backward": 20_000}
+    return record(name, 0.4514, 0.43, 0.4738, total=2000, lowest_single_run=None, **costs) | more
+
+
+def test_the_table_of_attacks_says_what_each_found_and_took():
+    attacks = [attack_record("pgd-20"), attack_record("pgd-100x5", lowest_single_run=0.46)]
+    header, _, *rows = cells(report.attack_table({"attacks": attacks, "worst": PGD}))
+    assert header == ["attack", "decides", "images", "accuracy, %", "lowest run", "seconds", "forward", "backward"]
+    costs = ["1,234.6", "21,000", "20,000"]
+    assert rows == [
+        ["pgd-20", "any iterate", "1,500 of 2,000", "45.1 [43.0, 47.4]", "–", *costs],
+        ["pgd-100x5", "any iterate", "1,500 of 2,000", "45.1 [43.0, 47.4]", "46.0", *costs],
+        ["worst case", "", "", "45.1 [43.0, 47.4]", "", "", "", ""],
+    ]
+    assert len(cells(report.attack_table({"attacks": attacks}))) == 4  # no worst case, no row for it
+
+
+def test_strength_is_shown_over_steps_and_over_the_radius(tmp_path):
+    attacks = [
+        {"name": "pgd-100x5", "by_step": [[1, 0.6], [10, 0.5], [100, 0.4]]},
+        {"name": "pgd-20", "num_steps": 20, "accuracy": 0.55},
+    ]
+    radii = [record("", a, a - 0.1, a + 0.1, epsilon=level / 255) for level, a in ((8, 0.3), (0, 0.8), (2, 0.6))]
+    figure = report.attack_strength(attacks, radii, tmp_path / "strength.png", worst=0.35)
+    over_steps, over_radius = figure.axes
+    line, mark, worst = lines(over_steps)
+    np.testing.assert_allclose(line, [[1, 10, 100], [60, 50, 40]])
+    np.testing.assert_allclose(mark, [[20], [55]])
+    np.testing.assert_allclose(worst[1], [35, 35])
+    assert [text.get_text() for text in over_steps.texts] == ["pgd-20"]
+    np.testing.assert_allclose(lines(over_radius)[0], [[0, 2, 8], [80, 60, 30]])
+    assert len(report.attack_strength(attacks, [], tmp_path / "strength.png").axes) == 1
+    assert png_size(tmp_path / "strength.png")
+    with pytest.raises(ValueError, match="at least one, or one radius"):
+        report.attack_strength([], [], tmp_path / "none.png")
+
+
+def test_surfaces_show_each_image_and_where_its_class_changes(tmp_path):
+    slope = np.broadcast_to(np.linspace(0, 1, 5), (5, 5, 5)) * np.arange(1, 6)[:, None, None]
+    margins = np.where(np.arange(5)[:, None, None] < 3, 0.6 - slope, 1.0)  # two images stand everywhere
+    figure = report.loss_surfaces(
+        slope, margins, tmp_path / "surface.png", epsilon=EPSILON, titles=["a", "b", "c", "d", "e"]
+    )
+    shown = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in shown] == ["a", "b", "c", "d", "e"]
+    np.testing.assert_allclose(shown[0].get_xlim(), (-8, 8))
+    # Filled contours of the loss, and a line where there is a change.
+    assert [len(axes.collections) for axes in shown] == [2, 2, 2, 1, 1]
+    assert png_size(tmp_path / "surface.png")
+
+
 def test_the_same_data_give_the_same_bytes(tmp_path):
     for name in ("one.png", "two.png"):
         report.accuracy_bars(EVALUATIONS, tmp_path / "new folder" / name)

@@ -1,0 +1,252 @@
+"""Is the gradient masked? The field's checklist, computed from what attacks did to a network.
+
+A defence whose gradients mislead white-box attacks looks robust and isn't. It gives itself away where an attack does
+worse than it should: with more steps, with a larger radius, or than an attack that doesn't look at gradients at all.
+
+Source: Athalye et al., "Obfuscated gradients give a false sense of security", ICML 2018; Carlini et al., "On evaluating
+adversarial robustness", 2019.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int, Key
+
+from fs_jax.attacks import cross_entropy, logit_margin
+from fs_jax.attacks.linf import LogitsFn, image_keys
+from fs_jax.evaluation import Attack, accuracy
+
+RADII = tuple(level / 255 for level in (1, 2, 4, 6, 8, 12, 16))
+SWEEP, UNBOUNDED = "pgd-20 at ", "pgd-100 at radius 1"
+WHITE_BOX = ("fgsm", "pgd", "cw", "apgd-ce", "apgd-t", "fab-t")
+BLACK_BOX = ("square", "spsa", "local-search")
+
+_USUAL_GAP = 5  # points that AutoAttack takes from networks trained by PGD, and a little more (Croce & Hein, 2020)
+_RISING = 0.95  # share of images of which the loss has to rise along the gradient
+
+
+class Check(NamedTuple):
+    """One line of the checklist."""
+
+    what: str
+    """What a network with honest gradients does."""
+    verdict: Literal["yes", "no", "not tested"]
+    """Whether this one does."""
+    why: str
+    """The numbers."""
+
+
+def radius_attacks(num_images: int) -> list[Attack]:
+    """PGD-20 at the radii of the sweep, and PGD-100 where the ball holds every image; judged by any iterate.
+
+    Example:
+      >>> [attack.name for attack in radius_attacks(100)][-2:]
+      ['pgd-20 at 16/255', 'pgd-100 at radius 1']
+    """
+    shared = {"kind": "pgd", "any_iterate": True, "apart": True, "after": ("clean",), "num_images": num_images}
+    sweep = [Attack(epsilon=eps, num_steps=20, label=f"{SWEEP}{round(255 * eps)}/255", **shared) for eps in RADII]
+    return [*sweep, Attack(epsilon=1.0, step_size=0.1, num_steps=100, label=UNBOUNDED, **shared)]
+
+
+def radius_points(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Accuracies at the radii of the sweep, 0 included: of the clean images that were swept over."""
+    swept = [attack for attack in summary["attacks"] if attack["name"].startswith(SWEEP)]
+    if not swept:
+        return []
+    clean = accuracy(np.array([record["margin"]["clean"] > 0 for record in records[: swept[0]["total"]]]))
+    return [{"epsilon": 0.0, **clean}, *swept]
+
+
+def loss_surface(
+    logits_fn: LogitsFn,
+    rng: Key[Array, ""] | Key[Array, "n"],
+    images: Float[Array, "n h w c"],
+    labels: Int[Array, "n"],
+    *,
+    epsilon: float,
+    size: int = 21,
+) -> tuple[Float[np.ndarray, "n k k"], Float[np.ndarray, "n k k"]]:
+    """Cross-entropy and margin on a plane through each image: x + s epsilon sign(gradient) + t epsilon r, in [0, 1].
+
+    r has random signs; s and t go from -1 to 1. Where the gradient is honest, the loss rises along s, smoothly, and
+    more than along t.
+
+    Args:
+      logits_fn: Network, from images to logits [N, classes].
+      rng: A key, or one for each image, of the random signs.
+      images: Images [N, H, W, C] in [0, 1].
+      labels: True classes [N].
+      epsilon: How far the plane reaches, in units of [0, 1].
+      size: Points along each side, k; an odd number has the image itself in the middle.
+
+    Returns:
+      Losses and margins [N, k, k]; rows are t, columns s.
+
+    Example:
+      >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
+      >>> images = jnp.full((1, 4, 4, 1), 0.5)
+      >>> _, margins = loss_surface(logits_fn, jax.random.key(0), images, jnp.array([0]), epsilon=0.1, size=3)
+      >>> margins[0, 1].round(2).tolist()  # along s, against which class 0 loses
+      [0.2, 0.0, -0.2]
+    """
+    logits_fn = logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
+    side = jnp.linspace(-1, 1, size)
+    losses, margins = _planes(logits_fn, image_keys(rng, len(images)), images, labels, epsilon, side)
+    return np.asarray(losses), np.asarray(margins)
+
+
+@jax.jit
+def _planes(logits_fn, keys, images, labels, epsilon, side):
+    def loss(x):
+        return jnp.sum(cross_entropy(logits_fn(x), labels))
+
+    along = epsilon * jnp.sign(jax.grad(loss)(images))
+    across = epsilon * jax.vmap(lambda key: jax.random.rademacher(key, images.shape[1:], images.dtype))(keys)
+
+    def plane(inputs):
+        image, label, along, across = inputs
+        t, s = (grid.ravel()[:, None, None, None] for grid in jnp.meshgrid(side, side, indexing="ij"))
+        logits = logits_fn(jnp.clip(image + s * along + t * across, 0, 1))
+        shape = (len(side), len(side))
+        same = jnp.full(len(logits), label)
+        return cross_entropy(logits, same).reshape(shape), logit_margin(logits, same).reshape(shape)
+
+    return jax.lax.map(plane, (images, labels, along, across))  # one image at a time: memory doesn't grow with them
+
+
+def checklist(
+    summary: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    losses: Float[np.ndarray, "n k k"] | None = None,
+) -> list[Check]:
+    """The checklist, as far as the attacks that were run allow.
+
+    Args:
+      summary: Of `fs_jax.evaluation.evaluate`, with those of `radius_attacks` among its attacks.
+      records: Its records.
+      losses: From `loss_surface`.
+
+    Returns:
+      One check per question, in a fixed order.
+    """
+    attacks = {attack["name"]: attack for attack in summary["attacks"]}
+    return [
+        _unbounded(attacks),
+        _radii(attacks),
+        _iterations(attacks, records),
+        _black_box(attacks, records),
+        _transfer(attacks),
+        _surface(losses),
+        _gap(attacks, summary),
+    ]
+
+
+def _unbounded(attacks):
+    what = "accuracy falls to 0 where the ball holds every image"
+    if UNBOUNDED not in attacks:
+        return Check(what, "not tested", "")
+    attack = attacks[UNBOUNDED]
+    why = f"{attack['correct']} of {attack['total']} images stand after PGD-100 at radius 1"
+    return Check(what, _yes(attack["correct"] == 0), why)
+
+
+def _radii(attacks):
+    what = "a larger radius is never weaker"
+    swept = [attack for name, attack in attacks.items() if name.startswith(SWEEP)]
+    if len(swept) < 2:
+        return Check(what, "not tested", "")
+    correct = [attack["correct"] for attack in swept]
+    levels = ", ".join(f"{255 * attack['epsilon']:.0f}" for attack in swept)
+    why = f"PGD-20 at {levels} / 255: {', '.join(map(_percent, swept))}"
+    return Check(what, _yes(correct == sorted(correct, reverse=True)), why)
+
+
+def _iterations(attacks, records):
+    what = "more steps are never weaker, but for the chance of their starts"
+    pairs = [
+        (weaker, stronger)
+        for weaker, stronger in (
+            ("fgsm", "pgd-20"), ("pgd-20", "pgd-100"), ("pgd-100", "pgd-500x5"), ("pgd-500x5", "pgd-1000x5"),
+            ("cw-20", "cw-100"), ("cw-100", "cw-500x5"), ("cw-500x5", "cw-1000x5"),
+        )
+        if weaker in attacks and stronger in attacks
+    ]  # fmt: skip
+    if not pairs:
+        return Check(what, "not tested", "")
+    wrong = []
+    for weaker, stronger in pairs:
+        won = sum(record["fallen_at"][weaker] < 0 <= record["fallen_at"][stronger] for record in records)
+        lost = sum(record["fallen_at"][stronger] < 0 <= record["fallen_at"][weaker] for record in records)
+        # One start finds what another misses: by chance, either way is as likely. (5% one-sided sign test.)
+        if lost > won and scipy.stats.binomtest(lost, won + lost, alternative="greater").pvalue < 0.05:
+            wrong.append(f"{stronger} misses {lost} images that {weaker} finds, and finds {won} others")
+    shown = dict.fromkeys(name for pair in pairs for name in pair)
+    return Check(what, _yes(not wrong), "; ".join(wrong) or ", ".join(f"{n} {_percent(attacks[n])}" for n in shown))
+
+
+def _black_box(attacks, records):
+    what = "attacks that see no gradient find nothing that the others miss"
+    white, black = (
+        [name for name, attack in attacks.items() if attack["kind"] in kinds and not attack["apart"]]
+        for kinds in (WHITE_BOX, BLACK_BOX)
+    )
+    if not white or not black:
+        return Check(what, "not tested", "")
+
+    def fell(record, names):
+        return any(record["fallen_at"].get(name, -1) >= 0 for name in names)
+
+    standing = [record for record in records if not fell(record, ["clean", *white])]
+    tried = [record for record in standing if any(name in record["fallen_at"] for name in black)]
+    beaten = [record for record in tried if fell(record, black)]
+    why = (
+        f"{len(standing)} images stand after {len(white)} attacks by gradients; {', '.join(black)} tried {len(tried)} "
+        f"of these and broke {len(beaten)}"
+    )
+    return Check(what, _yes(not beaten) if tried or not standing else "not tested", why)
+
+
+def _transfer(attacks):
+    what = "adversaries made for another network are weaker"
+    if "transfer" not in attacks or "pgd-20" not in attacks:
+        return Check(what, "not tested", "no other network was given")
+    own, other = attacks["pgd-20"], attacks["transfer"]
+    why = f"PGD-20 on the other network leaves {_percent(other)}, on this one {_percent(own)}"
+    return Check(what, _yes(own["accuracy"] <= other["accuracy"]), why)
+
+
+def _surface(losses):
+    what = "along the gradient the loss rises, and more than along random signs"
+    if losses is None or not len(losses):
+        return Check(what, "not tested", "")
+    middle = losses.shape[1] // 2
+    along, across = losses[:, middle, -1], losses[:, -1, middle]
+    risen = int(np.sum((along > across) & (along > losses[:, middle, middle])))
+    return Check(what, _yes(risen >= _RISING * len(losses)), f"in {risen} of {len(losses)} images")
+
+
+def _gap(attacks, summary):
+    what = f"the strongest attacks take at most {_USUAL_GAP} points more than PGD-20"
+    if "pgd-20" not in attacks or not set(attacks) - {"clean", "pgd-20"}:
+        return Check(what, "not tested", "")
+    pgd, worst = attacks["pgd-20"], summary["worst"]
+    points = 100 * (pgd["accuracy"] - worst["accuracy"])
+    chained = attacks.get("square", {}).get("after")
+    autoattack = f"AutoAttack {_percent(attacks['square'])}, " if chained else ""
+    why = f"PGD-20 leaves {_percent(pgd)}, {autoattack}all attacks together {_percent(worst)}: "
+    passed = points <= _USUAL_GAP
+    why += f"{points:.1f} points" if passed else f"PGD-20 alone overstates this network by {points:.1f} points"
+    return Check(what, _yes(passed), why)
+
+
+def _yes(passed):
+    return "yes" if passed else "no"
+
+
+def _percent(attack):
+    return f"{100 * attack['accuracy']:.1f}%"
