@@ -32,7 +32,8 @@ def problem(cost, a, b) -> tuple[jax.Array, jax.Array, jax.Array]:
         raise ValueError(f"cost: expected at least one point on each side, got shape {cost.shape}")
     if seen is not None and not np.isfinite(seen).all():
         raise ValueError(
-            "cost: expected finite values, got NaN or infinity; to leave a point out, give it a marginal of zero"
+            "cost: expected finite values, got NaN or infinity; to leave a point out, give it any finite cost and a "
+            "marginal of zero"
         )
     mass_a, a = _marginal("a", a, cost, axis=0)
     mass_b, b = _marginal("b", b, cost, axis=1)

@@ -37,7 +37,7 @@ def cosine_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, 
     """
     x, y = checks.points(x, y)
     cosine = jnp.matmul(_unit_rows(x), _unit_rows(y).T, precision=lax.Precision.HIGHEST)
-    return jnp.where(cosine < 1, 1 - cosine, 0)
+    return jnp.where(cosine >= 1, 0, 1 - cosine)  # NaN stays NaN
 
 
 def sqeuclidean_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
@@ -67,7 +67,7 @@ def sqeuclidean_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Ar
     x, y = x - centre, y - centre
     inner = jnp.matmul(x, y.T, precision=lax.Precision.HIGHEST)
     squared = jnp.sum(x * x, 1)[:, None] + jnp.sum(y * y, 1)[None, :] - 2 * inner
-    return jnp.where(squared > 0, squared, 0)
+    return jnp.where(squared <= 0, 0, squared)  # NaN stays NaN
 
 
 def _unit_rows(x: Float[Array, "n d"]) -> Float[Array, "n d"]:

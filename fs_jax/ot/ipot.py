@@ -87,7 +87,8 @@ def _solve(cost, a, b, beta, threshold, num_iters, inner_iters, grad):
         problem = lax.stop_gradient(problem)
     phi, gamma, done, converged = _potentials(*problem, threshold, num_iters, inner_iters)
 
-    result = transport.from_potentials(phi, gamma, -cost / (beta / done), cost, a, b, beta / done, done, converged)
+    reg = beta / done
+    result = transport.from_potentials(phi, gamma, -cost / reg, cost, a, b, reg, done, converged)
     if grad == "envelope":
         plan, f, g, error = lax.stop_gradient((result.plan, result.f, result.g, result.marginal_error))
         result = result._replace(plan=plan, f=f, g=g, marginal_error=error, primal_cost=jnp.sum(plan * cost))

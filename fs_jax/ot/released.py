@@ -63,8 +63,9 @@ def released_sinkhorn(
 
 @partial(jax.jit, static_argnames=("max_iters",))
 def _solve(cost, a, b, reg, threshold, max_iters):
-    phi, gamma, done, converged = _potentials(-cost / reg, lax.stop_gradient(threshold / reg), max_iters)
-    return transport.from_potentials(phi, gamma, cost, a, b, reg, done, converged)
+    scaled = -cost / reg
+    phi, gamma, done, converged = _potentials(scaled, lax.stop_gradient(threshold / reg), max_iters)
+    return transport.from_potentials(phi, gamma, scaled, cost, a, b, reg, done, converged)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from fs_jax.ot import checks, iterations, transport
+from fs_jax.ot.fused import potentials
 from fs_jax.ot.logspace import MASKED, log_weights
 from fs_jax.ot.transport import Transport
 
@@ -23,10 +24,11 @@ def sinkhorn(
     *,
     reg: float | Float[Array, ""],
     num_iters: int = 100,
-    threshold: float | None = None,
+    threshold: float | Float[Array, ""] | None = None,
     method: Literal["auto", "stabilized", "kernel", "log"] = "auto",
     grad: Literal["unroll", "implicit", "envelope", "none"] = "unroll",
     init: tuple[Float[Array, " n"], Float[Array, " m"]] | None = None,
+    fused: bool = True,
 ) -> Transport:
     """Entropic optimal transport by Sinkhorn's alternating scalings.
 
@@ -42,16 +44,20 @@ def sinkhorn(
         reg: weight of the entropic term, in units of the cost (the paper's τ, ott-jax's epsilon).
         num_iters: iterations, at most (static under jit).
         threshold: stop when the marginal error (L1, in units of mass) is at most this; by default all iterations are
-            done. In a batch each problem stops by its own error.
+            done. In a batch each problem stops by its own error, and may have its own threshold.
         method: "stabilized" (which "auto" means) goes at the speed of matrix-vector products and works at any reg: it
             keeps the scalings in range, and goes through the log domain where it can't. "log" goes there always,
             several times slower. "kernel" is Algorithm 1 to the letter and works while exp(-cost / reg) does not
             underflow (cost / reg up to about 80 in float32); beyond, the result's status is `Status.NOT_FINITE`.
         grad: "unroll" differentiates the iterations (first derivatives, both modes); "implicit" the fixed point, which
-            the iterations should have reached; "envelope" holds plan and potentials fixed, so that the gradient of
-            `primal_cost` is the plan and that of `reg_cost` is exact at convergence; "none" gives zeros.
+            the iterations must have reached (see `status`; else the gradient is another one); "envelope" holds plan
+            and potentials fixed, so that the gradient of `primal_cost` is the plan and that of `reg_cost` is exact at
+            convergence; "none" gives zeros.
         init: potentials (f, g) to start from, such as those of a similar problem. The columns are updated first, so it
             is f that matters.
+        fused: on an NVIDIA GPU, do all iterations of a problem in one kernel, where there is one: float32, up to 256
+            points on a side, `method` "stabilized" or "auto". Each size is tried once, and declined with a warning
+            where its results aren't those of the other way. Elsewhere this changes nothing.
 
     Returns:
         A `Transport`.
@@ -61,7 +67,8 @@ def sinkhorn(
         ValueError: a shape or value is refused; the message says which, and what was expected.
 
     Example:
-        >>> import fs_jax.ot
+        >>> import jax, jax.numpy as jnp, fs_jax.ot
+        >>> from fs_jax.ot import sinkhorn
         >>> cost = jnp.array([[0.0, 1.0], [1.0, 0.0]])
         >>> result = sinkhorn(cost, reg=0.1)
         >>> print(result.plan.round(3))
@@ -81,11 +88,11 @@ def sinkhorn(
     method = checks.choice("method", method, METHODS)
     grad = checks.choice("grad", grad, GRADS)
     start = jnp.zeros_like(a) if init is None else checks.potentials(init, *cost.shape, cost.dtype)[0] / reg
-    return _solve(cost, a, b, reg, threshold, start, num_iters, method, grad)
+    return _solve(cost, a, b, reg, threshold, start, num_iters, method, grad, bool(fused))
 
 
-@partial(jax.jit, static_argnames=("num_iters", "method", "grad"))
-def _solve(cost, a, b, reg, threshold, start, num_iters, method, grad):
+@partial(jax.jit, static_argnames=("num_iters", "method", "grad", "fused"))
+def _solve(cost, a, b, reg, threshold, start, num_iters, method, grad, fused):
     start = jnp.where(a != 0, start, MASKED)
     if grad == "none":
         cost, a, b, reg, start = lax.stop_gradient((cost, a, b, reg, start))
@@ -94,7 +101,7 @@ def _solve(cost, a, b, reg, threshold, start, num_iters, method, grad):
     if grad != "unroll":
         problem = lax.stop_gradient(problem)
     method = "stabilized" if method == "auto" else method
-    phi, gamma, done, converged = iterations.potentials(*problem, threshold, num_iters, method)
+    phi, gamma, done, converged = potentials(*problem, threshold, num_iters, method, fused)
     if grad == "implicit":
         phi, gamma = _attach_implicit_derivative(phi, gamma, scaled, a, b)
 

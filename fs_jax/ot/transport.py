@@ -32,7 +32,8 @@ class Transport(NamedTuple):
         g: potential of each column, [m].
         marginal_error: |plan 1 - a|₁ + |planᵀ 1 - b|₁, in units of mass.
         num_iters: iterations done.
-        status: a `Status` as an integer.
+        status: a `Status` as an integer: 0 CONVERGED, 1 LIMIT (also of all that is finite, where no threshold was
+            given), 2 NOT_FINITE.
     """
 
     plan: Float[Array, "n m"]

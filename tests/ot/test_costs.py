@@ -64,3 +64,12 @@ def test_bad_points(cost):
         cost(X[0], Y)
     with pytest.raises(TypeError, match="x: expected numbers, got str"):
         cost("points", Y)
+
+
+@pytest.mark.parametrize("cost", [cosine_cost, sqeuclidean_cost])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_points_that_are_not_finite_are_not_taken_for_near_ones(cost, bad):
+    x = np.array([[1.0, 2.0], [bad, 0.5]])
+    result = cost(x, np.array([[0.5, 1.0], [2.0, -1.0], [1.0, 0.0]]))
+    assert np.isfinite(result[0]).all()
+    assert not np.isfinite(result[1]).any()

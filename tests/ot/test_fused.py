@@ -1,0 +1,243 @@
+"""The kernels, interpreted on a CPU, against the plain iterations; on a GPU (marked gpu) compiled, and everything else.
+
+Without a GPU the compiler for one can still be asked how it understands the kernels: those tests lower for CUDA.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fs_jax.ot import Status, fused, ipot, iterations, sinkhorn
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Sinkhorn takes the kernels on this CPU, without trying them first."""
+    jax.clear_caches()  # what was compiled before knows of no kernels
+    monkeypatch.setitem(fused.PLATFORMS, "cpu", True)
+    monkeypatch.setattr(fused, "_works", lambda shape, platform, interpret: interpret)
+    yield
+    jax.clear_caches()
+
+
+def draw(shape, batch, seed=0):
+    """Costs up to 1, and uneven weights of which some are zero."""
+    rng = np.random.default_rng(seed)
+    n, m = shape
+    cost, a, b = (rng.uniform(low, high, (batch, *s)) for low, high, s in ((0, 1, (n, m)), (1, 3, (n,)), (1, 3, (m,))))
+    if n > 1:
+        a[:, 0] = 0
+    if m > 2:
+        b[0, [0, -1]] = 0
+    return cost, a / a.sum(1, keepdims=True), b / b.sum(1, keepdims=True)
+
+
+def solve(problems, reg, dtype=jnp.float32, **options):
+    """Results of a batch, and the gradients of something that everything in them has a part in."""
+    problems = [jnp.asarray(x, dtype) for x in problems]
+    rng = np.random.default_rng(1)
+    weights, f, g = (jnp.asarray(rng.normal(size=x.shape[1:]), dtype) for x in problems)
+
+    def value(cost, a, b):
+        result = sinkhorn(cost, a, b, reg=reg, **options)
+        total = jnp.sum(weights * result.plan) + result.primal_cost + result.reg_cost
+        total += jnp.sum(jnp.where(a > 0, f * result.f, 0)) + jnp.sum(jnp.where(b > 0, g * result.g, 0))
+        return total, result
+
+    return jax.jit(jax.vmap(jax.grad(value, argnums=(0, 1, 2), has_aux=True)))(*problems)
+
+
+def distances(one, other):
+    """Largest differences of the plans, the costs, and the gradients, each relative to the largest."""
+    (gradients, result), (other_gradients, other_result) = one, other
+    pairs = [
+        (result.plan, other_result.plan),
+        (result.primal_cost, other_result.primal_cost),
+        (result.reg_cost, other_result.reg_cost),
+        *zip(gradients, other_gradients, strict=True),
+    ]
+    return np.array([np.abs(np.asarray(x, np.float64) - y).max() / np.abs(y).max() for x, y in pairs])
+
+
+SIZES = [
+    ((1, 4), 0.1, 5),
+    ((60, 60), 1e-4, 8),  # exponents of 1e4
+    ((250, 130), 0.05, 3),  # in several tiles
+]
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("shape", "reg", "num_iters"), SIZES)
+def test_results_and_gradients_are_exact_to_rounding(shape, reg, num_iters):
+    problems = draw(shape, 3)
+    got = solve(problems, reg, num_iters=num_iters)
+    exact = solve(problems, reg, jnp.float64, num_iters=num_iters, method="log")
+    assert set(got[1].status.tolist()) == {Status.LIMIT}
+    assert (got[1].plan[:, 0] == 0).all() or shape[0] == 1
+    # Exponents of 1 / reg are rounded at 6e-8 of themselves; then a few sums of as many terms.
+    np.testing.assert_array_less(distances(got, exact), 6e-8 / reg + 2e-6)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_each_problem_of_a_batch_stops_by_itself():
+    cost, a, b = draw((7, 5), 4)
+    cost *= np.array([0.1, 0.5, 2.0, 20.0])[:, None, None]
+    options = {"reg": 0.1, "num_iters": 60, "threshold": 1e-3}
+    got, exact = solve((cost, a, b), **options), solve((cost, a, b), dtype=jnp.float64, method="log", **options)
+    assert got[1].status.tolist() == [Status.CONVERGED] * 3 + [Status.LIMIT]
+    assert len(set(got[1].num_iters.tolist())) == 4
+    np.testing.assert_array_equal(got[1].num_iters, exact[1].num_iters)
+    np.testing.assert_array_equal(got[1].status, exact[1].status)
+    np.testing.assert_array_less(distances(got, exact), 6e-8 * 20 / 0.1 + 2e-6)  # costs up to 20
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_starts_anywhere():
+    # From potentials of nothing, and with points of next to no mass: the first sums are e^±5000, later ones 1e-25.
+    cost, a, b = draw((6, 9), 2)
+    a[:, 1], b[:, 1] = 1e-12, 1e-13
+    init = np.random.default_rng(1).uniform(-500, 500, 6).astype(np.float32), np.zeros(9, np.float32)
+    options = {"reg": 0.1, "num_iters": 30, "init": init}
+    got, exact = solve((cost, a, b), **options), solve((cost, a, b), dtype=jnp.float64, method="log", **options)
+    np.testing.assert_array_less(distances(got, exact), 2 * 6e-8 * 5000)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_transformations_compose():
+    costs = jnp.asarray(draw((6, 9), 4)[0], jnp.float32)
+
+    def value(cost, **options):
+        return sinkhorn(cost, reg=0.1, num_iters=5, **options).primal_cost
+
+    expected = jax.vmap(jax.grad(lambda c: value(c, method="log")))(costs)
+    ways = [
+        jax.jit(jax.grad(lambda c: jax.vmap(value)(c).sum()))(costs),
+        jax.vmap(jax.vmap(jax.grad(value)))(costs.reshape(2, 2, 6, 9)).reshape(costs.shape),
+        jax.pmap(jax.grad(value))(costs),
+    ]
+    for got in ways:
+        np.testing.assert_allclose(got, expected, atol=1e-5)  # rounding of exponents of 10, in a few sums
+    # Forward mode goes the plain way; the two directions are each other's transpose.
+    tangents = jnp.asarray(np.random.default_rng(2).normal(size=costs.shape), jnp.float32)
+    _, forward = jax.jvp(jax.vmap(value), (costs,), (tangents,))
+    np.testing.assert_allclose(forward, jnp.sum(expected * tangents, (1, 2)), atol=1e-4)
+
+
+def test_kernels_are_tried_while_a_program_is_traced(monkeypatch):
+    monkeypatch.setitem(fused.PLATFORMS, "cpu", True)
+    fused._works.cache_clear()
+    jax.clear_caches()
+    program = jax.make_jaxpr(jax.vmap(jax.grad(lambda c: sinkhorn(c, reg=0.1, num_iters=2).primal_cost)))
+    assert "pallas_call" in str(program(jnp.zeros((2, 3, 5), jnp.float32)))
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("trouble", ["fails", "differs"])
+def test_kernels_that_do_not_work_are_not_taken(monkeypatch, trouble):
+    def broken(*args, **kwargs):
+        if trouble == "fails":
+            raise NotImplementedError("no such instruction")
+        return jax.tree.map(lambda x: x + 0.1, iterations.potentials(*args[:-1], "log"))
+
+    monkeypatch.setitem(fused.PLATFORMS, "cpu", True)
+    monkeypatch.setattr(fused, "on_chip", broken)
+    fused._works.cache_clear()
+    jax.clear_caches()
+    cost = jnp.asarray(draw((6, 9), 3)[0], jnp.float32)
+    message = {"fails": "no such instruction", "differs": "not those of the plain iterations"}[trouble]
+    with pytest.warns(UserWarning, match=f"without its kernel.*{message}"):
+        program = jax.make_jaxpr(jax.vmap(lambda c: sinkhorn(c, reg=0.1).plan))(cost)
+    assert "pallas_call" not in str(program)
+    fused._works.cache_clear()
+    jax.clear_caches()
+
+
+def kernels_for_cuda(function, *arguments):
+    """How many kernels of Triton a program for a CUDA device holds."""
+    device = contextlib.nullcontext()
+    if jax.__version_info__ >= (0, 11):  # the backend then asks for the kind of GPU
+        kind = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=None, platform="gpu")
+        device = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind))
+    with device:
+        text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return text.count("__gpu$xla.gpu.triton") + text.count("triton_kernel_call_ffi")
+
+
+@pytest.fixture
+def supposed_to_work(monkeypatch):
+    jax.clear_caches()
+    monkeypatch.setattr(fused, "_works", lambda *_: True)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("supposed_to_work")
+def test_a_batch_is_two_kernels_on_a_gpu_and_none_elsewhere():
+    def count(shape=(5, 7), dtype=jnp.float32, count=kernels_for_cuda, **options):
+        def total(costs):
+            return jax.vmap(lambda c: sinkhorn(c, reg=0.1, num_iters=9, **options).primal_cost)(costs).sum()
+
+        return count(jax.grad(total), jax.ShapeDtypeStruct((3, *shape), dtype))
+
+    assert count() == count(threshold=0.1) == count((256, 256)) == 2
+    assert count(grad="implicit") == 1
+    assert count(fused=False) == count(method="log") == count((4, 257)) == count(dtype=jnp.float64) == 0
+    assert count(count=lambda f, x: jax.jit(f).lower(x).as_text().count("triton")) == 0
+
+
+# On a GPU
+
+
+def is_on_cuda():
+    try:
+        return bool(jax.local_devices(backend="cuda"))
+    except RuntimeError:
+        return False
+
+
+on_cuda = pytest.mark.skipif(not is_on_cuda(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@on_cuda
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (30, 20), (60, 60), (128, 128), (60, 250), (250, 130), (256, 256)])
+def test_compiled_kernels_are_exact_to_rounding(shape):
+    assert fused._works(fused._padded(shape), "cuda", False)
+    problems = draw(shape, 40)
+    for reg, options in ((0.05, {"num_iters": 60, "threshold": 1e-3}), (1e-3, {"num_iters": 20})):
+        got = solve(problems, reg, **options)
+        with jax.default_device(jax.devices("cpu")[0]):
+            exact = solve(problems, reg, jnp.float64, method="log", **options)
+        got, exact = jax.tree.map(np.asarray, (got, exact))
+        # Where an error is at the threshold, rounding may decide; then one iteration more or less is done.
+        same = got[1].num_iters == exact[1].num_iters
+        assert same.mean() > 0.9
+        got, exact = jax.tree.map(lambda x, same=same: x[same], (got, exact))
+        # As above; and this hardware's exponentials are good to 2e-7.
+        np.testing.assert_array_less(distances(got, exact), 6e-8 / reg + 1e-5)
+
+
+SOLVERS = {
+    "kernels": lambda *p: sinkhorn(*p, reg=0.02, num_iters=2000),
+    "stabilized": lambda *p: sinkhorn(*p, reg=0.02, num_iters=2000, fused=False),
+    "kernel domain": lambda *p: sinkhorn(*p, reg=0.02, num_iters=2000, method="kernel"),
+    "log domain": lambda *p: sinkhorn(*p, reg=0.02, num_iters=2000, method="log"),
+    "ipot": lambda *p: ipot(*p, beta=0.5, num_iters=200),
+}
+
+
+@pytest.mark.gpu
+@on_cuda
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers_on_a_gpu_are_those_in_float64_on_a_cpu(name):
+    problems = draw((60, 70), 8)
+    got = jax.jit(jax.vmap(SOLVERS[name]))(*(jnp.asarray(x, jnp.float32) for x in problems))
+    with jax.default_device(jax.devices("cpu")[0]):
+        exact = jax.jit(jax.vmap(SOLVERS[name]))(*problems)
+    # Rounding of exponents of 50 (for IPOT, of 400), where TF32 stalls at 1e-3.
+    assert (got.marginal_error < exact.marginal_error + 5e-5).all()
+    np.testing.assert_allclose(got.primal_cost, exact.primal_cost, rtol=1e-4)
+    np.testing.assert_allclose(got.plan, exact.plan, atol=1e-4 * exact.plan.max())
