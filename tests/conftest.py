@@ -4,7 +4,7 @@ import os
 import pathlib
 
 # Also of the processes that tests start; before JAX is imported.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the tests' time is compilation, and most of that LLVM's: at a lower level it takes half as long, of random
 # numbers a quarter. What XLA itself makes of a program is the same.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"

@@ -271,7 +271,9 @@ def _absorb_start(scaled, log_a, log_b, phi):
     """A reference for potentials that fit nothing yet: each row's and each column's largest entry in K is one."""
     g = jnp.where(_present(log_b), -jnp.max(scaled + phi[:, None], 0), MASKED)
     f = jnp.where(_present(log_a), -jnp.max(scaled + g[None, :], 1), MASKED)
-    return _absorb(scaled, f, g)._replace(u=jnp.where(_present(log_a), jnp.exp(phi - f), 0))
+    # A row that starts far below the others (by e⁸⁷ in float32) weighs nothing, but its scaling must not be zero.
+    u = jnp.maximum(jnp.exp(phi - f), jnp.finfo(f.dtype).tiny)
+    return _absorb(scaled, f, g)._replace(u=jnp.where(_present(log_a), u, 0))
 
 
 def _absorb(scaled, f, g):

@@ -82,6 +82,17 @@ def test_in_range_runs_are_not_repeated(monkeypatch):
     assert np.isfinite(got).all()
 
 
+def test_gradient_where_a_scaling_starts_below_the_smallest_number():
+    # The first row starts 100 exponents below the second, and the run is repeated in the log domain.
+    cost, a, b = np.float32([[0, 1], [-1, -1]]), np.float32([0.99, 0.01]), np.float32([0.5, 0.5])
+
+    def value(cost, method):
+        return sinkhorn(cost, a, b, reg=0.01, num_iters=10, method=method).primal_cost
+
+    gradients = [jax.grad(value)(jnp.asarray(cost), method) for method in ("stabilized", "log")]
+    np.testing.assert_allclose(*gradients, atol=1e-4)  # exponents of 100 are rounded at 6e-6
+
+
 def test_starts_far_from_the_solution():
     # Potentials of nothing: rows that nobody wants at first, 1e4 exponents away.
     cost, init = COSTS["uniform"], (rng.uniform(-500, 500, 20), np.zeros(30))
