@@ -255,10 +255,10 @@ def figure(result: dict, path: Path) -> None:
 
 HOW_TO_READ = """\
 Each iteration is two products of the matrix with a vector. *Products' share*: the time of these alone, one hundred of
-them on a matrix that is already there, over that of the whole value: what is left is the exponentials before and after,
-and the looks at the scalings. Where the share is near 1, only faster products would make the value faster; XLA computes
-them on one core here, while ott-jax's exponentials run on all. Walking back does as many products again, and the matrix
-product that collects the cost's gradient, whence two to three times the value."""
+them on a matrix that is already there, over that of the whole value; what is left is the exponentials before and after,
+and the looks at the scalings. Where the share is near 1, only faster products would make the value faster (above 1 it
+is noise: the two are timed apart). Walking back does as many products again, and the matrix product that collects the
+cost's gradient."""
 
 
 def write(result: dict, out: Path) -> None:
