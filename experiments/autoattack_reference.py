@@ -41,8 +41,8 @@ class Arguments:
     """Folder of the records, to go on from."""
     num_images: int | None = None
     """The first so many images; by default all."""
-    batch_size: int = 32
-    """Most images at a time."""
+    batch_size: int | None = None
+    """Most images at a time; by default 32 on a CPU, and 256 elsewhere."""
     seed: int = 0
     """Of the random starts."""
     progress: bool = True

@@ -13,6 +13,7 @@ from typing import Literal
 import tyro
 
 from experiments import command_line
+from experiments.networks import load_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,27 +40,14 @@ def main(argv: list[str]) -> None:
 
     if arguments.target.exists():
         raise ValueError(f"target: expected a new file; {arguments.target} exists.")
-    if not arguments.source.is_dir():
-        model, variables = convert.load_weights(arguments.source, mean=arguments.mean, std=arguments.std)
-    elif arguments.mean or arguments.std:
+    if arguments.source.is_dir() and (arguments.mean or arguments.std):
         raise ValueError("mean, std: expected neither for a run, whose network is known.")
-    else:
-        model, variables = network_of_run(arguments.source, arguments.checkpoint)
+    model, variables, _ = load_network(
+        arguments.source, checkpoint=arguments.checkpoint, mean=arguments.mean, std=arguments.std
+    )
     convert.save_weights(arguments.target, model, variables)
     normalisation = f"(images - {model.mean}) / {model.std}"
     print(f"{arguments.target}: WRN-{model.depth}-{model.width}, {model.num_classes} classes, takes {normalisation}")
-
-
-def network_of_run(workdir: pathlib.Path, checkpoint: str):
-    from fs_jax.training import Checkpoints, make_model
-    from fs_jax.training.loop import read_config
-
-    config = read_config(workdir)
-    with Checkpoints(workdir, config, read_only=True) as checkpoints:
-        state = checkpoints.restore_best() if checkpoint == "best" else checkpoints.restore_latest()
-    if state is None:
-        raise ValueError(f"source: expected a run with a {checkpoint} checkpoint; {workdir} has none.")
-    return make_model(config), state.variables
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import tyro
 
 from experiments import command_line
+from experiments.networks import load_network
 
 SHOWN = 8  # images in figures
 LOOKED_AT = 100  # images in the checks that no attack is needed for
@@ -64,8 +65,8 @@ class Arguments:
     """As mean."""
     checkpoint: Literal["latest", "best"] = "latest"
     """Of a run: the last one, or the one with the best accuracy on the monitored images."""
-    batch_size: int = 128
-    """Most images at a time."""
+    batch_size: int | None = None
+    """Most images at a time; by default 32 on a CPU, whose cache they fit, and 256 elsewhere."""
     seed: int = 0
     """Of the random starts."""
     name: str | None = None
@@ -103,10 +104,11 @@ def main(argv: list[str]) -> None:
         "train": (dataset.train_images, dataset.train_labels),
     }[arguments.split]
     images, labels = images[: arguments.num_images], labels[: arguments.num_images]
-    model, variables, origin = load_network(arguments.workdir or arguments.weights, arguments)
+    of_network = {"checkpoint": arguments.checkpoint, "mean": arguments.mean, "std": arguments.std}
+    model, variables, origin = load_network(arguments.workdir or arguments.weights, **of_network)
     source = None
     if arguments.transfer_from is not None:
-        *source, _ = load_network(arguments.transfer_from, arguments)
+        *source, _ = load_network(arguments.transfer_from, **of_network)
         attack_list.append(Attack("transfer", epsilon, source=fingerprint(source[1]), apart=True))
     warnings = attacks.sanity_warnings(as_logits_fn(model, variables), images[:LOOKED_AT], labels[:LOOKED_AT])
 
@@ -191,24 +193,6 @@ def output_folder(arguments: Arguments) -> pathlib.Path:
     if output.exists() and not (output / "records.jsonl").exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output: expected a new folder, or one of an evaluation; got {output}. Choose another.")
     return output
-
-
-def load_network(path: pathlib.Path, arguments: Arguments) -> tuple[Any, Any, dict[str, Any]]:
-    """Network, variables, and where they are from, of a run's folder or a file of weights."""
-    from fs_jax import convert
-    from fs_jax.config import to_dict
-    from fs_jax.training import Checkpoints, make_model
-    from fs_jax.training.loop import read_config
-
-    if path.is_file():
-        model, variables = convert.load_weights(path, mean=arguments.mean, std=arguments.std)
-        return model, variables, {"file": path.name}
-    config = read_config(path)
-    with Checkpoints(path, config, read_only=True) as checkpoints:
-        state = checkpoints.restore_best() if arguments.checkpoint == "best" else checkpoints.restore_latest()
-    if state is None:
-        raise ValueError(f"workdir: expected a run with a {arguments.checkpoint} checkpoint; {path} has none.")
-    return make_model(config), state.variables, {"step": int(state.step), "config": to_dict(config)}
 
 
 def open_array(path: pathlib.Path, shape: tuple[int, ...], *, new: bool):

@@ -20,7 +20,7 @@ from jax.tree_util import Partial
 from jaxtyping import Float, Int, PyTree, UInt8
 from tqdm import tqdm
 
-from fs_jax import attacks
+from fs_jax import attacks, backend
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.local_search import local_search_steps
 from fs_jax.attacks.spsa import spsa_steps
@@ -267,7 +267,7 @@ def evaluate(
     labels: Int[np.ndarray, "n"],
     attack_list: Sequence[Attack],
     *,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     seed: int = 0,
     journal: Journal | None = None,
     worst_images: Float[np.ndarray, "k h w c"] | None = None,
@@ -282,7 +282,7 @@ def evaluate(
       images: Images [N, H, W, C]: uint8, or floating point in [0, 1].
       labels: True classes [N].
       attack_list: Attacks to run; the worst case is over those that don't stand apart.
-      batch_size: Images at a time, at most.
+      batch_size: Images at a time, at most; by default `fs_jax.backend.batch_size()`.
       seed: Of the random starts.
       journal: Where the records go as they come. What it holds already isn't done again.
       worst_images: Where each image's adversary of the lowest margin goes, [N, H, W, C] or, of the first k images
@@ -309,6 +309,7 @@ def evaluate(
       (0.6, -0.4)
     """
     images, labels = np.asarray(images), np.asarray(labels)
+    batch_size = backend.batch_size() if batch_size is None else batch_size
     _check_inputs(images, labels, attack_list, batch_size, source)
     num_classes = _check_classes(model, variables, images, labels)
     logits_fn = as_logits_fn(model, variables)

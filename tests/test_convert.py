@@ -131,7 +131,7 @@ def test_the_script_writes_the_network_of_a_run(tmp_path, digits_state):
     model, variables = convert.load_weights(tmp_path / "digits.npz")
     assert model == WideResNet(10, 1)
     assert_same(variables, state.variables)
-    with pytest.raises(ValueError, match="source: expected a run with a best checkpoint"):
+    with pytest.raises(ValueError, match="expected a run with a best checkpoint"):
         convert_weights.main([str(tmp_path), str(tmp_path / "best.npz"), "--checkpoint", "best"])
 
 

@@ -81,7 +81,7 @@ def autoattack(
     *,
     epsilon: float = 8 / 255,
     version: str | Sequence[str] = "standard",
-    batch_size: int = 128,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> AttackRecord:
     """AutoAttack in L-infinity, on any number of images.
@@ -99,7 +99,7 @@ def autoattack(
       epsilon: Radius, in units of [0, 1].
       version: "standard"; "plus", with five starts, APGD-DLR and untargeted FAB besides; "rand", for networks that draw
         random numbers; or a list of attacks. `SETTINGS` has what they are.
-      batch_size: Most images at a time.
+      batch_size: Most images at a time; by default `backend.batch_size()`.
       progress: Show a progress bar for each attack.
 
     Returns:
@@ -235,7 +235,7 @@ def sanity_warnings(
     images: UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"],
     labels: Int[np.ndarray, "n"],
     *,
-    batch_size: int = 128,
+    batch_size: int | None = None,
 ) -> list[str]:
     """What a network's answers to clean images say against any evaluation of it, in words; nothing where all is well.
 
@@ -274,7 +274,7 @@ def _keys_of(stage, keys):
 
 def _judged(logits_fn, keys, images, labels, batch_size):
     """Logits [N, classes], and whether the cross-entropy's gradient is zero [N]."""
-    size, parts = min(batch_size, len(labels)), []
+    size, parts = min(batch_size or backend.batch_size(), len(labels)), []
     for begin in range(0, len(labels), size):
         real = np.arange(begin, min(begin + size, len(labels)))
         rows = np.resize(real, size)  # the last batch repeats its images up to its size

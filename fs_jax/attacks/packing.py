@@ -66,7 +66,7 @@ def packed(
     images: UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"],
     labels: Int[np.ndarray, "n"],
     *,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     every_run: bool = False,
     jobs: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[Look]:
@@ -83,7 +83,7 @@ def packed(
       rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image.
       images: Images [N, H, W, C] on the host: uint8, or floating point in [0, 1].
       labels: True classes [N].
-      batch_size: Most images at a time. On a CPU few are faster than many: what a pass computes stays in the cache.
+      batch_size: Most images at a time; by default `backend.batch_size()`.
       every_run: Make every run of every image. By default an image that falls in a run makes no later ones.
       jobs: What to do, as (image, run): by default all of it. Without `every_run`, for each image its first run that is
         to be made, the later ones following by themselves. To resume, pass what is missing, with the same `rng`.
@@ -102,6 +102,7 @@ def packed(
       >>> {done.image: done.fallen for look in looks for done in look.finished}
       {0: True, 1: True, 2: False, 3: False, 4: False}
     """
+    batch_size = backend.batch_size() if batch_size is None else batch_size
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1; got {batch_size}.")
     images, labels = np.asarray(images), np.asarray(labels)

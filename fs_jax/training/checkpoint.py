@@ -169,7 +169,8 @@ def check_same_config(ours: TrainConfig, theirs: TrainConfig, where: str) -> Non
 
 def _manager(directory: pathlib.Path, kept: int, read_only: bool) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=kept,
+        max_to_keep=None if read_only else kept,
+        save_interval_steps=0 if read_only else 1,  # as Orbax sets them itself, with a warning
         create=not read_only,
         read_only=read_only,
         cleanup_tmp_directories=not read_only,  # what a killed run left half-written
