@@ -25,8 +25,7 @@ def load_weights(
 
     Depth, width and number of classes are read off the arrays. Prefixes (`module.`, `module.basic_net.`, `model.`) and
     wrappers (`{"net": ..., "epoch": ...}`) are taken off, whatever their names. `sub_block1`, a group of blocks that
-    TRADES' network and its descendants hold and never use, is left out. Half-precision weights become float32;
-    bfloat16 is read from PyTorch's files alone.
+    TRADES' network and its descendants hold and never use, is left out. Half-precision weights become float32.
 
     How images are normalised belongs to the network. The arguments say it, or else the file's buffers (`mu` and `sigma`
     as RobustBench has them, or `mean` and `std`), or else the prefix `basic_net.` of the paper's code, whose images are
@@ -330,7 +329,7 @@ def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(file: BinaryIO) -> list[dict[str, np.ndarray]]:
-    return [safetensors.numpy.load(file.read())]
+    return [safetensors.numpy.load_file(file.name)]  # `load`, of bytes, doesn't know bfloat16
 
 
 def _read_npz(file: BinaryIO) -> list[dict[str, np.ndarray]]:

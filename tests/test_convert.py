@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from experiments import convert_weights
 from fs_jax import convert
@@ -77,15 +78,20 @@ def test_logits_of_a_file_are_those_that_were_recorded(tmp_path, recorded_10_1, 
     np.testing.assert_array_equal(apply(loaded, images)[0], apply(variables, images)[0])
 
 
-def test_prefixes_unused_blocks_and_half_precision(tmp_path, weights):
+@pytest.mark.parametrize(("suffix", "half"), [(".npz", np.float16), (".safetensors", jnp.bfloat16)])
+def test_prefixes_unused_blocks_and_half_precision(tmp_path, weights, suffix, half):
     # As TRADES' descendants in RobustBench: two prefixes, a group of blocks that no forward pass uses, buffers outside.
     unused = {name.replace("block1", "sub_block1"): array for name, array in weights.items() if "block1" in name}
-    stored = {f"module.model.{name}": array.astype(np.float16) for name, array in {**weights, **unused}.items()}
+    stored = {f"module.model.{name}": array.astype(half) for name, array in {**weights, **unused}.items()}
     buffers = {"normalize.mean": np.full((1, 3, 1, 1), 0.25), "normalize.std": np.full((1, 3, 1, 1), 0.5)}
-    np.savez(tmp_path / "trades.npz", **stored, **buffers)
-    model, variables = convert.load_weights(tmp_path / "trades.npz")
+    path = tmp_path / f"trades{suffix}"
+    if suffix == ".npz":
+        np.savez(path, **stored, **buffers)
+    else:
+        safetensors.numpy.save_file({**stored, **buffers}, path)
+    model, variables = convert.load_weights(path)
     assert (model.depth, model.width, model.num_classes, model.mean, model.std) == (10, 1, 10, 0.25, 0.5)
-    assert_same(variables, jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), convert.from_torch(weights)))
+    assert_same(variables, jax.tree.map(lambda x: x.astype(half).astype(np.float32), convert.from_torch(weights)))
 
 
 def test_normalisation_is_not_guessed(tmp_path, weights):
