@@ -295,7 +295,7 @@ def evaluate(
 
     Raises:
       TypeError, ValueError: if images or labels aren't as said, or there are none, or no attack, or one twice, or one
-        after an attack that isn't before it.
+        after an attack that isn't before it, or if the journal holds another attack.
       FloatingPointError: if the network gives logits that aren't finite.
 
     Example:
@@ -320,6 +320,12 @@ def evaluate(
     stands: dict[str, np.ndarray] = {}
     lowest: dict[str, dict[int, Record]] = {}
     summaries: list[dict[str, Any]] = []
+    if left_out := journal.records.keys() - {attack.name for attack in attack_list}:
+        names = ", ".join(attack.name for attack in attack_list)
+        raise ValueError(
+            f"attack_list: expected {', '.join(sorted(left_out))} too, as in {journal.path}; got {names}. Give all of "
+            "them, or write to another folder."
+        )
     for attack in attack_list:
         journal.begin(attack.name, dataclasses.asdict(attack))
     for attack, steps in zip(attack_list, all_steps, strict=True):

@@ -68,9 +68,9 @@ class Journal:
         self.records: dict[str, dict[tuple[int, int], Record]] = {}
         self.seconds: dict[str, float] = {}
         self._settings: dict[str, Mapping[str, Any]] = {}
-        self._path = None if path is None else pathlib.Path(path)
+        self.path = None if path is None else pathlib.Path(path)
         self._file = None
-        if self._path is not None:
+        if self.path is not None:
             self._open(_plain(header))
 
     def begin(self, attack: str, settings: Mapping[str, Any]) -> None:
@@ -106,23 +106,23 @@ class Journal:
         self.close()
 
     def _open(self, header):
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "a+b")  # noqa: SIM115
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b")  # noqa: SIM115
         try:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise BlockingIOError(f"{self._path}: another process is writing it. Wait for its end.") from None
+                raise BlockingIOError(f"{self.path}: another process is writing it. Wait for its end.") from None
             header = {"journal": _FORMAT, **header}
-            if _line(header).startswith(self._path.read_bytes()):  # new, or killed within its first line
+            if _line(header).startswith(self.path.read_bytes()):  # new, or killed within its first line
                 self._file.truncate(0)
                 self._write([header])
-            first = (read_jsonl(self._path) or [{}])[0]
+            first = (read_jsonl(self.path) or [{}])[0]
             if first.get("journal") != _FORMAT:
-                raise ValueError(f"{self._path}: expected the records of an evaluation; got another file.")
+                raise ValueError(f"{self.path}: expected the records of an evaluation; got another file.")
             self._refuse_changes("", first, header)
-            self._file.truncate(self._path.read_bytes().rfind(b"\n") + 1)  # what a killed process didn't finish
-            _, *rest = read_jsonl(self._path)
+            self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # what a killed process didn't finish
+            _, *rest = read_jsonl(self.path)
             for line in rest:
                 attack = line.pop("attack")
                 if "settings" in line:
@@ -156,7 +156,7 @@ class Journal:
             if then != now:
                 then, now = ("none" if value is missing else repr(value) for value in (then, now))
                 raise ValueError(
-                    f"{where}{name}: expected {then}, as in {self._path}; got {now}. "
+                    f"{where}{name}: expected {then}, as in {self.path}; got {now}. "
                     "Give the same, or write to another folder."
                 )
 

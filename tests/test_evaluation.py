@@ -225,6 +225,18 @@ def test_an_attack_that_has_changed_is_refused(tmp_path):
         records_of(journal, [Attack("fgsm", 0.2)])
 
 
+def test_attacks_that_a_journal_holds_are_not_left_out(tmp_path):
+    # Their adversaries are among the worst images.
+    with Journal(tmp_path / "records.jsonl", {}) as journal:
+        records_of(journal, [Attack("fgsm", 0.1)])
+    before = (tmp_path / "records.jsonl").read_bytes()
+    with Journal(tmp_path / "records.jsonl", {}) as journal:
+        with pytest.raises(ValueError, match=r"attack_list: expected fgsm too, as in .*records\.jsonl; got clean\."):
+            records_of(journal, [Attack("clean")])
+        assert (tmp_path / "records.jsonl").read_bytes() == before
+        records_of(journal, [Attack("clean"), Attack("fgsm", 0.1)])  # more of them may come later
+
+
 def test_suites():
     assert [attack.name for attack in suite("paper")] == [
         "clean", "fgsm", "pgd-20", "pgd-100", "cw-20", "cw-100", "pgd-500x5", "pgd-1000x5", "cw-500x5", "cw-1000x5",
@@ -290,5 +302,5 @@ def test_bad_input_is_refused(network, change, error, message):
 def test_a_network_without_finite_logits_is_refused(network):
     model, variables = network
     broken = jax.tree.map(lambda x: x * jnp.nan, variables)
-    with pytest.raises(FloatingPointError, match="expected finite logits"):
+    with pytest.raises(FloatingPointError, match="expected finite logits and gradients"):
         evaluate(model, broken, IMAGES, LABELS, [Attack("clean")], batch_size=50, progress=False)

@@ -135,13 +135,13 @@ class _State(NamedTuple):
     iterate: Float[Array, "n h w c"]
     before: Float[Array, "n h w c"]
     """The iterate before this one; for the momentum."""
-    direction: Int[Array, "n h w c"]
-    """Sign of the gradient at the iterate, int8."""
+    direction: Float[Array, "n h w c"]
+    """Sign of the gradient at the iterate: a gradient that isn't a number leads to an iterate that isn't."""
     loss: Float[Array, "n"]
     """The last one computed."""
     best: Float[Array, "n h w c"]
     """Iterate of the highest loss."""
-    best_direction: Int[Array, "n h w c"]
+    best_direction: Float[Array, "n h w c"]
     best_loss: Float[Array, "n"]
     step_size: Float[Array, "n"]
     rises: Int[Array, "n"]
@@ -244,7 +244,7 @@ def _intervals(num_steps: int) -> Int[np.ndarray, "num_steps"]:
 
 
 def _gradient(logits_fn, iterates, labels, targets, keys, step, *, loss):
-    """Signs of each image's gradient as int8, its loss, and its logits, of one pass."""
+    """Signs of each image's gradient, its loss, and its logits, of one pass."""
 
     def total(x):
         logits = logits_fn(x)
@@ -252,7 +252,7 @@ def _gradient(logits_fn, iterates, labels, targets, keys, step, *, loss):
         return jnp.sum(losses), (losses, logits)
 
     gradient, (losses, logits) = jax.grad(total, has_aux=True)(iterates)
-    return jnp.sign(gradient).astype(jnp.int8), losses, logits
+    return jnp.sign(gradient), losses, logits
 
 
 def _mean_gradient(logits_fn, iterates, labels, targets, keys, step, *, loss, num_draws):
@@ -270,7 +270,7 @@ def _mean_gradient(logits_fn, iterates, labels, targets, keys, step, *, loss, nu
 
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(total, iterates, 0)[1])
     gradient, (losses, logits) = jax.lax.fori_loop(0, num_draws, add, (jnp.zeros_like(iterates), nothing))
-    return jnp.sign(gradient).astype(jnp.int8), losses, logits
+    return jnp.sign(gradient), losses, logits
 
 
 def _cross_entropy(logits, labels, targets):

@@ -236,6 +236,7 @@ def _towards(value, normal, logits_fn, state, images, labels, epsilon):
     # An image that stands keeps its lowest margin in the ball; one that has fallen, its closest perturbation.
     progress, step = state.progress, state.progress.step + 1
     better = (distance <= epsilon) & jnp.where(misclassified, closer, margin < progress.margin)
+    better |= jnp.isnan(margin)  # wherever that is: no image passes for robust by it
     return state._replace(
         iterate=where(misclassified, images + _BACKWARD * (iterate - images), iterate),
         distance=jnp.where(closer, distance, state.distance),

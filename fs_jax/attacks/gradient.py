@@ -172,8 +172,8 @@ def pgd_steps(
 
 class _Ascent(NamedTuple):
     iterate: Float[Array, "n h w c"]
-    direction: Int[Array, "n h w c"]
-    """Sign of the loss's gradient at the iterate."""
+    direction: Float[Array, "n h w c"]
+    """Sign of the loss's gradient at the iterate: where that isn't a number, nor will the next iterate be."""
     progress: Progress
 
 
@@ -210,11 +210,11 @@ def _blind_step(logits_fn, state, images, labels, *, epsilon, step_size, num_ste
 
 
 def signed_gradient(loss, logits_fn, iterates, labels):
-    """Sign of the gradient of each image's loss, as int8, and the logits of the same pass."""
+    """Sign of the gradient of each image's loss, and the logits of the same pass."""
 
     def total(x):
         logits = logits_fn(x)
         return jnp.sum(loss(logits, labels)), logits
 
     gradient, logits = jax.grad(total, has_aux=True)(iterates)
-    return jnp.sign(gradient).astype(jnp.int8), logits
+    return jnp.sign(gradient), logits

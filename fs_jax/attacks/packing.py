@@ -197,8 +197,8 @@ class _Batch:
             image, run = self.jobs[slot]
             if not np.isfinite(margin[slot]):
                 raise FloatingPointError(
-                    f"logits_fn: expected finite logits; got others for image {image} under attack, after "
-                    f"{step[slot]} steps of run {run}. Look for overflow in the network, or use float32."
+                    f"logits_fn: expected finite logits and gradients; got others for image {image} under attack, "
+                    f"after {step[slot]} steps of run {run}. Look for overflow in the network, or use float32."
                 )
             adversary = adversarial[slot].copy()  # a view would hold the batch's memory
             job = Finished(image, run, bool(fallen_at[slot] >= 0), int(step[slot]), float(margin[slot]), adversary)
