@@ -17,6 +17,7 @@ same numbers; of another network, radius or setting it refuses to.
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any, Literal
 
 import tyro
@@ -40,8 +41,8 @@ class Arguments:
     suite: Literal["paper", "autoattack", "gradient-free", "all"] | None = None
     """Attacks that belong together; or else --attacks."""
     attacks: tuple[str, ...] = ()
-    """By default clean fgsm pgd-20 cw-20. There are clean, fgsm, pgd-K and cw-K with K steps, apgd-ce, apgd-dlr,
-    apgd-t, fab, fab-t, square, spsa, local-search and local-search-projected, each from the clean images."""
+    """By default fgsm pgd-20 cw-20. There are fgsm, pgd-K and cw-K with K steps, apgd-ce, apgd-dlr, apgd-t, fab, fab-t,
+    square, spsa, local-search and local-search-projected, each from the clean images; these are always judged too."""
     epsilon: float | None = None
     """Radius on [0, 1] images; by default the run's own, or 8/255 for weights."""
     step_size: float | None = None
@@ -55,7 +56,8 @@ class Arguments:
     spsa_directions: int = 128
     """Directions in each of the 100 steps of a suite's SPSA. The strong attack of its paper has 8192."""
     transfer_from: pathlib.Path | None = None
-    """Another network, a run's folder or a file of weights, whose adversaries are tried on this one."""
+    """Another network, a run's folder or a file of weights, whose adversaries are tried on this one. A file has to say
+    how its images are normalised; experiments.convert_weights makes one that does."""
     split: Literal["test", "train"] = "test"
     dataset: str = "cifar10"
     """For weights: cifar10, cifar100, svhn_cropped, digits, or the path of an .npz file. A run has its own."""
@@ -85,7 +87,7 @@ def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.evaluate")
 
     from fs_jax import attacks, backend, data, masking
-    from fs_jax.evaluation import Attack, as_logits_fn, evaluate
+    from fs_jax.evaluation import Attack, as_logits_fn, check_evaluation, evaluate
     from fs_jax.files import write_text
     from fs_jax.journal import Journal, fingerprint
     from fs_jax.training.loop import read_config
@@ -104,13 +106,19 @@ def main(argv: list[str]) -> None:
         "train": (dataset.train_images, dataset.train_labels),
     }[arguments.split]
     images, labels = images[: arguments.num_images], labels[: arguments.num_images]
-    of_network = {"checkpoint": arguments.checkpoint, "mean": arguments.mean, "std": arguments.std}
-    model, variables, origin = load_network(arguments.workdir or arguments.weights, **of_network)
+    model, variables, origin = load_network(
+        arguments.workdir or arguments.weights, checkpoint=arguments.checkpoint, mean=arguments.mean, std=arguments.std
+    )
     source = None
     if arguments.transfer_from is not None:
-        *source, _ = load_network(arguments.transfer_from, **of_network)
+        *source, _ = load_network(arguments.transfer_from)
         attack_list.append(Attack("transfer", epsilon, source=fingerprint(source[1]), apart=True))
-    warnings = attacks.sanity_warnings(as_logits_fn(model, variables), images[:LOOKED_AT], labels[:LOOKED_AT])
+    check_evaluation(model, variables, images, labels, attack_list, source=source)
+    warnings = attacks.sanity_warnings(
+        as_logits_fn(model, variables), images[:LOOKED_AT], labels[:LOOKED_AT], batch_size=arguments.batch_size
+    )
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
     kept = len(labels) if arguments.save_images else min(SHOWN, len(labels))
     header = {
@@ -142,14 +150,15 @@ def main(argv: list[str]) -> None:
         checks = masking.checklist(result.summary, result.records, losses)
         summary["masking"] = [check._asdict() for check in checks]
     if arguments.suite in ("autoattack", "all"):
-        summary |= leaderboard(model, dataset.info.name, epsilon, result.summary)
+        summary |= leaderboard(model, header, epsilon, result.summary)
     draw_strength(summary, result.records, output)
     draw_adversaries(model, variables, images, labels, adversaries, dataset.info.class_names, epsilon, output)
     if arguments.save_images:
         save_images(output / "adversarial.npz", adversaries, labels, result.records)
     write_text(output / "result.json", json.dumps({**summary, "records": result.records}) + "\n")
-    write_text(output / "report.md", report_text(summary))
-    print(f"{report_text(summary)}\nWritten: {output}")
+    text = report_text(summary, {path.stem for path in output.glob("*.png")})
+    write_text(output / "report.md", text)
+    print(f"{text}\nWritten: {output}")
 
 
 def check_arguments(arguments: Arguments) -> None:
@@ -173,7 +182,7 @@ def chosen_attacks(arguments: Arguments, epsilon: float) -> list:
     from fs_jax.evaluation import parse_attack, suite
 
     if arguments.suite is None:
-        words = arguments.attacks or ("clean", "fgsm", "pgd-20", "cw-20")
+        words = dict.fromkeys(("clean", *(arguments.attacks or ("fgsm", "pgd-20", "cw-20"))))
         step_size, restarts = arguments.step_size, arguments.restarts
         return [parse_attack(word, epsilon=epsilon, step_size=step_size, restarts=restarts) for word in words]
     chosen = suite(
@@ -204,20 +213,21 @@ def open_array(path: pathlib.Path, shape: tuple[int, ...], *, new: bool):
     return np.lib.format.open_memmap(path, mode="r+")
 
 
-def leaderboard(model, dataset: str, epsilon: float, summary: dict[str, Any]) -> dict[str, Any]:
+def leaderboard(model, header: dict[str, Any], epsilon: float, summary: dict[str, Any]) -> dict[str, Any]:
     """AutoAttack's settings, and the result as RobustBench has it."""
     from fs_jax import attacks, convert
 
     accuracies = {attack["name"]: attack["accuracy"] for attack in summary["attacks"]}
+    entry = convert.robustbench_entry(
+        model,
+        dataset=header["dataset"],
+        epsilon=epsilon,
+        clean_accuracy=accuracies["clean"],
+        autoattack_accuracy=accuracies["square"],  # the last of the chain
+    )
     return {
         "autoattack": attacks.autoattack_settings("standard", num_classes=model.num_classes),
-        "robustbench": convert.robustbench_entry(
-            model,
-            dataset=dataset,
-            epsilon=epsilon,
-            clean_accuracy=accuracies["clean"],
-            autoattack_accuracy=accuracies["square"],  # the last of the chain
-        ),
+        "robustbench": {**entry, "footnote": f"Of {header['images']:,} {header['split']} images."},
     }
 
 
@@ -229,7 +239,8 @@ def draw_strength(summary: dict[str, Any], records: list[dict[str, Any]], output
     whole = [
         attack
         for attack in summary["attacks"]
-        if attack["kind"] != "clean" and attack["num_images"] is None and attack["after"] in ((), ("clean",))
+        if not attack["apart"] and attack["num_images"] is None and attack["kind"] != "clean"
+        if attack["after"] in ((), ("clean",))
     ]
     longest = {attack["kind"]: attack for attack in whole if "by_step" in attack}
     shown = [*longest.values(), *(attack for attack in whole if "by_step" not in attack)]
@@ -288,13 +299,14 @@ def save_images(path: pathlib.Path, adversaries, labels, records) -> None:
 HOW_TO_READ = """\
 Accuracy in % with 95% intervals. *Decides*: where the last iterate decides, the attack is judged as the paper's code
 judges its own, so that the numbers compare; where any iterate does, it is stronger, and an image leaves when it falls.
-An attack on fewer images than there are was run on the first ones, or spared those that had fallen before: these count
-as fallen. *Lowest run*: of several random starts, the one that found most; the accuracy is that after all of them.
-*Forward*, *backward*: passes of one image that the attack took in all (of local search, the most that it can take)."""
+*Images*: so many were attacked, of the first so many, which the accuracy is of. Those that were not attacked had been
+misclassified or had fallen to an attack before, and count as fallen. *Lowest run*: of several random starts, the one
+that found most; the accuracy is that after all of them. *Forward*, *backward*: passes of one image that the attack took
+in all (of local search, the most that it can take)."""
 
 
-def report_text(summary: dict[str, Any]) -> str:
-    """The report in Markdown."""
+def report_text(summary: dict[str, Any], figures: set[str]) -> str:
+    """The report in Markdown, with those of its figures that were drawn."""
     import tabulate
 
     from fs_jax import report
@@ -318,17 +330,20 @@ def report_text(summary: dict[str, Any]) -> str:
             "Apart from the worst case, as they have another radius, or none, or another network's adversaries:",
             report.attack_table({"attacks": apart}),
         ]
-    if len(together) > 1:
+    if "strength" in figures:
         parts += ["![Accuracy against steps and radius](strength.png)"]
+    if "examples" in figures:
+        parts += ["![The first images and their worst adversaries](examples.png)"]
     if "autoattack" in summary:
-        accuracy = summary["robustbench"]["autoattack_acc"]
+        (last,) = (attack for attack in together if attack["name"] == "square")
         settings = "; ".join(
             f"{name}: {', '.join(f'{key} {value}' for key, value in of_attack.items())}"
             for name, of_attack in summary["autoattack"].items()
         )
         parts += [
-            f"**AutoAttack, standard version: {accuracy}%.** Each attack is run on what those before it left standing. "
-            f"Their settings are the authors': {settings}."
+            f"**AutoAttack, standard version: {100 * last['accuracy']:.2f}% stand** ({last['correct']:,} of "
+            f"{last['total']:,}). Each attack is run on what those before it left standing. Their settings are the "
+            f"authors': {settings}."
         ]
     if "masking" in summary:
         rows = [[check["what"], check["verdict"], check["why"]] for check in summary["masking"]]
@@ -337,6 +352,9 @@ def report_text(summary: dict[str, Any]) -> str:
             "What holds of a network whose gradients are honest. A *no* is a sign that attacks by gradients may have "
             "found too little here; *yes* everywhere proves nothing.",
             tabulate.tabulate(rows, headers=["expected", "is it so?", "numbers"], tablefmt="pipe"),
+        ]
+    if "surface" in figures:
+        parts += [
             "![Loss surfaces](surface.png)",
             "Cross-entropy around the first images that are classified correctly; on the white line the class changes.",
         ]

@@ -52,7 +52,7 @@ class Attack:
 
     kind: Kind
     epsilon: float = 8 / 255
-    """Radius; 0 for the clean image. At 1, local search is the published one, which keeps to none."""
+    """Radius; 0 for the clean image. The published local search keeps to none: it has radius 1, and stands apart."""
     step_size: float | None = None
     """Step of FGSM, by default epsilon, and of PGD and CW, by default epsilon / 4."""
     num_steps: int | None = None
@@ -107,7 +107,7 @@ class Attack:
     def stream(self) -> str:
         """What its random numbers are named after: not the starts, so that more of them can only find more."""
         steps = f"-{self.num_steps}" if self.kind in ("pgd", "cw") else ""
-        return self.kind + ("-projected" if self.kind == "local-search" and self.epsilon < 1 else steps)
+        return self.kind + ("-projected" if self.kind == "local-search" and not self.apart else steps)
 
     @property
     def name(self) -> str:
@@ -256,8 +256,8 @@ class Evaluation(NamedTuple):
     records: list[dict[str, Any]]
     """For each image its `index` in the split, `label`, whether it is `robust` to all, and by attack the lowest
     `margin` (logit of the label less the highest other one: above 0 where the image stands), `fallen_at` (the step, 0
-    for the start; -1 where it stands) and `linf`, the size of the perturbation. An attack that the image was spared is
-    missing."""
+    for the start; -1 where it stands) and `linf`, the size of the perturbation, to 6 digits. An attack that the image
+    was spared is missing."""
 
 
 def evaluate(
@@ -310,12 +310,11 @@ def evaluate(
     """
     images, labels = np.asarray(images), np.asarray(labels)
     batch_size = backend.batch_size() if batch_size is None else batch_size
-    _check_inputs(images, labels, attack_list, batch_size, source)
-    num_classes = _check_classes(model, variables, images, labels)
+    check_number("batch_size", batch_size, at_least=1, integer=True)
+    num_classes = check_evaluation(model, variables, images, labels, attack_list, source=source)
     logits_fn = as_logits_fn(model, variables)
     journal = Journal(None, {}) if journal is None else journal
     source = None if source is None else as_logits_fn(*source)
-    all_steps = [attack.steps(num_classes, source) for attack in attack_list]  # what can't be run is said beforehand
     worst = _Worst(worst_images, len(labels))
     stands: dict[str, np.ndarray] = {}
     lowest: dict[str, dict[int, Record]] = {}
@@ -328,7 +327,10 @@ def evaluate(
         )
     for attack in attack_list:
         journal.begin(attack.name, dataclasses.asdict(attack))
-    for attack, steps in zip(attack_list, all_steps, strict=True):
+        if not attack.apart:
+            worst.know(journal.records[attack.name].values())
+    for attack in attack_list:
+        steps = attack.steps(num_classes, source)
         before = np.all([np.ones(len(labels), bool), *(stands[name] for name in attack.after)], axis=0)
         considered = np.arange(len(labels)) < (attack.num_images or len(labels))
         attacked = np.flatnonzero(considered & before).tolist()
@@ -411,8 +413,6 @@ def as_float(images: np.ndarray) -> np.ndarray:
 def _run(attack, steps, logits_fn, images, labels, attacked, among, *, batch_size, seed, journal, worst, progress):
     """Make the runs of an attack that the journal doesn't hold yet, and put them there."""
     done = journal.records[attack.name]
-    if worst is not None:
-        worst.know(done.values())
     calls = list(_calls(attack, steps, attacked, seed, done, len(labels)))
     jobs = [job for _, jobs, _ in calls for job in jobs]
     with _Bar(attack, steps, jobs, attacked, among, done, progress=progress) as bar:
@@ -568,7 +568,27 @@ def _no_step(logits_fn, state, images, labels):
     return state
 
 
-def _check_inputs(images, labels, attack_list, batch_size, source):
+def check_evaluation(
+    model: Any,
+    variables: PyTree,
+    images: UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"],
+    labels: Int[np.ndarray, "n"],
+    attack_list: Sequence[Attack],
+    *,
+    source: tuple[Any, PyTree] | None = None,
+) -> int:
+    """Refuse what `evaluate` refuses, before any work; arguments and errors are those of it.
+
+    Returns:
+      The number of classes of the network.
+
+    Example:
+      >>> from fs_jax.models import WideResNet
+      >>> variables = jax.eval_shape(WideResNet(10, 1).init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+      >>> images, labels = np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 9])
+      >>> check_evaluation(WideResNet(10, 1), variables, images, labels, suite("autoattack"))
+      10
+    """
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images: expected shape [N, height, width, channels] with N > 0; got {images.shape}.")
     if labels.shape != images.shape[:1]:
@@ -587,10 +607,6 @@ def _check_inputs(images, labels, attack_list, batch_size, source):
             raise ValueError(f"{attack.name}: expected to come after {', '.join(sorted(missing))}; got {names}.")
         if attack.kind == "transfer" and source is None:
             raise ValueError("source: expected another network and its variables, for transfer; got None.")
-    check_number("batch_size", batch_size, at_least=1, integer=True)
-
-
-def _check_classes(model, variables, images, labels) -> int:
     one = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
     num_classes = jax.eval_shape(model.apply, variables, one)[0].shape[-1]
     if not (labels.min() >= 0 and labels.max() < num_classes):
@@ -598,4 +614,8 @@ def _check_classes(model, variables, images, labels) -> int:
             f"labels: expected classes 0 to {num_classes - 1}, as the network has {num_classes}; "
             f"got {labels.min()} to {labels.max()}."
         )
+    if source is not None and (got := jax.eval_shape(source[0].apply, source[1], one)[0].shape[-1]) != num_classes:
+        raise ValueError(f"source: expected a network of {num_classes} classes, as the other has; got {got}.")
+    for attack in attack_list:
+        attack.steps(num_classes)
     return num_classes

@@ -133,23 +133,35 @@ def test_an_attack_after_others_spares_what_they_broke(network):
         evaluate(*network, IMAGES, LABELS, [chained[0], chained[2]], batch_size=50, progress=False)
 
 
-def test_the_worst_images_are_those_of_the_lowest_margins(network):
-    attacks = [
-        Attack("clean"),
-        Attack("fgsm", 0.02),
-        Attack("cw", 0.02, num_steps=5),
-        Attack("fgsm", 1.0, apart=True, label="far"),
-    ]
-    worst = np.zeros((20, 8, 8, 1), np.float32)  # of the first images only
-    result = evaluate(*network, IMAGES, LABELS, attacks, batch_size=50, worst_images=worst, progress=False)
+def check_worst_images(network, worst, result):
     logits = np.asarray(network[0].apply(network[1], worst)[0])
-    is_true = np.arange(10) == LABELS[:20, None]
+    is_true = np.arange(10) == LABELS[: len(worst), None]
     margins = logits[is_true] - np.where(is_true, -np.inf, logits).max(-1)
-    lowest = [min(r["margin"][name] for name in ("clean", "fgsm", "cw-5")) for r in result.records[:20]]
+    near = [attack["name"] for attack in result.summary["attacks"] if not attack["apart"]]
+    lowest = [min(r["margin"][name] for name in near) for r in result.records[: len(worst)]]
     # Sums of products in another order, in float32, of logits of size 10.
     np.testing.assert_allclose(margins, lowest, atol=1e-4)
-    assert np.abs(worst - IMAGES[:20] / 255).max() <= 0.02 + 1e-6  # rounding of the sum
-    assert all(r["robust"] == all(r["margin"][n] > 0 for n in ("clean", "fgsm", "cw-5")) for r in result.records)
+    assert np.abs(worst - IMAGES[: len(worst)] / 255).max() <= 0.02 + 1e-6  # rounding of the sum
+    assert all(r["robust"] == all(r["margin"][name] > 0 for name in near) for r in result.records)
+
+
+CLEAN, FGSM, CW = Attack("clean"), Attack("fgsm", 0.02), Attack("cw", 0.02, num_steps=5)
+
+
+def test_the_worst_images_are_those_of_the_lowest_margins(network):
+    attacks = [CLEAN, FGSM, CW, Attack("fgsm", 1.0, apart=True, label="far")]
+    worst = np.zeros((20, 8, 8, 1), np.float32)  # of the first images only
+    result = evaluate(*network, IMAGES, LABELS, attacks, batch_size=50, worst_images=worst, progress=False)
+    check_worst_images(network, worst, result)
+
+
+def test_the_worst_images_stay_when_an_attack_is_put_before_those_that_were_run(network):
+    worst, journal = np.zeros((20, 8, 8, 1), np.float32), Journal(None, {})
+    for attacks in ([CLEAN, CW], [CLEAN, FGSM, CW]):
+        result = evaluate(
+            *network, IMAGES, LABELS, attacks, batch_size=50, worst_images=worst, journal=journal, progress=False
+        )
+        check_worst_images(network, worst, result)
 
 
 def test_adversaries_of_another_network_are_made_there_and_judged_here(network):
@@ -168,6 +180,9 @@ def test_adversaries_of_another_network_are_made_there_and_judged_here(network):
     assert own.summary["worst"]["accuracy"] < result.summary["worst"]["accuracy"]
     with pytest.raises(ValueError, match="source: expected another network"):
         evaluate(*network, IMAGES, LABELS, [transfer], progress=False)
+    fewer = {"first": variables["first"], "second": variables["second"][:, :7]}
+    with pytest.raises(ValueError, match="source: expected a network of 10 classes, as the other has; got 7"):
+        evaluate(*network, IMAGES, LABELS, [transfer], source=(model, fewer), progress=False)
 
 
 # At this radius some images stand to the end.

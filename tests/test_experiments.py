@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import autoattack_reference, evaluate
 from fs_jax import convert
+from fs_jax.evaluation import Evaluation, accuracy
 from fs_jax.models import WideResNet
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,6 +73,71 @@ def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(
     assert done.returncode == 2
     assert "pgd-2x2: epsilon: expected 0.05, as in" in done.stderr
     assert (folder / "records.jsonl").read_bytes() == records
+
+
+def test_the_comparison_counts_images_that_fell_to_one_alone():
+    no = np.array([False] * 5)
+    reference = {
+        "labels": np.zeros(5, int),
+        "recorded_images": 5,
+        "clean_correct": ~no,
+        **{f"standard/{name}_robust": no | [1, 1, 0, 0, 0] for name in autoattack_reference.STAGES},
+        **{f"standard/{name}_seconds": 2.0 for name in autoattack_reference.STAGES},
+        "alone/fab-t_robust": np.array([True, True, False]),  # of the first three
+    }
+    # Ours: APGD-CE leaves 0, 1 and 3; FAB-T, after it, breaks 1.
+    records = [{"fallen_at": {"clean": -1, "apgd-ce": 5, "fab-t alone": -1}} for _ in range(5)]
+    for i in (0, 1, 3):
+        records[i]["fallen_at"] |= {"apgd-ce": -1, "apgd-t": -1, "fab-t": 3 if i == 1 else -1}
+    for i in (0, 3):
+        records[i]["fallen_at"] |= {"square": -1}
+    attacks = [
+        {"name": attack.name, "seconds": 1.0, "forward": 7, "backward": 0}
+        for _, attack in autoattack_reference.rivals(reference)
+    ]
+    rows = autoattack_reference.compare(reference, Evaluation({"attacks": attacks}, records))
+    assert [
+        (r["attack"], r["images"], r["theirs"], r["ours"], r["agree"], r["only_theirs_fell"], r["only_ours_fell"])
+        for r in rows
+    ] == [
+        ("clean", 5, 1.0, 1.0, 1.0, 0, 0),
+        ("apgd-ce", 5, 0.4, 0.6, 0.8, 1, 0),
+        ("apgd-t", 5, 0.4, 0.6, 0.8, 1, 0),
+        ("fab-t", 5, 0.4, 0.4, 0.6, 1, 1),
+        ("square", 5, 0.4, 0.4, 0.6, 1, 1),
+        ("fab-t alone", 3, 2 / 3, 1.0, 2 / 3, 1, 0),
+    ]
+    summary = {"agreement": rows, "reference": "x.npz", "environment": {"device": "cpu", "cpu_count": 2, "jax": "0"}}
+    text = autoattack_reference.table(summary, "WRN-10-2")
+    assert "at most 20.0 points apart (0.6 are allowed), and in the end 60.0% of the images agree" in text
+    assert "**not like the authors' own.**" in text
+    assert "AutoAttack took 4 seconds in place of 8" in text
+    for row in rows:
+        row |= {"ours": row["theirs"], "agree": 1.0}
+    assert "**as strong as the authors' own.**" in autoattack_reference.table(summary, "WRN-10-2")
+
+
+def test_the_report_says_what_was_run_and_links_what_was_drawn():
+    attack = {
+        "apart": False, "judged_by": "any iterate", "attacked": 30, "lowest_single_run": None, "seconds": 1.0,
+        "forward": 1, "backward": 1, **accuracy(np.arange(50) < 7),
+    }  # fmt: skip
+    summary = {
+        "network": "WRN-10-1", "file": "network.npz", "dataset": "digits", "images": 50, "split": "test",
+        "epsilon": 0.05, "seed": 0, "weights": "abc", "warnings": ["no gradient"],
+        "environment": {"device": "cpu", "cpu_count": 2, "jax": "0"},
+        "attacks": [{**attack, "name": "square"}, {**attack, "name": "pgd-20 at 4/255", "apart": True}],
+        "worst": accuracy(np.arange(50) < 7), "autoattack": {"square": {"num_steps": 5000}},
+        "masking": [{"what": "honest", "verdict": "no", "why": "0 of 1"}],
+    }  # fmt: skip
+    text = evaluate.report_text(summary, {"strength"})
+    assert "**Warning.** no gradient" in text
+    assert "**AutoAttack, standard version: 14.00% stand** (7 of 50)" in text
+    assert "square: num_steps 5000." in text
+    assert text.index("| square ") < text.index("Apart from the worst case") < text.index("| pgd-20 at 4/255 ")
+    assert "| honest     | no          | 0 of 1" in text
+    assert "](strength.png)" in text
+    assert "](surface.png)" not in text
 
 
 @pytest.mark.slow
@@ -134,6 +201,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(monkeypatch, capsys, w
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", list(words))
+    monkeypatch.delitem(sys.modules, words[0], raising=False)  # as if started afresh
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module(words[0], run_name="__main__")
     assert stopped.value.code == 2

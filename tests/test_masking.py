@@ -21,14 +21,15 @@ def evaluation(**standing):
         }
         for name, (count, kind, epsilon, apart, after) in standing.items()
     ]  # fmt: skip
+    worst = min(of[0] for of in standing.values() if not of[3])
     records = [
         {
+            "robust": i < worst,
             "margin": {name: 1.0 if i < of[0] else -1.0 for name, of in standing.items()},
             "fallen_at": {name: -1 if i < of[0] else 0 for name, of in standing.items()},
         }
         for i in range(TOTAL)
     ]
-    worst = min(of[0] for of in standing.values() if not of[3])
     return {"attacks": attacks, "worst": accuracy(np.arange(TOTAL) < worst)}, records
 
 
@@ -42,7 +43,7 @@ def honest(**changed):
             name: (
                 count,
                 name.split("-")[0].split(" ")[0],
-                int(name.split()[2][:-4]) / 255 if name.startswith(masking.SWEEP) else 0.1,
+                float(name.split()[2][:-4]) / 255 if name.startswith(masking.SWEEP) else 0.1,
                 " " in name or name == "transfer",
                 ("clean", "pgd-20") if name == "square" else (),
             )
@@ -87,6 +88,20 @@ def test_a_few_images_more_or_less_are_chance():
     # 4 lost and none won: at even odds that happens in 1 of 16 cases.
     assert verdicts(**{"pgd-100": 24})[STEPS] == "yes"
     assert verdicts(**{"pgd-100": 25})[STEPS] == "no"
+
+
+def test_a_larger_radius_may_find_a_few_images_less_by_chance():
+    assert verdicts(**{"pgd-20 at 8/255": 32})[RADII] == "yes"
+    assert verdicts(**{"pgd-20 at 8/255": 33})[RADII] == "no"
+
+
+def test_where_pgd_was_not_run_by_itself_the_sweep_says_the_gap():
+    # The other attacks here are at 0.1, the sweep's at 25.5/255 too.
+    alone = {"pgd-20": None, "fgsm": None, "pgd-100": None, f"{masking.SWEEP}25.5/255": 26}
+    check = masking.checklist(*honest(**alone))[GAP]
+    assert check.verdict == "no"
+    assert "PGD-20 leaves 65.0%, " in check.why
+    assert check.why.endswith("by 15.0 points; of the images that it leaves, 23% fall to others")
 
 
 def test_what_was_not_run_is_not_judged():

@@ -215,7 +215,7 @@ def race_autoattack(logits_fn, net, images, labels, arguments: Arguments, record
             adversarial = part if attack is None else attack(part, of_part)
             with torch.no_grad():
                 standing.append(net(adversarial).argmax(1) == of_part)
-        standing = torch.cat(standing)
+        standing = torch.cat([torch.zeros(0, dtype=torch.bool), *standing])
         x, y = x[standing], y[standing]
         stages[name] = len(y) / len(labels)
     rows.append({"name": "torchattacks", "seconds": time.perf_counter() - began, "stages": stages})
@@ -231,7 +231,7 @@ def torchattacks_chain(net):
         "apgd-ce": torchattacks.APGD(net, eps=EPSILON, steps=100, loss="ce"),
         "apgd-t": torchattacks.APGDT(net, eps=EPSILON, steps=100),
         "fab-t": torchattacks.FAB(net, eps=EPSILON, steps=100, multi_targeted=True),
-        "square": torchattacks.Square(net, eps=EPSILON, n_queries=5000),
+        "square": torchattacks.Square(net, eps=EPSILON, n_queries=5000, resc_schedule=False),
     }
 
 

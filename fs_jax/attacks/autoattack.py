@@ -203,8 +203,8 @@ def autoattack_settings(version: str | Sequence[str] = "standard", *, num_classe
         if num_classes < _LEAST_CLASSES.get(name, 2):
             remaining = [other for other in known if num_classes >= _LEAST_CLASSES.get(other, 2)]
             raise ValueError(
-                f"version: expected a network of at least {_LEAST_CLASSES.get(name, 2)} classes for {name}; it has "
-                f"{num_classes}. Attacks that remain, to be passed as a list: {', '.join(remaining)}."
+                f"{name}: expected a network of at least {_LEAST_CLASSES.get(name, 2)} classes; it has {num_classes}. "
+                f"Attacks that remain, to be named one by one: {', '.join(remaining)}."
             )
     targets = {"num_runs": min(9, num_classes - 1)}
     return {name: {**own, **(targets if name.endswith("-t") else {})} for name, own in chosen.items()}

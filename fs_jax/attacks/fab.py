@@ -212,7 +212,8 @@ def _nearest_boundary(logits_fn, iterates, labels):
         return where(distance < best[0], (distance, value, normal), best), None
 
     # One class after the other, so that one gradient and the best so far are all that is held.
-    none = jnp.full(len(labels), jnp.inf), jnp.zeros(len(labels)), jnp.zeros_like(iterates)
+    # Where no distance is a number, nor is the value.
+    none = jnp.full(len(labels), jnp.inf), jnp.full(len(labels), jnp.nan), jnp.zeros_like(iterates)
     (_, value, normal), _ = jax.lax.scan(nearer, none, jnp.arange(1, num_classes))
     return value, normal
 

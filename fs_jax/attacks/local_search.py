@@ -86,7 +86,8 @@ def local_search_steps(*, epsilon: float = 1.0, num_steps: int = 150, chunk_size
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1; got {chunk_size}.")
     step = Partial(_step, epsilon=epsilon, chunk=np.arange(chunk_size))
-    return Stepwise(Partial(_start), step, num_steps, passes=((1, 0), (_CHANGED * (2 * _HALF_SIDE + 1) ** 2 + 1, 0)))
+    passes = (1, 0), (_CHANGED * (2 * _HALF_SIDE + 1) ** 2 + 1, 0)
+    return Stepwise(Partial(_start), step, num_steps, passes=passes, breadth=chunk_size)
 
 
 class _Search(NamedTuple):

@@ -71,7 +71,7 @@ def dlr(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) -> Float[Arr
       labels: True classes [N].
 
     Returns:
-      Losses [N], in [-1, 1]; above 0 where misclassified.
+      Losses [N], -1 and more; above 0 where misclassified.
 
     Raises:
       ValueError: for fewer than 3 classes.

@@ -83,7 +83,8 @@ def packed(
       rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image.
       images: Images [N, H, W, C] on the host: uint8, or floating point in [0, 1].
       labels: True classes [N].
-      batch_size: Most images at a time; by default `backend.batch_size()`.
+      batch_size: Most images that go through the network at a time; by default `backend.batch_size()`. An attack that
+        sends several variants of each (its `breadth`) is at work on so many fewer, but on one at least.
       every_run: Make every run of every image. By default an image that falls in a run makes no later ones.
       jobs: What to do, as (image, run): by default all of it. Without `every_run`, for each image its first run that is
         to be made, the later ones following by themselves. To resume, pass what is missing, with the same `rng`.
@@ -105,6 +106,7 @@ def packed(
     batch_size = backend.batch_size() if batch_size is None else batch_size
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1; got {batch_size}.")
+    batch_size = max(1, batch_size // attack.breadth)
     images, labels = np.asarray(images), np.asarray(labels)
     keys = image_keys(rng, len(labels))
     if jobs is None:
@@ -198,7 +200,7 @@ class _Batch:
             if not np.isfinite(margin[slot]):
                 raise FloatingPointError(
                     f"logits_fn: expected finite logits and gradients; got others for image {image} under attack, "
-                    f"after {step[slot]} steps of run {run}. Look for overflow in the network, or use float32."
+                    f"after {step[slot]} steps. Look for overflow in the network, or use float32."
                 )
             adversary = adversarial[slot].copy()  # a view would hold the batch's memory
             job = Finished(image, run, bool(fallen_at[slot] >= 0), int(step[slot]), float(margin[slot]), adversary)

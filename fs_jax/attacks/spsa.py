@@ -107,7 +107,7 @@ def spsa_steps(
     estimate = Partial(estimated_gradient, num_directions=num_directions, delta=delta, chunk=chunk)
     step = Partial(_step, epsilon=epsilon, learning_rate=learning_rate, estimate=estimate)
     passes = (1, 0), (2 * num_directions + 1, 0)
-    return Stepwise(Partial(_start, epsilon=epsilon), step, num_steps, passes=passes)
+    return Stepwise(Partial(_start, epsilon=epsilon), step, num_steps, passes=passes, breadth=2 * len(chunk))
 
 
 def estimated_gradient(

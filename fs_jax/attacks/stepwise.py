@@ -48,6 +48,8 @@ class Stepwise(NamedTuple):
     """Random starts, or targets: runs 0, 1, ... of every image."""
     passes: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
     """(forward, backward) passes of one image: those of a run that belong to no step, and those of a step."""
+    breadth: int = 1
+    """How many variants of one image go through the network at a time."""
 
 
 def run_keys(keys: Key[Array, "n"], run: Int[Array, "n"]) -> Key[Array, "n"]:

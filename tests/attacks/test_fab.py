@@ -130,6 +130,29 @@ def test_runs_begin_at_the_image_and_then_at_half_the_radius(linear):
     assert (np.abs(noise[0] - noise[1]).max((1, 2, 3)) > 0.01).all()
 
 
+def test_at_most_a_tenth_of_a_step_goes_towards_the_projection_of_the_image(linear):
+    logits_fn, images, labels, _ = linear
+    attack = fab_steps(epsilon=0.1, targeted=True)
+    start = attack.start(logits_fn, jax.random.split(jax.random.key(0), 8), images, labels, jnp.zeros(8, jnp.int32))
+    each = jnp.arange(8)
+
+    def lead(x):
+        logits = logits_fn(x)
+        return logits[each, start.target] - logits[each, labels]
+
+    value, vjp = jax.vjp(lead, images)
+    (normal,) = vjp(jnp.ones(8))
+    move = -jnp.sign(value)[:, None, None, None] * jnp.sign(normal)
+    move *= (jnp.abs(value) / jnp.abs(normal).sum((1, 2, 3)))[:, None, None, None]
+    # Beside the image, at the same distance from the boundary: half and half, if nothing held it back.
+    flat = normal.reshape(8, 16)
+    aside = jnp.zeros((8, 16)).at[:, 0].set(flat[:, 1]).at[:, 1].set(-flat[:, 0]).reshape(images.shape)
+    aside *= 0.05 / jnp.abs(aside).max((1, 2, 3), keepdims=True)
+    state = jax.jit(lambda x: attack.step(logits_fn, start._replace(iterate=x), images, labels))(images + aside)
+    # Across the boundary, so 0.9 of the way back. The projection is known to the 1e-6 of float32's sums.
+    np.testing.assert_allclose(state.iterate - images, 0.9 * (1.05 * move + 0.9 * aside), atol=1e-5)
+
+
 def test_only_what_lies_in_the_ball_counts(linear):
     logits_fn, images, labels, smallest = linear
     epsilon = float(np.median(smallest))  # of 8, so no image's own

@@ -78,6 +78,12 @@ def test_the_published_attack_leaves_the_ball_and_the_projected_one_stays():
     np.testing.assert_allclose(np.abs(attack(8 / 255) - IMAGE).max(), 8 / 255, rtol=1e-5)
 
 
+def test_values_that_leave_the_range_come_in_again_at_its_other_end():
+    for value, expected in ((0.1, 0.9), (0.9, 0.1)):  # as x - 1/2: -0.4, times 1.5 -0.6, and so 0.4
+        _, state = states(1, logits_fn, jnp.full((1, 4, 4, 1), value))
+        np.testing.assert_allclose(np.sort(state.iterate.ravel()), np.sort([expected] + [value] * 15), rtol=1e-6)
+
+
 def test_candidates_are_a_tenth_then_the_neighbourhoods():
     def flat(images):
         return jnp.stack([images.sum((1, 2, 3)) * 0, images.sum((1, 2, 3)) * 0 - 1], -1)

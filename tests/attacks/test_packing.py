@@ -147,9 +147,10 @@ def test_logits_that_are_not_numbers_stop_the_attack(problem):
         attacks.pgd_steps(num_steps=3),
         attacks.pgd_steps(num_steps=1, last_only=True),
         attacks.apgd_steps(num_steps=3),
+        attacks.fab_steps(),
         attacks.fab_steps(targeted=True),
     ):
-        with pytest.raises(FloatingPointError, match=r"got others for image \d under attack, after 1 steps of run 0"):
+        with pytest.raises(FloatingPointError, match=r"got others for image \d under attack, after 1 steps"):
             finished((finite, images, labels), attack, batch_size=8)
     with pytest.raises(FloatingPointError, match="logits_fn: expected finite logits and gradients; got others"):
         finished((overflows, images, labels), batch_size=8)
