@@ -59,8 +59,9 @@ class Arguments:
     """Another network, a run's folder or a file of weights, whose adversaries are tried on this one. A file has to say
     how its images are normalised; experiments.convert_weights makes one that does."""
     split: Literal["test", "train"] = "test"
-    dataset: str = "cifar10"
-    """For weights: cifar10, cifar100, svhn_cropped, digits, or the path of an .npz file. A run has its own."""
+    dataset: str | None = None
+    """For weights: cifar10 (by default), cifar100, svhn_cropped, digits, or the path of an .npz file. A run has its
+    own."""
     mean: tuple[float, ...] | None = None
     """For weights that don't say it: the network takes (images - mean) / std. One number, or one for each channel."""
     std: tuple[float, ...] | None = None
@@ -100,7 +101,9 @@ def main(argv: list[str]) -> None:
     attack_list = chosen_attacks(arguments, epsilon)
     output = output_folder(arguments)
     backend.enable_compilation_cache()
-    dataset = data.load(arguments.dataset if config is None else config.dataset, data_dir=arguments.data_dir)
+    dataset = data.load(
+        arguments.dataset or "cifar10" if config is None else config.dataset, data_dir=arguments.data_dir
+    )
     images, labels = {
         "test": (dataset.test_images, dataset.test_labels),
         "train": (dataset.train_images, dataset.train_labels),
@@ -167,6 +170,11 @@ def check_arguments(arguments: Arguments) -> None:
 
     if (arguments.workdir is None) == (arguments.weights is None):
         raise ValueError("workdir, weights: expected one of them. Make a run with: python -m experiments.train")
+    if arguments.weights is not None and arguments.weights.is_dir():
+        raise ValueError(f"weights: expected a file; {arguments.weights} is a folder. A run's is for --workdir.")
+    for name in ("dataset", "mean", "std"):
+        if arguments.workdir is not None and getattr(arguments, name) is not None:
+            raise ValueError(f"{name}: expected it for --weights only; a run has its own.")
     if arguments.weights is not None and arguments.output is None:
         raise ValueError("output: expected a folder for the results, as --weights has no workdir.")
     if arguments.suite is not None and (arguments.attacks or arguments.restarts != 1):

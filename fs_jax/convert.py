@@ -68,7 +68,8 @@ def load_weights(
     if mean is None:
         raise ValueError(
             f"mean, std: expected them, as {path} doesn't say how its network's images are normalised. "
-            "Give 0 and 1 for images as they are (most of RobustBench's), 0.5 and 0.5 for [-1, 1] (the paper's)."
+            "Give 0 and 1 for images as they are (most of RobustBench's), 0.5 and 0.5 for [-1, 1] (the paper's); "
+            "or make a file that says it, by experiments.convert_weights."
         )
     wide = jax.tree.map(lambda x: x.astype(np.promote_types(x.dtype, np.float32)), variables)
     return model.clone(mean=_per_channel(mean), std=_per_channel(std)), wide

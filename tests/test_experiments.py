@@ -189,6 +189,11 @@ def test_every_suite_runs_on_weights_from_a_file(script, tmp_path):
         (("experiments.evaluate", "--workdir", "nowhere", "--epsilom", "1"), "--epsilon"),
         (("experiments.evaluate",), "workdir, weights: expected one of them"),
         (("experiments.evaluate", "--weights", "x"), "output: expected a folder for the results"),
+        (
+            ("experiments.evaluate", "--weights", "tests", "--output", "x"),
+            "is a folder. A run's is for --workdir",
+        ),
+        (("experiments.evaluate", "--workdir", "x", "--dataset", "digits"), "dataset: expected it for --weights only"),
         (("experiments.evaluate", "--weights", "x", "--output", "tests"), "output: expected a new folder"),
         (("experiments.evaluate", "--weights", "x", "--output", "x", "--suite", "papr"), "'paper'"),
         (("experiments.evaluate", "--weights", "x", "--output", "x", "--attacks", "pdg-20"), "Did you mean 'pgd-20'"),
