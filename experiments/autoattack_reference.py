@@ -7,7 +7,7 @@ The file, an `.npz`, holds a network that was trained and attacked in PyTorch, a
 - `standard/ATTACK_robust`: whether each image stands after that stage of AutoAttack's standard version (apgd-ce,
   apgd-t, fab-t, square); `alone/ATTACK_robust`: after that attack alone, on the first images; `paper/ATTACK_robust`:
   after the paper's (fgsm, pgd20, pgd100, cw20, cw100, pgd20_5starts); all at radius 8/255;
-- with each `_robust`, `_seconds`: how long it took, on two CPU cores.
+- with each of AutoAttack's `_robust`, `_seconds`: how long it took, which `experiments.benchmarks.attacks` reads.
 
 Runs ours on the same network and images, and writes `table.md` and `result.json` into RESULTS/NAME. Stopped, the same
 command goes on.
@@ -92,11 +92,10 @@ def read(path: pathlib.Path, num_images: int | None) -> dict[str, Any]:
     import numpy as np
 
     with np.load(path) as file:
-        arrays = {
+        return {
             name: array if name.startswith("weights/") or not array.ndim else array[:num_images]
             for name, array in file.items()
         }
-        return {**arrays, "recorded_images": len(file["labels"])}
 
 
 def network(reference):
@@ -133,10 +132,6 @@ def compare(reference, result) -> list[dict[str, Any]]:
     """For each attack, how many images stand after theirs and after ours, and on how many both agree."""
     import numpy as np
 
-    costs = {attack["name"]: attack for attack in result.summary["attacks"]}
-    # Their seconds are those of all images.
-    whole = len(reference["labels"]) == reference["recorded_images"]
-    seconds = {key.replace("_seconds", "_robust"): float(reference[key]) for key in reference if "_seconds" in key}
     rows = []
     for name, attack in rivals(reference):
         theirs = reference[name].astype(bool)
@@ -153,10 +148,6 @@ def compare(reference, result) -> list[dict[str, Any]]:
                 "agree": float(np.mean(theirs == ours)),
                 "only_theirs_fell": int(np.sum(~theirs & ours)),
                 "only_ours_fell": int(np.sum(theirs & ~ours)),
-                "their_seconds": seconds.get(name) if whole else None,
-                "our_seconds": costs[attack.name]["seconds"],
-                "our_forward": costs[attack.name]["forward"],
-                "our_backward": costs[attack.name]["backward"],
             }
         )
     return rows
@@ -176,14 +167,11 @@ def table(summary: dict[str, Any], network: str) -> str:
             f"{100 * row['agree']:.1f}",
             row["only_theirs_fell"],
             row["only_ours_fell"],
-            "–" if row["their_seconds"] is None else f"{row['their_seconds']:.1f}",
-            f"{row['our_seconds']:.1f}",
         ]
         for row in summary["agreement"]
     ]
     headers = [
         "attack", "images", "stand, theirs, %", "ours, %", "points", "agree, %", "fell only to theirs", "only to ours",
-        "seconds, theirs", "ours",
     ]  # fmt: skip
     stages = [row for row in summary["agreement"] if row["attack"] in STAGES]
     said = [f"Written by `python -m experiments.autoattack_reference --reference {summary['reference']}`."]
@@ -195,13 +183,10 @@ def table(summary: dict[str, Any], network: str) -> str:
             f"AutoAttack stage by stage: at most {apart:.1f} points apart ({MOST_POINTS} are allowed), and in the end "
             f"{agree:.1f}% of the images agree ({LEAST_AGREEMENT}% are asked for): **{verdict} the authors' own.**"
         )
-        if stages[0]["their_seconds"] is not None:
-            ours, theirs = (sum(row[key] for row in stages) for key in ("our_seconds", "their_seconds"))
-            said.append(f"AutoAttack took {ours:.0f} seconds in place of {theirs:.0f}, compilation included.")
     environment = summary["environment"]
     said.append(
         f"{network}, radius 8/255. Ours on {environment['device']}, {environment['cpu_count']} cores, jax "
-        f"{environment['jax']}; their seconds are those that the file recorded, on two cores."
+        f"{environment['jax']}."
     )
     body = tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
     return f"{body}\n\n" + "\n\n".join(said) + "\n"

@@ -79,10 +79,8 @@ def test_the_comparison_counts_images_that_fell_to_one_alone():
     no = np.array([False] * 5)
     reference = {
         "labels": np.zeros(5, int),
-        "recorded_images": 5,
         "clean_correct": ~no,
         **{f"standard/{name}_robust": no | [1, 1, 0, 0, 0] for name in autoattack_reference.STAGES},
-        **{f"standard/{name}_seconds": 2.0 for name in autoattack_reference.STAGES},
         "alone/fab-t_robust": np.array([True, True, False]),  # of the first three
     }
     # Ours: APGD-CE leaves 0, 1 and 3; FAB-T, after it, breaks 1.
@@ -91,11 +89,7 @@ def test_the_comparison_counts_images_that_fell_to_one_alone():
         records[i]["fallen_at"] |= {"apgd-ce": -1, "apgd-t": -1, "fab-t": 3 if i == 1 else -1}
     for i in (0, 3):
         records[i]["fallen_at"] |= {"square": -1}
-    attacks = [
-        {"name": attack.name, "seconds": 1.0, "forward": 7, "backward": 0}
-        for _, attack in autoattack_reference.rivals(reference)
-    ]
-    rows = autoattack_reference.compare(reference, Evaluation({"attacks": attacks}, records))
+    rows = autoattack_reference.compare(reference, Evaluation({}, records))
     assert [
         (r["attack"], r["images"], r["theirs"], r["ours"], r["agree"], r["only_theirs_fell"], r["only_ours_fell"])
         for r in rows
@@ -111,7 +105,6 @@ def test_the_comparison_counts_images_that_fell_to_one_alone():
     text = autoattack_reference.table(summary, "WRN-10-2")
     assert "at most 20.0 points apart (0.6 are allowed), and in the end 60.0% of the images agree" in text
     assert "**not like the authors' own.**" in text
-    assert "AutoAttack took 4 seconds in place of 8" in text
     for row in rows:
         row |= {"ours": row["theirs"], "agree": 1.0}
     assert "**as strong as the authors' own.**" in autoattack_reference.table(summary, "WRN-10-2")
