@@ -14,8 +14,8 @@ from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, judged, ru
 
 Loss = Literal["ce", "dlr", "targeted"]
 
-_MOMENTUM = 0.25
-_RISES = 0.75  # the share of an interval's steps in which the loss has to rise, or the step size is halved
+MOMENTUM = 0.25
+RISES = 0.75  # the share of an interval's steps in which the loss has to rise, or the step size is halved
 
 
 def apgd(
@@ -196,7 +196,7 @@ def _step(logits_fn, state, images, labels, *, epsilon, gradient, intervals):
         return values[:, None, None, None]
 
     stepped = project(s.iterate + by_image(s.step_size) * s.direction, images, epsilon)
-    momentum = by_image(jnp.where(done > 0, _MOMENTUM, 0).astype(images.dtype))
+    momentum = by_image(jnp.where(done > 0, MOMENTUM, 0).astype(images.dtype))
     mixed = s.iterate + (1 - momentum) * (stepped - s.iterate) + momentum * (s.iterate - s.before)
     iterate = project(mixed, images, epsilon).astype(images.dtype)
     direction, loss, logits = gradient(logits_fn, iterate, labels, s.targets, s.keys, done + 1)
@@ -208,7 +208,7 @@ def _step(logits_fn, state, images, labels, *, epsilon, gradient, intervals):
     rises = s.rises + (loss > s.loss)
     interval = jnp.asarray(intervals)[done]
     at_checkpoint = interval > 0
-    stuck = (rises <= _RISES * interval) | (~s.halved & (best_loss <= s.checked_loss))
+    stuck = (rises <= RISES * interval) | (~s.halved & (best_loss <= s.checked_loss))
     halve = at_checkpoint & stuck
     return _State(
         iterate=where(halve, best, iterate),

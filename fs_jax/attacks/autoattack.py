@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from tqdm import tqdm
 
 from fs_jax import backend
-from fs_jax.attacks.apgd import apgd_steps
-from fs_jax.attacks.fab import fab_steps
+from fs_jax.attacks.apgd import MOMENTUM, RISES, apgd_steps
+from fs_jax.attacks.fab import ALPHA_MAX, BACKWARD, OVERSHOOT, fab_steps
 from fs_jax.attacks.linf import LogitsFn, check_attack, image_keys
 from fs_jax.attacks.losses import cross_entropy, logit_margin
 from fs_jax.attacks.packing import as_partial, packed
-from fs_jax.attacks.square import square_steps
+from fs_jax.attacks.square import HALVED_AFTER, SHARE, square_steps
 from fs_jax.attacks.stepwise import Stepwise
 from fs_jax.config import check_choice
 
@@ -46,6 +46,13 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """The authors' versions: their attacks in order, with their settings. `num_runs` counts random starts, or targets."""
+
+CONSTANTS: dict[str, dict[str, Any]] = {
+    "apgd": {"momentum": MOMENTUM, "rises": RISES},
+    "fab": {"alpha_max": ALPHA_MAX, "overshoot": OVERSHOOT, "backward": BACKWARD},
+    "square": {"share": SHARE, "halved_after": HALVED_AFTER},
+}
+"""What is the same in all versions, for the record: by family."""
 
 _LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 
@@ -186,9 +193,16 @@ def autoattack_settings(version: str | Sequence[str] = "standard", *, num_classe
       ValueError: for an unknown version or attack, none, one twice, or too few classes for one.
 
     Example:
-      >>> autoattack_settings(["apgd-t", "square"], num_classes=4)
-      {'apgd-t': {'num_steps': 100, 'loss': 'targeted', 'num_runs': 3}, 'square': {'num_steps': 5000}}
+      >>> autoattack_settings(["apgd-t", "square"], num_classes=4)  # doctest: +NORMALIZE_WHITESPACE
+      {'apgd-t': {'num_steps': 100, 'loss': 'targeted', 'num_runs': 3, 'momentum': 0.25, 'rises': 0.75},
+       'square': {'num_steps': 5000, 'share': 0.8, 'halved_after': (10, 50, 200, 500, 1000, 2000, 4000)}}
     """
+    chosen = _chosen(version, num_classes)
+    return {name: {**own, **CONSTANTS[_family(name)]} for name, own in chosen.items()}
+
+
+def _chosen(version, num_classes):
+    """The attacks of a version, with those of their settings that versions choose."""
     known = SETTINGS["plus"] | SETTINGS["standard"]
     if isinstance(version, str):
         check_choice("version", version, SETTINGS)
@@ -226,8 +240,12 @@ def autoattack_steps(
         "fab": functools.partial(fab_steps, num_classes=num_classes),
         "square": square_steps,
     }
-    settings = autoattack_settings(version, num_classes=num_classes)
-    return {name: families[name.split("-")[0]](epsilon=epsilon, **own) for name, own in settings.items()}
+    chosen = _chosen(version, num_classes)
+    return {name: families[_family(name)](epsilon=epsilon, **own) for name, own in chosen.items()}
+
+
+def _family(name):
+    return name.split("-")[0]
 
 
 def sanity_warnings(

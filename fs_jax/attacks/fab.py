@@ -12,9 +12,9 @@ from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed, image_keys
 from fs_jax.attacks.losses import logit_margin, wrong_class
 from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, run, run_keys, where
 
-_ALPHA_MAX = 0.1  # at most this share of a step goes towards the clean image's own projection
-_OVERSHOOT = 1.05
-_BACKWARD = 0.9
+ALPHA_MAX = 0.1  # at most this share of a step goes towards the clean image's own projection
+OVERSHOOT = 1.05
+BACKWARD = 0.9
 
 
 def fab(
@@ -227,8 +227,8 @@ def _towards(value, normal, logits_fn, state, images, labels, epsilon):
     move_of_image = project(images, normal, value_at_image).reshape(images.shape)
 
     length, length_of_image = (jnp.maximum(_length(m), 1e-8) for m in (move, move_of_image))  # of none, equal lengths
-    alpha = jnp.minimum(length / (length + length_of_image), _ALPHA_MAX)[:, None, None, None]
-    biased = (1 - alpha) * (state.iterate + _OVERSHOOT * move) + alpha * (images + _OVERSHOOT * move_of_image)
+    alpha = jnp.minimum(length / (length + length_of_image), ALPHA_MAX)[:, None, None, None]
+    biased = (1 - alpha) * (state.iterate + OVERSHOOT * move) + alpha * (images + OVERSHOOT * move_of_image)
     iterate = jnp.clip(biased, 0, 1).astype(images.dtype)
 
     margin = logit_margin(logits_fn(iterate), labels).astype(jnp.float32)
@@ -239,7 +239,7 @@ def _towards(value, normal, logits_fn, state, images, labels, epsilon):
     better = (distance <= epsilon) & jnp.where(misclassified, closer, margin < progress.margin)
     better |= jnp.isnan(margin)  # wherever that is: no image passes for robust by it
     return state._replace(
-        iterate=where(misclassified, images + _BACKWARD * (iterate - images), iterate),
+        iterate=where(misclassified, images + BACKWARD * (iterate - images), iterate),
         distance=jnp.where(closer, distance, state.distance),
         progress=Progress(
             adversarial=where(better, iterate, progress.adversarial),

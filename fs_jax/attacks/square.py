@@ -13,8 +13,8 @@ from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, judged, ru
 
 # The square's share of the image starts at 0.8 and halves after these queries of 5,000; of another budget, after the
 # same shares of it. (The released AutoAttack's schedule. The paper's, for 10,000 queries, halves at 10, 50, ... too.)
-_SHARE = 0.8
-_HALVED_AFTER, _OF = np.array([10, 50, 200, 500, 1000, 2000, 4000]), 5000
+SHARE = 0.8
+HALVED_AFTER, _OF = (10, 50, 200, 500, 1000, 2000, 4000), 5000
 
 
 def square(
@@ -110,9 +110,9 @@ def _random_square(key, step, num_steps, shape):
     """Where a random square of this step lies [H, W, 1], and its sign for each channel [C]."""
     height, width, channels = shape
     row_key, column_key, sign_key = jax.random.split(jax.random.fold_in(key, step + 1), 3)
-    shares = _SHARE / 2.0 ** np.arange(len(_HALVED_AFTER) + 1)
+    shares = SHARE / 2.0 ** np.arange(len(HALVED_AFTER) + 1)
     sides = np.clip(np.round(np.sqrt(shares * height * width)).astype(int), 1, min(height, width))
-    side = jnp.asarray(sides)[jnp.sum(step * _OF > _HALVED_AFTER * num_steps)]
+    side = jnp.asarray(sides)[jnp.sum(step * _OF > np.array(HALVED_AFTER) * num_steps)]
 
     def interval(key, length):
         # The last place included, as the paper has it: then every pixel can be reached.
