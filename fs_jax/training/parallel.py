@@ -157,7 +157,9 @@ class _Program:
         leaves, structure = jax.tree.flatten(args)
         key = (structure, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
         if key not in self._compiled:
-            self._compiled[key] = self._pmapped.lower(*args).compile(compiler_options=backend.compiler_options())
+            self._compiled[key] = self._pmapped.lower(*args).compile(
+                compiler_options=backend.compiler_options(training=True)
+            )
         return self._compiled[key](*args)
 
 
