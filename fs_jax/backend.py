@@ -9,8 +9,8 @@ import jax
 from fs_jax.files import cache_home
 
 # XLA's CPU backend hands convolutions, dots and reductions to YNNPACK. For the small channel counts of a narrow
-# network its convolutions are slower than XLA's own. Its reductions are faster over a batch, as BatchNorm's in training,
-# but slower over the pixels of few images: with them a forward pass of WRN-10-2 on 32 images takes 28 ms, else 18.
+# network its convolutions are slower than XLA's own. Its reductions are faster over a batch, as BatchNorm's in
+# training, but slower over the pixels of few images: they make a forward pass of WRN-10-2 on 32 of them half as fast.
 _YNN, _DOTS, _REDUCTIONS = (
     "xla_cpu_experimental_ynn_fusion_type",
     "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
