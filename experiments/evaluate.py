@@ -15,6 +15,7 @@ same numbers; of another network, radius or setting it refuses to.
 """
 
 import dataclasses
+import fractions
 import json
 import pathlib
 import sys
@@ -42,13 +43,15 @@ class Arguments:
     """Attacks that belong together; or else --attacks."""
     attacks: tuple[str, ...] = ()
     """By default fgsm pgd-20 cw-20. There are fgsm, pgd-K and cw-K with K steps, apgd-ce, apgd-dlr, apgd-t, fab, fab-t,
-    square, spsa, local-search and local-search-projected, each from the clean images; these are always judged too."""
-    epsilon: float | None = None
-    """Radius on [0, 1] images; by default the run's own, or 8/255 for weights."""
-    step_size: float | None = None
-    """Step of PGD and CW; by default a quarter of the radius."""
+    square, spsa, local-search and local-search-projected, each from the clean images. The clean images themselves are
+    always judged too."""
+    epsilon: str | None = None
+    """Radius on [0, 1] images, as a number or as 8/255; by default the run's own, or 8/255 for weights."""
+    step_size: str | None = None
+    """Step of PGD and CW, likewise; by default a quarter of the radius."""
     restarts: int = 1
-    """Random starts of --attacks; an image counts as robust if it survives them all."""
+    """Random starts of the FGSM, PGD and CW of --attacks (the others have their own number); an image counts as robust
+    if it survives them all."""
     num_images: int | None = None
     """The first so many images of the split; by default all."""
     gradient_free_images: int = 100
@@ -97,10 +100,13 @@ def main(argv: list[str]) -> None:
     check_arguments(arguments)
     config = None if arguments.workdir is None else read_config(arguments.workdir)
     own_epsilon = 8 / 255 if config is None else config.attack.epsilon
-    epsilon = own_epsilon if arguments.epsilon is None else arguments.epsilon
+    epsilon = own_epsilon if arguments.epsilon is None else number("epsilon", arguments.epsilon)
     attack_list = chosen_attacks(arguments, epsilon)
     output = output_folder(arguments)
     backend.enable_compilation_cache()
+    model, variables, origin = load_network(
+        arguments.workdir or arguments.weights, checkpoint=arguments.checkpoint, mean=arguments.mean, std=arguments.std
+    )
     dataset = data.load(
         arguments.dataset or "cifar10" if config is None else config.dataset, data_dir=arguments.data_dir
     )
@@ -109,9 +115,6 @@ def main(argv: list[str]) -> None:
         "train": (dataset.train_images, dataset.train_labels),
     }[arguments.split]
     images, labels = images[: arguments.num_images], labels[: arguments.num_images]
-    model, variables, origin = load_network(
-        arguments.workdir or arguments.weights, checkpoint=arguments.checkpoint, mean=arguments.mean, std=arguments.std
-    )
     source = None
     if arguments.transfer_from is not None:
         *source, _ = load_network(arguments.transfer_from)
@@ -147,6 +150,8 @@ def main(argv: list[str]) -> None:
         **header, **origin, **result.summary, "suite": arguments.suite, "epsilon": epsilon, "warnings": warnings,
         "environment": backend.describe(),
     }  # fmt: skip
+    if source is not None:
+        summary["transfer_from"] = arguments.transfer_from.name
     if arguments.suite is not None:
         names = dataset.info.class_names
         losses = draw_surfaces(model, variables, images, labels, result.records, names, epsilon, output)
@@ -184,23 +189,32 @@ def check_arguments(arguments: Arguments) -> None:
             check_number(name, getattr(arguments, name), at_least=1, integer=True)
 
 
+def number(name: str, text: str) -> float:
+    """A number, or a fraction such as 8/255."""
+    try:
+        return float(fractions.Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{name}: expected a number, or a fraction such as 8/255; got {text!r}.") from None
+
+
 def chosen_attacks(arguments: Arguments, epsilon: float) -> list:
     """Those that were named; or those of the suite, and the sweep over radii."""
     from fs_jax import masking
     from fs_jax.evaluation import parse_attack, suite
 
+    step_size = None if arguments.step_size is None else number("step_size", arguments.step_size)
     if arguments.suite is None:
         words = dict.fromkeys(("clean", *(arguments.attacks or ("fgsm", "pgd-20", "cw-20"))))
-        step_size, restarts = arguments.step_size, arguments.restarts
+        restarts = arguments.restarts
         return [parse_attack(word, epsilon=epsilon, step_size=step_size, restarts=restarts) for word in words]
     chosen = suite(
         arguments.suite,
         epsilon=epsilon,
-        step_size=arguments.step_size,
+        step_size=step_size,
         gradient_free_images=arguments.gradient_free_images,
         num_directions=arguments.spsa_directions,
     )
-    return [*chosen, *masking.radius_attacks(SWEPT)]
+    return [*chosen, *masking.radius_attacks(SWEPT, epsilon)]
 
 
 def output_folder(arguments: Arguments) -> pathlib.Path:
@@ -307,10 +321,10 @@ def save_images(path: pathlib.Path, adversaries, labels, records) -> None:
 HOW_TO_READ = """\
 Accuracy in % with 95% intervals. *Decides*: where the last iterate decides, the attack is judged as the paper's code
 judges its own, so that the numbers compare; where any iterate does, it is stronger, and an image leaves when it falls.
-*Images*: so many were attacked, of the first so many, which the accuracy is of. Those that were not attacked had been
-misclassified or had fallen to an attack before, and count as fallen. *Lowest run*: of several random starts, the one
-that found most; the accuracy is that after all of them. *Forward*, *backward*: passes of one image that the attack took
-in all (of local search, the most that it can take)."""
+*Images*: how many were attacked, of how many the accuracy counts. An attack that spares images spares those that are
+misclassified or have fallen to attacks before it, and counts them as fallen. *Lowest run*: of several random starts,
+the one that found most; the accuracy is that after all of them. *Seconds*: with compilation. *Forward*, *backward*:
+passes of one image that the attack took in all (of local search, the most that it can take)."""
 
 
 def report_text(summary: dict[str, Any], figures: set[str]) -> str:
@@ -338,6 +352,8 @@ def report_text(summary: dict[str, Any], figures: set[str]) -> str:
             "Apart from the worst case, as they have another radius, or none, or another network's adversaries:",
             report.attack_table({"attacks": apart}),
         ]
+    if "transfer_from" in summary:
+        parts += [f"*Transfer*: adversaries that PGD-20 makes for `{summary['transfer_from']}`, tried on this network."]
     if "strength" in figures:
         parts += ["![Accuracy against steps and radius](strength.png)"]
     if "examples" in figures:

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -608,7 +609,13 @@ def check_evaluation(
         if attack.kind == "transfer" and source is None:
             raise ValueError("source: expected another network and its variables, for transfer; got None.")
     one = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
-    num_classes = jax.eval_shape(model.apply, variables, one)[0].shape[-1]
+    try:
+        num_classes = jax.eval_shape(model.apply, variables, one)[0].shape[-1]
+    except (flax.errors.FlaxError, TypeError) as error:
+        raise ValueError(
+            f"images: expected of a shape that the network takes; got {images.shape[1:]}. Are they another data set's? "
+            f"({type(error).__name__})"
+        ) from error
     if not (labels.min() >= 0 and labels.max() < num_classes):
         raise ValueError(
             f"labels: expected classes 0 to {num_classes - 1}, as the network has {num_classes}; "

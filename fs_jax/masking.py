@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from fs_jax.attacks import cross_entropy, logit_margin
 from fs_jax.attacks.linf import LogitsFn, image_keys
 from fs_jax.evaluation import Attack, accuracy
+from fs_jax.report import radius
 
 RADII = tuple(level / 255 for level in (1, 2, 4, 6, 8, 12, 16))
 SWEEP, UNBOUNDED = "pgd-20 at ", "pgd-100 at radius 1"
@@ -42,15 +43,18 @@ class Check(NamedTuple):
     """The numbers."""
 
 
-def radius_attacks(num_images: int) -> list[Attack]:
-    """PGD-20 at the radii of the sweep, and PGD-100 where the ball holds every image; judged by any iterate.
+def radius_attacks(num_images: int, epsilon: float) -> list[Attack]:
+    """PGD-20 at the radii of the sweep, this one among them, and PGD-100 where the ball holds every image.
+
+    Judged by any iterate, on the first images of those that are classified correctly.
 
     Example:
-      >>> [attack.name for attack in radius_attacks(100)][-2:]
-      ['pgd-20 at 16/255', 'pgd-100 at radius 1']
+      >>> [attack.name for attack in radius_attacks(100, 0.1)][-3:]
+      ['pgd-20 at 16/255', 'pgd-20 at 0.1', 'pgd-100 at radius 1']
     """
     shared = {"kind": "pgd", "any_iterate": True, "apart": True, "after": ("clean",), "num_images": num_images}
-    sweep = [Attack(epsilon=eps, num_steps=20, label=f"{SWEEP}{round(255 * eps)}/255", **shared) for eps in RADII]
+    radii = sorted({*RADII, *(() if any(abs(epsilon - eps) < 1e-6 for eps in RADII) else (epsilon,))} - {0})
+    sweep = [Attack(epsilon=eps, num_steps=20, label=f"{SWEEP}{radius(eps)}", **shared) for eps in radii]
     return [*sweep, Attack(epsilon=1.0, step_size=0.1, num_steps=100, label=UNBOUNDED, **shared)]
 
 
@@ -164,7 +168,7 @@ def _radii(attacks, records):
     swept = [name for name in attacks if name.startswith(SWEEP)]
     if len(swept) < 2:
         return Check(what, "not tested", "")
-    levels = ", ".join(f"{255 * attacks[name]['epsilon']:.0f}" for name in swept)
+    levels = ", ".join(f"{255 * attacks[name]['epsilon']:.3g}" for name in swept)
     why = f"PGD-20 at {levels} / 255: {', '.join(_percent(attacks[name]) for name in swept)}"
     wrong = _weaker(itertools.pairwise(swept), records)
     return Check(what, _yes(not wrong), "; ".join([*wrong, why]))
@@ -246,7 +250,7 @@ def _gap(attacks, records):
     among = [attack for attack in attacks.values() if not attack["apart"]]
     own = [attack for attack in attacks.values() if attack["name"] == "pgd-20" or _swept_at_radius(attack, among)]
     if not own or all(attack["name"] in ("clean", "pgd-20") for attack in among):
-        return Check(what, "not tested", "it takes PGD-20 and stronger attacks")
+        return Check(what, "not tested", "PGD-20 or stronger attacks weren't run at this radius")
     pgd = own[0]
     few = records[: pgd["total"]]
     stand = sum(record["fallen_at"].get(pgd["name"], 0) < 0 for record in few)

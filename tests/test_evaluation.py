@@ -306,6 +306,7 @@ def test_words_for_attacks():
         ({"attack_list": [Attack("fgsm"), Attack("fgsm")]}, ValueError, "none twice"),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer of at least 1"),
         ({"labels": LABELS + 90}, ValueError, "labels: expected classes 0 to 9"),
+        ({"images": IMAGES[:, :4]}, ValueError, "images: expected of a shape that the network takes; got (4, 8, 1)"),
     ],
 )
 def test_bad_input_is_refused(network, change, error, message):

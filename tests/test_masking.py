@@ -110,6 +110,13 @@ def test_what_was_not_run_is_not_judged():
     assert verdicts(losses=None, **gone) == ["not tested"] * 7
 
 
+def test_the_sweep_has_the_radius_of_the_evaluation_once():
+    names = [attack.name for attack in masking.radius_attacks(10, 8 / 255)]
+    assert names == [*(f"pgd-20 at {level}/255" for level in (1, 2, 4, 6, 8, 12, 16)), masking.UNBOUNDED]
+    assert "pgd-20 at 0.03" in [attack.name for attack in masking.radius_attacks(10, 0.03)]
+    assert [attack.name for attack in masking.radius_attacks(10, 0.0)] == names
+
+
 def test_the_sweep_begins_with_the_clean_images():
     points = masking.radius_points(*honest())
     assert [round(255 * point["epsilon"]) for point in points] == [0, 1, 2, 4, 8]

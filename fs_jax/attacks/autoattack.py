@@ -48,11 +48,11 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 """The authors' versions: their attacks in order, with their settings. `num_runs` counts random starts, or targets."""
 
 CONSTANTS: dict[str, dict[str, Any]] = {
-    "apgd": {"momentum": MOMENTUM, "rises": RISES},
-    "fab": {"alpha_max": ALPHA_MAX, "overshoot": OVERSHOOT, "backward": BACKWARD},
-    "square": {"share": SHARE, "halved_after": HALVED_AFTER},
+    "apgd": {"alpha": 1 - MOMENTUM, "rho": RISES},
+    "fab": {"alpha_max": ALPHA_MAX, "eta": OVERSHOOT, "beta": BACKWARD},
+    "square": {"p_init": SHARE, "halved_after": HALVED_AFTER},
 }
-"""What is the same in all versions, for the record: by family."""
+"""What is the same in all versions, for the record: by family, under the authors' names."""
 
 _LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 
@@ -194,8 +194,8 @@ def autoattack_settings(version: str | Sequence[str] = "standard", *, num_classe
 
     Example:
       >>> autoattack_settings(["apgd-t", "square"], num_classes=4)  # doctest: +NORMALIZE_WHITESPACE
-      {'apgd-t': {'num_steps': 100, 'loss': 'targeted', 'num_runs': 3, 'momentum': 0.25, 'rises': 0.75},
-       'square': {'num_steps': 5000, 'share': 0.8, 'halved_after': (10, 50, 200, 500, 1000, 2000, 4000)}}
+      {'apgd-t': {'num_steps': 100, 'loss': 'targeted', 'num_runs': 3, 'alpha': 0.75, 'rho': 0.75},
+       'square': {'num_steps': 5000, 'p_init': 0.8, 'halved_after': (10, 50, 200, 500, 1000, 2000, 4000)}}
     """
     chosen = _chosen(version, num_classes)
     return {name: {**own, **CONSTANTS[_family(name)]} for name, own in chosen.items()}
