@@ -59,7 +59,8 @@ def test_the_record_agrees_with_itself(record):
     assert record.fallen_to[0] == "clean"
     np.testing.assert_array_equal(record.robust, [not to for to in record.fallen_to])
     np.testing.assert_array_equal(record.robust, record.steps < 0)
-    assert record.settings["apgd-t"] == {"num_steps": 100, "loss": "targeted", "num_runs": 4}
+    expected = {"num_steps": 100, "loss": "targeted", "num_runs": 4, "alpha": 0.75, "rho": 0.75}
+    assert record.settings["apgd-t"] == expected
     assert record.settings["epsilon"] == EPSILON
     # What stands has made every step of every run.
     assert record.queries["square"][0] >= 5001 * record.robust.sum()
