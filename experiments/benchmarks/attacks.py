@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
         "pgd": race_pgd(logits_fn, net, images, labels, arguments),
         "autoattack": race_autoattack(logits_fn, net, images, labels, arguments, float(recorded)),
         "leaving": with_and_without_leaving(logits_fn, images, labels, arguments),
-        "arguments": dataclasses.asdict(arguments),
+        "arguments": {**dataclasses.asdict(arguments), "reference": arguments.reference.name},
         "environment": {
             **backend.describe(),
             "batch_size": backend.batch_size(),
