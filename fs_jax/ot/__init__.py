@@ -4,13 +4,23 @@
     result = sinkhorn(cost, reg=0.01)         # a Transport: plan, costs, potentials, marginal error, status
     result.primal_cost                        # ⟨plan, cost⟩, differentiable
 
-The room needs JAX and nothing else of this project.
+The package needs JAX and nothing else of this project. In reading order: costs → problem → sinkhorn, ipot, released →
+result; the iterations and their derivatives are in the private modules.
 """
 
-from fs_jax.ot.costs import cosine_cost, sqeuclidean_cost
+from fs_jax.ot.costs import cosine_cost, euclidean_cost, sqeuclidean_cost
 from fs_jax.ot.ipot import ipot
 from fs_jax.ot.released import released_sinkhorn
+from fs_jax.ot.result import Status, Transport
 from fs_jax.ot.sinkhorn import sinkhorn
-from fs_jax.ot.transport import Status, Transport
 
-__all__ = ["Status", "Transport", "cosine_cost", "ipot", "released_sinkhorn", "sinkhorn", "sqeuclidean_cost"]
+__all__ = [
+    "Status",
+    "Transport",
+    "cosine_cost",
+    "euclidean_cost",
+    "ipot",
+    "released_sinkhorn",
+    "sinkhorn",
+    "sqeuclidean_cost",
+]

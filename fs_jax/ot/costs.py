@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from fs_jax.ot import checks
+from fs_jax.ot import _checks
 
 
 def cosine_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
@@ -35,7 +35,7 @@ def cosine_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, 
     Source: Zhang and Wang, Defense Against Adversarial Attacks Using Feature Scattering-based Adversarial Training
     (NeurIPS 2019), section 3.2.
     """
-    x, y = checks.points(x, y)
+    x, y = _checks.points(x, y)
     cosine = jnp.matmul(_unit_rows(x), _unit_rows(y).T, precision=lax.Precision.HIGHEST)
     return jnp.where(cosine >= 1, 0, 1 - cosine)  # NaN stays NaN
 
@@ -61,13 +61,48 @@ def sqeuclidean_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Ar
         [[9.]
          [4.]]
     """
-    x, y = checks.points(x, y)
+    x, y = _checks.points(x, y)
     # |x - y|² = |x|² + |y|² - 2⟨x, y⟩ cancels badly far from the origin, and the distance doesn't know where that is.
     centre = lax.stop_gradient(y.mean(0)) if y.shape[0] else 0
     x, y = x - centre, y - centre
     inner = jnp.matmul(x, y.T, precision=lax.Precision.HIGHEST)
     squared = jnp.sum(x * x, 1)[:, None] + jnp.sum(y * y, 1)[None, :] - 2 * inner
     return jnp.where(squared <= 0, 0, squared)  # NaN stays NaN
+
+
+def euclidean_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    """Euclidean distance between all pairs of rows, with gradient 0 at distance 0.
+
+        C_ij = |x_i - y_j|
+
+    The distance has a kink where two points meet: no gradient there, but 0 is in the subdifferential, and finite.
+    Differences are taken before they are squared (O(n m d) work outside of a matrix product), so that near points
+    keep their digits.
+
+    Args:
+        x: points, one per row.
+        y: points of the same dimension, in the same unit, which is the cost's too.
+
+    Returns:
+        The cost, float32 or the wider dtype of x and y.
+
+    Raises:
+        TypeError: x or y is not numeric.
+        ValueError: x or y is not a matrix, or their numbers of columns differ.
+
+    Example:
+        >>> print(euclidean_cost(jnp.array([[0.0, 0.0], [3.0, 0.0]]), jnp.array([[3.0, 4.0]])))
+        [[5.]
+         [4.]]
+    """
+    x, y = _checks.points(x, y)
+    differences = x[:, None, :] - y[None, :, :]
+    # Scaled by the largest difference, so that squares neither overflow nor vanish.
+    largest = lax.stop_gradient(jnp.max(jnp.abs(differences), axis=-1, initial=0))
+    apart = largest != 0  # of NaN too, which should come out
+    scale = jnp.where(apart, largest, 1)
+    squared = jnp.sum(jnp.square(differences / scale[:, :, None]), axis=-1)
+    return jnp.where(apart, scale * jnp.sqrt(jnp.where(apart, squared, 1)), 0)
 
 
 def _unit_rows(x: Float[Array, "n d"]) -> Float[Array, "n d"]:

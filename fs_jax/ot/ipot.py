@@ -1,29 +1,35 @@
 """IPOT: exact optimal transport by proximal points (Algorithm 2), in a form that can neither overflow nor underflow."""
 
-from functools import partial
+import math
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from fs_jax.ot import checks, transport
-from fs_jax.ot.logspace import MASKED, log_sum_exp, log_weights
-from fs_jax.ot.transport import Transport
+from fs_jax.ot import _checks
+from fs_jax.ot._batching import in_chunks
+from fs_jax.ot._iterations import Points
+from fs_jax.ot._logspace import MASKED, log_sum_exp
+from fs_jax.ot.problem import make_problem
+from fs_jax.ot.result import Outcome, Status, Transport, finish, marginal_error, transport
 
 GRADS = ("unroll", "envelope", "none")
+SEGMENT = 128  # steps whose matrices are all kept for the way back
 
 
+@_checks.answers_other_names
 def ipot(
     cost: Float[Array, "n m"],
-    a: Float[Array, " n"] | None = None,
-    b: Float[Array, " m"] | None = None,
+    a: Float[Array, " n"] | Bool[Array, " n"] | None = None,
+    b: Float[Array, " m"] | Bool[Array, " m"] | None = None,
     *,
     beta: float | Float[Array, ""],
     num_iters: int = 50,
     inner_iters: int = 1,
-    threshold: float | None = None,
+    threshold: float | Float[Array, ""] | None = None,
     grad: Literal["unroll", "envelope", "none"] = "unroll",
 ) -> Transport:
     """Optimal transport by inexact proximal points: each step is a Sinkhorn step from the last plan.
@@ -33,24 +39,25 @@ def ipot(
     With Q = exp(-C / beta) ∘ T_{t-1} and σ as the last step left it: δ = a / (Q σ), σ = b / (Qᵀ δ), `inner_iters`
     times, then T_t = diag(δ) Q diag(σ). Its cost tends to that of the unregularised problem, however large beta is.
 
-    The products of the δ and of the σ so far, as logarithms F and G, hold all there is to T_t:
-
-        T_t = exp(F_i + G_j - t C_ij / beta)
-
-    so step t is a Sinkhorn iteration at regularisation beta / t, which starts from the potentials extrapolated by the
-    last step's change: F_t = log a - LSE_j(2 G_{t-1} - G_{t-2} - t C / beta), G_t = log b - LSE_i(F_t - t C / beta).
+    All of it is done on logarithms, so that nothing underflows at any beta; and log T itself is carried from step to
+    step, as Algorithm 2 carries T, so that rounding doesn't grow with their number. With F and G the sums of log δ
+    and of log σ so far, T_t = exp(F_i + G_j - t C_ij / beta): step t is a Sinkhorn iteration at reg beta / t.
 
     Args:
-        cost: what it costs to move a unit of mass from row i to column j.
-        a: mass of each row, 1/n by default; a zero takes the row out of the problem, exactly.
+        cost: what it costs to move a unit of mass from row i to column j. Half precision is computed in float32 and
+            returned in half precision.
+        a: mass of each row, 1/n by default; a zero takes the row out of the problem, exactly. Or a boolean mask: the
+            rows that are True share a mass of one evenly.
         b: mass of each column, 1/m by default; the same total as `a`.
         beta: weight of the proximal term, in units of the cost: small is few steps, each less exact.
         num_iters: proximal steps, at most (static under jit).
         inner_iters: Sinkhorn iterations in each (static under jit).
-        threshold: stop when both the mass that the last step moved and the marginal error (L1) are at most this; by
-            default all steps are done.
-        grad: "unroll" differentiates the iterations; "envelope" holds plan and potentials fixed, so that the gradient
-            of `primal_cost` is the plan; "none" gives zeros.
+        threshold: stop when the marginal error (L1, in units of mass) of the plan that is returned is at most this, and
+            the last step moved no more mass than this either, since a coupling alone is not yet a cheap one; by default
+            all steps are done. One below what the dtype can reach ends early, with `Status.STALLED`.
+        grad: "unroll" differentiates the iterations, and keeps a matrix of each (of more than 128, of each segment of
+            √T and each of its steps); "envelope" holds plan and potentials fixed, so that the gradient of
+            `primal_cost` is the plan (first derivatives); "none" gives zeros.
 
     Returns:
         A `Transport`. Its potentials and `reg_cost` are those at the regularisation that the last step had reached,
@@ -69,90 +76,178 @@ def ipot(
     Source: Xie, Wang, Wang and Zha, A Fast Proximal Point Method for Computing Exact Wasserstein Distance (UAI 2019),
     algorithm 1; Algorithm 2 of Zhang and Wang (NeurIPS 2019).
     """
-    cost, a, b = checks.problem(cost, a, b)
-    beta = checks.positive("beta", beta, cost.dtype)
-    num_iters = checks.count("num_iters", num_iters)
-    inner_iters = checks.count("inner_iters", inner_iters)
-    threshold = checks.threshold(threshold, cost.dtype)
-    grad = checks.choice("grad", grad, GRADS)
-    return _solve(cost, a, b, beta, threshold, num_iters, inner_iters, grad)
+    cost, a, b, dtype = _checks.problem(cost, a, b)
+    beta = _checks.positive("beta", beta, cost.dtype)
+    num_iters = _checks.count("num_iters", num_iters)
+    inner_iters = _checks.count("inner_iters", inner_iters)
+    threshold = _checks.threshold(threshold, cost.dtype)
+    grad = _checks.choice("grad", grad, GRADS)
+    return _solve(cost, a, b, beta, threshold, Options(num_iters, inner_iters, dtype), grad)
 
 
-@partial(jax.jit, static_argnames=("num_iters", "inner_iters", "grad"))
-def _solve(cost, a, b, beta, threshold, num_iters, inner_iters, grad):
+@partial(jax.jit, static_argnames=("options", "grad"))
+def _solve(cost, a, b, beta, threshold, options, grad):
     if grad == "none":
         cost, a, b, beta = lax.stop_gradient((cost, a, b, beta))
-    problem = (-cost / beta, a, b)
+    problem, (threshold,) = make_problem(cost, a, b, beta, threshold)
+    # The centred cost starts from σ = 1 as well, in its own terms.
+    arguments = (problem.scaled, problem.a, problem.b, -problem.columns / problem.reg)
     if grad != "unroll":
-        problem = lax.stop_gradient(problem)
-    phi, gamma, done, converged = _potentials(*problem, threshold, num_iters, inner_iters)
-
-    reg = beta / done
-    result = transport.from_potentials(phi, gamma, -cost / reg, cost, a, b, reg, done, converged)
-    if grad == "envelope":
-        plan, f, g, error = lax.stop_gradient((result.plan, result.f, result.g, result.marginal_error))
-        result = result._replace(plan=plan, f=f, g=g, marginal_error=error, primal_cost=jnp.sum(plan * cost))
-    return result
+        arguments = lax.stop_gradient(arguments)
+    outcome = _iterations(*arguments, lax.stop_gradient(threshold), options)
+    problem = problem._replace(reg=problem.reg / lax.stop_gradient(outcome.done))
+    return transport(problem, outcome, threshold, options.dtype, envelope=grad == "envelope")
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(4, 5))
-def _potentials(scaled, a, b, threshold, num_iters, inner_iters):
-    """Potentials F and G after the proximal steps, how many were done, and whether the threshold was met."""
-    step = partial(_step, scaled, a, b, threshold, inner_iters)
-    if threshold is None:
-        return lax.fori_loop(0, num_iters, lambda _, state: step(state), _start(a, b)).outcome
-    # In a batch, too, this ends when the last problem is done.
-    return lax.while_loop(lambda state: ~state.converged & (state.done < num_iters), step, _start(a, b)).outcome
+class Options(NamedTuple):
+    """What is known when a program is compiled."""
+
+    num_iters: int
+    inner_iters: int
+    dtype: str  # of the result, whose plan is the one that is judged
 
 
-@_potentials.defjvp
-def _derivative(num_iters, inner_iters, primals, tangents):
-    """That of the same steps as a scan, which has a reverse mode: it keeps the potentials of each step, no matrix."""
+class State(NamedTuple):
+    """After a step: log T, log σ of this step, and the sums of log δ and of log σ over all steps so far.
 
-    def outcome(scaled, a, b, threshold):
-        step = jax.checkpoint(partial(_step, scaled, a, b, threshold, inner_iters))
-        return lax.scan(lambda state, _: (step(state), None), _start(a, b), length=num_iters)[0].outcome
+    log T is held and not made of the sums, as Algorithm 2 holds T: terms as large as t C / beta, and their rounding,
+    would grow with t.
+    """
 
-    return jax.jvp(outcome, primals, tangents)
-
-
-class _State(NamedTuple):
-    """Potentials (F and G, and G before the last step), steps done, and whether the threshold is met."""
-
+    log_plan: jax.Array
+    sigma: jax.Array
     phi: jax.Array
     gamma: jax.Array
-    before: jax.Array
+
+
+class Progress(NamedTuple):
+    """Steps done, how the last ended, the smallest (error, mass moved) so far, and steps since then."""
+
     done: jax.Array
     converged: jax.Array
-
-    @property
-    def outcome(self):
-        return self.phi, self.gamma, self.done, self.converged
-
-
-def _start(a, b):
-    gamma = jnp.where(b != 0, jnp.zeros_like(b), MASKED)
-    return _State(jnp.where(a != 0, jnp.zeros_like(a), MASKED), gamma, gamma, jnp.int32(0), jnp.bool_(False))
+    stalled: jax.Array
+    best: jax.Array
+    waited: jax.Array
 
 
-def _step(scaled, a, b, threshold, inner_iters, state):
-    """One proximal step; none for a problem that has converged."""
-    terms = (state.done + 1).astype(scaled.dtype) * scaled
-    gamma = jnp.where(b != 0, 2 * state.gamma - state.before, MASKED)  # doubling MASKED again and again would overflow
+@partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _iterations(scaled, a, b, start, threshold, options):
+    """`Outcome` of the proximal steps; its potentials have their derivative."""
+    return _walk(options)(scaled, a, b, start, threshold)
+
+
+@_iterations.defjvp
+def _derivative(options, primals, tangents):
+    """That of the same steps as a scan, which has a reverse mode."""
+    *problem, threshold = primals
+    outcome = None if threshold is None else _walk(options)(*primals)
+    done = None if threshold is None else outcome.done
+
+    def potentials(scaled, a, b, start):
+        state = _scan(Points.of(scaled, a, b), start, done, options)
+        return (state.phi, state.gamma), state
+
+    (_, (d_phi, d_gamma), state) = jax.jvp(potentials, tuple(problem), tuple(tangents[:4]), has_aux=True)
+    if outcome is None:
+        outcome = _outcome(Points.of(*problem[:3]), state, jnp.full_like(d_phi, options.num_iters, shape=()))
+    return outcome, jax.tree.map(jnp.zeros_like, outcome)._replace(phi=d_phi, gamma=d_gamma)
+
+
+@cache
+def _walk(options):
+    @in_chunks
+    def iterations(scaled, a, b, start, threshold):
+        points = Points.of(scaled, a, b)
+        first = _start(points, start)
+        zero = jnp.zeros_like(scaled, shape=(), dtype=jnp.int32)
+        if threshold is None:
+            state = lax.fori_loop(0, options.num_iters, lambda _, s: _step(points, options.inner_iters, s), first)
+            return _outcome(points, state, (zero + options.num_iters).astype(scaled.dtype))
+
+        def unfinished(carry):
+            progress = carry[2]
+            return ~progress.converged & ~progress.stalled & (progress.done < options.num_iters)
+
+        def step(carry):
+            state, last, progress = carry
+            state = _step(points, options.inner_iters, state)
+            plan, _ = _finished(points, state)
+            return state, plan, _judge(points, threshold, options.dtype, plan, last, progress)
+
+        no, far = jnp.zeros_like(zero, bool), jnp.full_like(scaled, jnp.inf, shape=())
+        carry = (first, _finished(points, first)[0], Progress(zero, no, no, far, zero))
+        state, _, progress = lax.while_loop(unfinished, step, carry)
+        outcome = _outcome(points, state, progress.done.astype(scaled.dtype))
+        return outcome._replace(flag=jnp.where(progress.stalled, Status.STALLED, outcome.flag).astype(scaled.dtype))
+
+    return iterations
+
+
+def _judge(points, threshold, dtype, plan, last, progress):
+    """Both the marginal error of the plan, as it would be returned, and the mass that moved are to be small."""
+    mass = points.a.sum()
+    moved = jnp.sum(jnp.abs(plan - last))
+    # Another program than the one that makes the result: its rounding must not turn the verdict.
+    slack = 4 * jnp.finfo(plan.dtype).eps * mass
+    error = jnp.maximum(marginal_error(plan.astype(dtype), points.a, points.b), moved) + slack
+    waited = jnp.where(error < progress.best, 0, progress.waited + 1)
+    converged = error <= threshold
+    # Near what rounding lets errors be, they are new at each step: records get rare, and rarer the longer it goes.
+    near_rounding = ~(error > sum(plan.shape) * jnp.finfo(dtype).eps * mass)
+    stalled = ~converged & near_rounding & (waited > 20 + progress.done // 2)
+    return Progress(progress.done + 1, converged, stalled, jnp.minimum(error, progress.best), waited)
+
+
+def _start(points, sigma):
+    there = points.there_a[:, None] & points.there_b[None, :]
+    log_plan = jnp.where(there, jnp.zeros_like(points.scaled), MASKED)
+    zeros_a, zeros_b = jnp.zeros_like(points.a), jnp.zeros_like(points.b)
+    return State(log_plan, jnp.where(points.there_b, sigma, 0), zeros_a, zeros_b)
+
+
+def _step(points, inner_iters, state):
+    """One proximal step."""
+    _, _, _, log_a, log_b, there_a, there_b = points
+    matrix, sigma = state.log_plan + points.scaled, state.sigma
     for _ in range(inner_iters):
-        phi = jnp.where(a != 0, log_weights(a) - log_sum_exp(terms + gamma[None, :], 1), MASKED)
-        gamma = jnp.where(b != 0, log_weights(b) - log_sum_exp(terms + phi[:, None], 0), MASKED)
-    new = _State(phi, gamma, state.gamma, state.done + 1, state.converged)
-    if threshold is None:
-        return new
-    new = new._replace(converged=_settled(scaled, a, state, new) <= threshold)
-    return jax.tree.map(lambda x, y: jnp.where(state.converged, x, y), state, new)
+        delta = jnp.where(there_a, log_a - log_sum_exp(matrix + sigma[None, :], 1), 0)
+        sigma = jnp.where(there_b, log_b - log_sum_exp(matrix + delta[:, None], 0), 0)
+    log_plan = matrix + (delta[:, None] + sigma[None, :])
+    return State(log_plan, sigma, state.phi + delta, state.gamma + sigma)
 
 
-def _settled(scaled, a, before, after):
-    """The larger of the marginal error and the mass that moved in a step, both in L1."""
-    plan, last = (
-        jnp.exp(state.phi[:, None] + state.gamma[None, :] + state.done.astype(scaled.dtype) * scaled)
-        for state in (after, before)
-    )
-    return jnp.maximum(jnp.abs(plan - last).sum(), jnp.abs(plan.sum(1) - a).sum())
+def _scan(points, start, done, options):
+    """The same steps with a reverse mode: it keeps a matrix of each step, of many steps those of every √T-th."""
+    step = jax.checkpoint(partial(_step, points, options.inner_iters))
+
+    def one(state, t):
+        new = step(state)
+        if done is not None:
+            new = jax.tree.map(lambda x, y: jnp.where(t < done, x, y), new, state)
+        return new, None
+
+    def several(state, ts):
+        return lax.scan(one, state, ts)
+
+    steps = jnp.arange(options.num_iters)
+    state = _start(points, start)
+    if options.num_iters <= SEGMENT:
+        return several(state, steps)[0]
+    length = math.isqrt(options.num_iters)
+    whole = options.num_iters // length * length
+    state, _ = lax.scan(jax.checkpoint(several), state, steps[:whole].reshape(-1, length))
+    return several(state, steps[whole:])[0]
+
+
+def _finished(points, state):
+    """The plan, with half a step more on its columns, and what that changed them by."""
+    there = points.there_a[:, None] & points.there_b[None, :]
+    plan, factor = finish(jnp.where(there, jnp.exp(state.log_plan), 0).T, points.b)
+    return plan.T, factor
+
+
+def _outcome(points, state, done):
+    plan, factor = _finished(points, state)
+    phi = jnp.where(points.there_a, state.phi, MASKED)
+    gamma = jnp.where(points.there_b, state.gamma + jnp.log(factor), MASKED)
+    return Outcome(plan, phi, gamma, done, jnp.full_like(done, Status.LIMIT))

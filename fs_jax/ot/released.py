@@ -12,36 +12,39 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from fs_jax.ot import checks, transport
-from fs_jax.ot.transport import Transport
+from fs_jax.ot import _checks
+from fs_jax.ot.problem import make_problem
+from fs_jax.ot.result import Outcome, Status, Transport, transport
 
 _INSIDE_LOG = 1e-6
 
 
+@_checks.answers_other_names
 def released_sinkhorn(
     cost: Float[Array, "n m"],
     *,
     reg: float | Float[Array, ""] = 0.01,
-    max_iters: int = 100,
-    threshold: float | Float[Array, ""] = 0.1,
+    num_iters: int = 100,
+    change: float | Float[Array, ""] = 0.1,
 ) -> Transport:
     """The released code's Sinkhorn iteration between uniform marginals, differentiable through the iterations done.
 
         f ← f + reg·(log 1/n - log(Σ_j exp((f_i + g_j - C_ij) / reg) + 1e-6))
         g ← g + reg·(log 1/m - log(Σ_i exp((f_i + g_j - C_ij) / reg) + 1e-6))
 
-    until Σ_i |change of f_i| < threshold. It costs only the iterations that it does, in both directions: the reverse
+    until Σ_i |change of f_i| < `change`. It costs only the iterations that it does, in both directions: the reverse
     rule walks back over them.
 
     Args:
         cost: what it costs to move a unit of mass from row i to column j.
         reg: weight of the entropic term, in units of the cost.
-        max_iters: iterations, at most (static under jit).
-        threshold: on the sum over rows of the change of f, in units of the cost.
+        num_iters: iterations, at most (static under jit).
+        change: stop when the sum over rows of the change of f is below this, in units of the cost. (It is no
+            `threshold`, which in the other solvers is a marginal error.)
 
     Returns:
-        A `Transport`. `status` tells whether this stopping test was met; `marginal_error`, how far the plan is from a
-        coupling then.
+        A `Transport`. Its status is `Status.LIMIT` where it is finite: this stopping test says nothing of the plan.
+        `marginal_error` tells how far that is from a coupling; `num_iters` is the limit where the test was not met.
 
     Raises:
         TypeError: an argument is not of the kind described.
@@ -54,31 +57,35 @@ def released_sinkhorn(
 
     Source: the released PyTorch code of Zhang and Wang (NeurIPS 2019).
     """
-    cost, a, b = checks.problem(cost, None, None)
-    reg = checks.positive("reg", reg, cost.dtype)
-    max_iters = checks.count("max_iters", max_iters)
-    threshold = checks.threshold(threshold, cost.dtype)
-    return _solve(cost, a, b, reg, threshold, max_iters)
+    cost, a, b, dtype = _checks.problem(cost, None, None)
+    reg = _checks.positive("reg", reg, cost.dtype)
+    num_iters = _checks.count("num_iters", num_iters)
+    change = _checks.at_least_zero("change", change, cost.dtype)
+    return _solve(cost, a, b, reg, change, num_iters, dtype)
 
 
-@partial(jax.jit, static_argnames=("max_iters",))
-def _solve(cost, a, b, reg, threshold, max_iters):
-    scaled = -cost / reg
-    phi, gamma, done, converged = _potentials(scaled, lax.stop_gradient(threshold / reg), max_iters)
-    return transport.from_potentials(phi, gamma, scaled, cost, a, b, reg, done, converged)
+@partial(jax.jit, static_argnames=("num_iters", "dtype"))
+def _solve(cost, a, b, reg, change, num_iters, dtype):
+    # Not centred: 1e-6 inside the logarithms is added to sums of the cost as it is.
+    problem, (change,) = make_problem(cost, a, b, reg, change, centred=False)
+    scaled = problem.scaled
+    phi, gamma, done = _potentials(scaled, lax.stop_gradient(change / problem.reg), num_iters)
+    plan = lax.stop_gradient(_plan(phi, gamma, scaled))
+    outcome = Outcome(plan, phi, gamma, done, jnp.full_like(done, Status.LIMIT))
+    return transport(problem, outcome, None, dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _potentials(scaled, threshold, max_iters):
-    """Scaled potentials, iterations done, and whether the change of the rows' fell below the (scaled) threshold."""
-    phi, gamma, done, converged, _ = _walk(scaled, threshold, max_iters)
-    return phi, gamma, done, converged
+def _potentials(scaled, change, num_iters):
+    """Scaled potentials, and the iterations done until the rows' changed by less than `change` (scaled)."""
+    phi, gamma, done, *_ = _walk(scaled, change, num_iters)
+    return phi, gamma, done.astype(scaled.dtype)
 
 
-def _walk(scaled, threshold, max_iters):
+def _walk(scaled, change, num_iters):
     """The same, with the potentials at the start of each iteration."""
     n, m = scaled.shape
-    starts = (jnp.zeros((max_iters, n), scaled.dtype), jnp.zeros((max_iters, m), scaled.dtype))
+    starts = tuple(jnp.zeros_like(scaled, shape=(num_iters, size)) for size in (n, m))
 
     def iterate(state):
         phi, gamma, done, _, starts = state
@@ -89,18 +96,19 @@ def _walk(scaled, threshold, max_iters):
         new_phi = phi - jnp.log(n * (rows + _INSIDE_LOG))
         columns = _plan(new_phi, gamma, scaled).sum(0)
         gamma = gamma - jnp.log(m * (columns + _INSIDE_LOG))
-        return new_phi, gamma, done + 1, jnp.abs(new_phi - phi).sum() < threshold, starts
+        return new_phi, gamma, done + 1, jnp.abs(new_phi - phi).sum() < change, starts
 
-    start = (jnp.zeros(n, scaled.dtype), jnp.zeros(m, scaled.dtype), jnp.int32(0), jnp.bool_(False), starts)
-    return lax.while_loop(lambda state: (state[2] < max_iters) & ~state[3], iterate, start)
-
-
-def _forward(scaled, threshold, max_iters):
-    phi, gamma, done, converged, starts = _walk(scaled, threshold, max_iters)
-    return (phi, gamma, done, converged), (scaled, phi, done, starts)
+    done = jnp.zeros_like(scaled, shape=(), dtype=jnp.int32)
+    start = (jnp.zeros_like(scaled[:, 0]), jnp.zeros_like(scaled[0]), done, jnp.zeros_like(done, bool), starts)
+    return lax.while_loop(lambda state: (state[2] < num_iters) & ~state[3], iterate, start)
 
 
-def _backward(max_iters, kept, cotangents):
+def _forward(scaled, change, num_iters):
+    phi, gamma, done, _, starts = _walk(scaled, change, num_iters)
+    return (phi, gamma, done.astype(scaled.dtype)), (scaled, phi, done, starts)
+
+
+def _backward(num_iters, kept, cotangents):
     """Back through each iteration done: two exponentials of the matrix, and products with them."""
     scaled, last_phi, done, (phis, gammas) = kept
 
@@ -123,7 +131,7 @@ def _backward(max_iters, kept, cotangents):
 
     start = (cotangents[0], cotangents[1], jnp.zeros_like(scaled), last_phi, done - 1)
     d_scaled = lax.while_loop(lambda state: state[4] >= 0, iterate_back, start)[2]
-    return d_scaled, jnp.zeros((), scaled.dtype)
+    return d_scaled, jnp.zeros_like(d_scaled, shape=())
 
 
 def _plan(phi, gamma, scaled):

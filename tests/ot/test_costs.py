@@ -5,7 +5,7 @@ import pytest
 from jax.test_util import check_grads
 from scipy.spatial.distance import cdist
 
-from fs_jax.ot import cosine_cost, sqeuclidean_cost
+from fs_jax.ot import cosine_cost, euclidean_cost, sqeuclidean_cost
 
 rng = np.random.default_rng(0)
 X, Y = rng.normal(size=(4, 3)), rng.normal(size=(5, 3))
@@ -16,7 +16,9 @@ def test_cosine_cost_is_the_released_codes(golden):
     np.testing.assert_allclose(cosine_cost(golden["x"], golden["y"]), golden["cost"], atol=1e-14)
 
 
-@pytest.mark.parametrize(("cost", "metric"), [(cosine_cost, "cosine"), (sqeuclidean_cost, "sqeuclidean")])
+@pytest.mark.parametrize(
+    ("cost", "metric"), [(cosine_cost, "cosine"), (sqeuclidean_cost, "sqeuclidean"), (euclidean_cost, "euclidean")]
+)
 def test_costs_are_scipys(cost, metric):
     np.testing.assert_allclose(cost(X, Y), cdist(X, Y, metric), atol=1e-14)  # rounding of O(1) numbers
     check_grads(jax.jit(cost), (X, Y), order=1, modes=["fwd", "rev"], atol=1e-6)
@@ -56,7 +58,7 @@ def test_half_precision_is_computed_in_float32():
     assert cosine_cost(X, Y).dtype == jnp.float64
 
 
-@pytest.mark.parametrize("cost", [cosine_cost, sqeuclidean_cost])
+@pytest.mark.parametrize("cost", [cosine_cost, sqeuclidean_cost, euclidean_cost])
 def test_bad_points(cost):
     with pytest.raises(ValueError, match=r"y: expected as many columns as x, 3, got 2"):
         cost(X, Y[:, :2])
@@ -66,10 +68,21 @@ def test_bad_points(cost):
         cost("points", Y)
 
 
-@pytest.mark.parametrize("cost", [cosine_cost, sqeuclidean_cost])
+@pytest.mark.parametrize("cost", [cosine_cost, sqeuclidean_cost, euclidean_cost])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_points_that_are_not_finite_are_not_taken_for_near_ones(cost, bad):
     x = np.array([[1.0, 2.0], [bad, 0.5]])
     result = cost(x, np.array([[0.5, 1.0], [2.0, -1.0], [1.0, 0.0]]))
     assert np.isfinite(result[0]).all()
     assert not np.isfinite(result[1]).any()
+
+
+def test_euclidean_cost_has_a_finite_gradient_where_points_meet():
+    for dtype in (np.float32, np.float64):
+        x = X.astype(dtype)
+        gradient = jax.grad(lambda x: euclidean_cost(x, jnp.asarray(X, x.dtype)).sum())(x)
+        assert np.isfinite(gradient).all()
+        assert not np.diagonal(euclidean_cost(x, x)).any()
+        tiny = euclidean_cost(x[:1], x[:1] + dtype(1e-3))
+        np.testing.assert_allclose(tiny, cdist(x[:1], x[:1] + dtype(1e-3)), rtol=1e-6)
+    np.testing.assert_allclose(euclidean_cost([[3e30, 0.0]], np.float32([[0, 4e30]])), 5e30, rtol=1e-6)

@@ -134,5 +134,35 @@ def test_zero_weights_leave_points_out(make_problem):
 
 
 def test_dtypes(problem):
-    assert ipot(jnp.bfloat16(problem[0]), beta=0.5).plan.dtype == jnp.float32
+    assert ipot(jnp.bfloat16(problem[0]), beta=0.5).plan.dtype == jnp.bfloat16
     assert ipot(problem[0], beta=0.5).plan.dtype == jnp.float64
+
+
+def test_rounding_does_not_grow_with_the_number_of_steps():
+    cost = np.random.default_rng(0).uniform(0, 2, (60, 60))
+    exact = pot.emd2(np.full(60, 1 / 60), np.full(60, 1 / 60), cost)
+    solve = jax.jit(lambda c, **options: ipot(c, beta=0.1, num_iters=20_000, **options), static_argnames="threshold")
+    result, in_float64 = solve(jnp.float32(cost)), solve(cost)
+    # Algorithm 2 as printed has 1e-7 throughout: some units in the last place of a mass of one.
+    assert result.marginal_error < 1e-6
+    np.testing.assert_allclose(result.primal_cost, exact, atol=1e-6)
+    np.testing.assert_allclose(in_float64.primal_cost, exact, atol=1e-12)
+    np.testing.assert_allclose(result.plan, in_float64.plan, atol=1e-6)
+    assert ipot(jnp.float32(cost), beta=0.1, num_iters=20_000, threshold=1e-6).converged
+
+
+def test_derivative_of_many_steps_keeps_few_matrices(problem):
+    weights = np.random.default_rng(1).normal(size=problem[0].shape)
+
+    def value(cost, num_iters):
+        return jnp.sum(weights * ipot(cost, *problem[1:], beta=1.0, num_iters=num_iters).plan)
+
+    few, many = (jax.jit(jax.grad(value), static_argnums=1).lower(problem[0], n) for n in (150, 1500))
+    sizes = [x.compile().memory_analysis().temp_size_in_bytes for x in (few, many)]
+    assert sizes[1] < 6 * sizes[0]  # √10 times as many
+    # Forward and back through the segments.
+    np.testing.assert_allclose(
+        jax.jvp(lambda c: value(c, 150), (problem[0],), (weights,))[1],
+        jnp.sum(jax.grad(lambda c: value(c, 150))(problem[0]) * weights),
+        rtol=1e-8,
+    )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fs_jax.ot import Status, batching, iterations, sinkhorn
+from fs_jax.ot import Status, _batching, _iterations, sinkhorn
 
 rng = np.random.default_rng(0)
 LINE = np.linspace(0, 1, 20)[:, None] - np.linspace(0.3, 1.3, 30)[None, :]
@@ -53,7 +53,7 @@ def test_float32_is_as_good_as_in_the_log_domain(reg):
 def narrow(monkeypatch):
     """No scaling is in range: each run is repeated in the log domain, and so is the way back."""
     jax.clear_caches()  # the limits are constants of compiled programs
-    monkeypatch.setattr(iterations, "_limit", lambda array, power: 0.0)
+    monkeypatch.setattr(_iterations, "largest", lambda array, power: 0.0)
     yield
     jax.clear_caches()
 
@@ -74,7 +74,7 @@ def test_out_of_range_runs_are_repeated(threshold):
 
 
 def test_in_range_runs_are_not_repeated(monkeypatch):
-    monkeypatch.setattr(iterations, "log_sum_exp", lambda terms, axis: jnp.full(terms.shape[1 - axis], jnp.nan))
+    monkeypatch.setattr(_iterations, "log_sum_exp", lambda terms, axis: jnp.full(terms.shape[1 - axis], jnp.nan))
     jax.clear_caches()
     (_, result), got = gradient(COSTS["uniform"], "stabilized", 0.05, num_iters=25)
     jax.clear_caches()
@@ -109,14 +109,14 @@ def test_batches_larger_than_the_cache_go_in_pieces(monkeypatch):
 
     program = jax.vmap(jax.value_and_grad(solve))
     whole = jax.jit(program)(costs, regs)
-    monkeypatch.setattr(batching, "CACHE", 3 * 5 * 8 * 8)  # room for three matrices: 3, 3 and 1
+    monkeypatch.setattr(_batching, "CACHE", 3 * 5 * 8 * 8)  # room for three matrices: 3, 3 and 1
     jax.clear_caches()
     pieces = jax.jit(program).lower(costs, regs)
     jax.clear_caches()
     assert "tensor<3x5x8xf64>" in pieces.as_text()
     # The same sums, in another program.
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-13), pieces.compile()(costs, regs), whole)
-    assert [batching._chunk(size, 5 * 8 * 8) for size in (1, 2, 6, 7, 100)] == [1, 2, 3, 3, 2]
+    assert [_batching._chunk(size, 5 * 8 * 8) for size in (1, 2, 6, 7, 100)] == [1, 2, 3, 3, 2]
 
 
 @pytest.mark.parametrize("method", ["stabilized", "log"])

@@ -153,15 +153,18 @@ def exponents(problem, result, reg):
 @given(data=st.data())
 def test_solutions(solver, dtype, data):
     varied = data.draw(variations(data.draw(problems()), columns_too=solver != "ipot"))
-    results = jax.tree.map(np.asarray, SOLVERS[solver](batch([v.problem for v in varied.values()], dtype)))
+    given = batch([v.problem for v in varied.values()], dtype)
+    results = jax.tree.map(np.asarray, SOLVERS[solver](given))
+    # The problems as the solver has them, rounded to its dtype.
+    given = [Problem(*(np.float64(x[i]) for x in given)) for i in range(len(varied))]
     assert results.plan.dtype == dtype
     results = {name: jax.tree.map(lambda x, i=i: x[i].astype(np.float64), results) for i, name in enumerate(varied)}
     regs = {name: reached_reg(varied[name].problem, result, solver) for name, result in results.items()}
     largest = {name: exponents(varied[name].problem, result, regs[name]) for name, result in results.items()}
     eps = np.finfo(dtype).eps
 
-    for name, result in results.items():
-        check_evidence(varied[name].problem, result, eps * largest[name], eps)
+    for (name, result), rounded in zip(results.items(), given, strict=True):
+        check_evidence(rounded, result, eps)
         check_cost_is_as_good_as_entropy_allows(varied[name].problem, result, regs[name], eps * largest[name])
 
     original, (cost, a, b, *_) = results["original"], varied["original"].problem
@@ -183,22 +186,22 @@ def test_solutions(solver, dtype, data):
         assert original.marginal_error <= results["stopped"].marginal_error + rounding * a.sum()
 
 
-def check_evidence(problem, result, exponent_rounding, eps):
+def check_evidence(problem, result, eps):
     """What the result says of itself is true, and what it promises holds."""
     cost, a, b = problem[:3]
     assert all(np.isfinite(leaf).all() for leaf in result)
-    assert result.status in (Status.CONVERGED, Status.LIMIT)
-    # Sums of up to 24 terms of at most the mass, once in the solver's precision.
+    assert result.status in (Status.CONVERGED, Status.LIMIT, Status.STALLED)
+    # Of the plan and the weights as the solver has them, in float64: no tolerance on the side that matters.
     error = np.abs(result.plan.sum(1) - a).sum() + np.abs(result.plan.sum(0) - b).sum()
-    np.testing.assert_allclose(result.marginal_error, error, atol=16 * eps * problem.mass)
+    assert error <= result.marginal_error
+    # The reported error is rounded up, by some units in the last place of a mass.
+    np.testing.assert_allclose(result.marginal_error, error, atol=16 * eps * problem.mass, rtol=24 * eps)
     value = np.sum(result.plan * cost)
     np.testing.assert_allclose(result.primal_cost, value, atol=16 * eps * problem.mass * problem.size)
     assert not result.plan[a == 0].any()
     assert not result.plan[:, b == 0].any()
-    if result.status == Status.CONVERGED:
-        # The solver looks at sums that it has, the result at those of the plan: their exponents are rounded apart.
-        assert result.marginal_error <= problem.threshold + 8 * exponent_rounding * problem.mass
-    else:
+    assert (result.status == Status.CONVERGED) == (result.marginal_error <= problem.threshold)
+    if result.status == Status.LIMIT:
         assert result.num_iters == ITERATIONS
 
 

@@ -9,7 +9,7 @@ from ott.solvers.linear import implicit_differentiation
 from ott.solvers.linear import sinkhorn as ott_sinkhorn
 from scipy.optimize import linear_sum_assignment
 
-from fs_jax.ot import Status, iterations, sinkhorn
+from fs_jax.ot import Status, _iterations, sinkhorn
 
 METHODS = ("kernel", "log", "stabilized")
 
@@ -48,17 +48,18 @@ def test_every_iteration_is_ott_jaxs(problem, method):
     prob = linear_problem.LinearProblem(geometry.Geometry(cost_matrix=jnp.asarray(cost), epsilon=0.1), a, b)
     step = jax.jit(lambda state, i: theirs.one_iteration(prob, state, i, compute_error=False))
     state = theirs.init_state(prob, (jnp.zeros_like(a), jnp.zeros_like(b)))
-    start = jnp.zeros_like(a)
-    _, runs, _ = iterations._walk(20, method, True)(jnp.asarray(-cost / 0.1), jnp.log(a), jnp.log(b), start, None)
-    phi, gamma = jax.vmap(iterations._potentials_along, (0, None, None))(runs, jnp.log(a), jnp.log(b))
-    phi, gamma = phi[:, 1:].reshape(20, -1), gamma.reshape(20, -1)
+    options = _iterations.Options(20, method, False, "float64")
+    _, runs, _ = jax.jit(_iterations.walk(options, True))(jnp.asarray(-cost / 0.1), a, b, jnp.zeros_like(a), None)
+    u, v = (x if method == "log" else jnp.log(x) for x in (runs.u[:, 1:], runs.v))
+    phi, gamma = (runs.f[:, None] + u).reshape(20, -1), (runs.g[:, None] + v).reshape(20, -1)
+    solve = jax.jit(sinkhorn, static_argnames=("num_iters", "method"))
     for i in range(20):
         state = step(state, i)
         # Float64, and exponents of at most 2 / 0.1: rounding is amplified 20 times at most.
         np.testing.assert_allclose(0.1 * phi[i], state.fu, atol=1e-13)
         np.testing.assert_allclose(0.1 * gamma[i], state.gv, atol=1e-13)
-        if i + 1 in (1, 2, 9, 10, 11, 20):
-            ours = sinkhorn(cost, a, b, reg=0.1, num_iters=i + 1, method=method)
+        if i + 1 in (1, 11, 20):
+            ours = solve(cost, a, b, reg=0.1, num_iters=i + 1, method=method)
             np.testing.assert_allclose(ours.plan, np.exp((state.fu[:, None] + state.gv - cost) / 0.1), atol=1e-14)
 
 
@@ -249,14 +250,33 @@ def test_kernel_underflow_is_said_and_log_goes_on():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.int32])
-def test_narrow_types_are_computed_in_float32(problem, dtype):
+def test_narrow_types_are_computed_in_float32_and_returned_as_they_came(problem, dtype):
     cost = jnp.asarray(problem[0], dtype)
     result = sinkhorn(cost, reg=0.1)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(result)} == {"float32", "int32"}
+    floating = jnp.dtype(dtype if dtype != jnp.int32 else jnp.float32)
+    assert {x.dtype for x in (result.plan, result.primal_cost, result.reg_cost, result.f, result.g)} == {floating}
+    assert result.marginal_error.dtype == jnp.float32
     exact = sinkhorn(jnp.asarray(cost, jnp.float64), reg=0.1)
-    assert exact.plan.dtype == jnp.float64
-    # Exponents of 2 / 0.1 carry errors of 20 · 6e-8, and so do potentials.
-    np.testing.assert_allclose(result.plan, exact.plan, atol=1e-6)
+    # Exponents of 2 / 0.1 carry errors of 20 · 6e-8, and so do potentials; then the plan is rounded once.
+    np.testing.assert_allclose(
+        np.float64(result.plan), exact.plan, atol=1e-6, rtol=float(jnp.finfo(floating).eps) / 2 + 1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_carried_through_a_scan(problem, dtype):
+    a = jnp.zeros(6, dtype).at[2].set(1)  # points without mass, whose potential float16 cannot hold
+
+    def step(potentials, _):
+        result = sinkhorn(jnp.asarray(problem[0], dtype), a, reg=0.1, num_iters=3, init=potentials)
+        return (result.f, result.g), result.primal_cost
+
+    start = (jnp.zeros(6, dtype), jnp.zeros(9, dtype))
+    (f, g), costs = jax.lax.scan(step, start, length=3)
+    assert f.dtype == g.dtype == costs.dtype == dtype
+    assert np.isfinite(np.float32(f)).all()
+    # All of the mass is row 2's, and goes everywhere: its mean cost, rounded to the dtype.
+    np.testing.assert_allclose(np.float32(costs), problem[0][2].mean(), rtol=1e-2)
 
 
 def test_one_by_one():

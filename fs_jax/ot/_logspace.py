@@ -10,7 +10,7 @@ MASKED = -1e30
 
 
 def log_weights(weights: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Log w where there is mass, `MASKED` where there is none, NaN where w is negative or NaN."""
+    """Log w where there is mass, `MASKED` where there is none, NaN where w is NaN."""
     present = weights != 0
     return jnp.where(present, jnp.log(jnp.where(present, weights, 1)), MASKED)
 

@@ -29,7 +29,12 @@ def in_chunks(function: Callable) -> Callable:
         batched = [x for x, b in zip(leaves, is_batched, strict=True) if b]
         matrix = args[0][0] if in_batched[0] else args[0]
         chunk = _chunk(size, matrix.size * matrix.dtype.itemsize)
-        results = jax.vmap(one)(batched) if chunk == size else lax.map(one, batched, batch_size=chunk)
+        if chunk == size:
+            results = jax.vmap(one)(batched)
+        else:
+            results = lax.platform_dependent(
+                batched, cpu=lambda batched: lax.map(one, batched, batch_size=chunk), default=jax.vmap(one)
+            )
         return results, jax.tree.map(lambda _: True, results)
 
     return chunked
@@ -37,8 +42,6 @@ def in_chunks(function: Callable) -> Callable:
 
 def _chunk(size: int, matrix_bytes: int) -> int:
     """Problems at a time: those that fit, or somewhat fewer that divide the batch (a remainder is a second program)."""
-    if jax.default_backend() != "cpu":
-        return size
     most = max(1, min(size, CACHE // matrix_bytes))
     divisor = max(d for d in range(1, most + 1) if size % d == 0)
     return divisor if 2 * divisor >= most else most

@@ -5,7 +5,8 @@ are still checked here, and the `Transport.status` of the result tells the rest.
 """
 
 import difflib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,60 @@ import numpy as np
 _MASS_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
 
 
-def problem(cost, a, b) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The cost and both marginals as arrays of one floating dtype (float32, or wider where the caller's is).
+# What other libraries call the same thing: arguments, and values of `method` and `grad`.
+_OTHER_NAMES = {
+    "epsilon": "reg",
+    "max_iterations": "num_iters",
+    "max_iters": "num_iters",
+    "max_iter": "num_iters",
+    "numItermax": "num_iters",
+    "stopThr": "threshold",
+    "tol": "threshold",
+    "lse_mode": 'method ("log" or "kernel")',
+    "implicit_diff": 'grad ("implicit" or "unroll")',
+    "use_danskin": 'grad ("envelope")',
+    "initializer": "init",
+    "warmstart": "init",
+    "lse": "'log'",
+    "sinkhorn_log": "'log'",
+    "sinkhorn": "'kernel'",
+    "sinkhorn_stabilized": "'stabilized'",
+    "auto": "'stabilized'",
+    "autodiff": "'unroll'",
+    "danskin": "'envelope'",
+    "detach": "'none'",
+}
+
+
+def answers_other_names(solver: Callable) -> Callable:
+    """The same solver, which answers a keyword of another library with its own name for it."""
+    known = [name for name in solver.__annotations__ if name != "return"]
+
+    @functools.wraps(solver)
+    def checked(*args, **options):
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"{solver.__name__}: expected arguments {', '.join(known)}; got {name}{_hint(name, known)}"
+                )
+        return solver(*args, **options)
+
+    return checked
+
+
+def _hint(name: str, options: Sequence[str]) -> str:
+    if name in _OTHER_NAMES:
+        ours = _OTHER_NAMES[name]
+        return f", which is called {'beta' if ours == 'reg' and 'beta' in options else ours} here"
+    nearest = difflib.get_close_matches(name, options, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def problem(cost, a, b) -> tuple[jax.Array, jax.Array, jax.Array, str]:
+    """The cost and both marginals as arrays of one floating dtype, and the name of the result's dtype.
+
+    The result has the dtype that these three are promoted to, float32 where that is no floating one; it is computed
+    in float32 where it is narrower.
 
     Raises:
         TypeError: an argument is not numeric, or complex.
@@ -35,13 +88,26 @@ def problem(cost, a, b) -> tuple[jax.Array, jax.Array, jax.Array]:
             "cost: expected finite values, got NaN or infinity; to leave a point out, give it any finite cost and a "
             "marginal of zero"
         )
+    narrow = cost.dtype if jnp.issubdtype(cost.dtype, jnp.floating) else jnp.dtype(jnp.float32)
     mass_a, a = _marginal("a", a, cost, axis=0)
     mass_b, b = _marginal("b", b, cost, axis=1)
-    tolerance = max(_MASS_TOLERANCE.get(str(w.dtype), 0) for w in (a, b)) or _MASS_TOLERANCE["float32"]
+    given = [w.dtype for w in (a, b) if w is not None and w.dtype != bool]
+    narrow = jnp.result_type(narrow, *given)
+    dtype = jnp.result_type(narrow, jnp.float32)
+    tolerance = max(_MASS_TOLERANCE.get(str(of), 0) for of in [*given, dtype])
     if mass_a is not None and mass_b is not None and abs(mass_a - mass_b) > tolerance * max(mass_a, mass_b):
         raise ValueError(f"b: expected the total mass of a, {mass_a:.6g}, got {mass_b:.6g}; divide each by its sum")
-    dtype = jnp.result_type(cost, a, b, jnp.float32)
-    return cost.astype(dtype), a.astype(dtype), b.astype(dtype)
+    a, b = (_weights(w, size, dtype) for w, size in zip((a, b), cost.shape, strict=True))
+    return cost.astype(dtype), a, b, str(narrow)
+
+
+def _weights(given, size, dtype):
+    """Uniform where none are given, and over the points of a mask."""
+    if given is None:
+        return jnp.full(size, 1 / size, dtype)
+    if given.dtype == bool:
+        return given / jnp.maximum(given.sum(), 1).astype(dtype)
+    return given.astype(dtype)
 
 
 def positive(name: str, value, dtype) -> jax.Array:
@@ -58,11 +124,14 @@ def positive(name: str, value, dtype) -> jax.Array:
 
 def threshold(value, dtype) -> jax.Array | None:
     """None, or a number that is at least zero."""
-    if value is None:
-        return None
-    seen, value = _scalar("threshold", value)
+    return None if value is None else at_least_zero("threshold", value, dtype)
+
+
+def at_least_zero(name: str, value, dtype) -> jax.Array:
+    """A scalar that is not negative, as an array of `dtype`."""
+    seen, value = _scalar(name, value)
     if seen is not None and not seen >= 0:
-        raise ValueError(f"threshold: expected a number of at least 0, got {seen}")
+        raise ValueError(f"{name}: expected a number of at least 0, got {seen}")
     return value.astype(dtype)
 
 
@@ -78,12 +147,11 @@ def count(name: str, value) -> int:
 
 
 def choice(name: str, value, options: Sequence[str]) -> str:
-    """One of a few names; the nearest is offered for a typo."""
+    """One of a few names; the nearest is offered for a typo, and ours for another library's."""
     if value in options:
         return value
-    nearest = difflib.get_close_matches(str(value), options, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}{hint}")
+    expected = ", ".join(map(repr, options))
+    raise ValueError(f"{name}: expected one of {expected}, got {value!r}{_hint(str(value), options)}")
 
 
 def potentials(init, n: int, m: int, dtype) -> tuple[jax.Array, jax.Array]:
@@ -113,26 +181,27 @@ def points(x, y) -> tuple[jax.Array, jax.Array]:
     return x.astype(dtype), y.astype(dtype)
 
 
-def _marginal(name: str, weights, cost: jax.Array, axis: int) -> tuple[float | None, jax.Array]:
-    """The total mass, where it can be seen, and the weights."""
+def _marginal(name: str, weights, cost: jax.Array, axis: int) -> tuple[float | None, jax.Array | None]:
+    """The total mass, where it can be seen, and the weights or the mask; None for uniform ones."""
     size = cost.shape[axis]
     if weights is None:
-        return 1.0, jnp.full(size, 1 / size, jnp.result_type(cost, jnp.float32))
-    seen, weights = _numeric(name, weights)
+        return 1.0, None
+    seen, weights = _numeric(name, weights, or_boolean=True)
     if weights.shape != (size,):
         raise ValueError(
             f"{name}: expected one weight per {('row', 'column')[axis]} of cost, shape ({size},), got {weights.shape}"
         )
-    if seen is None:
-        return None, weights
-    seen = seen.astype(np.float64)
-    good = np.isfinite(seen) & (seen >= 0)
-    if not good.all():
-        worst = int(np.argmin(good))
-        raise ValueError(f"{name}: expected finite weights of at least 0, got {seen[worst]} at index {worst}")
-    if seen.sum() == 0:
-        raise ValueError(f"{name}: expected some mass, got zeros alone")
-    return float(seen.sum()), weights
+    if seen is not None:
+        seen = seen.astype(np.float64)
+        good = np.isfinite(seen) & (seen >= 0)
+        if not good.all():
+            worst = int(np.argmin(good))
+            raise ValueError(f"{name}: expected finite weights of at least 0, got {seen[worst]} at index {worst}")
+        if seen.sum() == 0:
+            raise ValueError(f"{name}: expected some mass, got zeros alone")
+    if weights.dtype == bool:
+        return None if seen is None else 1.0, weights
+    return None if seen is None else float(seen.sum()), weights
 
 
 def _scalar(name: str, value) -> tuple[np.ndarray | None, jax.Array]:
@@ -142,7 +211,7 @@ def _scalar(name: str, value) -> tuple[np.ndarray | None, jax.Array]:
     return seen, value
 
 
-def _numeric(name: str, value) -> tuple[np.ndarray | None, jax.Array]:
+def _numeric(name: str, value, or_boolean: bool = False) -> tuple[np.ndarray | None, jax.Array]:
     """What can be seen of a value (None for a tracer), and the value as an array.
 
     They are taken apart because inside `jit` JAX's operations are traced even on values that are known: NumPy looks.
@@ -152,6 +221,7 @@ def _numeric(name: str, value) -> tuple[np.ndarray | None, jax.Array]:
         array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected numbers, got {type(value).__name__}") from error
-    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+    kinds = (jnp.floating, jnp.integer, jnp.bool_) if or_boolean else (jnp.floating, jnp.integer)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
     return seen, array

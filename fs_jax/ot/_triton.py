@@ -4,8 +4,8 @@ A small problem is microseconds of arithmetic, but step by step it is hundreds o
 matrix from memory. Here a block of threads has a problem to itself: it reads s = -C / reg once, and then its threads
 pass nothing but vectors. `vmap` makes as many blocks as there are problems.
 
-The iterations are those of `iterations.py`, in a form that is safe at any reg and takes one exponential per entry. With
-the potentials so far and F = exp(s_ij + φ_i + γ_j), whose columns sum to b, the rows are updated and then the columns:
+The iterations are those of `_iterations.py`, in a form that is safe at any reg and takes one exponential per entry.
+With the potentials so far and F = exp(s_ij + φ_i + γ_j), whose columns sum to b, rows are updated and then columns:
 
     u = a / (F 1)    φ ← φ + log u        v = b / (Fᵀ u)    γ ← γ + log v
 
@@ -22,9 +22,6 @@ Kernels are written in Pallas and compiled by Triton. JAX has deprecated that ba
 which needs a Hopper GPU and layouts that are multiples of 64 rows; `_call` is all that knows of it.
 """
 
-import functools
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
 
 import jax
@@ -32,148 +29,104 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.flatten_util import ravel_pytree
 
-from fs_jax.ot import iterations
-from fs_jax.ot.logspace import MASKED, log_sum_exp
+from fs_jax.ot import _iterations, _unroll
+from fs_jax.ot._iterations import Options, Points, once_if
+from fs_jax.ot._logspace import MASKED, log_sum_exp
+from fs_jax.ot._unroll import with_transpose
+from fs_jax.ot.result import Outcome, Status, finish, first_order_only, marginal_error
 
-PLATFORMS = {"cuda": False}  # where the kernels are taken, and whether they are interpreted there
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # a JAX that has dropped it
+    triton = None
+
+IS_HERE = triton is not None
 LARGEST = 256  # points on a side
 TILE = 128 * 128  # entries that a block of threads works on at a time: 32 for each of its 512
 TINY = 1e-30  # no sum is below the product of two weights; one that is even smaller is not believed
 
 
-def potentials(scaled, log_a, log_b, start, threshold, num_iters, method, fused):
-    """`iterations.potentials`; where it runs on a GPU, by the kernels.
-
-    That is for float32, up to 256 points on a side, and the method that is free to choose its way, "stabilized". What
-    runs where is decided here and nowhere else.
-    """
-
-    def plain(*problem):
-        return iterations.potentials(*problem, num_iters, method)
-
-    branches = {}
-    if fused and method == "stabilized" and scaled.dtype == jnp.float32 and max(scaled.shape) <= LARGEST:
-        shape = _padded(scaled.shape)
-        for platform, interpret in PLATFORMS.items():
-            if _works(shape, platform, interpret):
-                branches[platform] = lambda *problem, how=interpret: on_chip(*problem, num_iters, how)
-    problem = (scaled, log_a, log_b, start, threshold)
-    return lax.platform_dependent(*problem, default=plain, **branches) if branches else plain(*problem)
-
-
-@functools.cache
-def _works(shape, platform, interpret) -> bool:
-    """Whether kernels of this size compile on a device that is here, and do what the plain iterations do.
-
-    They depend on more than JAX promises: on the GPU's generation, and on a backend that may go. So they are tried,
-    once per process and size, and where they fail that costs speed and nothing else.
-    """
-    try:
-        device = jax.local_devices(backend=platform)[0]
-    except RuntimeError:
-        return False
-
-    def trial():
-        with jax.default_device(device):
-            return _agrees(shape, interpret)
-
-    reason = "its results are not those of the plain iterations"
-    try:
-        with ThreadPoolExecutor(1) as thread:  # this one may be tracing, and would trace the trial too
-            works = thread.submit(trial).result()
-    except Exception as error:  # whatever a compiler may raise
-        works, reason = False, f"{type(error).__name__}: {error}"
-    if not works:
-        warnings.warn(f"sinkhorn goes without its kernel for {shape} points on {device}: {reason}", stacklevel=2)
-    return works
-
-
-def _agrees(shape, interpret):
-    """Whether plan and gradient of a problem with uneven weights are those of the plain iterations."""
-    n, m = (size - size // 4 for size in shape)
-    rng = np.random.default_rng(0)
-    scaled = jnp.asarray(rng.uniform(-20, 0, (n, m)), jnp.float32)
-    log_a, log_b = (jnp.asarray(np.log(w / w.sum()), jnp.float32) for w in (rng.uniform(1, 2, n), rng.uniform(1, 2, m)))
-    weights = jnp.asarray(rng.normal(size=(n, m)), jnp.float32)
-
-    def value(solve, scaled):
-        phi, gamma, *_ = solve(scaled, log_a, log_b, jnp.zeros_like(log_a), jnp.float32(1e-6))
-        return jnp.sum(weights * jnp.exp(scaled + phi[:, None] + gamma))
-
-    solvers = (lambda *p: on_chip(*p, 6, interpret)), (lambda *p: iterations.potentials(*p, 6, "log"))
-    got, expected = (jax.jit(jax.value_and_grad(partial(value, solve)))(scaled) for solve in solvers)
-    # Exponents of 20 are rounded at 1e-6 of a plan, and sums of 12 updates add up; a wrong one is wrong by far more.
-    return all(np.allclose(x, y, rtol=1e-3, atol=1e-4 * np.abs(y).max()) for x, y in zip(got, expected, strict=True))
-
-
 # Values and derivatives, for one problem
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(5, 6))
-def on_chip(scaled, log_a, log_b, start, threshold, num_iters, interpret):
-    """`iterations.potentials` by the kernels alone; `interpret` runs them without a GPU."""
-    return _forward(scaled, log_a, log_b, start, threshold, num_iters, False, interpret)[0]
+def solve(scaled, a, b, start, threshold, options: Options, interpret: bool) -> Outcome:
+    """`Outcome` of the iterations; `interpret` runs the kernel without a GPU.
 
-
-@on_chip.defjvp
-def _derivative(num_iters, interpret, primals, tangents):
-    """As in `iterations`: linear in the tangents, and written out in both directions.
-
-    Back goes a kernel; forward mode is rare, and goes through the plain iterations in the log domain.
+    With a threshold, the plan is judged as it is returned. Where it fails though the kernel's own sums met the
+    threshold, the problem is solved again by the plain iterations, which judge as they go.
     """
-    result, path = _forward(*primals, num_iters, True, interpret)
-    *problem, threshold, path = iterations._first_order_only((*primals, path))
-    vectors, unravel = ravel_pytree(tuple(tangents[1:4]))
+    outcome, _ = _forward(scaled, a, b, start, threshold, options, False, interpret)
+    if threshold is None:
+        return outcome
+    error = marginal_error(outcome.plan.astype(options.dtype), a, b)
+    failed = (outcome.done < options.num_iters) & ~(error <= threshold)
 
-    def forward(_, tangents):
+    def again(carry):
+        scaled, start, _ = carry
+        return scaled, start, _iterations.walk(options, False)(scaled, a, b, start, threshold)[0]
+
+    return once_if(failed, again, (scaled, start, outcome))[2]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+def unroll(scaled, a, b, start, threshold, options: Options, interpret: bool) -> Outcome:
+    """The same without a threshold, with the iterations' derivative."""
+    return _forward(scaled, a, b, start, threshold, options, False, interpret)[0]
+
+
+@unroll.defjvp
+def _derivative(options, interpret, primals, tangents):
+    """Back goes a kernel; forward mode is rare, and goes through the plain iterations in the log domain."""
+    primals = first_order_only(primals, "unroll")
+    outcome, path = _forward(*primals, options, True, interpret)
+    problem = tuple(primals[:4])
+
+    def forward(*tangents):
         def plain(*problem):
-            return iterations.potentials(*problem, threshold, num_iters, "log")[:2]
+            result = _unroll.solve(*problem, None, options._replace(method="log"))
+            return result.phi, result.gamma
 
-        d_scaled, (d_log_a, d_log_b, d_start) = tangents[0], unravel(tangents[1])
-        d_potentials = jax.jvp(plain, tuple(problem), (d_scaled, d_log_a, d_log_b, d_start))[1]
-        return d_scaled, ravel_pytree((*d_potentials, d_start))[0]
+        return jax.jvp(plain, problem, tangents)[1]
 
-    def back(_, cotangents):
-        c_scaled, (c_phi, c_gamma, c_start) = cotangents[0], unravel(cotangents[1])
-        from_path = _back(problem[0], path, c_phi, c_gamma, interpret)
-        c_scaled, c_start = c_scaled + from_path[0], c_start + from_path[3]
-        return c_scaled, ravel_pytree((from_path[1], from_path[2], c_start))[0]
-
-    right = lax.optimization_barrier((tangents[0], vectors))
-    _, vectors = lax.custom_linear_solve(lambda x: x, right, forward, back)
-    d_phi, d_gamma, _ = unravel(vectors)
-    not_differentiable = (np.zeros(jnp.shape(x), jax.dtypes.float0) for x in result[2:])
-    return result, (d_phi, d_gamma, *not_differentiable)
+    d_phi, d_gamma = with_transpose(forward, partial(_back, *problem[:3], path, interpret), tangents[:4])
+    return outcome, jax.tree.map(jnp.zeros_like, outcome)._replace(phi=d_phi, gamma=d_gamma)
 
 
-def _forward(scaled, log_a, log_b, start, threshold, num_iters, keep, interpret):
-    """The result of `potentials`; and with `keep` the path: φ_0, φ_1, ..., then γ_1, ..., and how many were done."""
+def _forward(scaled, a, b, start, threshold, options, keep, interpret):
+    """The outcome; and with `keep` the path: φ_0, φ_1, ..., then γ_1, ..., and how many were done."""
     n, m = scaled.shape
     rows, columns = shape = _padded(scaled.shape)
+    points = Points.of(scaled, a, b)
     stops = threshold is not None
     problem = (
         _pad(scaled, shape, 0),
-        _pad(log_a, (rows,), MASKED),
-        _pad(log_b, (columns,), MASKED),
-        _pad(start, (rows,), MASKED),
-        jnp.reshape(threshold if stops else 0, 1).astype(scaled.dtype),
+        _pad(points.log_a, (rows,), MASKED),
+        _pad(points.log_b, (columns,), MASKED),
+        _pad(jnp.where(points.there_a, start, MASKED), (rows,), MASKED),
+        jnp.reshape(threshold if stops else jnp.zeros_like(scaled, shape=()), 1),
     )
-    kernel = partial(_forward_kernel, num_iters=num_iters, stops=stops)
-    path = ((num_iters + 1, rows), (num_iters, columns)) if keep else ()
-    phi, gamma, done, converged, *path = _call(kernel, interpret, problem, (rows,), (columns,), (), (), *path)
-    return (phi[:n], gamma[:m], done[0], converged[0] > 0), (*path, done)
+    kernel = partial(_forward_kernel, num_iters=options.num_iters, stops=stops)
+    path = ((options.num_iters + 1, rows), (options.num_iters, columns)) if keep else ()
+    phi, gamma, done, *path = _call(kernel, interpret, problem, (rows,), (columns,), (), *path)
+    phi, gamma = phi[:n], gamma[:m]
+    there = points.there_a[:, None] & points.there_b[None, :]
+    plan, factor = finish(jnp.where(there, jnp.exp((scaled + phi[:, None]) + gamma[None, :]), 0), points.a)
+    phi = jnp.where(points.there_a, phi + jnp.log(factor), MASKED)
+    flag = jnp.full_like(phi, Status.LIMIT, shape=())
+    return Outcome(plan, phi, gamma, done[0].astype(phi.dtype), flag), (*path, done)
 
 
-def _back(scaled, path, c_phi, c_gamma, interpret):
-    """Cotangents of (scaled, log a, log b, start) from those of the potentials."""
+def _back(scaled, a, b, path, interpret, c_phi, c_gamma):
+    """Cotangents of (scaled, a, b, start) from those of the potentials."""
     n, m = scaled.shape
     rows, columns = shape = _padded(scaled.shape)
     arguments = (_pad(scaled, shape, 0), *path, _pad(c_phi, (rows,), 0), _pad(c_gamma, (columns,), 0))
     outputs = _call(_back_kernel, interpret, arguments, shape, (rows,), (columns,), (rows,))
     c_scaled, c_log_a, c_log_b, c_start = outputs
-    return c_scaled[:n, :m], c_log_a[:n], c_log_b[:m], c_start[:n]
+    points = Points.of(scaled, a, b)
+    c_a, c_b = c_log_a[:n] * _unroll.inverse(points.a), c_log_b[:m] * _unroll.inverse(points.b)
+    return c_scaled[:n, :m], c_a, c_b, c_start[:n]
 
 
 def _padded(shape):
@@ -189,17 +142,16 @@ def _pad(array, shape, value):
 def _call(kernel, interpret, arguments, *shapes):
     """The kernel's outputs, of these shapes (a count has none), for one problem; `vmap` makes its axis the grid."""
     outputs = [(shape, jnp.float32) if shape else ((1,), jnp.int32) for shape in shapes]
+    axes = jax.typeof(arguments[0]).manual_axis_type  # of a mesh, inside `shard_map`
     return pl.pallas_call(
         kernel,
-        [jax.ShapeDtypeStruct(*output) for output in outputs],
+        [jax.ShapeDtypeStruct(*output, manual_axis_type=axes) for output in outputs],
         interpret=interpret,
         compiler_params=None if interpret else _compiler_params(arguments[0].shape),
     )(*arguments)
 
 
 def _compiler_params(shape):
-    from jax.experimental.pallas import triton  # deprecated: the day that it goes, `_works` says so
-
     entries = min(TILE, shape[0] * shape[1])
     return triton.CompilerParams(num_warps=max(1, min(16, entries // 1024)), num_stages=1)
 
@@ -223,9 +175,7 @@ class _Matrix:
         return jnp.exp(self[tile] + gamma[None, :] + phi[:, None])
 
 
-def _forward_kernel(
-    scaled, log_a, log_b, start, threshold, phi_out, gamma_out, done, converged, *path, num_iters, stops
-):
+def _forward_kernel(scaled, log_a, log_b, start, threshold, phi_out, gamma_out, done, *path, num_iters, stops):
     s = _Matrix(scaled)
     tiles = s.tiles
     log_a, log_b = [log_a[tile] for tile in tiles], log_b[...]
@@ -276,7 +226,6 @@ def _forward_kernel(
         phi_out[tile] = p
     gamma_out[...] = gamma
     done[0] = k
-    converged[0] = (k < num_iters).astype(jnp.int32)  # only convergence ends the loop before that
 
 
 def _back_kernel(scaled, phis, gammas, done, c_phi, c_gamma, c_scaled, c_log_a, c_log_b, c_start):

@@ -1,0 +1,388 @@
+"""Sinkhorn's iterations, each in the domain where it is fast and in the one where it is safe.
+
+With s = -C / reg and T = exp(φ_i + γ_j + s_ij), iteration k is
+
+    γ_k = log b - LSE_i(s_ij + φ_{k-1, i})        φ_k = log a - LSE_j(s_ij + γ_{k, j})
+
+Potentials are written as a reference (f, g) and what has come to it since: φ = f + log u, γ = g + log v. With the
+matrix M_ij = s_ij + f_i + g_j both domains work on small corrections alone, and a plan is as exact as these are. The
+log domain evaluates the formula above for log u and log v, with two exponentials of a matrix. The kernel domain has
+K = exp(M) and needs two products of it with a vector:
+
+    v_k = b / (Kᵀ u_{k-1})        u_k = a / (K v_k)
+
+which is several times faster, and exact while u and v stay in range. So iterations go in short runs. Before a run the
+reference takes up u and v if they have grown; after it they are looked at, and a run that left the range is repeated in
+the log domain.
+
+Work that is seldom needed stands in a loop that runs once or never (`once_if`) where a `cond` might be expected: under
+`vmap` a `cond` costs both of its branches, such a loop nothing when no problem of the batch needs it.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fs_jax.ot._batching import in_chunks
+from fs_jax.ot._logspace import MASKED, log_sum_exp, log_weights
+from fs_jax.ot.problem import solvable
+from fs_jax.ot.result import Outcome, Status, finish, marginal_error
+
+RUN = 10  # iterations between two looks at the scalings
+
+
+class Options(NamedTuple):
+    """What is known when a program is compiled."""
+
+    num_iters: int
+    method: str
+    fused: bool
+    dtype: str  # of the result, whose plan is the one that is judged
+
+
+class State(NamedTuple):
+    """Potentials as a reference and scalings, φ = f + log u and γ = g + log v.
+
+    `kernel` is exp(s + f + g), or None where the iterations are in the log domain.
+    """
+
+    f: jax.Array
+    g: jax.Array
+    u: jax.Array
+    v: jax.Array
+    kernel: jax.Array | None
+
+
+class Run(NamedTuple):
+    """What the derivative needs to know of a run of at most L iterations: vectors alone.
+
+    Attributes:
+        f, g: the reference, [n] and [m].
+        u: scalings of the rows before the run and after each of its iterations, [L + 1, n].
+        v: scalings of the columns after each, [L, m].
+        is_log: of a run in the log domain: log u and log v stand in the places of u and v.
+        active: whether the iteration was done, [L]; None where all are, there being no threshold.
+    """
+
+    f: jax.Array
+    g: jax.Array
+    u: jax.Array
+    v: jax.Array
+    is_log: jax.Array
+    active: jax.Array | None
+
+
+class Counts(NamedTuple):
+    """Within a run: iterations done, whether to stand still, and the marginal error as the cheap test has it."""
+
+    done: jax.Array
+    still: jax.Array
+    off: jax.Array
+
+
+class Limit(NamedTuple):
+    """When to stand still within a run: a marginal error, as the cheap test has it, and a number of iterations."""
+
+    off: jax.Array
+    done: int
+
+
+class Progress(NamedTuple):
+    """Across runs.
+
+    Attributes:
+        done: iterations done.
+        converged: the plan has been judged, and its error is at most the threshold.
+        stalled: its error no longer falls.
+        looking: from here on the plan is judged after each run, and the cheap test is not believed.
+        best: smallest error of a plan that was judged.
+        waited: runs since then.
+    """
+
+    done: jax.Array
+    converged: jax.Array
+    stalled: jax.Array
+    looking: jax.Array
+    best: jax.Array
+    waited: jax.Array
+
+
+class Points(NamedTuple):
+    """A problem as the iterations see it.
+
+    `there_a` and `there_b` say which points have mass; of a weight that is NaN, yes: it should come out.
+    """
+
+    scaled: jax.Array
+    a: jax.Array
+    b: jax.Array
+    log_a: jax.Array
+    log_b: jax.Array
+    there_a: jax.Array
+    there_b: jax.Array
+
+    @classmethod
+    def of(cls, scaled, a, b):
+        a, b = solvable(a, b)
+        return cls(scaled, a, b, log_weights(a), log_weights(b), a != 0, b != 0)
+
+
+@cache
+def walk(options: Options, keep: bool):
+    """The iterations as a function of (scaled, a, b, start, threshold).
+
+    It gives the `Outcome`; and with `keep` the runs as one stack, and the last reference with its K. `start` is φ_0.
+    """
+    num_iters, method, _, dtype = options
+    run = {"log": _log_run, "kernel": _kernel_run, "stabilized": _stabilized_run}[method]
+
+    @in_chunks
+    def iterations(scaled, a, b, start, threshold):
+        points = Points.of(scaled, a, b)
+        state = {"log": _start_log, "kernel": _start_kernel, "stabilized": _start_stabilized}[method](points, start)
+        room = min(RUN, num_iters) if keep else None
+
+        def step(carry, length):
+            state, progress = carry
+            if threshold is None:
+                counts = Counts(progress, jnp.zeros_like(progress, bool), jnp.zeros_like(progress, scaled.dtype))
+                (state, counts), rows = run(points, None, room, length, state, counts)
+                return (state, counts.done), rows
+            stopped = progress.converged | progress.stalled | (progress.done >= num_iters)
+            counts = Counts(progress.done, stopped, jnp.full_like(progress.best, jnp.inf))
+            limit = Limit(jnp.where(progress.looking, -1, threshold), num_iters)
+            (state, counts), rows = run(points, limit, room, length, state, counts)
+            return (state, _judge(points, threshold, dtype, state, progress, counts, stopped)), rows
+
+        zero = jnp.zeros_like(scaled, shape=(), dtype=jnp.int32)
+        progress = zero
+        if threshold is not None:
+            no, far = jnp.zeros_like(zero, bool), jnp.full_like(scaled, jnp.inf, shape=())
+            progress = Progress(zero, no, no, no, far, zero)
+        (state, progress), runs = lax.scan(step, (state, progress), lengths(num_iters, threshold))
+
+        plan, factor = finish(_plan_of(points, state), points.a)
+        phi, gamma = potentials_of(points, state)
+        phi = jnp.where(points.there_a, phi + jnp.log(factor), MASKED)
+        flag = jnp.full_like(zero, Status.LIMIT)
+        if threshold is None:
+            done = zero + num_iters
+        else:
+            done, flag = progress.done, jnp.where(progress.stalled, Status.STALLED, flag)
+        if method == "kernel":
+            flag = jnp.where(_is_flushed(points, state, plan), Status.OUT_OF_RANGE, flag)
+        outcome = Outcome(plan, phi, gamma, done.astype(scaled.dtype), flag.astype(scaled.dtype))
+        reference = (state.kernel, state.f, state.g) if keep and method != "log" else None
+        return outcome, runs, reference
+
+    return iterations
+
+
+def lengths(num_iters, threshold):
+    """Of the runs. The last may be shorter; with a threshold there is one more, since one may end before its time."""
+    if threshold is None:
+        return jnp.minimum(RUN, num_iters - jnp.arange(0, num_iters, RUN))
+    return jnp.full(-(-num_iters // RUN) + 1, RUN)
+
+
+def _judge(points, threshold, dtype, state, progress, counts, stopped):
+    """What is to be done after a run: the cheap test is confirmed on the plan itself, as it would be returned.
+
+    The test within a run compares successive scalings. It cannot see what rounding has left in the rows, nor that the
+    result may have a narrower dtype. Where it fires wrongly, or is near what rounding lets it see, the iterations go
+    on and the plan is judged after each run, until it is good enough or its error no longer falls.
+    """
+    mass, eps = points.a.sum(), jnp.finfo(points.scaled.dtype).eps
+    looking = progress.looking | (counts.still & ~stopped) | ~(counts.off > sum(points.scaled.shape) * eps * mass)
+
+    def judged(carry):
+        _, *vectors = carry
+        plan, _ = finish(_plan_of(points, State(*vectors, None)), points.a)
+        # Another program than the one that makes the result: its rounding must not turn the verdict.
+        slack = 4 * eps * mass
+        return marginal_error(plan.astype(dtype), points.a, points.b) + slack, *vectors
+
+    needed = looking & ~stopped
+    error, *_ = once_if(needed, judged, (jnp.full_like(progress.best, jnp.inf), *state[:4]))
+    converged = progress.converged | (needed & (error <= threshold))
+    waited = jnp.where(needed, jnp.where(error < progress.best, 0, progress.waited + 1), progress.waited)
+    # Errors that rounding makes are new at each look: a record is rare then, and rarer the longer it goes.
+    stalled = progress.stalled | (needed & ~converged & (waited > 2 + counts.done // (4 * RUN)))
+    return Progress(counts.done, converged, stalled, looking, jnp.minimum(error, progress.best), waited)
+
+
+# Where the iterations start
+
+
+def _start_log(points, phi):
+    zeros = jnp.zeros_like(points.b)
+    f, g = jnp.where(points.there_a, phi, MASKED), jnp.where(points.there_b, zeros, MASKED)
+    return State(f, g, jnp.ones_like(f), jnp.ones_like(g), None)
+
+
+def _start_kernel(points, phi):
+    f, g = jnp.zeros_like(points.a), jnp.zeros_like(points.b)
+    u = jnp.where(points.there_a, jnp.exp(phi), 0)
+    return State(f, g, u, jnp.ones_like(g), jnp.exp(points.scaled))
+
+
+def _start_stabilized(points, phi):
+    """A reference for potentials that fit nothing yet: each row's and each column's largest entry in K is one."""
+    s, there_a, there_b = points.scaled, points.there_a, points.there_b
+    phi = jnp.where(there_a, phi, MASKED)
+    g = jnp.where(there_b, -jnp.max(s + phi[:, None], 0), MASKED)
+    f = jnp.where(there_a, -jnp.max(s + g[None, :], 1), MASKED)
+    # A row that starts far below the others (by e⁸⁷ in float32) weighs nothing, but its scaling must not be zero.
+    u = jnp.maximum(jnp.exp(phi - f), jnp.finfo(f.dtype).tiny)
+    return _absorb(points, f, g)._replace(u=jnp.where(there_a, u, 0))
+
+
+# Runs
+
+
+def _log_run(points, limit, room, length, state, counts):
+    """Iterations in the log domain, on corrections to the reference."""
+    _, _, _, log_a, log_b, there_a, there_b = points
+    m = matrix(points.scaled, state.f, state.g)
+
+    def iteration(du, _):
+        dv = jnp.where(there_b, log_b - log_sum_exp(m + du[:, None], 0), 0)
+        return jnp.where(there_a, log_a - log_sum_exp(m + dv[None, :], 1), 0), dv
+
+    def error(dv, new_dv):
+        return jnp.expm1(dv - new_dv)
+
+    pair = (jnp.where(there_a, jnp.log(state.u), 0), jnp.where(there_b, jnp.log(state.v), 0))
+    (du, dv), counts, rows = _iterate(iteration, error, points.b, limit, room, length, pair, counts)
+    rows = None if room is None else Run(state.f, state.g, *rows[:2], jnp.ones_like(counts.still), rows[2])
+    # What has grown goes into the reference, where it is rounded; what is small stays, and is exact.
+    grown = jnp.maximum(jnp.abs(du).max(), jnp.abs(dv).max()) > 1
+    f, g = jnp.where(there_a & grown, state.f + du, state.f), jnp.where(there_b & grown, state.g + dv, state.g)
+    u, v = jnp.exp(jnp.where(grown, 0, du)), jnp.exp(jnp.where(grown, 0, dv))
+    return (State(f, g, u, v, None), counts), rows
+
+
+def _kernel_run(points, limit, room, length, state, counts):
+    """Iterations in the kernel domain, from and to the same reference."""
+    absent_a, absent_b = ((~there).astype(points.a.dtype) for there in (points.there_a, points.there_b))
+
+    def iteration(u, _):
+        new_v = points.b / (product("ij,i->j", state.kernel, u) + absent_b)
+        return points.a / (product("ij,j->i", state.kernel, new_v) + absent_a), new_v
+
+    def error(v, new_v):
+        return v / (new_v + absent_b) - 1
+
+    pair = (state.u, state.v)
+    (u, v), counts, rows = _iterate(iteration, error, points.b, limit, room, length, pair, counts)
+    carry = (state._replace(u=u, v=v), counts)
+    return carry, None if room is None else Run(state.f, state.g, *rows[:2], jnp.zeros_like(counts.still), rows[2])
+
+
+def _stabilized_run(points, limit, room, length, state, counts):
+    """The same, with a look at the scalings before (K absorbs those that have grown) and after (all is done again).
+
+    K flushes its entries below 1e-38 (in float32) to zero: at most u·v times that is lost of a plan, 1e-10 where
+    neither is above 2e14. How far the potentials move in an iteration never grows from one to the next, so that what
+    leaves the range within a run is still outside at its end.
+    """
+    grown = jnp.maximum(state.u.max(), state.v.max()) > largest(points.scaled, 0.18)
+    state = once_if(grown, lambda state: _absorb(points, *potentials_of(points, state)), state)
+    (end, end_counts), rows = _kernel_run(points, limit, room, length, state, counts)
+
+    def again(carry):
+        state, counts, *_ = carry
+        # The reference that this run leaves has grown: by what was out of range in the kernel domain.
+        (new, counts), rows = _log_run(points, limit, room, length, state, counts)
+        new = _absorb(points, *potentials_of(points, new))
+        return new, counts, (new.u, new.v), counts, rows
+
+    out_of_range = ~(jnp.maximum(end.u.max(), end.v.max()) <= largest(points.scaled, 0.37))
+    carry = (state, counts, (end.u, end.v), end_counts, rows)
+    state, _, (u, v), counts, rows = once_if(out_of_range, again, carry)
+    return (state._replace(u=u, v=v), counts), rows
+
+
+def _iterate(iteration, error, b, limit, room, length, pair, counts):
+    """Iterations on a pair of vectors: the pair, the counts, and the rows of a `Run`.
+
+    A problem whose marginal error seems to be at most the limit stands still. The test costs nothing: rows are exact
+    after their update, and the next update of the columns tells by how much (`error`, relative) they were off.
+    """
+
+    def one(i, carry):
+        pair, counts, rows = carry
+        new = iteration(*pair)
+        if limit is not None:
+            off = jnp.sum(b * jnp.abs(error(pair[1], new[1])))
+            still = counts.still | ((counts.done > 0) & (off <= limit.off))
+            idle = still | (counts.done >= limit.done)
+            new = jax.tree.map(lambda x, y: jnp.where(idle, x, y), pair, new)
+            counts = Counts(counts.done + ~idle, still, jnp.where(counts.still, counts.off, off))
+        if rows is not None:
+            u, v, active = rows
+            active = None if active is None else active.at[i].set(~idle)
+            rows = (u.at[i + 1].set(new[0]), v.at[i].set(new[1]), active)
+        return new, counts, rows
+
+    def all_of_them(carry):
+        return lax.fori_loop(0, length, one, carry)
+
+    rows = None
+    if room is not None:
+        u, v = (jnp.zeros_like(x, shape=(r, *x.shape)) for r, x in zip((room + 1, room), pair, strict=True))
+        rows = (u.at[0].set(pair[0]), v, None if limit is None else jnp.zeros_like(v, bool, shape=room))
+    carry = (pair, counts, rows)
+    return all_of_them(carry) if limit is None else once_if(~counts.still, all_of_them, carry)
+
+
+def once_if(condition, function, carry):
+    """`function(carry)` if the condition holds, else `carry`: a loop that runs once or never.
+
+    The function should start from what it is given, and from that alone: XLA moves work that doesn't depend on what a
+    loop carries out of the loop, where it would always be done.
+    """
+    loop = (condition, carry)
+    return lax.while_loop(lambda loop: loop[0], lambda loop: (jnp.zeros_like(loop[0]), function(loop[1])), loop)[1]
+
+
+# Between reference, scalings, potentials and plan
+
+
+def _absorb(points, f, g):
+    return State(f, g, jnp.ones_like(f), jnp.ones_like(g), jnp.exp(matrix(points.scaled, f, g)))
+
+
+def potentials_of(points, state):
+    phi = jnp.where(points.there_a, state.f + jnp.log(state.u), MASKED)
+    return phi, jnp.where(points.there_b, state.g + jnp.log(state.v), MASKED)
+
+
+def _plan_of(points, state):
+    kernel = jnp.exp(matrix(points.scaled, state.f, state.g)) if state.kernel is None else state.kernel
+    plan = kernel * state.u[:, None] * state.v[None, :]
+    return jnp.where(points.there_a[:, None] & points.there_b[None, :], plan, 0)
+
+
+def matrix(scaled, f, g):
+    return (scaled + f[:, None]) + g[None, :]
+
+
+def _is_flushed(points, state, plan):
+    """Whether K lost entries to underflow where the plan would have more mass than rounding may take."""
+    entries = jnp.exp((points.scaled + jnp.log(state.u)[:, None]) + jnp.log(state.v)[None, :])
+    lost = jnp.sum(jnp.where(state.kernel < jnp.finfo(plan.dtype).tiny, entries, 0))
+    return ~(lost <= jnp.finfo(plan.dtype).eps * plan.sum())
+
+
+def product(axes, left, right):
+    # On a GPU the default precision is TF32's, in which the iterations stall at a marginal error of 1e-3.
+    return jnp.einsum(axes, left, right, precision=lax.Precision.HIGHEST)
+
+
+def largest(array, power):
+    """The dtype's largest number to a power: 9e6 and 2e14 in float32 for 0.18 and 0.37."""
+    return float(jnp.finfo(array.dtype).max) ** power

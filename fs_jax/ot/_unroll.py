@@ -1,0 +1,205 @@
+"""grad="unroll": the derivative of the iterations that were done, written out in both directions.
+
+It goes through the same runs as the iterations went, with the same K; what is kept of them are vectors.
+"""
+
+from functools import cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from fs_jax.ot import _iterations
+from fs_jax.ot._batching import in_chunks
+from fs_jax.ot._iterations import Options, Points, lengths, once_if, product
+from fs_jax.ot.result import first_order_only
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(5,))
+def solve(scaled, a, b, start, threshold, options: Options):
+    """`Outcome` of the iterations; its potentials have the iterations' derivative, its plan none."""
+    return _iterations.walk(options, False)(scaled, a, b, start, threshold)[0]
+
+
+@solve.defjvp
+def _derivative(options, primals, tangents):
+    primals = first_order_only(primals, "unroll")
+    scaled, a, b, _, threshold = primals
+    outcome, *path = _iterations.walk(options, True)(*primals)
+    run_lengths = lengths(options.num_iters, threshold)
+    forward = partial(_forward, scaled, a, b, path[0], run_lengths)
+    back = partial(_back(options.method), scaled, a, b, *path, run_lengths)
+    d_phi, d_gamma = with_transpose(forward, back, tangents[:4])
+    d_outcome = jax.tree.map(jnp.zeros_like, outcome)._replace(phi=d_phi, gamma=d_gamma)
+    return outcome, d_outcome
+
+
+def with_transpose(forward, back, tangents):
+    """(d_phi, d_gamma) = forward(*tangents) of (d_scaled, d_a, d_b, d_start), with its transpose given as `back`.
+
+    `custom_linear_solve` is JAX's way to say that two functions are each other's transpose. Its matrix must be square,
+    so the tangents of `scaled` and of `start` are returned too, and discarded. It asks that all of its right side be
+    differentiated or nothing; one vector is.
+    """
+    right, unravel = ravel_pytree(tuple(tangents))
+
+    def solve(_, vector):
+        d_scaled, d_a, d_b, d_start = unravel(vector)
+        d_phi, d_gamma = forward(d_scaled, d_a, d_b, d_start)
+        return ravel_pytree((d_scaled, d_phi, d_gamma, d_start))[0]
+
+    def transpose_solve(_, vector):
+        c_scaled, c_phi, c_gamma, c_start = unravel(vector)
+        from_scaled, c_a, c_b, from_start = back(c_phi, c_gamma)
+        return ravel_pytree((c_scaled + from_scaled, c_a, c_b, c_start + from_start))[0]
+
+    solution = lax.custom_linear_solve(lambda x: x, right, solve, transpose_solve)
+    _, d_phi, d_gamma, _ = unravel(solution)
+    return d_phi, d_gamma
+
+
+@in_chunks
+def _forward(scaled, a, b, runs, run_lengths, d_scaled, d_a, d_b, d_start):
+    """Tangents of the potentials: each sum over a row or column becomes the mean of its terms' tangents."""
+    points = Points.of(scaled, a, b)
+    d_log_a, d_log_b = (d * inverse(w) for d, w in ((d_a, points.a), (d_b, points.b)))
+
+    def over(carry, at):
+        run, length = at
+        along = _along(points, run)
+
+        def iteration(i, carry):
+            d_phi, _ = carry
+            columns = _normalised(along.plan(i, i), 0)
+            rows = _normalised(along.plan(i + 1, i), 1)
+            new_d_gamma = d_log_b - jnp.sum(columns * (d_scaled + d_phi[:, None]), 0)
+            new_d_phi = d_log_a - jnp.sum(rows * (d_scaled + new_d_gamma[None, :]), 1)
+            return _where_active(run, i, (new_d_phi, new_d_gamma), carry)
+
+        return lax.fori_loop(0, length, iteration, carry), None
+
+    return lax.scan(over, (d_start, jnp.zeros_like(d_log_b)), (runs, run_lengths))[0]
+
+
+@cache
+def _back(method):
+    """Cotangents of (scaled, a, b, start) from those of the potentials: the transpose of `_forward`.
+
+    With x = u φ̄ / a and y = v γ̄ / b, an iteration is passed backwards by
+
+        γ̄ ← γ̄ - v ∘ Kᵀ x        φ̄ ← -u_{k-1} ∘ K y        γ̄ ← 0
+
+    and takes K ∘ (x vᵀ + u_{k-1} yᵀ) from the cotangent of `scaled`: terms of a matrix product, done once per run.
+    """
+    step = {"log": _back_log, "kernel": _back_kernel, "stabilized": _back_stabilized}[method]
+
+    @in_chunks
+    def back(scaled, a, b, runs, reference, run_lengths, c_phi, c_gamma):
+        points = Points.of(scaled, a, b)
+
+        def over(carry, at):
+            one = partial(step, points, *at)
+            is_active = at[0].active
+            return one(carry) if is_active is None else once_if(jnp.any(is_active), one, carry), None
+
+        totals = (jnp.zeros_like(a), jnp.zeros_like(b))
+        carry = (((c_phi, c_gamma), totals), jnp.zeros_like(scaled), reference)
+        carry, _ = lax.scan(over, carry, (runs, run_lengths), reverse=True)
+        ((c_phi, _), (c_log_a, c_log_b)), c_scaled, _ = carry
+        return c_scaled, c_log_a * inverse(points.a), c_log_b * inverse(points.b), c_phi
+
+    return back
+
+
+def _back_stabilized(points, run, length, carry):
+    cotangents, c_scaled, (k, f, g) = carry
+    # The last reference stays, where it is that of this run too, or where the run has none.
+    new_f, new_g = jnp.where(run.is_log, f, run.f), jnp.where(run.is_log, g, run.g)
+    moved = jnp.any(new_f != f) | jnp.any(new_g != g)
+    reference = once_if(moved, lambda kernel: (_kernel(points, *kernel[1:]), run.f, run.g), (k, new_f, new_g))
+    carry = _back_kernel(points, run, length, (cotangents, c_scaled, reference))
+    return once_if(run.is_log, partial(_back_log, points, run, length), carry)
+
+
+def _back_kernel(points, run, length, carry):
+    """Through a run in the kernel domain; one in the log domain is left as it is."""
+    cotangents, c_scaled, reference = carry
+    inverse_a, inverse_b = (jnp.where(run.is_log, 0, inverse(w)) for w in (points.a, points.b))
+
+    def iteration(i, carry):
+        i = length - 1 - i
+        ((c_phi, c_gamma), (total_a, total_b)), (xs, ys) = carry
+        x = run.u[i + 1] * c_phi * inverse_a
+        c_gamma = c_gamma - run.v[i] * product("ij,i->j", reference[0], x)
+        y = run.v[i] * c_gamma * inverse_b
+        new_c_phi = -run.u[i] * product("ij,j->i", reference[0], y)
+        new = ((new_c_phi, jnp.zeros_like(c_gamma)), (total_a + c_phi, total_b + c_gamma))
+        new, x, y = _where_active(run, i, (new, x, y), (carry[0], jnp.zeros_like(x), jnp.zeros_like(y)))
+        return new, (xs.at[i].set(x), ys.at[i].set(y))
+
+    xs, ys = jnp.zeros_like(run.u[1:]), jnp.zeros_like(run.v)
+    new, (xs, ys) = lax.fori_loop(0, length, iteration, (cotangents, (xs, ys)))
+    new = jax.tree.map(lambda x, y: jnp.where(run.is_log, x, y), cotangents, new)
+    left, right = jnp.concatenate([xs, run.u[:-1]]), jnp.concatenate([run.v, ys])
+    left = lax.optimization_barrier(left.T)  # XLA's product of thin matrices is half as fast along columns
+    return new, c_scaled - reference[0] * product("it,tj->ij", left, right), reference
+
+
+def _back_log(points, run, length, carry):
+    """Through a run in the log domain."""
+    along = _along(points, run)
+
+    def iteration(i, carry):
+        i = length - 1 - i
+        ((c_phi, c_gamma), (total_a, total_b)), c_scaled = carry
+        rows = _normalised(along.plan(i + 1, i), 1) * c_phi[:, None]
+        c_gamma = c_gamma - rows.sum(0)
+        columns = _normalised(along.plan(i, i), 0) * c_gamma[None, :]
+        new = ((-columns.sum(1), jnp.zeros_like(c_gamma)), (total_a + c_phi, total_b + c_gamma))
+        return _where_active(run, i, (new, c_scaled - rows - columns), carry)
+
+    *carry, reference = carry
+    return *lax.fori_loop(0, length, iteration, tuple(carry)), reference
+
+
+class _Along(NamedTuple):
+    """A run's reference matrix M, and log u before it and after each iteration, and log v after each."""
+
+    matrix: jax.Array
+    du: jax.Array
+    dv: jax.Array
+
+    def plan(self, i, j):
+        return jnp.exp(self.matrix + self.du[i][:, None] + self.dv[j][None, :])
+
+
+def _along(points, run):
+    def logs(scalings, there):
+        return jnp.where(run.is_log, scalings, jnp.log(jnp.where(there & ~run.is_log, scalings, 1)))
+
+    matrix = _iterations.matrix(points.scaled, run.f, run.g)
+    return _Along(matrix, logs(run.u, points.there_a), logs(run.v, points.there_b))
+
+
+def _where_active(run, i, new, old):
+    """The new values where iteration i was done."""
+    if run.active is None:
+        return new
+    return jax.tree.map(lambda x, y: jnp.where(run.active[i], x, y), new, old)
+
+
+def inverse(weights):
+    return jnp.where(weights != 0, 1 / jnp.where(weights != 0, weights, 1), 0)
+
+
+def _kernel(points, f, g):
+    return jnp.exp(_iterations.matrix(points.scaled, f, g))
+
+
+def _normalised(plan, axis):
+    # By the sum itself and not by the weights, which rounded potentials meet only to 6e-8 of an exponent of hundreds:
+    # errors of rows that don't quite sum to one would grow from iteration to iteration.
+    total = plan.sum(axis, keepdims=True)
+    return plan / jnp.where(total == 0, 1, total)

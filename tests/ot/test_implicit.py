@@ -1,0 +1,90 @@
+"""grad="implicit" has the solution's derivatives of any order; the other modes refuse second ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fs_jax.ot import Status, _implicit, sinkhorn
+
+
+@pytest.fixture(scope="module")
+def line():
+    """A line through problems: t ↦ (cost, a, b, reg); and weights for what has no meaning by itself."""
+    rng = np.random.default_rng(0)
+    cost, d_cost, w = rng.uniform(0, 1, (5, 6)), rng.normal(size=(5, 6)), rng.normal(size=(5, 6))
+    a, b = rng.uniform(1, 2, 5), rng.uniform(1, 2, 6)
+    d_a, d_b = rng.normal(size=5), rng.normal(size=6)
+
+    def at(t):
+        return cost + t * d_cost, jax.nn.softmax(np.log(a) + t * d_a), jax.nn.softmax(np.log(b) + t * d_b), 0.1 + t / 30
+
+    return at, w
+
+
+@pytest.fixture(scope="module")
+def outputs(line):
+    """t ↦ every output that has a derivative, as numbers."""
+    at, w = line
+
+    def numbers(t):
+        cost, a, b, reg = at(t)
+        result = sinkhorn(cost, a, b, reg=reg, num_iters=400, grad="implicit")
+        sums = result.f[:, None] + result.g  # of the potentials alone a constant is free
+        return jnp.stack([result.primal_cost, result.reg_cost, jnp.sum(w * result.plan), jnp.sum(w * sums)])
+
+    return numbers
+
+
+def test_derivatives_of_any_order_in_any_mode(outputs):
+    with jax.enable_x64(True):
+        first = jax.jit(jax.jacfwd(outputs))
+        seconds = [
+            jax.jit(outer(inner(outputs)))
+            for outer, inner in [(jax.jacrev, jax.jacrev), (jax.jacfwd, jax.jacrev), (jax.jacrev, jax.jacfwd)]
+        ]
+        step = 1e-4
+        # Central differences: step² of a derivative two orders higher, some 1e-8 times 1e3; and 1e-13 / step.
+        expected = (jax.jit(outputs)(step) - jax.jit(outputs)(-step)) / (2 * step)
+        np.testing.assert_allclose(first(0.0), expected, rtol=1e-4, atol=1e-4)
+        expected = (first(step) - first(-step)) / (2 * step)
+        for second in seconds:
+            np.testing.assert_allclose(second(0.0), expected, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(seconds[0](0.0), seconds[1](0.0), rtol=1e-10)
+        third = jax.jit(jax.jacfwd(seconds[1]))
+        expected = (seconds[1](step) - seconds[1](-step)) / (2 * step)
+        np.testing.assert_allclose(third(0.0), expected, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("output", ["primal_cost", "reg_cost"])
+@pytest.mark.parametrize("grad", ["envelope", "unroll"])
+def test_second_derivatives_are_refused_elsewhere(grad, output):
+    cost = np.random.default_rng(0).uniform(0, 1, (5, 6))
+
+    def value(cost):
+        return getattr(sinkhorn(cost, reg=0.1, grad=grad), output)
+
+    jax.eval_shape(jax.grad(value), cost)
+    for hessian in (jax.hessian(value), jax.jacfwd(jax.jacfwd(value)), jax.jacrev(jax.jacrev(value))):
+        with pytest.raises(NotImplementedError, match=f'grad="{grad}" has first derivatives only.*"implicit"'):
+            jax.eval_shape(hessian, cost)
+
+
+def test_a_system_that_conjugate_gradients_leave_is_solved_densely(monkeypatch):
+    plan = jnp.asarray(sinkhorn(np.random.default_rng(0).uniform(0, 1, (5, 6)), reg=0.1).plan)
+    right = np.random.default_rng(1).normal(size=11)
+    right[:5] += (right[5:].sum() - right[:5].sum()) / 5  # as much mass on both sides, as all derivatives have
+    good = _implicit._solve_symmetric(plan, right)
+    monkeypatch.setattr(jax.scipy.sparse.linalg, "cg", lambda *args, **kwargs: (jnp.zeros(5), None))
+    np.testing.assert_allclose(_implicit._solve_symmetric(plan, right), good, atol=1e-9)
+    # And where the factorisation fails as well, it is not a number.
+    monkeypatch.setattr(jax.scipy.linalg, "solve", lambda *args, **kwargs: jnp.zeros(5))
+    assert np.isnan(_implicit._solve_symmetric(plan, right)).any()
+
+
+def test_gradient_of_a_plan_in_blocks_is_finite():
+    cost = np.where(np.kron(np.eye(2), np.ones((3, 3))) > 0, np.random.default_rng(0).uniform(0, 1, (6, 6)), 1e3)
+    value, gradient = jax.value_and_grad(lambda c: sinkhorn(c, reg=0.1, grad="implicit").primal_cost)(cost)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+    assert sinkhorn(cost, reg=0.1, threshold=1e-9, num_iters=1000).status == Status.CONVERGED

@@ -1,0 +1,146 @@
+"""A status is true of the plan that is returned, without tolerance: float32, hard problems, thresholds of all sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fs_jax.ot import Status, ipot, sinkhorn
+
+SHAPE = (9, 13)
+
+
+def hard_problems(count):
+    """Costs over many scales, rows far above the others, weights over six decades, reg down to 1e-3 of the cost."""
+    rng = np.random.default_rng(0)
+    cost = rng.uniform(0, 1, (count, *SHAPE)) * 10 ** rng.uniform(-2, 2, (count, 1, 1))
+    cost[::3, 4] += 10 ** rng.uniform(0, 7, (len(cost[::3]), 1))
+    a, b = (10 ** rng.uniform(-6, 0, (count, n)) for n in SHAPE)
+    a, b = (w / w.sum(1, keepdims=True) for w in (a, b))
+    reg = 10 ** rng.uniform(-3, 0, count) * np.median(cost, (1, 2))
+    threshold = 10 ** rng.uniform(-7, -1, count)
+    return [jnp.float32(x) for x in (cost, a, b, reg, threshold)]
+
+
+def errors_of(plan, a, b):
+    plan, a, b = (np.float64(x) for x in (plan, a, b))
+    return np.abs(plan.sum(2) - a).sum(1) + np.abs(plan.sum(1) - b).sum(1)
+
+
+@pytest.mark.parametrize("solver", ["stabilized", "log", "kernel", "ipot"])
+def test_converged_means_that_the_plan_meets_the_threshold(solver):
+    def solve(cost, a, b, reg, threshold):
+        if solver == "ipot":
+            return ipot(cost, a, b, beta=100 * reg, threshold=threshold, num_iters=300)
+        return sinkhorn(cost, a, b, reg=reg, threshold=threshold, num_iters=1000, method=solver)
+
+    cost, a, b, reg, threshold = hard_problems(240)
+    result = jax.jit(jax.vmap(solve))(cost, a, b, reg, threshold)
+    status, finite = np.asarray(result.status), np.asarray(result.status) != Status.NOT_FINITE
+    error = errors_of(result.plan, a, b)
+    # The plan and the weights as they are, summed in float64; the status as it says. No tolerance.
+    assert (error[finite] <= result.marginal_error[finite]).all()
+    assert (error[status == Status.CONVERGED] <= threshold[status == Status.CONVERGED]).all()
+    np.testing.assert_array_equal(result.converged, status == Status.CONVERGED)
+    in_range = finite & (status != Status.OUT_OF_RANGE)
+    assert (result.marginal_error <= threshold)[in_range & ~result.converged].sum() == 0
+    assert (result.num_iters[status == Status.LIMIT] == (300 if solver == "ipot" else 1000)).all()
+    if solver != "kernel":
+        assert finite.all()
+        assert result.converged.sum() > 0.4 * len(cost)  # not all can: 1e-7 is rounding, and slow ones reach the limit
+
+
+@pytest.mark.parametrize("method", ["stabilized", "log"])
+def test_a_row_of_huge_costs_keeps_its_digits(method):
+    rng = np.random.default_rng(1)
+    cost = np.float32(rng.uniform(0, 1, (13, 13)))
+    cost[3] += np.float32(1e7)  # rounded to whole numbers; exactly so in float64 below
+    result = sinkhorn(cost, reg=np.float32(0.1), num_iters=300, method=method)
+    exact = sinkhorn(np.float64(cost), reg=np.float64(np.float32(0.1)), num_iters=300, method="log")
+    assert result.marginal_error < 1e-6  # some units in the last place of a mass of one
+    np.testing.assert_allclose(result.plan, exact.plan, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["stabilized", "log"])
+def test_a_threshold_below_rounding_ends_early_as_stalled(method):
+    cost = np.float32(np.random.default_rng(0).uniform(0, 1, (20, 20)))
+    result = sinkhorn(cost, reg=np.float32(0.1), num_iters=10_000, threshold=1e-12, method=method)
+    assert result.status == Status.STALLED
+    assert result.num_iters < 1000
+    assert result.marginal_error < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("solver", ["sinkhorn", "ipot"])
+def test_half_precision_is_judged_as_it_is_returned(solver, dtype):
+    cost = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (20, 20)), dtype)
+
+    def solve(threshold):
+        if solver == "ipot":
+            return ipot(cost, beta=0.5, num_iters=2000, threshold=threshold)
+        return sinkhorn(cost, reg=0.1, num_iters=2000, threshold=threshold)
+
+    tight, loose = solve(1e-6), solve(0.05)
+    assert tight.status == Status.STALLED
+    assert tight.num_iters < 2000
+    assert loose.converged
+    for result in (tight, loose):
+        error = errors_of(np.float32(result.plan)[None], np.full((1, 20), 0.05), np.full((1, 20), 0.05))
+        # float32(1/20) is 4e-10 from 1/20, forty times over.
+        assert error <= result.marginal_error + 4e-8
+
+
+def test_partial_underflow_of_the_kernel_is_out_of_range():
+    # exp(-C / reg) keeps a permutation too few: two rows are left with the same column, so scalings grow without end.
+    cost = np.float32([[0, 1.2, 1.2], [0, 1.2, 1.2], [0, 0, 0]])
+    letter = sinkhorn(cost, reg=np.float32(0.01), num_iters=2000, method="kernel", threshold=1e-3)
+    assert letter.status in (Status.OUT_OF_RANGE, Status.NOT_FINITE)
+    assert sinkhorn(cost, reg=np.float32(0.01), num_iters=2000, threshold=1e-3).converged
+    # Underflow where there is no mass is harmless: the diagonal is all of the plan.
+    harmless = sinkhorn(np.float32(2 * (1 - np.eye(4))), reg=np.float32(0.01), method="kernel", threshold=1e-3)
+    assert harmless.converged
+
+
+def test_the_kernels_plan_where_it_is_out_of_range_is_not_called_converged():
+    rng = np.random.default_rng(0)
+    cost = rng.uniform(0, 1, (300, 6, 8)) * rng.uniform(20, 160, (300, 1, 1))
+    solve = jax.jit(jax.vmap(lambda c, method="kernel": sinkhorn(c, reg=1.0, num_iters=200, method=method)))
+    got, exact = solve(jnp.float32(cost)), jax.vmap(lambda c: sinkhorn(c, reg=1.0, num_iters=200, method="log"))(cost)
+    said = np.isin(got.status, (Status.OUT_OF_RANGE, Status.NOT_FINITE))
+    off = ~(np.abs(got.plan - exact.plan).max((1, 2)) < 1e-3)
+    assert off.sum() > 10  # there are such problems among these
+    assert said[off].all()
+
+
+@pytest.mark.parametrize(
+    "solver", [lambda *x, **o: sinkhorn(*x, reg=0.1, **o), lambda *x, **o: ipot(*x, beta=1.0, **o)]
+)
+def test_masks_are_weights(solver):
+    cost = np.random.default_rng(0).uniform(0, 1, (4, 5))
+    rows, columns = np.array([True, False, True, True]), np.array([True, True, False, True, False])
+    got = solver(cost, rows, columns)
+    expected = solver(cost, rows / 3, columns / 3)
+    np.testing.assert_allclose(got.plan, expected.plan, atol=1e-15)
+    traced = jax.jit(solver)(cost, rows, columns)
+    np.testing.assert_allclose(traced.plan, expected.plan, atol=1e-15)
+    with pytest.raises(ValueError, match="a: expected some mass, got zeros alone"):
+        solver(cost, np.zeros(4, bool))
+
+
+@pytest.mark.parametrize(
+    "solver", [lambda *x, **o: sinkhorn(*x, reg=0.1, **o), lambda *x, **o: ipot(*x, beta=1.0, **o)]
+)
+def test_empty_sets_under_jit(solver):
+    cost = np.random.default_rng(0).uniform(0, 1, (4, 5))
+    solve = jax.jit(lambda a, b: jax.value_and_grad(lambda c: solver(c, a, b, threshold=1e-3).primal_cost)(cost))
+    result = jax.jit(lambda a, b: solver(cost, a, b, threshold=1e-3))
+    nothing, uniform = np.zeros(4), np.full(5, 0.2)
+    # Nothing to nothing costs nothing, and is a plan of it; something to nothing cannot be moved.
+    for b, error in ((np.zeros(5), 0), (uniform, 1)):
+        value, gradient = solve(nothing, b)
+        assert value == 0
+        np.testing.assert_array_equal(gradient, 0)
+        got = result(nothing, b)
+        np.testing.assert_array_equal(got.plan, 0)
+        assert got.converged == (error == 0)
+        np.testing.assert_allclose(got.marginal_error, error, atol=1e-12)

@@ -1,0 +1,157 @@
+"""Under every transformation of JAX a solver gives what a Python loop over single problems gives."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fs_jax.ot import ipot, released_sinkhorn, sinkhorn
+
+entropic = partial(sinkhorn, reg=0.2, num_iters=12)
+SOLVERS = {
+    "stabilized": entropic,
+    "kernel": partial(entropic, method="kernel"),
+    "log": partial(entropic, method="log"),
+    "stabilized, threshold": partial(entropic, threshold=1e-2),
+    "log, threshold": partial(entropic, threshold=1e-2, method="log"),
+    "implicit": partial(entropic, grad="implicit", num_iters=100),
+    "implicit, threshold": partial(entropic, grad="implicit", num_iters=100, threshold=1e-9),
+    "envelope": partial(entropic, grad="envelope"),
+    "none": partial(entropic, grad="none"),
+    "ipot": partial(ipot, beta=0.5, num_iters=5),
+    "ipot, threshold": partial(ipot, beta=0.5, num_iters=5, threshold=1e-2),
+    "released": lambda cost, a, b: released_sinkhorn(cost, reg=0.2),
+}
+
+
+def value(solver, cost, a, b):
+    result = solver(cost, a, b)
+    return result.primal_cost + result.reg_cost, result
+
+
+def with_gradients(solver):
+    return jax.value_and_grad(partial(value, solver), argnums=(0, 1), has_aux=True)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Four costs, and weights that all of them share."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        a, b = rng.uniform(1, 2, 3), rng.uniform(1, 2, 4)
+        return tuple(jnp.asarray(x) for x in (rng.uniform(0, 1, (4, 3, 4)), a / a.sum(), b / b.sum()))
+
+
+def assert_close(got, expected):
+    # Float64: the same sums in another program, over a dozen iterations.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-10), got, expected)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_shard_map_with_replicated_weights(batch, name):
+    costs, a, b = batch
+    solve = with_gradients(SOLVERS[name])
+    (values, results), (d_costs, d_as) = jax.jit(jax.vmap(solve, in_axes=(0, None, None)))(*batch)
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P("d"), P(), P()), out_specs=((P("d"), P("d")), (P("d"), P())))
+    def on_each_device(costs, a, b):
+        (value, result), (d_cost, d_a) = solve(costs[0], a, b)
+        # What is replicated has a gradient that is replicated too: the sum over devices.
+        return jax.tree.map(lambda x: x[None], (value, result)), (d_cost[None], d_a)
+
+    (got_values, got_results), (got_d_costs, got_d_a) = on_each_device(costs, a, b)
+    assert_close((got_values, got_results, got_d_costs), (values, results, d_costs))
+    assert_close(got_d_a, d_as.sum(0))
+
+
+@pytest.mark.parametrize("name", ["stabilized, threshold", "implicit, threshold", "ipot"])
+def test_other_transformations(batch, name):
+    costs, a, b = batch
+    solve = with_gradients(SOLVERS[name])
+    alone = jax.jit(solve)
+    expected = jax.tree.map(lambda *x: jnp.stack(x), *[alone(cost, a, b) for cost in costs])
+    on_all = jax.jit(jax.vmap(solve, in_axes=(0, None, None)))
+    assert_close(on_all(*batch), expected)
+    assert_close(jax.pmap(solve, in_axes=(0, None, None))(*batch), expected)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
+    assert_close(on_all(jax.device_put(costs, NamedSharding(mesh, P("d"))), a, b), expected)
+    assert_close(jax.lax.scan(lambda _, cost: (None, solve(cost, a, b)), None, costs)[1], expected)
+    rematerialised = jax.value_and_grad(jax.checkpoint(partial(value, SOLVERS[name])), argnums=(0, 1), has_aux=True)
+    assert_close(jax.jit(rematerialised)(costs[0], a, b), jax.tree.map(lambda x: x[0], expected))
+
+
+@pytest.mark.parametrize("batched", [(1, 0, 0, 0), (0, 1, 0, 1), (0, 0, 1, 0), (1, 1, 1, 1)])
+def test_vmap_over_any_subset_of_arguments(batch, batched):
+    costs, a, b = batch
+    arguments = (costs, jnp.stack([a, a[::-1]] * 2), jnp.stack([b] * 4), jnp.array([0.1, 0.2, 0.3, 0.4]))
+    arguments = [x if is_batched else x[0] for x, is_batched in zip(arguments, batched, strict=True)]
+    axes = tuple(0 if is_batched else None for is_batched in batched)
+    got = SOLVE_MANY(axes)(*arguments)
+    for i in range(4):
+        one = [x[i] if is_batched else x for x, is_batched in zip(arguments, batched, strict=True)]
+        assert_close(jax.tree.map(lambda x, i=i: x[i], got), SOLVE_ONE(*one))
+
+
+def gradient(cost, a, b, reg):
+    return jax.grad(lambda *x: sinkhorn(*x[:3], reg=x[3], num_iters=12).primal_cost, (0, 3))(cost, a, b, reg)
+
+
+SOLVE_ONE = jax.jit(gradient)
+
+
+def SOLVE_MANY(axes):
+    return jax.jit(jax.vmap(gradient, in_axes=axes))
+
+
+NAMES = ("cost", "a", "b", "reg", "init")
+
+
+def total_of(arguments, options):
+    def total(changed):
+        cost, a, b, reg, f = (changed.get(name, arguments[name]) for name in NAMES)
+        result = sinkhorn(cost, a, b, reg=reg, init=(f, jnp.zeros(4)), num_iters=20, **options)
+        return result.primal_cost + 2 * result.reg_cost
+
+    return total
+
+
+@pytest.fixture(scope="module")
+def arguments(batch):
+    with jax.enable_x64(True):
+        values = (batch[0][0], *batch[1:], jnp.asarray(0.3), jnp.array([0.1, -0.2, 0.0]))
+        return dict(zip(NAMES, values, strict=True))
+
+
+@pytest.mark.parametrize("method", ["stabilized", "kernel", "log"])
+@pytest.mark.parametrize("grad", ["unroll", "implicit", "envelope", "none"])
+def test_any_subset_of_arguments_can_be_differentiated(arguments, method, grad):
+    total = total_of(arguments, {"method": method, "grad": grad, "threshold": 1e-3})
+    for size in range(1, 6):
+        # Each name in one subset of each size, or more.
+        for names in list(itertools.combinations(NAMES, size))[:: 1 if size in (1, 5) else 3]:
+            some = {name: arguments[name] for name in names}
+            assert jax.eval_shape(jax.grad(total), some).keys() == set(names)
+        jax.eval_shape(lambda x: jax.jvp(total, (x,), (x,)), some)
+
+
+@pytest.mark.parametrize("grad", ["unroll", "implicit"])
+def test_derivatives_of_each_argument_alone_are_those_of_all_together(arguments, grad):
+    total = total_of(arguments, {"grad": grad})
+
+    @jax.jit
+    def gradients(arguments):
+        alone = {name: jax.grad(total)({name: arguments[name]})[name] for name in NAMES}
+        forward = jax.jvp(total, (arguments,), (jax.tree.map(jnp.ones_like, arguments),))[1]
+        return alone, jax.grad(total)(arguments), forward
+
+    alone, every, forward = gradients(arguments)
+    assert_close(alone, every)
+    assert_close(forward, sum(x.sum() for x in every.values()))
