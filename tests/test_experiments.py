@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import autoattack_reference, evaluate
-from fs_jax import convert
+from fs_jax import backend, convert
 from fs_jax.evaluation import Evaluation, accuracy
 from fs_jax.models import WideResNet
 
@@ -205,6 +205,9 @@ def test_what_is_wrong_is_said_before_anything_is_written(monkeypatch, capsys, w
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", list(words))
     monkeypatch.delitem(sys.modules, words[0], raising=False)  # as if started afresh
+    # A script may turn the cache on before it finds what is wrong: then all later tests of this process would take
+    # their programs from the user's own cache, as earlier runs have left it.
+    monkeypatch.setattr(backend, "enable_compilation_cache", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module(words[0], run_name="__main__")
     assert stopped.value.code == 2
