@@ -56,7 +56,7 @@ def batch_size() -> int:
 
 
 def enable_compilation_cache(directory: str | os.PathLike | None = None) -> pathlib.Path:
-    """Keep compiled programs on disk, so that the next run starts at once.
+    """Keep compiled programs on disk, so that the next run starts at once: those that took JAX's threshold of a second.
 
     Args:
       directory: Where to; by default `$JAX_COMPILATION_CACHE_DIR`, else `fs_jax/xla` in the user's cache folder.
@@ -66,7 +66,6 @@ def enable_compilation_cache(directory: str | os.PathLike | None = None) -> path
     """
     chosen = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_home() / "xla"
     jax.config.update("jax_compilation_cache_dir", str(chosen))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     return pathlib.Path(chosen)
 
 

@@ -1,13 +1,23 @@
 """Four simulated CPU devices for all tests, recorded vectors, and a small network to attack."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Also of the processes that tests start; before JAX is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the tests' time is compilation, and most of that LLVM's: at a lower level it takes half as long, of random
 # numbers a quarter. What XLA itself makes of a program is the same.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
+
+# Programs that two tests have, or two workers, or processes that tests start, are compiled once. The folder is this
+# run's own: nothing is taken from what another run has compiled, nor written to the user's own cache by the scripts.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fs_jax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import jax.numpy as jnp

@@ -20,21 +20,15 @@ from fs_jax.models import WideResNet
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def script(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
-
-    def run(*words):
-        # A wide terminal, so that messages aren't broken into lines.
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "COLUMNS": "200"}
-        return subprocess.run(
-            [sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-
-    return run
+def script(*words):
+    # A wide terminal, so that messages aren't broken into lines.
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
-def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(script, tmp_path):
+def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(tmp_path):
     done = script("experiments.quickstart", "--workdir", str(tmp_path), "--epochs", "1", "--no-progress")
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
@@ -134,7 +128,7 @@ def test_the_report_says_what_was_run_and_links_what_was_drawn():
 
 
 @pytest.mark.slow
-def test_every_suite_runs_on_weights_from_a_file(script, tmp_path):
+def test_every_suite_runs_on_weights_from_a_file(tmp_path):
     # A fresh network, whose last layer is brightened so that there is something to lose.
     model = WideResNet(10, 1)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))

@@ -35,8 +35,8 @@ class WideResNet(nn.Module):
       mean: Subtracted from the images: a number, or a tuple with one for each channel. The paper's mean and std of 0.5
         make [-1, 1]; networks from elsewhere have others.
       std: Divides what is left, as `mean`.
-      dtype: Precision of the convolutions' arithmetic. Parameters are float32; BatchNorm, the pooled features and the
-        classifier are computed in float32 or the wider type of `dtype`.
+      dtype: Precision of the convolutions' arithmetic. Parameters are float32; BatchNorm, ReLU, the pooled features
+        and the classifier are computed in float32 or the wider type of `dtype`.
       axis_name: Mapped axis over whose devices train-mode BatchNorm takes its moments (None: each device's own).
 
     Returns:
@@ -94,8 +94,8 @@ class WideResNet(nn.Module):
                     channels, stride if layer == 0 else 1, self.dtype, self.axis_name, name=f"block{group}_layer{layer}"
                 )
                 x = block(x, train=train)
-        x = nn.relu(BatchNorm(self.axis_name, name="bn1")(x, train=train))
-        features = jnp.mean(x.astype(_at_least_float32(x.dtype)), axis=(1, 2))
+        x = nn.relu(BatchNorm(self.axis_name, name="bn1")(_wide(x), train=train))
+        features = jnp.mean(x, axis=(1, 2))
         logits = nn.Dense(
             self.num_classes, dtype=features.dtype, precision="highest", kernel_init=_dense_init, name="fc"
         )(features)
@@ -112,13 +112,13 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool):
-        activated = nn.relu(BatchNorm(self.axis_name, name="bn1")(x, train=train))
+        activated = nn.relu(BatchNorm(self.axis_name, name="bn1")(_wide(x), train=train))
         if x.shape[-1] == self.channels:
             shortcut = x
         else:  # the shortcut, too, starts after the activation
             shortcut = _Conv(self.channels, 1, self.stride, self.dtype, name="shortcut")(activated)
         y = _Conv(self.channels, 3, self.stride, self.dtype, name="conv1")(activated)
-        y = nn.relu(BatchNorm(self.axis_name, name="bn2")(y, train=train))
+        y = nn.relu(BatchNorm(self.axis_name, name="bn2")(_wide(y), train=train))
         return shortcut + _Conv(self.channels, 3, 1, self.dtype, name="conv2")(y)
 
 
@@ -167,7 +167,7 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
 
-        wide = x.astype(_at_least_float32(x.dtype))
+        wide = _wide(x)
         if train:
             mean, var, count = self._moments(wide, running_mean.value)
             if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
@@ -196,5 +196,11 @@ class BatchNorm(nn.Module):
         return shift + first, jnp.maximum(second - jnp.square(first), 0), count
 
 
-def _at_least_float32(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
+def _wide(x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+    """`x` in float32 at least, for what is no convolution.
+
+    Rounding commutes with a ReLU, so that one before the next convolution's rounding gives the same values as one
+    after it. But XLA's CPU backend (jaxlib 0.12.0) gives NaN for a reduction whose fusion has two ReLUs in bfloat16:
+    `jnp.sum(relu(relu(x) * y - 1).astype(float32))` is enough. In float32 the same is right.
+    """
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -35,14 +35,8 @@ COMMAND = [
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Compiled programs, shared by the processes that the tests start."""
-    return tmp_path_factory.mktemp("cache")
-
-
-def start(workdir, cache, *options, command=COMMAND):
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_NUM_CPU_DEVICES": "1"}
+def start(workdir, *options, command=COMMAND):
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
     return subprocess.Popen(
         [*command, "--workdir", str(workdir), *options],
         cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -74,9 +68,9 @@ def last_state(workdir):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cache, tmp_path_factory):
+def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    code, out, err = finish(start(workdir, cache))
+    code, out, err = finish(start(workdir))
     assert code == 0, err
     assert "python -m experiments.evaluate --workdir" in out
     return workdir
@@ -94,14 +88,14 @@ def same_run(workdir, other):
 @pytest.mark.parametrize(
     "stop", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["SIGKILL", "SIGTERM"]
 )
-def test_a_run_that_is_stopped_and_resumed_equals_one_left_alone_bit_for_bit(stop, undisturbed, cache, tmp_path):
+def test_a_run_that_is_stopped_and_resumed_equals_one_left_alone_bit_for_bit(stop, undisturbed, tmp_path):
     workdir = tmp_path / "run"
-    code, out, err = finish(start(workdir, cache, "--max-minutes", "0"))
+    code, out, err = finish(start(workdir, "--max-minutes", "0"))
     assert code == 75, err
     assert "Stopped at step 2. The same command goes on" in out  # one dispatch: it never stops without progress
     # Twice more: once within an epoch, and once later on.
     for reached in (5, 20):
-        process = start(workdir, cache)
+        process = start(workdir)
         wait_for(lambda reached=reached: rows(workdir) and rows(workdir)[-1]["step"] >= reached, process)
         process.send_signal(stop)
         code, out, err = finish(process)
@@ -110,7 +104,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_left_alone_bit_for_bit(sto
             assert "The same command goes on" in out
         else:
             assert code == -signal.SIGKILL
-    code, _, err = finish(start(workdir, cache))
+    code, _, err = finish(start(workdir))
     assert code == 0, err
     assert "Going on from step" in err
     assert int(last_state(workdir).step) == 33
@@ -191,9 +185,9 @@ def test_a_configuration_that_does_not_work_leaves_no_folder_behind(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_second_run_in_the_same_folder_is_refused(cache, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     workdir = tmp_path / "run"
-    process = start(workdir, cache)
+    process = start(workdir)
     try:
         wait_for((workdir / ".lock").exists, process)  # from its start, long before its first step
         with pytest.raises(BlockingIOError, match="another process is training"):
