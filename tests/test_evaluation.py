@@ -190,6 +190,7 @@ LONG = Attack("pgd", 0.01, num_steps=6_000, restarts=2, any_iterate=True)
 CHAIN = [Attack("clean"), LONG, Attack("apgd-t", 0.01, after=("clean", LONG.name))]
 KILLED = """
 import sys
+import tests.conftest  # its settings, so that this process computes as the tests' does
 from fs_jax.journal import Journal
 from tests.test_evaluation import CHAIN, records_of
 with Journal(sys.argv[1], {}) as journal:
