@@ -202,6 +202,19 @@ def records_of(journal, attacks):
     return evaluate(*make_network(), IMAGES, LABELS, attacks, batch_size=16, journal=journal, progress=False).records
 
 
+def assert_same_records(ours, theirs):
+    """What is counted is the same; margins, of size 1 to 10, are so to what float32's sums know them to.
+
+    Which images share a batch, and its size, depends on what was missing, and so may how their products are rounded.
+    """
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        for name in ("index", "label", "robust", "fallen_at"):
+            assert one[name] == other[name]
+        for name in ("margin", "linf"):
+            assert one[name] == pytest.approx(other[name], abs=1e-4)
+
+
 def test_killed_and_gone_on_with_it_ends_in_the_same_numbers(tmp_path):
     path = tmp_path / "records.jsonl"
     process = subprocess.Popen([sys.executable, "-c", KILLED, path], cwd=ROOT)
@@ -221,14 +234,14 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_numbers(tmp_path):
         assert 0 < done < 100 == len(journal.records[LONG.name])  # it was killed in the midst of it
     whole = path.read_bytes()
     assert whole.startswith(killed[: killed.rfind(b"\n") + 1])  # nothing was done again
-    assert resumed == records_of(None, CHAIN)
+    assert_same_records(resumed, records_of(None, CHAIN))
 
     # And wherever else it might have been: here, among the targets of the last attack.
     targets = whole.index(b"apgd-t")
     for part in (0.1, 0.5, 0.9):
         path.write_bytes(whole[: targets + int(part * (len(whole) - targets))])
         with Journal(path, {}) as journal:
-            assert records_of(journal, CHAIN) == resumed
+            assert_same_records(records_of(journal, CHAIN), resumed)
 
 
 def test_an_attack_that_has_changed_is_refused(tmp_path):
