@@ -38,28 +38,30 @@ def test_logits_and_features_equal_the_recorded(recorded, dtype, tolerance):
             np.testing.assert_allclose(ours[name], array, atol=tolerance, rtol=0, err_msg=name)
 
 
-def assert_gradient_is_the_recorded(recorded, model, variables):
+def assert_gradient_is_the_recorded(recorded, model, variables, tolerance):
     def loss(images):
         log_probabilities = jax.nn.log_softmax(model.apply(variables, images)[0])
         return -jnp.mean(log_probabilities[jnp.arange(len(images)), recorded.labels])
 
     expected = recorded.nhwc("eval_ce_grad")
-    # The recorded gradient is to images in [-1, 1], twice ours, and rounded to float32: 1e-6 of its largest entry.
+    # The recorded gradient is to images in [-1, 1], twice ours.
     gradient = jax.jit(jax.grad(loss))(recorded.images.astype(model.dtype)) / 2
     assert gradient.dtype == model.dtype
-    np.testing.assert_allclose(gradient, expected, atol=1e-6 * np.abs(expected).max(), rtol=0)
+    np.testing.assert_allclose(gradient, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
 
 
 @pytest.mark.usefixtures("float64")
 def test_input_gradient_equals_the_recorded(recorded):
-    assert_gradient_is_the_recorded(recorded, *build(recorded, np.float64))
+    # It was rounded to float32: 1e-6 of its largest entry.
+    assert_gradient_is_the_recorded(recorded, *build(recorded, np.float64), 1e-6)
 
 
 @pytest.mark.usefixtures("float64")
 def test_input_gradient_in_float32_is_that_of_the_same_active_units(recorded, monkeypatch):
     # A ReLU's derivative jumps at 0. Of the WRN-16-2's 245,760 units for an image, some are nearer to 0 than float32
     # can tell: a second image's at -1.8e-7, which on some CPUs comes out above 0, and moves the gradient by 7%. So the
-    # active units are float64's here, and what is left is as smooth as float32's sums are.
+    # active units are float64's here, and what is left is what float32's sums make of 16 layers there and back: up to
+    # 1.2e-6, whatever the machine. (Of those units that are in doubt, the one that matters least moves it by 5e-4.)
     inputs, relu = [], nn.relu
     (exact, exact_variables), single = build(recorded, np.float64), build(recorded, np.float32)
     monkeypatch.setattr(nn, "relu", lambda x: inputs.append(x) or relu(x))
@@ -68,7 +70,7 @@ def test_input_gradient_in_float32_is_that_of_the_same_active_units(recorded, mo
     assert min(np.abs(x).min() for x in inputs) > 1e-10
     units = iter(inputs)
     monkeypatch.setattr(nn, "relu", lambda x: jnp.where(next(units) > 0, x, 0))
-    assert_gradient_is_the_recorded(recorded, *single)
+    assert_gradient_is_the_recorded(recorded, *single, 4e-6)
     assert not list(units)  # each was used
 
 
