@@ -26,8 +26,10 @@ import pytest
 
 from fs_jax import convert
 from fs_jax.config import preset
+from tests import disturb
 
 jax.config.update("jax_num_cpu_devices", 4)  # before the first computation
+disturb.if_asked()
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

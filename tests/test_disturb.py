@@ -1,0 +1,52 @@
+"""`DISTURB=SEED` changes sums by about a unit in the last place: with the seed, the program and the shape, or not."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[1]
+CODE = """
+import json, sys
+import tests.conftest
+import jax, jax.numpy as jnp, numpy as np
+
+x = np.random.default_rng(0).uniform(1, 2, (64, 30)).astype(np.float32)
+images, kernel = x.reshape(1, 8, 8, 30), x[:18].reshape(3, 3, 2, 30).swapaxes(2, 3)
+
+def product(x): return x @ x.T
+def product_again(x): return x @ x.T
+def total(x): return x.sum(0)
+def convolved(images): return jax.lax.conv(images.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1), (1, 1), "SAME")
+
+numbers = {f.__name__: jax.jit(f)(x) for f in (product, product_again, total, jnp.exp)}
+numbers |= {"convolved": jax.jit(convolved)(images), "half": jax.jit(product)(x[:32])}
+json.dump({name: np.asarray(array, float).tolist() for name, array in numbers.items()}, sys.stdout)
+"""
+
+
+def numbers(seed=None):
+    environment = {key: value for key, value in os.environ.items() if key != "DISTURB"}
+    environment |= {} if seed is None else {"DISTURB": str(seed)}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: np.array(array) for name, array in json.loads(done.stdout).items()}
+
+
+def test_sums_are_disturbed_by_about_a_unit_in_the_last_place_and_the_same_ones_each_time():
+    alone, disturbed, again, other = numbers(), numbers(1), numbers(1), numbers(2)
+    for name, exact in alone.items():
+        relative = np.abs(disturbed[name] / exact - 1)
+        # All terms are positive, and each is moved by 2^-23 at most per factor, and rounded.
+        assert relative.mean() > 1e-8, name
+        assert relative.max() < 1e-6, name
+        np.testing.assert_array_equal(disturbed[name], again[name], err_msg=name)
+        assert (disturbed[name] != other[name]).any(), name
+    # The same numbers in another program, or among fewer, may be rounded otherwise.
+    assert (disturbed["product"] != disturbed["product_again"]).any()
+    assert (disturbed["product"][:32, :32] != disturbed["half"]).any()
