@@ -28,7 +28,8 @@ def in_chunks(function: Callable) -> Callable:
 
         batched = [x for x, b in zip(leaves, is_batched, strict=True) if b]
         matrix = args[0][0] if in_batched[0] else args[0]
-        chunk = _chunk(size, matrix.size * matrix.dtype.itemsize)
+        is_known = isinstance(size, int) and isinstance(matrix.size, int)  # not where a program is exported for any
+        chunk = _chunk(size, matrix.size * matrix.dtype.itemsize) if is_known else size
         if chunk == size:
             results = jax.vmap(one)(batched)
         else:

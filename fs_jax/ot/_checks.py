@@ -6,6 +6,7 @@ are still checked here, and the `Transport.status` of the result tells the rest.
 
 import difflib
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,6 +21,7 @@ _MASS_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16"
 # What other libraries call the same thing: arguments, and values of `method` and `grad`.
 _OTHER_NAMES = {
     "epsilon": "reg",
+    "reg": "reg",
     "max_iterations": "num_iters",
     "max_iters": "num_iters",
     "max_iter": "num_iters",
@@ -44,15 +46,21 @@ _OTHER_NAMES = {
 
 def answers_other_names(solver: Callable) -> Callable:
     """The same solver, which answers a keyword of another library with its own name for it."""
-    known = [name for name in solver.__annotations__ if name != "return"]
+    signature = inspect.signature(solver)
+    known = list(signature.parameters)
+    by_position = [name for name, of in signature.parameters.items() if of.kind is of.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(solver)
     def checked(*args, **options):
         for name in options:
             if name not in known:
-                raise TypeError(
-                    f"{solver.__name__}: expected arguments {', '.join(known)}; got {name}{_hint(name, known)}"
-                )
+                expected = ", ".join(known)
+                raise TypeError(f"{solver.__name__}: expected arguments {expected}; got {name}{_hint(name, known)}")
+        try:
+            signature.bind(*args, **options)
+        except TypeError as error:
+            expected = f"{', '.join(by_position)} by position, all else by name"
+            raise TypeError(f"{solver.__name__}: expected {expected}; got {error}") from None
         return solver(*args, **options)
 
     return checked
@@ -89,9 +97,12 @@ def problem(cost, a, b) -> tuple[jax.Array, jax.Array, jax.Array, str]:
             "marginal of zero"
         )
     narrow = cost.dtype if jnp.issubdtype(cost.dtype, jnp.floating) else jnp.dtype(jnp.float32)
+    weights = (a, b)
     mass_a, a = _marginal("a", a, cost, axis=0)
     mass_b, b = _marginal("b", b, cost, axis=1)
-    given = [w.dtype for w in (a, b) if w is not None and w.dtype != bool]
+    # A mask and a list of numbers have no dtype of their own to promote the result with.
+    listed = [isinstance(w, list | tuple) for w in weights]
+    given = [w.dtype for w, no in zip((a, b), listed, strict=True) if w is not None and w.dtype != bool and not no]
     narrow = jnp.result_type(narrow, *given)
     dtype = jnp.result_type(narrow, jnp.float32)
     tolerance = max(_MASS_TOLERANCE.get(str(of), 0) for of in [*given, dtype])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fs_jax.ot import _dispatch
-from fs_jax.ot._iterations import Options, once_if
+from fs_jax.ot._iterations import Options, value_if
 from fs_jax.ot.result import live_plan
 
 
@@ -89,13 +89,12 @@ def _solve_fixed_point(plan, rows, columns, right_rows, right_columns):
         allowed = 64 * epsilon * jnp.linalg.norm(x) + jnp.sqrt(epsilon) * jnp.linalg.norm(right)
         return ~(jnp.linalg.norm(reduced(x) - right) <= allowed)
 
-    def dense(carry):
-        _, matrix, right = carry
+    def dense(matrix, right):
         system = (1 + 16 * epsilon) * jnp.eye(right.size, dtype=right.dtype)
         system += constant[:, None] * constant[None, :] - _matvec(matrix, matrix.T)
-        return jax.scipy.linalg.solve(system, right, assume_a="pos"), matrix, right
+        return jax.scipy.linalg.solve(system, right, assume_a="pos")
 
-    x, *_ = once_if(is_off(x), dense, (x, scaled_plan, right))
+    x = value_if(is_off(x), dense, x, scaled_plan, right)
     x = size * jnp.where(is_off(x), jnp.nan, x)
     y = q - _matvec(scaled_plan.T, x)
     return jnp.concatenate([root_rows * x, root_columns * y])

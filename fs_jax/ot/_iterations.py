@@ -29,7 +29,7 @@ from jax import lax
 from fs_jax.ot._batching import in_chunks
 from fs_jax.ot._logspace import MASKED, log_sum_exp, log_weights
 from fs_jax.ot.problem import solvable
-from fs_jax.ot.result import Outcome, Status, finish, marginal_error
+from fs_jax.ot.result import Outcome, Status, finish, has_stalled, judged_error, rounding_floor
 
 RUN = 10  # iterations between two looks at the scalings
 
@@ -155,7 +155,7 @@ def walk(options: Options, keep: bool):
             counts = Counts(progress.done, stopped, jnp.full_like(progress.best, jnp.inf))
             limit = Limit(jnp.where(progress.looking, -1, threshold), num_iters)
             (state, counts), rows = run(points, limit, room, length, state, counts)
-            return (state, _judge(points, threshold, dtype, state, progress, counts, stopped)), rows
+            return (state, _judge(points, a, b, threshold, dtype, state, progress, counts, stopped)), rows
 
         zero = jnp.zeros_like(scaled, shape=(), dtype=jnp.int32)
         progress = zero
@@ -167,14 +167,15 @@ def walk(options: Options, keep: bool):
         plan, factor = finish(_plan_of(points, state), points.a)
         phi, gamma = potentials_of(points, state)
         phi = jnp.where(points.there_a, phi + jnp.log(factor), MASKED)
-        flag = jnp.full_like(zero, Status.LIMIT)
+        status, accepted = jnp.full_like(zero, Status.LIMIT), jnp.ones_like(zero)
         if threshold is None:
             done = zero + num_iters
         else:
-            done, flag = progress.done, jnp.where(progress.stalled, Status.STALLED, flag)
+            done, status = progress.done, jnp.where(progress.stalled, Status.STALLED, status)
         if method == "kernel":
-            flag = jnp.where(_is_flushed(points, state, plan), Status.OUT_OF_RANGE, flag)
-        outcome = Outcome(plan, phi, gamma, done.astype(scaled.dtype), flag.astype(scaled.dtype))
+            flushed = _is_flushed(points, state, plan)
+            status, accepted = jnp.where(flushed, Status.OUT_OF_RANGE, status), jnp.where(flushed, 0, accepted)
+        outcome = Outcome(plan, phi, gamma, *(x.astype(scaled.dtype) for x in (done, status, accepted)))
         reference = (state.kernel, state.f, state.g) if keep and method != "log" else None
         return outcome, runs, reference
 
@@ -188,29 +189,27 @@ def lengths(num_iters, threshold):
     return jnp.full(-(-num_iters // RUN) + 1, RUN)
 
 
-def _judge(points, threshold, dtype, state, progress, counts, stopped):
+def _judge(points, a, b, threshold, dtype, state, progress, counts, stopped):
     """What is to be done after a run: the cheap test is confirmed on the plan itself, as it would be returned.
 
     The test within a run compares successive scalings. It cannot see what rounding has left in the rows, nor that the
-    result may have a narrower dtype. Where it fires wrongly, or is near what rounding lets it see, the iterations go
-    on and the plan is judged after each run, until it is good enough or its error no longer falls.
+    result may have a narrower dtype. Where it fires wrongly, or is near what rounding lets it see, the iterations
+    continue and the plan is judged after each run, until it is good enough or its error no longer falls.
     """
-    mass, eps = points.a.sum(), jnp.finfo(points.scaled.dtype).eps
-    looking = progress.looking | (counts.still & ~stopped) | ~(counts.off > sum(points.scaled.shape) * eps * mass)
+    shape, mass = points.scaled.shape, a.sum()
+    near_rounding = ~(counts.off > rounding_floor(shape, mass, a.dtype))
+    looking = progress.looking | (counts.still & ~stopped) | near_rounding
 
-    def judged(carry):
-        _, *vectors = carry
+    def judged(*vectors):
         plan, _ = finish(_plan_of(points, State(*vectors, None)), points.a)
-        # Another program than the one that makes the result: its rounding must not turn the verdict.
-        slack = 4 * eps * mass
-        return marginal_error(plan.astype(dtype), points.a, points.b) + slack, *vectors
+        return judged_error(plan, a, b, dtype)
 
     needed = looking & ~stopped
-    error, *_ = once_if(needed, judged, (jnp.full_like(progress.best, jnp.inf), *state[:4]))
+    error = value_if(needed, judged, jnp.full_like(progress.best, jnp.inf), *state[:4])
     converged = progress.converged | (needed & (error <= threshold))
     waited = jnp.where(needed, jnp.where(error < progress.best, 0, progress.waited + 1), progress.waited)
-    # Errors that rounding makes are new at each look: a record is rare then, and rarer the longer it goes.
-    stalled = progress.stalled | (needed & ~converged & (waited > 2 + counts.done // (4 * RUN)))
+    stalled = has_stalled(error, waited, counts.done // RUN, rounding_floor(shape, mass, dtype))
+    stalled = progress.stalled | (needed & ~converged & stalled)
     return Progress(counts.done, converged, stalled, looking, jnp.minimum(error, progress.best), waited)
 
 
@@ -347,6 +346,16 @@ def once_if(condition, function, carry):
     """
     loop = (condition, carry)
     return lax.while_loop(lambda loop: loop[0], lambda loop: (jnp.zeros_like(loop[0]), function(loop[1])), loop)[1]
+
+
+def value_if(condition, function, default, *inputs):
+    """`function(*inputs)` if the condition holds, else the default; as `once_if`, computed only where it is needed.
+
+    The loop leaves zeros in the inputs' places: XLA takes what a loop leaves unchanged for invariant, and would move
+    all that is computed of it out of the loop.
+    """
+    zeros = jax.tree.map(jnp.zeros_like, inputs)
+    return once_if(condition, lambda carry: (function(*carry[1]), zeros), (default, inputs))[0]
 
 
 # Between reference, scalings, potentials and plan

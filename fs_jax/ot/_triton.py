@@ -31,10 +31,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from fs_jax.ot import _iterations, _unroll
-from fs_jax.ot._iterations import Options, Points, once_if
+from fs_jax.ot._iterations import Options, Points, value_if
 from fs_jax.ot._logspace import MASKED, log_sum_exp
 from fs_jax.ot._unroll import with_transpose
-from fs_jax.ot.result import Outcome, Status, finish, first_order_only, marginal_error
+from fs_jax.ot.result import (
+    UNROLL,
+    Outcome,
+    Status,
+    finish,
+    first_order_only,
+    judged_error,
+    rounding_floor,
+)
 
 try:
     from jax.experimental.pallas import triton
@@ -54,19 +62,19 @@ def solve(scaled, a, b, start, threshold, options: Options, interpret: bool) -> 
     """`Outcome` of the iterations; `interpret` runs the kernel without a GPU.
 
     With a threshold, the plan is judged as it is returned. Where it fails though the kernel's own sums met the
-    threshold, the problem is solved again by the plain iterations, which judge as they go.
+    threshold, or came near what rounding lets them see, the problem is solved again by the plain iterations, which
+    judge as they go.
     """
-    outcome, _ = _forward(scaled, a, b, start, threshold, options, False, interpret)
     if threshold is None:
-        return outcome
-    error = marginal_error(outcome.plan.astype(options.dtype), a, b)
-    failed = (outcome.done < options.num_iters) & ~(error <= threshold)
+        return _forward(scaled, a, b, start, None, options, False, interpret)[0]
+    reachable = jnp.maximum(threshold, rounding_floor(scaled.shape, a.sum(), scaled.dtype))
+    outcome, _ = _forward(scaled, a, b, start, reachable, options, False, interpret)
+    failed = (outcome.done < options.num_iters) & ~(judged_error(outcome.plan, a, b, options.dtype) <= threshold)
 
-    def again(carry):
-        scaled, start, _ = carry
-        return scaled, start, _iterations.walk(options, False)(scaled, a, b, start, threshold)[0]
+    def again(scaled, start):
+        return _iterations.walk(options, False)(scaled, a, b, start, threshold)[0]
 
-    return once_if(failed, again, (scaled, start, outcome))[2]
+    return value_if(failed, again, outcome, scaled, start)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6))
@@ -78,7 +86,7 @@ def unroll(scaled, a, b, start, threshold, options: Options, interpret: bool) ->
 @unroll.defjvp
 def _derivative(options, interpret, primals, tangents):
     """Back goes a kernel; forward mode is rare, and goes through the plain iterations in the log domain."""
-    primals = first_order_only(primals, "unroll")
+    primals = first_order_only(primals, UNROLL)
     outcome, path = _forward(*primals, options, True, interpret)
     problem = tuple(primals[:4])
 
@@ -113,8 +121,8 @@ def _forward(scaled, a, b, start, threshold, options, keep, interpret):
     there = points.there_a[:, None] & points.there_b[None, :]
     plan, factor = finish(jnp.where(there, jnp.exp((scaled + phi[:, None]) + gamma[None, :]), 0), points.a)
     phi = jnp.where(points.there_a, phi + jnp.log(factor), MASKED)
-    flag = jnp.full_like(phi, Status.LIMIT, shape=())
-    return Outcome(plan, phi, gamma, done[0].astype(phi.dtype), flag), (*path, done)
+    status = jnp.full_like(phi, Status.LIMIT, shape=())
+    return Outcome(plan, phi, gamma, done[0].astype(phi.dtype), status, jnp.ones_like(status)), (*path, done)
 
 
 def _back(scaled, a, b, path, interpret, c_phi, c_gamma):

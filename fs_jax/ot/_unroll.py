@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from fs_jax.ot import _iterations
 from fs_jax.ot._batching import in_chunks
 from fs_jax.ot._iterations import Options, Points, lengths, once_if, product
-from fs_jax.ot.result import first_order_only
+from fs_jax.ot.result import UNROLL, first_order_only
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5,))
@@ -25,7 +25,7 @@ def solve(scaled, a, b, start, threshold, options: Options):
 
 @solve.defjvp
 def _derivative(options, primals, tangents):
-    primals = first_order_only(primals, "unroll")
+    primals = first_order_only(primals, UNROLL)
     scaled, a, b, _, threshold = primals
     outcome, *path = _iterations.walk(options, True)(*primals)
     run_lengths = lengths(options.num_iters, threshold)

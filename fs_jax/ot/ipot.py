@@ -14,7 +14,17 @@ from fs_jax.ot._batching import in_chunks
 from fs_jax.ot._iterations import Points
 from fs_jax.ot._logspace import MASKED, log_sum_exp
 from fs_jax.ot.problem import make_problem
-from fs_jax.ot.result import Outcome, Status, Transport, finish, marginal_error, transport
+from fs_jax.ot.result import (
+    Outcome,
+    Status,
+    Transport,
+    finish,
+    first_order_only,
+    has_stalled,
+    judged_error,
+    rounding_floor,
+    transport,
+)
 
 GRADS = ("unroll", "envelope", "none")
 SEGMENT = 128  # steps whose matrices are all kept for the way back
@@ -54,10 +64,13 @@ def ipot(
         inner_iters: Sinkhorn iterations in each (static under jit).
         threshold: stop when the marginal error (L1, in units of mass) of the plan that is returned is at most this, and
             the last step moved no more mass than this either, since a coupling alone is not yet a cheap one; by default
-            all steps are done. One below what the dtype can reach ends early, with `Status.STALLED`.
+            all steps are done. (A beta far above the costs moves little in each step.) One below what the dtype can
+            reach ends early, with `Status.STALLED`.
         grad: "unroll" differentiates the iterations, and keeps a matrix of each (of more than 128, of each segment of
             √T and each of its steps); "envelope" holds plan and potentials fixed, so that the gradient of
-            `primal_cost` is the plan (first derivatives); "none" gives zeros.
+            `primal_cost` is the plan (first derivatives); "none" gives zeros. The exact plan is a vertex, and jumps:
+            where beta is small or steps are many, "unroll" is the derivative of such a jump, of any size. For the exact
+            cost's own gradient take "envelope".
 
     Returns:
         A `Transport`. Its potentials and `reg_cost` are those at the regularisation that the last step had reached,
@@ -66,6 +79,7 @@ def ipot(
     Raises:
         TypeError: an argument is not of the kind described.
         ValueError: a shape or value is refused; the message says which, and what was expected.
+        NotImplementedError: a second derivative is taken where there is a threshold.
 
     Example:
         >>> cost = jnp.array([[0.0, 1.0], [1.0, 3.0]])
@@ -121,9 +135,10 @@ class State(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Steps done, how the last ended, the smallest (error, mass moved) so far, and steps since then."""
+    """Steps done, the mass that the last moved, how it ended, the smallest error so far, and steps since then."""
 
     done: jax.Array
+    moved: jax.Array
     converged: jax.Array
     stalled: jax.Array
     best: jax.Array
@@ -139,6 +154,8 @@ def _iterations(scaled, a, b, start, threshold, options):
 @_iterations.defjvp
 def _derivative(options, primals, tangents):
     """That of the same steps as a scan, which has a reverse mode."""
+    if primals[4] is not None:  # a while loop, which has no reverse mode, finds where they stop
+        primals = first_order_only(primals, "ipot without a threshold has second derivatives; with one it")
     *problem, threshold = primals
     outcome = None if threshold is None else _walk(options)(*primals)
     done = None if threshold is None else outcome.done
@@ -172,30 +189,28 @@ def _walk(options):
             state, last, progress = carry
             state = _step(points, options.inner_iters, state)
             plan, _ = _finished(points, state)
-            return state, plan, _judge(points, threshold, options.dtype, plan, last, progress)
+            return state, plan, _judge(a, b, threshold, options.dtype, plan, last, progress)
 
         no, far = jnp.zeros_like(zero, bool), jnp.full_like(scaled, jnp.inf, shape=())
-        carry = (first, _finished(points, first)[0], Progress(zero, no, no, far, zero))
+        carry = (first, _finished(points, first)[0], Progress(zero, far, no, no, far, zero))
         state, _, progress = lax.while_loop(unfinished, step, carry)
         outcome = _outcome(points, state, progress.done.astype(scaled.dtype))
-        return outcome._replace(flag=jnp.where(progress.stalled, Status.STALLED, outcome.flag).astype(scaled.dtype))
+        return outcome._replace(
+            status=jnp.where(progress.stalled, Status.STALLED, outcome.status).astype(scaled.dtype),
+            accepted=(progress.moved <= threshold).astype(scaled.dtype),
+        )
 
     return iterations
 
 
-def _judge(points, threshold, dtype, plan, last, progress):
+def _judge(a, b, threshold, dtype, plan, last, progress):
     """Both the marginal error of the plan, as it would be returned, and the mass that moved are to be small."""
-    mass = points.a.sum()
     moved = jnp.sum(jnp.abs(plan - last))
-    # Another program than the one that makes the result: its rounding must not turn the verdict.
-    slack = 4 * jnp.finfo(plan.dtype).eps * mass
-    error = jnp.maximum(marginal_error(plan.astype(dtype), points.a, points.b), moved) + slack
+    error = jnp.maximum(judged_error(plan, a, b, dtype), moved)
     waited = jnp.where(error < progress.best, 0, progress.waited + 1)
     converged = error <= threshold
-    # Near what rounding lets errors be, they are new at each step: records get rare, and rarer the longer it goes.
-    near_rounding = ~(error > sum(plan.shape) * jnp.finfo(dtype).eps * mass)
-    stalled = ~converged & near_rounding & (waited > 20 + progress.done // 2)
-    return Progress(progress.done + 1, converged, stalled, jnp.minimum(error, progress.best), waited)
+    stalled = ~converged & has_stalled(error, waited, progress.done, rounding_floor(plan.shape, a.sum(), dtype))
+    return Progress(progress.done + 1, moved, converged, stalled, jnp.minimum(error, progress.best), waited)
 
 
 def _start(points, sigma):
@@ -250,4 +265,4 @@ def _outcome(points, state, done):
     plan, factor = _finished(points, state)
     phi = jnp.where(points.there_a, state.phi, MASKED)
     gamma = jnp.where(points.there_b, state.gamma + jnp.log(factor), MASKED)
-    return Outcome(plan, phi, gamma, done, jnp.full_like(done, Status.LIMIT))
+    return Outcome(plan, phi, gamma, done, jnp.full_like(done, Status.LIMIT), jnp.ones_like(done))

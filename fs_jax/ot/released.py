@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from fs_jax.ot import _checks
 from fs_jax.ot.problem import make_problem
-from fs_jax.ot.result import Outcome, Status, Transport, transport
+from fs_jax.ot.result import Outcome, Status, Transport, first_order_only, transport
 
 _INSIDE_LOG = 1e-6
 
@@ -49,6 +49,7 @@ def released_sinkhorn(
     Raises:
         TypeError: an argument is not of the kind described.
         ValueError: a shape or value is refused; the message says which, and what was expected.
+        NotImplementedError: a second derivative is taken. (Of the first ones it has reverse mode alone.)
 
     Example:
         >>> result = released_sinkhorn(jnp.array([[0.0, 1.0], [1.0, 0.0]]))
@@ -71,7 +72,7 @@ def _solve(cost, a, b, reg, change, num_iters, dtype):
     scaled = problem.scaled
     phi, gamma, done = _potentials(scaled, lax.stop_gradient(change / problem.reg), num_iters)
     plan = lax.stop_gradient(_plan(phi, gamma, scaled))
-    outcome = Outcome(plan, phi, gamma, done, jnp.full_like(done, Status.LIMIT))
+    outcome = Outcome(plan, phi, gamma, done, jnp.full_like(done, Status.LIMIT), jnp.zeros_like(done))
     return transport(problem, outcome, None, dtype)
 
 
@@ -110,7 +111,7 @@ def _forward(scaled, change, num_iters):
 
 def _backward(num_iters, kept, cotangents):
     """Back through each iteration done: two exponentials of the matrix, and products with them."""
-    scaled, last_phi, done, (phis, gammas) = kept
+    scaled, last_phi, done, (phis, gammas) = first_order_only(kept, "released_sinkhorn")
 
     def iterate_back(state):
         d_phi, d_gamma, d_scaled, new_phi, t = state

@@ -5,6 +5,7 @@ marginal zero has no finite potential; `MASKED` stands for it.
 """
 
 import enum
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -16,14 +17,17 @@ from jaxtyping import Array, Bool, Float, Int
 from fs_jax.ot._logspace import MASKED, log_weights
 from fs_jax.ot.problem import Problem
 
+_SECOND = 'sinkhorn with grad="implicit" has second derivatives; with grad="{}" it'
+UNROLL, ENVELOPE = _SECOND.format("unroll"), _SECOND.format("envelope")
+
 
 class Status(enum.IntEnum):
     """What `Transport.status` means; the field itself is an integer array, so that it can come out of `jit`."""
 
     CONVERGED = 0  # the marginal error of the returned plan is at most the threshold
-    LIMIT = 1  # all iterations were done; without a threshold that is all that can be said
+    LIMIT = 1  # no verdict: no threshold was given, or all iterations were done before it was met
     NOT_FINITE = 2  # NaN or infinity in the result: it is not a solution of anything
-    STALLED = 3  # the threshold is below what the dtype can reach: the error no longer falls
+    STALLED = 3  # rounding is all that is left of the error, and it is above the threshold
     OUT_OF_RANGE = 4  # method="kernel" alone: exp(-cost / reg) underflowed where the plan has mass
 
 
@@ -40,8 +44,9 @@ class Transport(NamedTuple):
             dtype's rounding of the sums is part of it, so that the plan is at least this good. (Of a plan in half
             precision it is float32.)
         num_iters: iterations done.
-        status: a `Status` as an integer: 0 CONVERGED, which is to say marginal_error <= threshold; 1 LIMIT (also of
-            all that is finite, where no threshold was given); 2 NOT_FINITE; 3 STALLED; 4 OUT_OF_RANGE.
+        status: a `Status` as an integer: 0 CONVERGED, with marginal_error <= threshold; 1 LIMIT, which is no verdict:
+            no threshold was given, or all iterations were done before it was met; 2 NOT_FINITE; 3 STALLED;
+            4 OUT_OF_RANGE.
     """
 
     plan: Float[Array, "n m"]
@@ -68,14 +73,17 @@ class Outcome(NamedTuple):
         gamma: the same of the columns, [m].
         done: iterations done. A floating number, since a derivative rule has no tangent for integers that vary over
             mesh axes.
-        flag: what the iterations themselves know: `Status.LIMIT`, `STALLED` or `OUT_OF_RANGE`, as a floating number.
+        status: what it is where the threshold is not met, as a floating number.
+        accepted: 1 where a plan that meets the threshold is a solution; 0 where the solver asks for more, and has not
+            got it.
     """
 
     plan: jax.Array
     phi: jax.Array
     gamma: jax.Array
     done: jax.Array
-    flag: jax.Array
+    status: jax.Array
+    accepted: jax.Array
 
 
 @jax.custom_jvp
@@ -105,12 +113,34 @@ def finish(plan, a):
 
 
 def marginal_error(plan, a, b):
-    """|plan 1 - a|₁ + |planᵀ 1 - b|₁, rounded up by all that this computation, and a sum in any order, may be off."""
+    """|plan 1 - a|₁ + |planᵀ 1 - b|₁, rounded up by what this computation may be off."""
     wide = plan.astype(a.dtype)
     error = _distance(wide, a, 1) + _distance(wide, b, 0)
     eps = jnp.finfo(a.dtype).eps
     # |x| sums to within (n + m) eps of itself; eps of the mass is what a plan may be off that was never stored.
     return error * (1 + sum(plan.shape) * eps) + eps * lax.stop_gradient(a.sum())
+
+
+def judged_error(plan, a, b, dtype):
+    """The marginal error of a plan as it will be returned, for iterations that decide whether to stop.
+
+    The result is computed by another program; four units in the last place keep its rounding from changing the verdict.
+    """
+    return marginal_error(plan.astype(dtype), a, b) + 4 * jnp.finfo(a.dtype).eps * a.sum()
+
+
+def rounding_floor(shape, mass, dtype):
+    """An error that rounding alone may leave in the plan: some units in the last place, more of more points."""
+    return (8 + math.sqrt(sum(shape))) * jnp.finfo(dtype).eps * mass
+
+
+def has_stalled(error, waited, looks, floor):
+    """Whether an error no longer falls, after `looks` of which the last `waited` had no record.
+
+    Errors that rounding makes are new at each look: a record is rare then, and rarer the longer it goes. Above the
+    floor convergence may be slow, but it is convergence.
+    """
+    return (error <= floor) & (waited > 20 + looks // 2)
 
 
 def _distance(plan, weights, axis):
@@ -125,10 +155,11 @@ def _distance(plan, weights, axis):
     return jnp.sum(jnp.abs((head.sum(axis) - weights) + (plan - head).sum(axis)))
 
 
-def transport(problem: Problem, outcome: Outcome, threshold, dtype, *, envelope: bool = False) -> Transport:
+def transport(problem: Problem, outcome: Outcome, threshold, dtype, *, gauge=0, envelope: bool = False) -> Transport:
     """The result at an outcome: the only place where costs and a status are made.
 
-    `dtype` is that of the result, whose plan is the one that is judged; `envelope` holds plan and potentials fixed.
+    `dtype` is that of the result, whose plan is the one that is judged; `gauge` is a constant, in units of the cost,
+    that moves from g to f; `envelope` holds plan and potentials fixed.
     """
     values = jax.tree.map(lax.stop_gradient, outcome) if envelope else outcome
     plan = lax.stop_gradient(outcome.plan)
@@ -138,17 +169,18 @@ def transport(problem: Problem, outcome: Outcome, threshold, dtype, *, envelope:
         plan = live_plan(plan, problem.scaled, values.phi, values.gamma)
         primal_cost, reg_cost = _costs(problem, plan, plan, values.phi, values.gamma)
 
-    f = jnp.where(problem.a != 0, problem.reg * values.phi + problem.rows, MASKED)
-    g = jnp.where(problem.b != 0, problem.reg * values.gamma + problem.columns, MASKED)
+    f = jnp.where(problem.a != 0, problem.reg * values.phi + (problem.rows + gauge), MASKED)
+    g = jnp.where(problem.b != 0, problem.reg * values.gamma + (problem.columns - gauge), MASKED)
     plan, primal_cost, reg_cost, f, g = (_narrowed(x, dtype) for x in (plan, primal_cost, reg_cost, f, g))
     error = marginal_error(plan, problem.a, problem.b)
 
-    done, flag = (lax.stop_gradient(x).astype(jnp.int32) for x in (outcome.done, outcome.flag))
+    done, status = (lax.stop_gradient(x).astype(jnp.int32) for x in (outcome.done, outcome.status))
     finite = jnp.isfinite(error) & jnp.isfinite(primal_cost) & jnp.isfinite(reg_cost)
     finite &= jnp.all(jnp.isfinite(f)) & jnp.all(jnp.isfinite(g))
-    status = jnp.where(finite, flag, Status.NOT_FINITE)
+    status = jnp.where(finite, status, Status.NOT_FINITE)
     if threshold is not None:
-        met = finite & (flag != Status.OUT_OF_RANGE) & (error <= threshold)
+        status = jnp.where(threshold >= 0, status, Status.NOT_FINITE)
+        met = finite & (outcome.accepted > 0) & (error <= threshold)
         status = jnp.where(met, Status.CONVERGED, status)
     return Transport(plan, primal_cost, reg_cost, f, g, error, done, status.astype(jnp.int32))
 
@@ -163,7 +195,7 @@ def _costs(problem, fixed_plan, plan, phi, gamma):
     _, a, b, reg, rows, columns = problem
     # The dual objective, for it is exact to second order where the potentials are not quite converged.
     dual = _pair(a, phi) + _pair(b, gamma) + a.sum() * b.sum() - plan.sum()
-    return jnp.sum(fixed_plan * problem.cost), reg * dual + a @ rows + b @ columns
+    return jnp.sum(fixed_plan * problem.cost), reg * dual + jnp.sum(a * rows) + jnp.sum(b * columns)
 
 
 def _pair(weights, potential):
@@ -184,11 +216,11 @@ def _envelope_derivative(primals, tangents):
     def at_fixed_potentials(problem):
         return _costs(problem, plan, live_plan(plan, problem.scaled, phi, gamma), phi, gamma)
 
-    return jax.jvp(at_fixed_potentials, (first_order_only(problem, "envelope"),), (tangents[0],))
+    return jax.jvp(at_fixed_potentials, (first_order_only(problem, ENVELOPE),), (tangents[0],))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def first_order_only(arguments, grad: str):
+def first_order_only(arguments, what: str):
     """The arguments of a derivative rule; but an error where a derivative of the rule is asked for.
 
     The rule holds fixed what depends on them: without this a second derivative would be a wrong number.
@@ -197,7 +229,5 @@ def first_order_only(arguments, grad: str):
 
 
 @first_order_only.defjvp
-def _no_second_order(grad, primals, tangents):
-    raise NotImplementedError(
-        f'grad="{grad}" has first derivatives only, forward and reverse; for second ones differentiate grad="implicit"'
-    )
+def _no_second_order(what, primals, tangents):
+    raise NotImplementedError(f"{what} has first derivatives only")

@@ -43,7 +43,10 @@ def test_converged_means_that_the_plan_meets_the_threshold(solver):
     assert (error[status == Status.CONVERGED] <= threshold[status == Status.CONVERGED]).all()
     np.testing.assert_array_equal(result.converged, status == Status.CONVERGED)
     in_range = finite & (status != Status.OUT_OF_RANGE)
-    assert (result.marginal_error <= threshold)[in_range & ~result.converged].sum() == 0
+    if solver != "ipot":  # which asks that no mass move, too
+        assert (result.marginal_error <= threshold)[in_range & ~result.converged].sum() == 0
+    # Where it stalls there is rounding alone: some units in the last place of a mass of one.
+    assert (result.marginal_error[status == Status.STALLED] < 20 * np.finfo(np.float32).eps).all()
     assert (result.num_iters[status == Status.LIMIT] == (300 if solver == "ipot" else 1000)).all()
     if solver != "kernel":
         assert finite.all()
@@ -70,6 +73,42 @@ def test_a_threshold_below_rounding_ends_early_as_stalled(method):
     assert result.marginal_error < 1e-6
 
 
+def test_slow_convergence_is_not_called_stalled():
+    # From where the error is 1e-5, each ten iterations take a thousandth of it: far less than rounding adds.
+    cost = np.float32(np.random.default_rng(0).uniform(0, 1, (60, 60)))
+    solve = jax.jit(lambda threshold, init: sinkhorn(cost, reg=1e-3, num_iters=20_000, threshold=threshold, init=init))
+    near = solve(1.2e-5, (jnp.zeros(60, jnp.float32), jnp.zeros(60, jnp.float32)))
+    if near.converged:
+        assert solve(0.9 * near.marginal_error, (near.f, near.g)).status in (Status.CONVERGED, Status.LIMIT)
+    tight = solve(1e-12, (near.f, near.g))
+    # Some units in the last place of a mass of one, where it stalls.
+    assert tight.status == Status.LIMIT or tight.marginal_error < 20 * np.finfo(np.float32).eps
+
+
+def test_a_cheap_coupling_is_asked_of_ipot():
+    # After two exact steps it is a coupling, and far from the cheapest: the second moved much.
+    cost = np.random.default_rng(0).uniform(0, 1, (20, 20))
+    result = ipot(cost, beta=0.3, num_iters=2, inner_iters=50, threshold=1e-2)
+    assert result.marginal_error <= 1e-2
+    assert result.status == Status.LIMIT
+
+
+@pytest.mark.parametrize("method", ["stabilized", "log"])
+def test_constants_in_cost_and_start_are_taken_out(method):
+    cost = np.float32(np.random.default_rng(0).integers(0, 1000, (6, 7)) * 2.0**-10)
+
+    def solve(cost, f=0.0):
+        init = (jnp.full(6, f, jnp.float32), jnp.zeros(7, jnp.float32))
+        return sinkhorn(cost, reg=np.float32(0.05), num_iters=2000, threshold=1e-5, init=init, method=method)
+
+    # 2¹³ is added without rounding; the start is of the same shape as that at zero.
+    plain, *others = solve(cost), solve(cost + np.float32(2.0**13)), solve(cost, 1e9)
+    for other in others:
+        assert other.converged
+        np.testing.assert_allclose(other.plan, plain.plan, atol=1e-6)  # rounding of exponents of 20
+    np.testing.assert_allclose(others[1].reg_cost, plain.reg_cost, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("solver", ["sinkhorn", "ipot"])
 def test_half_precision_is_judged_as_it_is_returned(solver, dtype):
@@ -86,7 +125,7 @@ def test_half_precision_is_judged_as_it_is_returned(solver, dtype):
     assert loose.converged
     for result in (tight, loose):
         error = errors_of(np.float32(result.plan)[None], np.full((1, 20), 0.05), np.full((1, 20), 0.05))
-        # float32(1/20) is 4e-10 from 1/20, forty times over.
+        # float32(1/20) is 7.5e-10 from 1/20, forty times over.
         assert error <= result.marginal_error + 4e-8
 
 
@@ -132,8 +171,10 @@ def test_masks_are_weights(solver):
 )
 def test_empty_sets_under_jit(solver):
     cost = np.random.default_rng(0).uniform(0, 1, (4, 5))
-    solve = jax.jit(lambda a, b: jax.value_and_grad(lambda c: solver(c, a, b, threshold=1e-3).primal_cost)(cost))
-    result = jax.jit(lambda a, b: solver(cost, a, b, threshold=1e-3))
+    solve = jax.jit(
+        lambda a, b: jax.value_and_grad(lambda c: solver(c, a, b, threshold=1e-3, num_iters=20).primal_cost)(cost)
+    )
+    result = jax.jit(lambda a, b: solver(cost, a, b, threshold=1e-3, num_iters=20))
     nothing, uniform = np.zeros(4), np.full(5, 0.2)
     # Nothing to nothing costs nothing, and is a plan of it; something to nothing cannot be moved.
     for b, error in ((np.zeros(5), 0), (uniform, 1)):
@@ -144,3 +185,5 @@ def test_empty_sets_under_jit(solver):
         np.testing.assert_array_equal(got.plan, 0)
         assert got.converged == (error == 0)
         np.testing.assert_allclose(got.marginal_error, error, atol=1e-12)
+        assert got.status == (Status.LIMIT if error else Status.CONVERGED)
+        assert got.converged or got.num_iters == 20
