@@ -180,7 +180,8 @@ def test_scattering_raises_the_transport_cost(classifier):
     result = {n: attacks.scatter(logits_fn, KEY, images, epsilon=EPSILON, step_size=0.03, num_steps=n) for n in (1, 4)}
     # The transport of the last iterate that was left: with one step that is the random start's.
     assert result[4].transport.primal_cost > 1.2 * result[1].transport.primal_cost
-    np.testing.assert_allclose(result[1].natural_logits, logits_fn(images), atol=1e-6)
+    # Logits of size 8, whose last place is 1e-6, in another program.
+    np.testing.assert_allclose(result[1].natural_logits, logits_fn(images), atol=1e-5)
 
 
 @every_attack
