@@ -133,9 +133,9 @@ def test_names_of_other_libraries_are_answered_with_ours():
     ]:
         with pytest.raises(TypeError, match=answer):
             sinkhorn(COST, **options)
-    with pytest.raises(TypeError, match="sinkhorn: expected cost, a, b by position, .* too many positional"):
+    with pytest.raises(TypeError, match=r"sinkhorn: expected cost, a, b by position, .* too many positional"):
         sinkhorn(np.ones(2) / 2, np.ones(3) / 3, COST, 0.1)
-    with pytest.raises(TypeError, match="sinkhorn: .* missing a required .*'reg'"):
+    with pytest.raises(TypeError, match=r"sinkhorn: .* missing a required .*'reg'"):
         sinkhorn(COST, 0.1)
     with pytest.raises(TypeError, match=r"ipot: .* got reg, which is called beta here"):
         ipot(COST, reg=0.1)
