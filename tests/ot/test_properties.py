@@ -6,6 +6,7 @@ exponents, whose size is that of |C|, |f| and |g| in units of reg. The plan's en
 relative errors of its mass are of this size too (`rounding`); a thirtieth of it is the most that was seen.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -191,8 +192,12 @@ def check_evidence(problem, result, eps):
     cost, a, b = problem[:3]
     assert all(np.isfinite(leaf).all() for leaf in result)
     assert result.status in (Status.CONVERGED, Status.LIMIT, Status.STALLED)
-    # Of the plan and the weights as the solver has them, in float64: no tolerance on the side that matters.
-    error = np.abs(result.plan.sum(1) - a).sum() + np.abs(result.plan.sum(0) - b).sum()
+    # Of the plan and the weights as the solver has them, in exact sums: no tolerance on the side that matters.
+    error = math.fsum(
+        abs(math.fsum([*line, -weight]))
+        for lines, weights in ((result.plan, a), (result.plan.T, b))
+        for line, weight in zip(lines, weights, strict=True)
+    )
     assert error <= result.marginal_error
     # The reported error is rounded up, by some units in the last place of a mass.
     np.testing.assert_allclose(result.marginal_error, error, atol=16 * eps * problem.mass, rtol=24 * eps)

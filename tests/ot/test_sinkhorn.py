@@ -91,7 +91,7 @@ def test_small_reg_is_the_assignment(make_problem):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("threshold", [None, 1e-3])
+@pytest.mark.parametrize("threshold", [pytest.param(None, marks=pytest.mark.slow), 1e-3])
 def test_vmap_is_a_loop(make_problem, method, threshold):
     problems = [make_problem(5, 4, seed=i) for i in range(4)]
     scales = np.array([0.1, 0.5, 1.0, 2.0])  # so that they need different numbers of iterations
