@@ -105,8 +105,9 @@ def test_constants_in_cost_and_start_are_taken_out(method):
     plain, *others = solve(cost), solve(cost + np.float32(2.0**13)), solve(cost, 1e9)
     for other in others:
         assert other.converged
-        np.testing.assert_allclose(other.plan, plain.plan, atol=1e-6)  # rounding of exponents of 20
-    np.testing.assert_allclose(others[1].reg_cost, plain.reg_cost, rtol=1e-5)
+        # Rounding decides at which iteration each meets the threshold of 1e-5; so near are their plans then.
+        np.testing.assert_allclose(other.plan, plain.plan, atol=2e-5)
+    np.testing.assert_allclose(others[1].reg_cost, plain.reg_cost, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
