@@ -72,8 +72,8 @@ def _forward(scaled, a, b, runs, run_lengths, d_scaled, d_a, d_b, d_start):
 
         def iteration(i, carry):
             d_phi, _ = carry
-            columns = _normalised(along.plan(i, i), 0)
-            rows = _normalised(along.plan(i + 1, i), 1)
+            columns = normalised(along.plan(i, i), 0)
+            rows = normalised(along.plan(i + 1, i), 1)
             new_d_gamma = d_log_b - jnp.sum(columns * (d_scaled + d_phi[:, None]), 0)
             new_d_phi = d_log_a - jnp.sum(rows * (d_scaled + new_d_gamma[None, :]), 1)
             return _where_active(run, i, (new_d_phi, new_d_gamma), carry)
@@ -154,9 +154,9 @@ def _back_log(points, run, length, carry):
     def iteration(i, carry):
         i = length - 1 - i
         ((c_phi, c_gamma), (total_a, total_b)), c_scaled = carry
-        rows = _normalised(along.plan(i + 1, i), 1) * c_phi[:, None]
+        rows = normalised(along.plan(i + 1, i), 1) * c_phi[:, None]
         c_gamma = c_gamma - rows.sum(0)
-        columns = _normalised(along.plan(i, i), 0) * c_gamma[None, :]
+        columns = normalised(along.plan(i, i), 0) * c_gamma[None, :]
         new = ((-columns.sum(1), jnp.zeros_like(c_gamma)), (total_a + c_phi, total_b + c_gamma))
         return _where_active(run, i, (new, c_scaled - rows - columns), carry)
 
@@ -198,7 +198,7 @@ def _kernel(points, f, g):
     return jnp.exp(_iterations.matrix(points.scaled, f, g))
 
 
-def _normalised(plan, axis):
+def normalised(plan, axis):
     # By the sum itself and not by the weights, which rounded potentials meet only to 6e-8 of an exponent of hundreds:
     # errors of rows that don't quite sum to one would grow from iteration to iteration.
     total = plan.sum(axis, keepdims=True)

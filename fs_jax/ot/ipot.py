@@ -1,6 +1,5 @@
 """IPOT: exact optimal transport by proximal points (Algorithm 2), in a form that can neither overflow nor underflow."""
 
-import math
 from functools import cache, partial
 from typing import Literal, NamedTuple
 
@@ -11,8 +10,9 @@ from jaxtyping import Array, Bool, Float
 
 from fs_jax.ot import _checks
 from fs_jax.ot._batching import in_chunks
-from fs_jax.ot._iterations import Points
+from fs_jax.ot._iterations import RUN, Points, largest, lengths, once_if, product
 from fs_jax.ot._logspace import MASKED, log_sum_exp
+from fs_jax.ot._unroll import inverse, normalised, with_transpose
 from fs_jax.ot.problem import make_problem
 from fs_jax.ot.result import (
     Outcome,
@@ -27,7 +27,6 @@ from fs_jax.ot.result import (
 )
 
 GRADS = ("unroll", "envelope", "none")
-SEGMENT = 128  # steps whose matrices are all kept for the way back
 
 
 @_checks.answers_other_names
@@ -63,14 +62,14 @@ def ipot(
         num_iters: proximal steps, at most (static under jit).
         inner_iters: Sinkhorn iterations in each (static under jit).
         threshold: stop when the marginal error (L1, in units of mass) of the plan that is returned is at most this, and
-            the last step moved no more mass than this either, since a coupling alone is not yet a cheap one; by default
-            all steps are done. (A beta far above the costs moves little in each step.) One below what the dtype can
-            reach ends early, with `Status.STALLED`.
-        grad: "unroll" differentiates the iterations, and keeps a matrix of each (of more than 128, of each segment of
-            √T and each of its steps); "envelope" holds plan and potentials fixed, so that the gradient of
-            `primal_cost` is the plan (first derivatives); "none" gives zeros. The exact plan is a vertex, and jumps:
-            where beta is small or steps are many, "unroll" is the derivative of such a jump, of any size. For the exact
-            cost's own gradient take "envelope".
+            the last step moved no more mass than this either, since a coupling alone is not yet a cheap one; looked at
+            after every ten steps. By default all steps are done. (A beta far above the costs moves little in each
+            step.) One below what the dtype can reach ends early, with `Status.STALLED`.
+        grad: "unroll" differentiates the iterations, and keeps vectors of each step and two matrices of every ten;
+            "envelope" holds plan and potentials fixed, so that the gradient of `primal_cost` is the plan; "none" gives
+            zeros. All are first derivatives. The exact plan is a vertex, and jumps: where beta is small or steps are
+            many, "unroll" is the derivative of such a jump, of any size. For the exact cost's own gradient take
+            "envelope".
 
     Returns:
         A `Transport`. Its potentials and `reg_cost` are those at the regularisation that the last step had reached,
@@ -79,7 +78,7 @@ def ipot(
     Raises:
         TypeError: an argument is not of the kind described.
         ValueError: a shape or value is refused; the message says which, and what was expected.
-        NotImplementedError: a second derivative is taken where there is a threshold.
+        NotImplementedError: a second derivative is taken.
 
     Example:
         >>> cost = jnp.array([[0.0, 1.0], [1.0, 3.0]])
@@ -122,147 +121,280 @@ class Options(NamedTuple):
 
 
 class State(NamedTuple):
-    """After a step: log T, log σ of this step, and the sums of log δ and of log σ over all steps so far.
+    """After a step: log T, log δ and log σ of this step, and the sums of both over all steps so far.
 
     log T is held and not made of the sums, as Algorithm 2 holds T: terms as large as t C / beta, and their rounding,
     would grow with t.
     """
 
     log_plan: jax.Array
+    delta: jax.Array
     sigma: jax.Array
     phi: jax.Array
     gamma: jax.Array
 
 
+class Run(NamedTuple):
+    """A run of at most L steps, as the derivative needs it.
+
+    In step k of it, exp(log_plan + k drift + x_i + y_j) is a matrix whose rows or whose columns have the right sums,
+    where x is one of `rows`, y one of `columns`.
+
+    Attributes:
+        before: steps done before it.
+        length: steps in it.
+        log_plan: log T before it, [n, m].
+        drift: log T's change in a step, were δ and σ to remain as they are before it, [n, m].
+        rows: of each step, for each of its inner iterations, [L, inner_iters, n].
+        columns: of each step, before and after each of its inner iterations, [L, 1 + inner_iters, m].
+    """
+
+    before: jax.Array
+    length: jax.Array
+    log_plan: jax.Array
+    drift: jax.Array
+    rows: jax.Array
+    columns: jax.Array
+
+
 class Progress(NamedTuple):
-    """Steps done, the mass that the last moved, how it ended, the smallest error so far, and steps since then."""
+    """Steps done, how it ended, the mass that the last moved, the smallest error so far, and looks since then."""
 
     done: jax.Array
-    moved: jax.Array
     converged: jax.Array
     stalled: jax.Array
+    moved: jax.Array
     best: jax.Array
     waited: jax.Array
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _iterations(scaled, a, b, start, threshold, options):
-    """`Outcome` of the proximal steps; its potentials have their derivative."""
-    return _walk(options)(scaled, a, b, start, threshold)
+    """`Outcome` of the proximal steps; its potentials have their derivative, its plan none."""
+    return _walk(options, False)(scaled, a, b, start, threshold)[0]
 
 
 @_iterations.defjvp
 def _derivative(options, primals, tangents):
-    """That of the same steps as a scan, which has a reverse mode."""
-    if primals[4] is not None:  # a while loop, which has no reverse mode, finds where they stop
-        primals = first_order_only(primals, "ipot without a threshold has second derivatives; with one it")
-    *problem, threshold = primals
-    outcome = None if threshold is None else _walk(options)(*primals)
-    done = None if threshold is None else outcome.done
-
-    def potentials(scaled, a, b, start):
-        state = _scan(Points.of(scaled, a, b), start, done, options)
-        return (state.phi, state.gamma), state
-
-    (_, (d_phi, d_gamma), state) = jax.jvp(potentials, tuple(problem), tuple(tangents[:4]), has_aux=True)
-    if outcome is None:
-        outcome = _outcome(Points.of(*problem[:3]), state, jnp.full_like(d_phi, options.num_iters, shape=()))
+    primals = first_order_only(primals, "ipot")
+    outcome, runs = _walk(options, True)(*primals)
+    forward, back = (partial(f, *primals[:3], runs) for f in (_forward, _back))
+    d_phi, d_gamma = with_transpose(forward, back, tangents[:4])
     return outcome, jax.tree.map(jnp.zeros_like, outcome)._replace(phi=d_phi, gamma=d_gamma)
 
 
 @cache
-def _walk(options):
+def _walk(options, keep):
+    """The steps as a function of (scaled, a, b, start, threshold): the `Outcome`, and with `keep` the runs."""
+    num_iters, inner_iters, dtype = options
+
     @in_chunks
     def iterations(scaled, a, b, start, threshold):
         points = Points.of(scaled, a, b)
-        first = _start(points, start)
+        state = _start(points, start)
         zero = jnp.zeros_like(scaled, shape=(), dtype=jnp.int32)
-        if threshold is None:
-            state = lax.fori_loop(0, options.num_iters, lambda _, s: _step(points, options.inner_iters, s), first)
-            return _outcome(points, state, (zero + options.num_iters).astype(scaled.dtype))
-
-        def unfinished(carry):
-            progress = carry[2]
-            return ~progress.converged & ~progress.stalled & (progress.done < options.num_iters)
-
-        def step(carry):
-            state, last, progress = carry
-            state = _step(points, options.inner_iters, state)
-            plan, _ = _finished(points, state)
-            return state, plan, _judge(a, b, threshold, options.dtype, plan, last, progress)
-
         no, far = jnp.zeros_like(zero, bool), jnp.full_like(scaled, jnp.inf, shape=())
-        carry = (first, _finished(points, first)[0], Progress(zero, far, no, no, far, zero))
-        state, _, progress = lax.while_loop(unfinished, step, carry)
-        outcome = _outcome(points, state, progress.done.astype(scaled.dtype))
-        return outcome._replace(
-            status=jnp.where(progress.stalled, Status.STALLED, outcome.status).astype(scaled.dtype),
-            accepted=(progress.moved <= threshold).astype(scaled.dtype),
-        )
+        progress = Progress(zero, no, no, far, far, zero)
+        room = min(RUN, num_iters)
+
+        def over(carry, length):
+            def run(carry):
+                state, progress, _ = carry
+                new, kept = _run(points, inner_iters, room, length, state)
+                kept = kept._replace(before=progress.done, length=zero + length)
+                if threshold is None:
+                    progress = progress._replace(done=progress.done + length)
+                else:
+                    progress = _judge(points, a, b, threshold, dtype, kept, new, progress)
+                return new, progress, kept if keep else None
+
+            carry = (*carry, _no_run(points, inner_iters, room) if keep else None)
+            stopped = carry[1].converged | carry[1].stalled
+            *carry, kept = run(carry) if threshold is None else once_if(~stopped, run, carry)
+            return tuple(carry), kept
+
+        (state, progress), runs = lax.scan(over, (state, progress), lengths(num_iters, None).astype(zero.dtype))
+        plan, factor = _plan_of(points, state.log_plan)
+        phi = jnp.where(points.there_a, state.phi, MASKED)
+        gamma = jnp.where(points.there_b, state.gamma + jnp.log(factor), MASKED)
+        status, accepted = jnp.full_like(far, Status.LIMIT), jnp.ones_like(far)
+        if threshold is not None:
+            status = jnp.where(progress.stalled, Status.STALLED, status)
+            accepted = (progress.moved <= threshold).astype(far.dtype)
+        return Outcome(plan, phi, gamma, progress.done.astype(far.dtype), status, accepted), runs
 
     return iterations
 
 
-def _judge(a, b, threshold, dtype, plan, last, progress):
+def _judge(points, a, b, threshold, dtype, run, state, progress):
     """Both the marginal error of the plan, as it would be returned, and the mass that moved are to be small."""
+    plan, _ = _plan_of(points, state.log_plan)
+    k = run.length - 1
+    # Of the step before the last, which is the state before the run where this is of one step.
+    x, y = (jnp.where(k > 0, v[k - 1, -1], 0) for v in (run.rows, run.columns))
+    last, _ = _plan_of(points, _at(run, k, x, y))
     moved = jnp.sum(jnp.abs(plan - last))
     error = jnp.maximum(judged_error(plan, a, b, dtype), moved)
     waited = jnp.where(error < progress.best, 0, progress.waited + 1)
     converged = error <= threshold
-    stalled = ~converged & has_stalled(error, waited, progress.done, rounding_floor(plan.shape, a.sum(), dtype))
-    return Progress(progress.done + 1, moved, converged, stalled, jnp.minimum(error, progress.best), waited)
+    floor = rounding_floor(plan.shape, a.sum(), dtype)
+    stalled = ~converged & has_stalled(error, waited, progress.done // RUN, floor)
+    best = jnp.minimum(error, progress.best)
+    return Progress(progress.done + run.length, converged, stalled, moved, best, waited)
 
 
 def _start(points, sigma):
-    there = points.there_a[:, None] & points.there_b[None, :]
-    log_plan = jnp.where(there, jnp.zeros_like(points.scaled), MASKED)
+    """T = 1, and log δ as if the largest term of each row's sum were one."""
+    log_plan = jnp.where(points.there_a[:, None] & points.there_b[None, :], jnp.zeros_like(points.scaled), MASKED)
+    sigma = jnp.where(points.there_b, sigma, 0)
+    largest_terms = jnp.max((log_plan + points.scaled) + sigma[None, :], 1)
     zeros_a, zeros_b = jnp.zeros_like(points.a), jnp.zeros_like(points.b)
-    return State(log_plan, jnp.where(points.there_b, sigma, 0), zeros_a, zeros_b)
+    return State(log_plan, jnp.where(points.there_a, -largest_terms, 0), sigma, zeros_a, zeros_b)
 
 
-def _step(points, inner_iters, state):
-    """One proximal step."""
-    _, _, _, log_a, log_b, there_a, there_b = points
-    matrix, sigma = state.log_plan + points.scaled, state.sigma
+def _no_run(points, inner_iters, room):
+    zero, matrix = jnp.zeros_like(points.scaled, shape=(), dtype=jnp.int32), jnp.zeros_like(points.scaled)
+    rows = jnp.zeros_like(points.a, shape=(room, inner_iters, *points.a.shape))
+    columns = jnp.zeros_like(points.b, shape=(room, 1 + inner_iters, *points.b.shape))
+    return Run(zero, zero, matrix, matrix, rows, columns)
+
+
+def _run(points, inner_iters, room, length, state):
+    """Steps in which log T is not computed, but how far it strays from log_plan + k drift.
+
+    The drift is zero where a plan that has settled has mass. So little is added to log T, and little is rounded off.
+    """
+    drift = points.scaled + (state.delta[:, None] + state.sigma[None, :])
+    run = _no_run(points, inner_iters, room)._replace(log_plan=state.log_plan, drift=drift)
+    zeros_a, zeros_b = jnp.zeros_like(points.a), jnp.zeros_like(points.b)
+    yes = jnp.ones_like(zeros_a, shape=(), dtype=bool)
+    start = ((zeros_a, zeros_b, zeros_a, zeros_b), (run.rows, run.columns), yes)
+
+    def steps(inner_iterations, start):
+        def step(i, carry):
+            (x, y, d_delta, d_sigma), (rows, columns), in_range = carry
+            xs, ys, is_exact = inner_iterations(points, run, i + 1, inner_iters, x + d_delta, y + d_sigma)
+            vectors = (xs[-1], ys[-1], xs[-1] - x, ys[-1] - y)
+            return vectors, (rows.at[i].set(xs), columns.at[i].set(ys)), in_range & is_exact
+
+        return lax.fori_loop(0, length, step, start)
+
+    def again(carry):
+        new = steps(_on_logarithms, carry[0])
+        return new, new  # not the start again: what stays as it is, XLA takes out of the loop, and all that follows
+
+    end = steps(_by_products, start)
+    _, ((x, y, d_delta, d_sigma), (rows, columns), _) = once_if(~end[2], again, (start, end))
+    # The plan is computed of this log T twice, to be judged and to be returned: it should be the same number.
+    log_plan = lax.optimization_barrier(_at(run, length, x, y))
+    phi, gamma = (p + (length * d + v) for p, d, v in ((state.phi, state.delta, x), (state.gamma, state.sigma, y)))
+    new = State(log_plan, state.delta + d_delta, state.sigma + d_sigma, phi, gamma)
+    return new, run._replace(rows=rows, columns=columns)
+
+
+def _by_products(points, run, k, inner_iters, x, y):
+    """The inner iterations of step k, on a matrix that is nearly a plan: the last δ and σ are already in it.
+
+    So what comes to them are factors near one. The last value says whether they are in the range in which the matrix'
+    entries below 1e-38 (in float32), which are zero, do not count: as in `_iterations`.
+    """
+    _, a, b, _, _, there_a, there_b = points
+    absent_a, absent_b = (~there_a).astype(a.dtype), (~there_b).astype(b.dtype)
+    kernel = jnp.exp(_at(run, k, x, y))
+    us, vs = [], [jnp.ones_like(b)]
     for _ in range(inner_iters):
-        delta = jnp.where(there_a, log_a - log_sum_exp(matrix + sigma[None, :], 1), 0)
-        sigma = jnp.where(there_b, log_b - log_sum_exp(matrix + delta[:, None], 0), 0)
-    log_plan = matrix + (delta[:, None] + sigma[None, :])
-    return State(log_plan, sigma, state.phi + delta, state.gamma + sigma)
+        us.append(a / (product("ij,j->i", kernel, vs[-1]) + absent_a))
+        vs.append(b / (product("ij,i->j", kernel, us[-1]) + absent_b))
+    us, vs = jnp.stack(us), jnp.stack(vs)
+    xs, ys = jnp.where(there_a, x + jnp.log(us), 0), jnp.where(there_b, y + jnp.log(vs), 0)
+    return xs, ys, jnp.maximum(us.max(), vs.max()) <= largest(kernel, 0.37)
 
 
-def _scan(points, start, done, options):
-    """The same steps with a reverse mode: it keeps a matrix of each step, of many steps those of every √T-th."""
-    step = jax.checkpoint(partial(_step, points, options.inner_iters))
-
-    def one(state, t):
-        new = step(state)
-        if done is not None:
-            new = jax.tree.map(lambda x, y: jnp.where(t < done, x, y), new, state)
-        return new, None
-
-    def several(state, ts):
-        return lax.scan(one, state, ts)
-
-    steps = jnp.arange(options.num_iters)
-    state = _start(points, start)
-    if options.num_iters <= SEGMENT:
-        return several(state, steps)[0]
-    length = math.isqrt(options.num_iters)
-    whole = options.num_iters // length * length
-    state, _ = lax.scan(jax.checkpoint(several), state, steps[:whole].reshape(-1, length))
-    return several(state, steps[whole:])[0]
+def _on_logarithms(points, run, k, inner_iters, x, y):
+    """The same at any range."""
+    _, _, _, log_a, log_b, there_a, there_b = points
+    zeros_a, zeros_b = jnp.zeros_like(x), jnp.zeros_like(y)
+    xs, ys = [], [y]
+    for _ in range(inner_iters):
+        xs.append(jnp.where(there_a, log_a - log_sum_exp(_at(run, k, zeros_a, ys[-1]), 1), 0))
+        ys.append(jnp.where(there_b, log_b - log_sum_exp(_at(run, k, xs[-1], zeros_b), 0), 0))
+    return jnp.stack(xs), jnp.stack(ys), jnp.ones_like(x, shape=(), dtype=bool)
 
 
-def _finished(points, state):
+def _at(run, k, x, y):
+    return (run.log_plan + jnp.asarray(k, x.dtype) * run.drift) + (x[:, None] + y[None, :])
+
+
+def _plan_of(points, log_plan):
     """The plan, with half a step more on its columns, and what that changed them by."""
     there = points.there_a[:, None] & points.there_b[None, :]
-    plan, factor = finish(jnp.where(there, jnp.exp(state.log_plan), 0).T, points.b)
+    plan, factor = finish(jnp.where(there, jnp.exp(log_plan), 0).T, points.b)
     return plan.T, factor
 
 
-def _outcome(points, state, done):
-    plan, factor = _finished(points, state)
-    phi = jnp.where(points.there_a, state.phi, MASKED)
-    gamma = jnp.where(points.there_b, state.gamma + jnp.log(factor), MASKED)
-    return Outcome(plan, phi, gamma, done, jnp.full_like(done, Status.LIMIT), jnp.ones_like(done))
+# The derivative. With F and G the sums of log δ and log σ, step t is
+#
+#     F_t = log a - LSE_j(t s_ij + 2 G_{t-1} - G_{t-2})        G_t = log b - LSE_i(t s_ij + F_t)
+#
+# (from the second inner iteration on, with G as it is within the step in the place of 2 G_{t-1} - G_{t-2}). The
+# derivative of a sum's logarithm is a mean of its terms' tangents; the weights are those of the runs.
+
+
+@in_chunks
+def _forward(scaled, a, b, runs, d_scaled, d_a, d_b, d_start):
+    """Tangents of F and G."""
+    points = Points.of(scaled, a, b)
+    d_log_a, d_log_b = d_a * inverse(points.a), d_b * inverse(points.b)
+
+    def over(carry, run):
+        def step(i, carry):
+            d_phi, d_gamma, d_sigma = carry
+            t = (run.before + i + 1).astype(scaled.dtype)
+            before, d_gamma = d_gamma, d_gamma + d_sigma
+            for row_weights, column_weights in _weights(run, i):
+                d_phi = d_log_a - jnp.sum(row_weights * (t * d_scaled + d_gamma[None, :]), 1)
+                d_gamma = d_log_b - jnp.sum(column_weights * (t * d_scaled + d_phi[:, None]), 0)
+            return d_phi, d_gamma, d_gamma - before
+
+        return lax.fori_loop(0, run.length, step, carry), None
+
+    carry = (jnp.zeros_like(d_log_a), jnp.zeros_like(d_log_b), d_start)
+    (d_phi, d_gamma, _), _ = lax.scan(over, carry, runs)
+    return d_phi, d_gamma
+
+
+@in_chunks
+def _back(scaled, a, b, runs, c_phi, c_gamma):
+    """Cotangents of (scaled, a, b, start) from those of F and G: the transpose of `_forward`."""
+    points = Points.of(scaled, a, b)
+
+    def over(carry, run):
+        def step(i, carry):
+            c_scaled, (c_phi, c_gamma, c_sigma), (total_a, total_b) = carry
+            i = run.length - 1 - i
+            t = (run.before + i + 1).astype(scaled.dtype)
+            c_gamma, c_before = c_gamma + c_sigma, -c_sigma
+            for row_weights, column_weights in reversed(_weights(run, i)):
+                columns = column_weights * c_gamma[None, :]
+                total_b, c_phi = total_b + c_gamma, c_phi - columns.sum(1)
+                rows = row_weights * c_phi[:, None]
+                total_a, c_gamma = total_a + c_phi, -rows.sum(0)
+                c_phi, c_scaled = jnp.zeros_like(c_phi), c_scaled - t * (rows + columns)
+            return c_scaled, (c_phi, c_gamma + c_before, c_gamma), (total_a, total_b)
+
+        return lax.fori_loop(0, run.length, step, carry), None
+
+    zeros_a, zeros_b = jnp.zeros_like(points.a), jnp.zeros_like(points.b)
+    carry = (jnp.zeros_like(scaled), (c_phi, c_gamma, zeros_b), (zeros_a, zeros_b))
+    (c_scaled, (_, _, c_start), (c_log_a, c_log_b)), _ = lax.scan(over, carry, runs, reverse=True)
+    return c_scaled, c_log_a * inverse(points.a), c_log_b * inverse(points.b), c_start
+
+
+def _weights(run, i):
+    """Of step i, for each of its inner iterations: of the terms of each row, and of those of each column."""
+
+    def plan(j, k):
+        return jnp.exp(_at(run, i + 1, run.rows[i, j], run.columns[i, k]))
+
+    inner_iters = run.rows.shape[1]
+    return [(normalised(plan(j, j), 1), normalised(plan(j, j + 1), 0)) for j in range(inner_iters)]

@@ -106,8 +106,19 @@ def test_other_transformations(batch, name):
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
     assert_close(on_all(jax.device_put(costs, NamedSharding(mesh, P("d"))), a, b), expected)
     assert_close(jax.lax.scan(lambda _, cost: (None, solve(cost, a, b)), None, costs)[1], expected)
+    total = jax.jit(jax.grad(lambda costs: jax.vmap(lambda c: value(SOLVERS[name], c, a, b)[0])(costs).sum()))
+    assert_close(total(costs), expected[1][0])
     rematerialised = jax.value_and_grad(jax.checkpoint(partial(value, SOLVERS[name])), argnums=(0, 1), has_aux=True)
     assert_close(jax.jit(rematerialised)(costs[0], a, b), jax.tree.map(lambda x: x[0], expected))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_batch_can_be_differentiated(batch, name):
+    def total(*arguments):
+        return jax.vmap(lambda *x: value(SOLVERS[name], *x)[0], in_axes=(0, None, None))(*arguments).sum()
+
+    shapes = jax.eval_shape(jax.grad(total, argnums=(0, 1, 2)), *batch)
+    assert [x.shape for x in shapes] == [x.shape for x in batch]
 
 
 @pytest.mark.parametrize("batched", [(1, 0, 0, 0), (0, 1, 0, 1), (0, 0, 1, 0), (1, 1, 1, 1)])
