@@ -10,7 +10,7 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the tests' time is compilation, and most of that LLVM's: at a lower level it takes half as long, of random
 # numbers a quarter. What XLA itself makes of a program is the same.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 # Programs that two tests have, or two workers, or processes that tests start, are compiled once. The folder is this
 # run's own: nothing is taken from what another run has compiled, nor written to the user's own cache by the scripts.

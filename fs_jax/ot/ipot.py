@@ -301,24 +301,29 @@ def _by_products(points, run, k, inner_iters, x, y):
     _, a, b, _, _, there_a, there_b = points
     absent_a, absent_b = (~there_a).astype(a.dtype), (~there_b).astype(b.dtype)
     kernel = jnp.exp(_at(run, k, x, y))
-    us, vs = [], [jnp.ones_like(b)]
-    for _ in range(inner_iters):
-        us.append(a / (product("ij,j->i", kernel, vs[-1]) + absent_a))
-        vs.append(b / (product("ij,i->j", kernel, us[-1]) + absent_b))
-    us, vs = jnp.stack(us), jnp.stack(vs)
+
+    def inner_iteration(v, _):
+        u = a / (product("ij,j->i", kernel, v) + absent_a)
+        v = b / (product("ij,i->j", kernel, u) + absent_b)
+        return v, (u, v)
+
+    _, (us, vs) = lax.scan(inner_iteration, jnp.ones_like(b), length=inner_iters)
     xs, ys = jnp.where(there_a, x + jnp.log(us), 0), jnp.where(there_b, y + jnp.log(vs), 0)
-    return xs, ys, jnp.maximum(us.max(), vs.max()) <= largest(kernel, 0.37)
+    return xs, jnp.concatenate([y[None], ys]), jnp.maximum(us.max(), vs.max()) <= largest(kernel, 0.37)
 
 
 def _on_logarithms(points, run, k, inner_iters, x, y):
     """The same at any range."""
     _, _, _, log_a, log_b, there_a, there_b = points
     zeros_a, zeros_b = jnp.zeros_like(x), jnp.zeros_like(y)
-    xs, ys = [], [y]
-    for _ in range(inner_iters):
-        xs.append(jnp.where(there_a, log_a - log_sum_exp(_at(run, k, zeros_a, ys[-1]), 1), 0))
-        ys.append(jnp.where(there_b, log_b - log_sum_exp(_at(run, k, xs[-1], zeros_b), 0), 0))
-    return jnp.stack(xs), jnp.stack(ys), jnp.ones_like(x, shape=(), dtype=bool)
+
+    def inner_iteration(y, _):
+        x = jnp.where(there_a, log_a - log_sum_exp(_at(run, k, zeros_a, y), 1), 0)
+        y = jnp.where(there_b, log_b - log_sum_exp(_at(run, k, x, zeros_b), 0), 0)
+        return y, (x, y)
+
+    _, (xs, ys) = lax.scan(inner_iteration, y, length=inner_iters)
+    return xs, jnp.concatenate([y[None], ys]), jnp.ones_like(x, shape=(), dtype=bool)
 
 
 def _at(run, k, x, y):
@@ -350,11 +355,15 @@ def _forward(scaled, a, b, runs, d_scaled, d_a, d_b, d_start):
         def step(i, carry):
             d_phi, d_gamma, d_sigma = carry
             t = (run.before + i + 1).astype(scaled.dtype)
-            before, d_gamma = d_gamma, d_gamma + d_sigma
-            for row_weights, column_weights in _weights(run, i):
+
+            def inner_iteration(j, carry):
+                _, d_gamma = carry
+                row_weights, column_weights = _weights(run, i, j)
                 d_phi = d_log_a - jnp.sum(row_weights * (t * d_scaled + d_gamma[None, :]), 1)
-                d_gamma = d_log_b - jnp.sum(column_weights * (t * d_scaled + d_phi[:, None]), 0)
-            return d_phi, d_gamma, d_gamma - before
+                return d_phi, d_log_b - jnp.sum(column_weights * (t * d_scaled + d_phi[:, None]), 0)
+
+            d_phi, new_d_gamma = lax.fori_loop(0, run.rows.shape[1], inner_iteration, (d_phi, d_gamma + d_sigma))
+            return d_phi, new_d_gamma, new_d_gamma - d_gamma
 
         return lax.fori_loop(0, run.length, step, carry), None
 
@@ -370,31 +379,35 @@ def _back(scaled, a, b, runs, c_phi, c_gamma):
 
     def over(carry, run):
         def step(i, carry):
-            c_scaled, (c_phi, c_gamma, c_sigma), (total_a, total_b) = carry
+            (c_phi, c_gamma, c_sigma), totals = carry
             i = run.length - 1 - i
             t = (run.before + i + 1).astype(scaled.dtype)
-            c_gamma, c_before = c_gamma + c_sigma, -c_sigma
-            for row_weights, column_weights in reversed(_weights(run, i)):
+
+            def inner_iteration(j, carry):
+                (c_phi, c_gamma), (total_scaled, total_a, total_b) = carry
+                row_weights, column_weights = _weights(run, i, run.rows.shape[1] - 1 - j)
                 columns = column_weights * c_gamma[None, :]
-                total_b, c_phi = total_b + c_gamma, c_phi - columns.sum(1)
+                c_phi, total_b = c_phi - columns.sum(1), total_b + c_gamma
                 rows = row_weights * c_phi[:, None]
-                total_a, c_gamma = total_a + c_phi, -rows.sum(0)
-                c_phi, c_scaled = jnp.zeros_like(c_phi), c_scaled - t * (rows + columns)
-            return c_scaled, (c_phi, c_gamma + c_before, c_gamma), (total_a, total_b)
+                totals = (total_scaled - t * (rows + columns), total_a + c_phi, total_b)
+                return (jnp.zeros_like(c_phi), -rows.sum(0)), totals
+
+            carry = ((c_phi, c_gamma + c_sigma), totals)
+            (c_phi, c_gamma), totals = lax.fori_loop(0, run.rows.shape[1], inner_iteration, carry)
+            return (c_phi, c_gamma - c_sigma, c_gamma), totals
 
         return lax.fori_loop(0, run.length, step, carry), None
 
     zeros_a, zeros_b = jnp.zeros_like(points.a), jnp.zeros_like(points.b)
-    carry = (jnp.zeros_like(scaled), (c_phi, c_gamma, zeros_b), (zeros_a, zeros_b))
-    (c_scaled, (_, _, c_start), (c_log_a, c_log_b)), _ = lax.scan(over, carry, runs, reverse=True)
+    carry = ((c_phi, c_gamma, zeros_b), (jnp.zeros_like(scaled), zeros_a, zeros_b))
+    ((_, _, c_start), (c_scaled, c_log_a, c_log_b)), _ = lax.scan(over, carry, runs, reverse=True)
     return c_scaled, c_log_a * inverse(points.a), c_log_b * inverse(points.b), c_start
 
 
-def _weights(run, i):
-    """Of step i, for each of its inner iterations: of the terms of each row, and of those of each column."""
+def _weights(run, i, j):
+    """Of step i and its inner iteration j: of the terms of each row, and of those of each column."""
 
-    def plan(j, k):
-        return jnp.exp(_at(run, i + 1, run.rows[i, j], run.columns[i, k]))
+    def plan(y):
+        return jnp.exp(_at(run, i + 1, run.rows[i, j], y))
 
-    inner_iters = run.rows.shape[1]
-    return [(normalised(plan(j, j), 1), normalised(plan(j, j + 1), 0)) for j in range(inner_iters)]
+    return normalised(plan(run.columns[i, j]), 1), normalised(plan(run.columns[i, j + 1]), 0)

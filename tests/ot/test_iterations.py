@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fs_jax.ot import Status, _batching, _iterations, sinkhorn
+from tests.parameters import mostly_slow
 
 rng = np.random.default_rng(0)
 LINE = np.linspace(0, 1, 20)[:, None] - np.linspace(0.3, 1.3, 30)[None, :]
@@ -25,7 +26,7 @@ def gradient(cost, method, reg, **options):
     return jax.jit(jax.value_and_grad(lambda c: solve(c, method, reg, **options), has_aux=True))(cost)
 
 
-@pytest.mark.parametrize("reg", [0.05, 1e-3, 1e-4])
+@pytest.mark.parametrize("reg", mostly_slow([0.05, 1e-3, 1e-4], 1e-3))
 def test_float32_is_as_good_as_in_the_log_domain(reg):
     costs = jnp.float32(np.stack(list(COSTS.values())))
 
@@ -59,7 +60,7 @@ def narrow(monkeypatch):
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("threshold", [None, 1e-2])
+@pytest.mark.parametrize("threshold", mostly_slow([None, 1e-2], 1e-2))
 def test_out_of_range_runs_are_repeated(threshold):
     costs = np.stack([COSTS["uniform"], COSTS["line"]])
     options = {"reg": 0.05, "num_iters": 23, "threshold": threshold}
@@ -105,7 +106,7 @@ def test_batches_larger_than_the_cache_go_in_pieces(monkeypatch):
     regs = np.linspace(0.05, 0.2, 7)
 
     def solve(cost, reg):
-        return sinkhorn(cost, reg=reg, num_iters=25, threshold=1e-3).primal_cost
+        return sinkhorn(cost, reg=reg, num_iters=25, threshold=1e-3, method="kernel").primal_cost
 
     program = jax.vmap(jax.value_and_grad(solve))
     whole = jax.jit(program)(costs, regs)
@@ -119,7 +120,7 @@ def test_batches_larger_than_the_cache_go_in_pieces(monkeypatch):
     assert [_batching._chunk(size, 5 * 8 * 8) for size in (1, 2, 6, 7, 100)] == [1, 2, 3, 3, 2]
 
 
-@pytest.mark.parametrize("method", ["stabilized", "log"])
+@pytest.mark.parametrize("method", mostly_slow(["stabilized", "log"], "stabilized"))
 def test_memory_of_the_gradient_grows_with_the_vectors_alone(method):
     n, m = 48, 64
 

@@ -8,6 +8,7 @@ relative errors of its mass are of this size too (`rounding`); a thirtieth of it
 
 import math
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fs_jax.ot import Status, ipot, sinkhorn
+from tests.parameters import mostly_slow
 
 ITERATIONS = 30
 SHAPES = [(1, 1), (4, 1), (6, 4)]  # few, since each is compiled
@@ -148,8 +150,13 @@ def exponents(problem, result, reg):
     return 1 + (problem.size + sum(potentials)) / reg
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    ("solver", "dtype"),
+    mostly_slow(
+        product(SOLVERS, (np.float32, np.float64)),
+        ("stabilized", np.float32), ("ipot", np.float32), ("log", np.float64),
+    ),
+)  # fmt: skip
 @every
 @given(data=st.data())
 def test_solutions(solver, dtype, data):
@@ -250,7 +257,12 @@ GRADIENTS = {
 
 @pytest.mark.parametrize(
     ("grad", "dtype"),
-    [(grad, np.float64) for grad in GRADIENTS] + [("unroll", np.float32), ("implicit", np.float32)],
+    mostly_slow(
+        [*product(GRADIENTS, [np.float64]), ("unroll", np.float32), ("implicit", np.float32)],
+        ("unroll", np.float32),
+        ("implicit", np.float64),
+        ("ipot", np.float64),
+    ),
 )
 @every
 @given(problem=problems(shapes=SHAPES[-1:]))

@@ -1,3 +1,5 @@
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from ott.solvers.linear import sinkhorn as ott_sinkhorn
 from scipy.optimize import linear_sum_assignment
 
 from fs_jax.ot import Status, _iterations, sinkhorn
+from tests.parameters import mostly_slow
 
 METHODS = ("kernel", "log", "stabilized")
 
@@ -41,7 +44,7 @@ def functionals(result, seed=0):
     return plan + result.primal_cost + 2 * result.reg_cost + f @ result.f + g @ result.g
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "stabilized"))
 def test_every_iteration_is_ott_jaxs(problem, method):
     cost, a, b = problem
     theirs = ott_sinkhorn.Sinkhorn(inner_iterations=1, max_iterations=20)
@@ -90,7 +93,7 @@ def test_small_reg_is_the_assignment(make_problem):
     np.testing.assert_allclose(result.primal_cost, exact, atol=1e-3 * np.log(8))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "stabilized"))
 @pytest.mark.parametrize("threshold", [pytest.param(None, marks=pytest.mark.slow), 1e-3])
 def test_vmap_is_a_loop(make_problem, method, threshold):
     problems = [make_problem(5, 4, seed=i) for i in range(4)]
@@ -116,7 +119,7 @@ def test_vmap_is_a_loop(make_problem, method, threshold):
         assert set(results.status.tolist()) == {Status.CONVERGED}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "stabilized"))
 def test_threshold_stops_at_the_first_iteration_that_meets_it(problem, method):
     result = jax.jit(lambda *p: sinkhorn(*p, reg=0.2, threshold=1e-4, method=method))(*problem)
     assert result.status == Status.CONVERGED
@@ -133,8 +136,9 @@ def test_threshold_that_is_not_met(problem):
     assert result.num_iters == 5
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("threshold", [None, 0.05])
+@pytest.mark.parametrize(
+    ("method", "threshold"), mostly_slow(product(METHODS, (None, 0.05)), ("stabilized", 0.05), ("log", None))
+)
 def test_unrolled_derivatives(problem, method, threshold):
     def value(cost, a, b, reg):
         return functionals(sinkhorn(cost, a, b, reg=reg, num_iters=6, threshold=threshold, method=method))
@@ -204,8 +208,10 @@ def test_envelope_and_none(problem):
     np.testing.assert_array_equal(fixed, 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("grad", ["unroll", "implicit"])
+@pytest.mark.parametrize(
+    ("method", "grad"),
+    mostly_slow(product(METHODS, ("unroll", "implicit")), ("stabilized", "unroll"), ("log", "implicit")),
+)
 def test_zero_weights_leave_points_out(make_problem, method, grad):
     cost, a, b = make_problem(5, 4)
     kept = np.ix_([0, 1, 3, 5, 6], [1, 2, 3, 4])  # of a larger problem, whose other costs are anything
@@ -232,7 +238,7 @@ def test_zero_weights_leave_points_out(make_problem, method, grad):
     assert np.count_nonzero(gradients[0]) == cost.size
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "stabilized"))
 def test_init_goes_on_where_it_stopped(problem, method):
     first = sinkhorn(*problem, reg=0.1, num_iters=7, method=method)
     rest = sinkhorn(*problem, reg=0.1, num_iters=5, method=method, init=(first.f, first.g))
@@ -249,7 +255,9 @@ def test_kernel_underflow_is_said_and_log_goes_on():
     np.testing.assert_allclose(log.plan, np.eye(2) / 2, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.int32])
+@pytest.mark.parametrize(
+    "dtype", mostly_slow([jnp.float16, jnp.bfloat16, jnp.float32, jnp.int32], jnp.float16, jnp.int32)
+)
 def test_narrow_types_are_computed_in_float32_and_returned_as_they_came(problem, dtype):
     cost = jnp.asarray(problem[0], dtype)
     result = sinkhorn(cost, reg=0.1)
@@ -263,7 +271,7 @@ def test_narrow_types_are_computed_in_float32_and_returned_as_they_came(problem,
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", mostly_slow([jnp.float16, jnp.bfloat16], jnp.float16))
 def test_half_precision_is_carried_through_a_scan(problem, dtype):
     a = jnp.zeros(6, dtype).at[2].set(1)  # points without mass, whose potential float16 cannot hold
 

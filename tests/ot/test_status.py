@@ -1,11 +1,14 @@
 """A status is true of the plan that is returned, without tolerance: float32, hard problems, thresholds of all sizes."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fs_jax.ot import Status, ipot, sinkhorn
+from tests.parameters import mostly_slow
 
 SHAPE = (9, 13)
 
@@ -27,7 +30,7 @@ def errors_of(plan, a, b):
     return np.abs(plan.sum(2) - a).sum(1) + np.abs(plan.sum(1) - b).sum(1)
 
 
-@pytest.mark.parametrize("solver", ["stabilized", "log", "kernel", "ipot"])
+@pytest.mark.parametrize("solver", mostly_slow(["stabilized", "log", "kernel", "ipot"], "stabilized", "ipot"))
 def test_converged_means_that_the_plan_meets_the_threshold(solver):
     def solve(cost, a, b, reg, threshold):
         if solver == "ipot":
@@ -53,7 +56,7 @@ def test_converged_means_that_the_plan_meets_the_threshold(solver):
         assert result.converged.sum() > 0.4 * len(cost)  # not all can: 1e-7 is rounding, and slow ones reach the limit
 
 
-@pytest.mark.parametrize("method", ["stabilized", "log"])
+@pytest.mark.parametrize("method", mostly_slow(["stabilized", "log"], "stabilized"))
 def test_a_row_of_huge_costs_keeps_its_digits(method):
     rng = np.random.default_rng(1)
     cost = np.float32(rng.uniform(0, 1, (13, 13)))
@@ -64,7 +67,7 @@ def test_a_row_of_huge_costs_keeps_its_digits(method):
     np.testing.assert_allclose(result.plan, exact.plan, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["stabilized", "log"])
+@pytest.mark.parametrize("method", mostly_slow(["stabilized", "log"], "stabilized"))
 def test_a_threshold_below_rounding_ends_early_as_stalled(method):
     cost = np.float32(np.random.default_rng(0).uniform(0, 1, (20, 20)))
     result = sinkhorn(cost, reg=np.float32(0.1), num_iters=10_000, threshold=1e-12, method=method)
@@ -93,7 +96,7 @@ def test_a_cheap_coupling_is_asked_of_ipot():
     assert result.status == Status.LIMIT
 
 
-@pytest.mark.parametrize("method", ["stabilized", "log"])
+@pytest.mark.parametrize("method", mostly_slow(["stabilized", "log"], "stabilized"))
 def test_constants_in_cost_and_start_are_taken_out(method):
     cost = np.float32(np.random.default_rng(0).integers(0, 1000, (6, 7)) * 2.0**-10)
 
@@ -110,8 +113,12 @@ def test_constants_in_cost_and_start_are_taken_out(method):
     np.testing.assert_allclose(others[1].reg_cost, plain.reg_cost, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("solver", ["sinkhorn", "ipot"])
+@pytest.mark.parametrize(
+    ("solver", "dtype"),
+    mostly_slow(
+        product(("sinkhorn", "ipot"), (jnp.float16, jnp.bfloat16)), ("sinkhorn", jnp.float16), ("ipot", jnp.bfloat16)
+    ),
+)
 def test_half_precision_is_judged_as_it_is_returned(solver, dtype):
     cost = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (20, 20)), dtype)
 

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fs_jax.ot import ipot, released_sinkhorn, sinkhorn
+from tests.parameters import mostly_slow
 
 entropic = partial(sinkhorn, reg=0.2, num_iters=12)
 SOLVERS = {
@@ -23,8 +24,8 @@ SOLVERS = {
     "implicit, threshold": partial(entropic, grad="implicit", num_iters=100, threshold=1e-9),
     "envelope": partial(entropic, grad="envelope"),
     "none": partial(entropic, grad="none"),
-    "ipot": partial(ipot, beta=0.5, num_iters=5),
-    "ipot, threshold": partial(ipot, beta=0.5, num_iters=5, threshold=1e-2),
+    "ipot": partial(ipot, beta=0.5, num_iters=12),
+    "ipot, threshold": partial(ipot, beta=0.5, num_iters=12, threshold=1e-2),
     "released": lambda cost, a, b: released_sinkhorn(cost, reg=0.2),
 }
 
@@ -56,20 +57,14 @@ def assert_close(got, expected):
     jax.tree.map(close, got, expected)
 
 
-# One of each kind of program; the others are slow only because each is compiled.
-QUICK = ("stabilized", "log, threshold", "implicit, threshold", "envelope", "ipot, threshold", "released")
-
-
-def names(quick):
-    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in SOLVERS]
-
-
-@pytest.mark.parametrize("name", names(QUICK))
+@pytest.mark.parametrize(
+    "name", mostly_slow(SOLVERS, "stabilized", "implicit, threshold", "ipot, threshold", "released")
+)
 def test_shard_map_with_replicated_weights(batch, name):
     check_shard_map(batch, name)
 
 
-@pytest.mark.parametrize("name", ["none", pytest.param("stabilized", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", mostly_slow(["none", "stabilized"], "none"))
 def test_shard_map_in_float32(batch, name):
     # The kernels for a GPU are traced too, though not compiled here.
     check_shard_map(batch, name, np.float32)
@@ -94,22 +89,38 @@ def check_shard_map(batch, name, dtype=np.float64):
     assert_close(got_d_a, d_as.sum(0))
 
 
-@pytest.mark.parametrize("name", names(["stabilized, threshold"]))
-def test_other_transformations(batch, name):
+WAYS = ("vmap", "pmap", "sharded", "scan", "checkpoint", "grad of vmap")
+
+
+@pytest.mark.parametrize(
+    ("way", "name"),
+    mostly_slow(
+        itertools.product(WAYS, SOLVERS),
+        ("scan", "stabilized, threshold"), ("grad of vmap", "stabilized, threshold"), ("pmap", "ipot"),
+    ),
+)  # fmt: skip
+def test_other_transformations(batch, way, name):
     costs, a, b = batch
     solve = with_gradients(SOLVERS[name])
     alone = jax.jit(solve)
     expected = jax.tree.map(lambda *x: jnp.stack(x), *[alone(cost, a, b) for cost in costs])
-    on_all = jax.jit(jax.vmap(solve, in_axes=(0, None, None)))
-    assert_close(on_all(*batch), expected)
-    assert_close(jax.pmap(solve, in_axes=(0, None, None))(*batch), expected)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
-    assert_close(on_all(jax.device_put(costs, NamedSharding(mesh, P("d"))), a, b), expected)
-    assert_close(jax.lax.scan(lambda _, cost: (None, solve(cost, a, b)), None, costs)[1], expected)
-    total = jax.jit(jax.grad(lambda costs: jax.vmap(lambda c: value(SOLVERS[name], c, a, b)[0])(costs).sum()))
-    assert_close(total(costs), expected[1][0])
-    rematerialised = jax.value_and_grad(jax.checkpoint(partial(value, SOLVERS[name])), argnums=(0, 1), has_aux=True)
-    assert_close(jax.jit(rematerialised)(costs[0], a, b), jax.tree.map(lambda x: x[0], expected))
+    on_all = jax.vmap(solve, in_axes=(0, None, None))
+    if way == "vmap":
+        got = jax.jit(on_all)(*batch)
+    elif way == "pmap":
+        got = jax.pmap(solve, in_axes=(0, None, None))(*batch)
+    elif way == "sharded":
+        mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
+        got = jax.jit(on_all)(jax.device_put(costs, NamedSharding(mesh, P("d"))), a, b)
+    elif way == "scan":
+        got = jax.lax.scan(lambda _, cost: (None, solve(cost, a, b)), None, costs)[1]
+    elif way == "checkpoint":
+        saved = jax.value_and_grad(jax.checkpoint(partial(value, SOLVERS[name])), argnums=(0, 1), has_aux=True)
+        got, expected = jax.jit(saved)(costs[0], a, b), jax.tree.map(lambda x: x[0], expected)
+    else:
+        got = jax.jit(jax.grad(lambda costs: jax.vmap(lambda c: value(SOLVERS[name], c, a, b)[0])(costs).sum()))(costs)
+        expected = expected[1][0]
+    assert_close(got, expected)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -121,10 +132,11 @@ def test_a_batch_can_be_differentiated(batch, name):
     assert [x.shape for x in shapes] == [x.shape for x in batch]
 
 
-@pytest.mark.parametrize("batched", [(1, 0, 0, 0), (0, 1, 0, 1), (0, 0, 1, 0), (1, 1, 1, 1)])
+@pytest.mark.parametrize("batched", mostly_slow(["cost", "a, reg", "b", "cost, a, b, reg"], "a, reg"))
 def test_vmap_over_any_subset_of_arguments(batch, batched):
     costs, a, b = batch
     arguments = (costs, jnp.stack([a, a[::-1]] * 2), jnp.stack([b] * 4), jnp.array([0.1, 0.2, 0.3, 0.4]))
+    batched = [name in batched.split(", ") for name in ("cost", "a", "b", "reg")]
     arguments = [x if is_batched else x[0] for x, is_batched in zip(arguments, batched, strict=True)]
     axes = tuple(0 if is_batched else None for is_batched in batched)
     got = SOLVE_MANY(axes)(*arguments)
@@ -163,8 +175,13 @@ def arguments(batch):
         return dict(zip(NAMES, values, strict=True))
 
 
-@pytest.mark.parametrize("method", ["stabilized", "kernel", "log"])
-@pytest.mark.parametrize("grad", ["unroll", "implicit", "envelope", "none"])
+@pytest.mark.parametrize(
+    ("method", "grad"),
+    mostly_slow(
+        itertools.product(("stabilized", "kernel", "log"), ("unroll", "implicit", "envelope", "none")),
+        ("stabilized", "unroll"), ("log", "implicit"), ("kernel", "envelope"), ("stabilized", "none"),
+    ),
+)  # fmt: skip
 def test_any_subset_of_arguments_can_be_differentiated(arguments, method, grad):
     total = total_of(arguments, {"method": method, "grad": grad, "threshold": 1e-3})
     for size in (1, 2, 5):

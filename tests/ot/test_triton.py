@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fs_jax.ot import Status, _dispatch, _triton, ipot, sinkhorn
+from tests.parameters import mostly_slow
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ SIZES = [
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(("shape", "reg", "num_iters"), SIZES)
+@pytest.mark.parametrize(("shape", "reg", "num_iters"), mostly_slow(SIZES, SIZES[-1]))
 def test_results_and_gradients_are_exact_to_rounding(shape, reg, num_iters):
     problems = draw(shape, 3)
     got = solve(problems, reg, num_iters=num_iters)
@@ -105,23 +106,31 @@ def test_starts_anywhere():
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_transformations_compose():
+@pytest.mark.parametrize("way", mostly_slow(["grad of vmap", "vmap of vmap", "pmap"], "pmap"))
+def test_transformations_compose(way):
     costs = jnp.asarray(draw((6, 9), 4)[0], jnp.float32)
 
     def value(cost, **options):
         return sinkhorn(cost, reg=0.1, num_iters=5, **options).primal_cost
 
     expected = jax.vmap(jax.grad(lambda c: value(c, method="log")))(costs)
-    ways = [
-        jax.jit(jax.grad(lambda c: jax.vmap(value)(c).sum()))(costs),
-        jax.vmap(jax.vmap(jax.grad(value)))(costs.reshape(2, 2, 6, 9)).reshape(costs.shape),
-        jax.pmap(jax.grad(value))(costs),
-    ]
-    for got in ways:
-        np.testing.assert_allclose(got, expected, atol=1e-5)  # rounding of exponents of 10, in a few sums
-    # Forward mode goes the plain way; the two directions are each other's transpose.
+    got = {
+        "grad of vmap": lambda: jax.jit(jax.grad(lambda c: jax.vmap(value)(c).sum()))(costs),
+        "vmap of vmap": lambda: jax.vmap(jax.vmap(jax.grad(value)))(costs.reshape(2, 2, 6, 9)).reshape(costs.shape),
+        "pmap": lambda: jax.pmap(jax.grad(value))(costs),
+    }[way]()
+    np.testing.assert_allclose(got, expected, atol=1e-5)  # rounding of exponents of 10, in a few sums
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+def test_forward_mode_goes_the_plain_way():
+    costs = jnp.asarray(draw((6, 9), 4)[0], jnp.float32)
+    value = jax.vmap(lambda cost: sinkhorn(cost, reg=0.1, num_iters=5).primal_cost)
+    expected = jax.grad(lambda costs: value(costs).sum())(costs)
+    # The two directions are each other's transpose.
     tangents = jnp.asarray(np.random.default_rng(2).normal(size=costs.shape), jnp.float32)
-    _, forward = jax.jvp(jax.vmap(value), (costs,), (tangents,))
+    _, forward = jax.jvp(value, (costs,), (tangents,))
     np.testing.assert_allclose(forward, jnp.sum(expected * tangents, (1, 2)), atol=1e-4)
 
 
@@ -162,18 +171,36 @@ def kernels_for_cuda(function, *arguments):
     return text.count("__gpu$xla.gpu.triton") + text.count("triton_kernel_call_ffi")
 
 
-def test_a_batch_is_two_kernels_on_a_gpu_and_none_elsewhere():
-    def count(shape=(5, 7), dtype=jnp.float32, count=kernels_for_cuda, **options):
-        def total(costs):
-            return jax.vmap(lambda c: sinkhorn(c, reg=0.1, num_iters=9, **options).primal_cost)(costs).sum()
+@pytest.mark.parametrize(
+    ("expected", "shape", "options"),
+    mostly_slow(
+        [
+            (2, (5, 7), {}),
+            (2, (256, 256), {}),
+            (0, (4, 257), {}),
+            (0, (5, 7), {"fused": False}),
+            (0, (5, 7), {"method": "log"}),
+            (0, (5, 7), {"threshold": 0.1}),  # its path back is that of the plain iterations
+            (1, (5, 7), {"grad": "implicit"}),
+            (1, (5, 7), {"grad": "implicit", "threshold": 0.1}),
+        ],
+        (2, (256, 256), {}),
+        (0, (4, 257), {}),
+        (1, (5, 7), {"grad": "implicit", "threshold": 0.1}),
+    ),
+)
+def test_kernels_in_the_gradient_of_a_batch_on_a_gpu(expected, shape, options):
+    assert kernels_for_cuda(gradient_of_a_batch(**options), jax.ShapeDtypeStruct((3, *shape), jnp.float32)) == expected
 
-        return count(jax.grad(total), jax.ShapeDtypeStruct((3, *shape), dtype))
 
-    assert count() == count((256, 256)) == 2
-    assert count(grad="implicit") == count(grad="implicit", threshold=0.1) == 1
-    assert count(threshold=0.1) == 0  # its path back is that of the plain iterations
-    assert count(fused=False) == count(method="log") == count((4, 257)) == count(dtype=jnp.float64) == 0
-    assert count(count=lambda f, x: jax.jit(f).lower(x).as_text().count("triton")) == 0
+def gradient_of_a_batch(**options):
+    return jax.grad(lambda c: jax.vmap(lambda c: sinkhorn(c, reg=0.1, num_iters=9, **options).primal_cost)(c).sum())
+
+
+def test_no_kernels_in_float64_and_none_on_a_cpu():
+    assert kernels_for_cuda(gradient_of_a_batch(), jax.ShapeDtypeStruct((3, 5, 7), jnp.float64)) == 0
+    on_a_cpu = jax.jit(gradient_of_a_batch()).lower(jax.ShapeDtypeStruct((3, 5, 7), jnp.float32))
+    assert "triton" not in on_a_cpu.as_text()
 
 
 # On a GPU
