@@ -32,15 +32,36 @@ ATTACKS = {
     "feature_scatter ipot": functools.partial(scatter, transport=functools.partial(ipot, beta=0.5)),
     "feature_scatter released": functools.partial(scatter, transport=released_sinkhorn, cost=sqeuclidean_cost),
 }
-every_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+SLOW_WITHOUT_JIT = ("feature_scatter", "feature_scatter ipot", "feature_scatter released")
 KEY = jax.random.key(3)
 EPSILON = 0.08
 
 
-@every_attack
-def test_stays_in_the_ball_and_in_the_range_and_moves(attack, classifier):
-    logits_fn, images, labels = classifier
-    attacked = attack(logits_fn, KEY, images, labels, epsilon=EPSILON)
+@functools.cache
+def compiled(attack, logits_fn):
+    """An attack as one program, of keys, images, labels and radius: to attacked images and their gradients."""
+
+    def total(images, scale, rng, labels, epsilon):
+        attacked = attack(lambda x: scale * logits_fn(x), rng, images, labels, epsilon=epsilon)
+        return jnp.sum(attacked), attacked
+
+    program = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+
+    def run(rng, images, labels, epsilon=EPSILON):
+        gradients, attacked = program(images, 1.0, rng, labels, epsilon)
+        return attacked, gradients
+
+    return run
+
+
+@pytest.fixture(scope="module", params=ATTACKS.values(), ids=ATTACKS)
+def program(request, classifier):
+    return compiled(request.param, classifier[0])
+
+
+def test_stays_in_the_ball_and_in_the_range_and_moves(program, classifier):
+    _, images, labels = classifier
+    attacked, _ = program(KEY, images, labels)
     assert attacked.shape == images.shape
     assert attacked.dtype == images.dtype
     # clip(x, c - epsilon, c + epsilon) is exact but for the rounding of c +- epsilon, 6e-8 at most.
@@ -50,45 +71,41 @@ def test_stays_in_the_ball_and_in_the_range_and_moves(attack, classifier):
     assert attacked.max() <= 1
 
 
-@every_attack
-def test_same_key_same_answer_other_key_another(attack, classifier):
-    logits_fn, images, labels = classifier
-    run = functools.partial(attack, logits_fn, epsilon=EPSILON)
-    np.testing.assert_array_equal(run(KEY, images, labels), run(KEY, images, labels))
-    assert (run(KEY, images, labels) != run(jax.random.key(4), images, labels)).any()
+def test_same_key_same_answer_other_key_another(program, classifier):
+    _, images, labels = classifier
+    one, again, other = (program(key, images, labels)[0] for key in (KEY, KEY, jax.random.key(4)))
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any()
 
 
-@every_attack
-def test_jit_equals_eager(attack, classifier):
-    logits_fn, images, labels = classifier
-    run = functools.partial(attack, logits_fn, epsilon=EPSILON)
-    # Compiled sums may round otherwise, which would show where a sign is in doubt; here none is.
-    np.testing.assert_allclose(jax.jit(run)(KEY, images, labels), run(KEY, images, labels), atol=1e-6)
+def test_radius_zero_is_the_identity(program, classifier):
+    _, images, labels = classifier
+    np.testing.assert_array_equal(program(KEY, images, labels, 0.0)[0], images)
 
 
-@every_attack
-def test_radius_zero_is_the_identity(attack, classifier):
-    logits_fn, images, labels = classifier
-    np.testing.assert_array_equal(attack(logits_fn, KEY, images, labels, epsilon=0), images)
-
-
-@every_attack
-def test_no_gradient_leaks_out(attack, classifier):
-    logits_fn, images, labels = classifier
-
-    def total(images, scale):
-        return jnp.sum(attack(lambda x: scale * logits_fn(x), KEY, images, labels, epsilon=EPSILON))
-
-    for gradient in jax.grad(total, argnums=(0, 1))(images, 1.0):
+def test_no_gradient_leaks_out(program, classifier):
+    _, images, labels = classifier
+    for gradient in program(KEY, images, labels)[1]:
         assert not jnp.any(gradient)
 
 
-@every_attack
-def test_start_is_the_first_iterate(attack, classifier):
+# Without `jit` each part of an attack is compiled for itself, and again with each call. So one scattering is quick.
+@pytest.mark.parametrize(
+    "attack",
+    [
+        pytest.param(attack, marks=[pytest.mark.slow] if name in SLOW_WITHOUT_JIT else [])
+        for name, attack in ATTACKS.items()
+    ],
+    ids=ATTACKS,
+)
+def test_eager_equals_jit_and_start_is_the_first_iterate(attack, classifier):
     logits_fn, images, labels = classifier
+    run = functools.partial(attack, logits_fn, epsilon=EPSILON)
+    eager = run(KEY, images, labels)
+    # Compiled sums may round otherwise, which would show where a sign is in doubt; here none is.
+    np.testing.assert_allclose(compiled(attack, logits_fn)(KEY, images, labels)[0], eager, atol=1e-6)
     start = attacks.random_start(KEY, images, EPSILON)
-    given = attack(logits_fn, jax.random.key(9), images, labels, epsilon=EPSILON, start=start)
-    np.testing.assert_array_equal(given, attack(logits_fn, KEY, images, labels, epsilon=EPSILON))
+    np.testing.assert_array_equal(run(jax.random.key(9), images, labels, start=start), eager)
 
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "cw"])
@@ -122,24 +139,17 @@ STEPWISE = {
 
 @pytest.fixture(scope="module", params=STEPWISE.values(), ids=STEPWISE)
 def stepwise(request, classifier):
-    """An attack as one compiled program, of keys, images, labels and radius: to attacked images and their gradients."""
-    logits_fn = classifier[0]
-
-    def total(images, scale, rng, labels, epsilon):
-        attacked = request.param(lambda x: scale * logits_fn(x), rng, images, labels, epsilon=epsilon)
-        return jnp.sum(attacked), attacked
-
-    program = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
-
-    def run(rng, images, labels, epsilon=EPSILON):
-        gradients, attacked = program(images, 1.0, rng, labels, epsilon)
-        return attacked, gradients
-
-    return run
+    return compiled(request.param, classifier[0])
 
 
-def test_stepwise_attacks_stay_in_the_ball_and_in_the_range_and_harm(stepwise, classifier):
+def in_float64(classifier):
     logits_fn, images, labels = classifier
+    return logits_fn, images.astype(jnp.float64), labels
+
+
+@pytest.mark.usefixtures("float64")
+def test_stepwise_attacks_stay_in_the_ball_and_in_the_range_and_harm(stepwise, classifier):
+    logits_fn, images, labels = in_float64(classifier)
     attacked, _ = stepwise(jax.random.split(KEY, len(images)), images, labels)
     assert attacked.dtype == images.dtype
     assert np.abs(attacked - images).max() <= EPSILON + 6e-8  # as above
@@ -151,14 +161,16 @@ def test_stepwise_attacks_stay_in_the_ball_and_in_the_range_and_harm(stepwise, c
     assert (margins < before)[before > 0].any()
 
 
+@pytest.mark.usefixtures("float64")
 def test_stepwise_attacks_with_radius_zero_are_the_identity(stepwise, classifier):
-    _, images, labels = classifier
+    _, images, labels = in_float64(classifier)
     attacked, _ = stepwise(jax.random.split(KEY, len(images)), images, labels, 0.0)
     np.testing.assert_array_equal(attacked, images)
 
 
+@pytest.mark.usefixtures("float64")
 def test_no_gradient_leaks_out_of_stepwise_attacks(stepwise, classifier):
-    _, images, labels = classifier
+    _, images, labels = in_float64(classifier)
     for gradient in stepwise(jax.random.split(KEY, len(images)), images, labels)[1]:
         assert not jnp.any(gradient)
 
@@ -167,8 +179,7 @@ def test_no_gradient_leaks_out_of_stepwise_attacks(stepwise, classifier):
 def test_in_stepwise_attacks_an_image_fares_alike_in_any_place(stepwise, classifier):
     # A product's last rows may be computed, and so rounded, otherwise than the others. In float64 that is 1e-16, and
     # what attacks make of it far below 1e-9 (SPSA divides by 0.02); in float32 a sign might hang on it.
-    _, images, labels = classifier
-    images = images.astype(jnp.float64)
+    _, images, labels = in_float64(classifier)
     keys = jax.random.split(KEY, len(images))
     attacked, _ = stepwise(keys, images, labels)
     reversed_, _ = stepwise(keys[::-1], images[::-1], labels[::-1])
@@ -177,14 +188,17 @@ def test_in_stepwise_attacks_an_image_fares_alike_in_any_place(stepwise, classif
 
 def test_scattering_raises_the_transport_cost(classifier):
     logits_fn, images, _ = classifier
-    result = {n: attacks.scatter(logits_fn, KEY, images, epsilon=EPSILON, step_size=0.03, num_steps=n) for n in (1, 4)}
+    run = jax.jit(
+        functools.partial(attacks.scatter, logits_fn, epsilon=EPSILON, step_size=0.03), static_argnames="num_steps"
+    )
+    result = {n: run(KEY, images, num_steps=n) for n in (1, 4)}
     # The transport of the last iterate that was left: with one step that is the random start's.
     assert result[4].transport.primal_cost > 1.2 * result[1].transport.primal_cost
     # Logits of size 8, whose last place is 1e-6, in another program.
     np.testing.assert_allclose(result[1].natural_logits, logits_fn(images), atol=1e-5)
 
 
-@every_attack
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
