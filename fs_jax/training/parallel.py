@@ -3,6 +3,7 @@
 `pmap` is in maintenance mode and today a wrapper over `jit` and `shard_map`; what replaces it replaces this file.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,7 +75,11 @@ def pmap_train_steps(
     Raises:
       ValueError: if the batch size isn't a multiple of the number of devices.
     """
-    devices = _devices(config, devices)
+    return _steps(config, info, tuple(_devices(config, devices)))
+
+
+@functools.lru_cache(maxsize=4)  # a run that goes on in the same process compiles nothing anew
+def _steps(config, info, devices):
     per_device = config.batch_size // len(devices)
 
     def steps(

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import train as train_script
 from fs_jax import data
-from fs_jax.config import AttackConfig, ModelConfig, TrainConfig
+from fs_jax.config import ModelConfig, TrainConfig
 from fs_jax.training import Checkpoints, train
 from fs_jax.training.loop import read_config
 
@@ -23,29 +24,30 @@ SHORT = TrainConfig(
     dataset="digits",
     train_size=1437,
     model=ModelConfig(10, 1),
-    attack=AttackConfig(epsilon=0.1),
+    method="standard",  # whose step is traced and compiled soonest
     batch_size=128,
     epochs=3,
     decay_epochs=(2,),
 )
-COMMAND = [
-    sys.executable, "-m", "experiments.train", "digits", "--batch-size", "128", "--epochs", "3", "--decay-epochs", "2",
-    "--steps-per-dispatch", "2", "--monitor-images", "0", "--checkpoint-minutes", "0",
+WORDS = [
+    "digits", "--batch-size", "128", "--epochs", "2", "--decay-epochs", "1", "--holdout", "256",
+    "--monitor-images", "128", "--steps-per-dispatch", "3", "--checkpoint-minutes", "0", "--devices", "1",
 ]  # fmt: skip
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def start(workdir, *options, command=COMMAND):
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+def command(workdir, *options):
+    """The command in this process, which has its programs compiled: its exit status."""
+    return train_script.main([*WORDS, "--workdir", str(workdir), *options])
+
+
+def start(workdir):
+    """The command in a process of its own, on a device such as this process has."""
     return subprocess.Popen(
-        [*command, "--workdir", str(workdir), *options],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-m", "experiments.train", *WORDS, "--workdir", str(workdir)],
+        cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": str(jax.local_device_count())},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-
-
-def finish(process):
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
 
 
 def rows(workdir):
@@ -70,9 +72,7 @@ def last_state(workdir):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    code, out, err = finish(start(workdir))
-    assert code == 0, err
-    assert "python -m experiments.evaluate --workdir" in out
+    assert command(workdir) == 0
     return workdir
 
 
@@ -86,28 +86,38 @@ def same_run(workdir, other):
 
 
 @pytest.mark.parametrize(
-    "stop", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["SIGKILL", "SIGTERM"]
+    ("stop", "at"),
+    [
+        (signal.SIGKILL, [12]),
+        pytest.param(signal.SIGKILL, [5, 12], marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, [5, 12], marks=pytest.mark.slow),
+    ],
+    ids=["SIGKILL", "SIGKILL twice", "SIGTERM twice"],
 )
-def test_a_run_that_is_stopped_and_resumed_equals_one_left_alone_bit_for_bit(stop, undisturbed, tmp_path):
+def test_a_run_that_is_stopped_and_resumed_equals_one_left_alone_bit_for_bit(stop, at, undisturbed, tmp_path, capsys):
     workdir = tmp_path / "run"
-    code, out, err = finish(start(workdir, "--max-minutes", "0"))
-    assert code == 75, err
-    assert "Stopped at step 2. The same command goes on" in out  # one dispatch: it never stops without progress
-    # Twice more: once within an epoch, and once later on.
-    for reached in (5, 20):
+    assert command(workdir, "--max-minutes", "0") == 75
+    # One dispatch: it never stops without progress.
+    assert "Stopped at step 3. The same command goes on" in capsys.readouterr().out
+    for reached in at:  # within an epoch of 9 steps
         process = start(workdir)
-        wait_for(lambda reached=reached: rows(workdir) and rows(workdir)[-1]["step"] >= reached, process)
+        wait_for(lambda reached=reached: rows(workdir)[-1]["step"] >= reached, process)
+        if stop == signal.SIGKILL:
+            process.send_signal(signal.SIGSTOP)  # else it might end meanwhile
+            with pytest.raises(BlockingIOError, match="another process is training"):
+                command(workdir)
         process.send_signal(stop)
-        code, out, err = finish(process)
+        out, err = process.communicate(timeout=240)
         if stop == signal.SIGTERM:
-            assert code == 75, err
+            assert process.returncode == 75, err
             assert "The same command goes on" in out
         else:
-            assert code == -signal.SIGKILL
-    code, _, err = finish(start(workdir))
-    assert code == 0, err
+            assert process.returncode == -signal.SIGKILL
+    assert command(workdir) == 0
+    out, err = capsys.readouterr()
     assert "Going on from step" in err
-    assert int(last_state(workdir).step) == 33
+    assert "python -m experiments.evaluate --workdir" in out
+    assert int(last_state(workdir).step) == 18
     same_run(workdir, undisturbed)
 
 
@@ -120,7 +130,7 @@ def test_a_finished_run_is_left_as_it_is(undisturbed):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     # Weights that grow 4,000-fold a step leave float32's range of 3e38 after some ten of them, not at once.
-    config = dataclasses.replace(SHORT, learning_rate=2e7, epochs=3, decay_epochs=(), method="standard")
+    config = dataclasses.replace(SHORT, learning_rate=2e7, epochs=3, decay_epochs=())
     with pytest.raises(FloatingPointError, match=r"Not finite .* The run stops.*Try a lower learning rate") as error:
         train(
             config, DIGITS, tmp_path, devices=jax.devices()[:1], monitor_images=0, progress=False,
@@ -132,17 +142,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def test_the_best_checkpoint_is_the_best_monitored_epoch(tmp_path):
-    config = dataclasses.replace(SHORT, holdout=256)
-    train(config, DIGITS, tmp_path, devices=jax.devices()[:1], monitor_images=128, progress=False)
-    monitored = [row for row in rows(tmp_path) if "monitor_robust" in row]
-    assert len(monitored) == 3
+def test_the_best_checkpoint_is_the_best_monitored_epoch(undisturbed):
+    monitored = [row for row in rows(undisturbed) if "monitor_robust" in row]
+    assert len(monitored) == 2
     best = max(monitored, key=lambda row: row["monitor_robust"])  # the first of equals
-    with Checkpoints(tmp_path, config) as checkpoints:
+    config = read_config(undisturbed)
+    with Checkpoints(undisturbed, config) as checkpoints:
         assert int(checkpoints.restore_best().step) == best["step"]
         assert checkpoints.best_scores() == {k: best[k] for k in ("monitor_clean", "monitor_robust")}
     assert config.steps_per_epoch == (1437 - 256) // 128
-    assert list((tmp_path / "tensorboard").iterdir())
+    assert list((undisturbed / "tensorboard").iterdir())
 
 
 def test_a_run_of_another_configuration_is_refused(undisturbed):
@@ -183,18 +192,6 @@ def test_a_configuration_that_does_not_work_leaves_no_folder_behind(tmp_path):
     with pytest.raises(ValueError, match="dtype: expected float32 or bfloat16 unless JAX computes in 64 bits"):
         train(config, DIGITS, tmp_path / "run", devices=jax.devices()[:1])
     assert not (tmp_path / "run").exists()
-
-
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    workdir = tmp_path / "run"
-    process = start(workdir)
-    try:
-        wait_for((workdir / ".lock").exists, process)  # from its start, long before its first step
-        with pytest.raises(BlockingIOError, match="another process is training"):
-            train(read_config(workdir), DIGITS, workdir, devices=jax.devices()[:1])
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_a_holdout_of_everything_is_refused(tmp_path):
