@@ -91,12 +91,12 @@ def compare(
 
 def draw_examples(model, variables, images, adversaries, labels, class_names, path, *, epsilon, title) -> None:
     """Draw images, what an attack has added to them, and what the network says before and after."""
-    images = as_float(images)
+    images, predict = as_float(images), jax.jit(model.apply)
     report.attack_examples(
         images,
         adversaries,
         labels,
-        *(np.asarray(model.apply(variables, jnp.asarray(shown))[0]) for shown in (images, adversaries)),
+        *(np.asarray(predict(variables, jnp.asarray(shown))[0]) for shown in (images, adversaries)),
         path,
         class_names=class_names,
         epsilon=epsilon,

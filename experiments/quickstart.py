@@ -22,6 +22,8 @@ class Arguments:
     """Folder of the runs and the results: a new one, or the one to go on with."""
     epochs: int | None = None
     """Epochs of each run; by default the preset's."""
+    attacked_images: int | None = None
+    """Test images that the attacks are run on, the first so many; by default all."""
     progress: bool = True
     """Show progress bars."""
 
@@ -34,12 +36,14 @@ def main(argv: list[str]) -> int:
 
     from experiments.comparison import compare
     from fs_jax import backend, data
-    from fs_jax.config import preset
+    from fs_jax.config import check_number, preset
     from fs_jax.evaluation import parse_attack
 
     workdir = arguments.workdir
     if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / "standard" / "config.json").exists():
         raise ValueError(f"workdir: expected a new folder or one of the quickstart; got {workdir}. Choose another.")
+    if arguments.attacked_images is not None:
+        check_number("attacked_images", arguments.attacked_images, at_least=1, integer=True)
     base = preset("digits")
     if arguments.epochs is not None:
         decays = tuple(epoch for epoch in base.decay_epochs if epoch < arguments.epochs)
@@ -52,6 +56,7 @@ def main(argv: list[str]) -> int:
         arguments.workdir,
         arguments.workdir,
         title="scikit-learn's digits",
+        attacked_images=arguments.attacked_images,
         progress=arguments.progress,
     )
     if table is None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import autoattack_reference, evaluate
+from experiments import autoattack_reference, command_line, evaluate
 from fs_jax import convert
 from fs_jax.evaluation import Evaluation, accuracy
 from fs_jax.models import WideResNet
@@ -22,14 +22,23 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def script(*words):
     # A wide terminal, so that messages aren't broken into lines.
-    environment = {**os.environ, "COLUMNS": "200"}
+    environment = {**os.environ, "COLUMNS": "200", "JAX_NUM_CPU_DEVICES": str(jax.local_device_count())}
     return subprocess.run(
         [sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
 
 
-def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(tmp_path):
-    done = script("experiments.quickstart", "--workdir", str(tmp_path), "--epochs", "1", "--no-progress")
+def evaluate_here(monkeypatch, capsys, *words):
+    """The evaluation's command in this process: its exit status, output and errors."""
+    monkeypatch.setattr(sys, "argv", ["evaluate", *words])
+    with pytest.raises(SystemExit) as stopped:
+        command_line.run(evaluate.main)
+    return stopped.value.code or 0, *capsys.readouterr()
+
+
+def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(tmp_path, monkeypatch, capsys):
+    words = ("experiments.quickstart", "--workdir", str(tmp_path), "--epochs", "1", "--attacked-images", "32")
+    done = script(*words, "--no-progress")
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert table.strip() in done.stdout
@@ -40,32 +49,34 @@ def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(
     for run in ("standard", "pgd", "feature_scatter"):
         result = json.loads((tmp_path / f"{run}.json").read_text())
         assert result["config"]["method"] == run
-        assert len(result["records"]) == result["attacks"][0]["total"] == 360
+        # Clean accuracy is always of all images.
+        assert [attack["total"] for attack in result["attacks"]] == [360, 32, 32, 32]
+        assert len(result["records"]) == 32
         assert list((tmp_path / run / "tensorboard").iterdir())
         assert json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0])["loss"] > 0
 
     run = tmp_path / "standard"
-    words = ("experiments.evaluate", "--workdir", str(run), "--attacks", "clean", "pgd-2", "--num-images", "40")
-    words = (*words, "--restarts", "2", "--no-progress", "--batch-size", "40")
-    done = script(*words, "--epsilon", "0.05", "--save-images")
-    assert done.returncode == 0, done.stderr
+    words = ("--workdir", str(run), "--attacks", "clean", "pgd-2", "--num-images", "32", "--batch-size", "32")
+    words = (*words, "--restarts", "2", "--no-progress", "--save-images")
+    status, out, err = evaluate_here(monkeypatch, capsys, *words, "--epsilon", "0.05")
+    assert status == 0, err
     folder = run / "evaluations" / "attacks"
     result = json.loads((folder / "result.json").read_text())
-    assert result["images"] == len(result["records"]) == 40
+    assert result["images"] == len(result["records"]) == 32
     assert [attack["name"] for attack in result["attacks"]] == ["clean", "pgd-2x2"]
     assert result["attacks"][1]["epsilon"] == 0.05
     assert "| pgd-2x2 " in (folder / "report.md").read_text()
-    assert (folder / "report.md").read_text() in done.stdout
+    assert (folder / "report.md").read_text() in out
     for figure in ("strength", "examples"):
         assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
     with np.load(folder / "adversarial.npz") as saved:
-        assert saved["images"].shape == (40, 8, 8, 1)
+        assert saved["images"].shape == (32, 8, 8, 1)
         assert list(saved["robust"]) == [record["robust"] for record in result["records"]]
     # With another radius that is another evaluation; the first is left as it is.
     records = (folder / "records.jsonl").read_bytes()
-    done = script(*words, "--epsilon", "0.06", "--save-images")
-    assert done.returncode == 2
-    assert "pgd-2x2: epsilon: expected 0.05, as in" in done.stderr
+    status, _, err = evaluate_here(monkeypatch, capsys, *words, "--epsilon", "0.06")
+    assert status == 2
+    assert "pgd-2x2: epsilon: expected 0.05, as in" in err
     assert (folder / "records.jsonl").read_bytes() == records
 
 
@@ -191,6 +202,10 @@ def test_every_suite_runs_on_weights_from_a_file(tmp_path):
             "expected the arrays of a Wide-",
         ),
         (("experiments.quickstart", "--epoch", "1"), "--epochs"),
+        (
+            ("experiments.quickstart", "--workdir", "x", "--attacked-images", "0"),
+            "attacked_images: expected an integer",
+        ),
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, tuple) else "",
 )
