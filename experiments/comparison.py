@@ -79,11 +79,13 @@ def compare(
     write_text(results / "table.md", table)
     report.training_curves(metrics, results / "training.png")
     report.accuracy_bars(evaluations, results / "accuracy.png", title=title)
-    images, labels, shown = dataset.test_images[:8], dataset.test_labels[:8], attacks[-2]
-    adversaries = np.empty(images.shape, np.float32)
-    evaluate(model, variables, images, labels, [shown], batch_size=8, worst_images=adversaries, progress=False)
+    # A whole batch of the usual size, for which programs are there; the first 8 are shown.
+    whole, first, shown = slice(0, backend.batch_size()), slice(0, 8), attacks[-2]
+    images, labels = dataset.test_images[whole], dataset.test_labels[whole]
+    adversaries = np.empty(images[first].shape, np.float32)
+    evaluate(model, variables, images, labels, [shown], worst_images=adversaries, progress=False)
     draw_examples(
-        model, variables, images, adversaries, labels, dataset.info.class_names, results / "attacks.png",
+        model, variables, images[first], adversaries, labels[first], dataset.info.class_names, results / "attacks.png",
         epsilon=shown.epsilon, title=shown.name,
     )  # fmt: skip
     return table

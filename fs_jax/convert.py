@@ -50,7 +50,7 @@ def load_weights(
       >>> import tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "wrn.safetensors"
       >>> model = WideResNet(10, 1)
-      >>> save_weights(path, model, model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+      >>> save_weights(path, model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
       >>> loaded, variables = load_weights(path)
       >>> loaded.depth, loaded.width, loaded.num_classes, loaded.mean
       (10, 1, 10, 0.5)
@@ -122,7 +122,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
         of another shape, or for values that aren't finite.
 
     Example:
-      >>> variables = WideResNet(10, 1).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+      >>> variables = jax.jit(WideResNet(10, 1).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
       >>> again = from_torch(to_torch(variables))
       >>> all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), dict(variables), again)))
       True

@@ -263,7 +263,6 @@ def _monitor(config: TrainConfig, state: TrainState, monitor: tuple[np.ndarray, 
         images,
         labels,
         [Attack("clean"), Attack("pgd", num_steps=10, step_size=epsilon / 4, epsilon=epsilon)],
-        batch_size=min(128, len(labels)),
         seed=config.seed,
         progress=False,
     )

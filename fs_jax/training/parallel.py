@@ -39,9 +39,10 @@ def pmap_train_step(
       ValueError: if the batch size isn't a multiple of the number of devices.
 
     Example:
-      >>> from fs_jax.config import preset
+      >>> from fs_jax.config import ModelConfig
       >>> from fs_jax.training import create_state
-      >>> config, devices = preset("digits"), jax.local_devices()[:1]
+      >>> config = TrainConfig(dataset="digits", model=ModelConfig(10, 1), method="standard", batch_size=4)
+      >>> devices = jax.local_devices()[:1]
       >>> state = replicate(create_state(config, jax.random.key(0)), devices)
       >>> batch = {"images": jnp.full((1, 4, 8, 8, 1), 0.5), "labels": jnp.arange(4)[None]}
       >>> state, metrics = pmap_train_step(config, devices)(state, batch, jax.random.key(1))

@@ -61,7 +61,7 @@ def test_iterates_are_those_of_the_published_algorithm(classifier, loss):
     images = jnp.asarray(images, jnp.float64)
     attack = attacks.apgd_steps(epsilon=EPSILON, loss=loss)
     step = jax.jit(lambda state: attack.step(logits_fn, state, images, labels))
-    states = [attack.start(logits_fn, jax.random.split(KEY, len(images)), images, labels, jnp.zeros_like(labels))]
+    states = [started(attack, logits_fn, images, labels)]
     for _ in range(attack.num_steps):
         states.append(step(states[-1]))  # nobody is held back here: fallen images go on
     loss_fn = {"ce": attacks.cross_entropy, "dlr": attacks.dlr}[loss]

@@ -133,21 +133,20 @@ def test_runs_begin_at_the_image_and_then_at_half_the_radius(linear):
 def test_at_most_a_tenth_of_a_step_goes_towards_the_projection_of_the_image(linear):
     logits_fn, images, labels, _ = linear
     attack = fab_steps(epsilon=0.1, targeted=True)
-    start = attack.start(logits_fn, jax.random.split(jax.random.key(0), 8), images, labels, jnp.zeros(8, jnp.int32))
-    each = jnp.arange(8)
+    keys, each = jax.random.split(jax.random.key(0), 8), np.arange(8)
+    start = jax.jit(lambda keys: attack.start(logits_fn, keys, images, labels, jnp.zeros(8, jnp.int32)))(keys)
 
     def lead(x):
         logits = logits_fn(x)
         return logits[each, start.target] - logits[each, labels]
 
-    value, vjp = jax.vjp(lead, images)
-    (normal,) = vjp(jnp.ones(8))
-    move = -jnp.sign(value)[:, None, None, None] * jnp.sign(normal)
-    move *= (jnp.abs(value) / jnp.abs(normal).sum((1, 2, 3)))[:, None, None, None]
+    value, normal = map(np.asarray, jax.jit(lambda x: (lead(x), jax.grad(lambda x: jnp.sum(lead(x)))(x)))(images))
+    move = -np.sign(value)[:, None, None, None] * np.sign(normal)
+    move *= (np.abs(value) / np.abs(normal).sum((1, 2, 3)))[:, None, None, None]
     # Beside the image, at the same distance from the boundary: half and half, if nothing held it back.
-    flat = normal.reshape(8, 16)
-    aside = jnp.zeros((8, 16)).at[:, 0].set(flat[:, 1]).at[:, 1].set(-flat[:, 0]).reshape(images.shape)
-    aside *= 0.05 / jnp.abs(aside).max((1, 2, 3), keepdims=True)
+    flat, aside = normal.reshape(8, 16), np.zeros((8, 16), np.float32)
+    aside[:, 0], aside[:, 1] = flat[:, 1], -flat[:, 0]
+    aside = aside.reshape(images.shape) * np.float32(0.05) / np.abs(aside).max(1)[:, None, None, None]
     state = jax.jit(lambda x: attack.step(logits_fn, start._replace(iterate=x), images, labels))(images + aside)
     # Across the boundary, so 0.9 of the way back. The projection is known to the 1e-6 of float32's sums.
     np.testing.assert_allclose(state.iterate - images, 0.9 * (1.05 * move + 0.9 * aside), atol=1e-5)
@@ -172,8 +171,9 @@ def test_the_nearest_boundary_is_that_of_all_gradients(classifier):
         logits = logits_fn(image[None])[0]
         return logits - logits[label]
 
-    values = jax.vmap(leads)(images, labels)
-    normals = jax.vmap(jax.jacrev(leads))(images, labels)
+    derivatives = jax.jit(jax.vmap(lambda image, label: (leads(image, label), jax.jacrev(leads)(image, label))))
+    values, normals = map(np.asarray, derivatives(images, labels))
+    labels = np.asarray(labels)
     each, norms = np.arange(len(images)), np.abs(normals).sum((2, 3, 4))
     wrong = np.arange(5) != labels[:, None]  # the true class has no lead over itself, and no boundary
     nearest = np.where(wrong, np.abs(values) / np.where(wrong, norms, 1), np.inf).argmin(1)

@@ -131,11 +131,19 @@ def test_another_radius_compiles_nothing_anew(problem):
     assert _programs().advance._cache_size() == before
 
 
-def test_logits_that_are_not_numbers_stop_the_attack(problem):
+@pytest.mark.parametrize(
+    "attack",
+    [
+        attacks.pgd_steps(num_steps=3),
+        attacks.pgd_steps(num_steps=1, last_only=True),
+        attacks.apgd_steps(num_steps=3),
+        pytest.param(attacks.fab_steps(), marks=pytest.mark.slow),
+        attacks.fab_steps(targeted=True),
+    ],
+    ids=["pgd", "last of pgd", "apgd", "fab", "fab-t"],
+)
+def test_gradients_that_are_not_numbers_stop_the_attack(problem, attack):
     logits_fn, images, labels = problem
-
-    def overflows(x):
-        return jnp.where(x[:, :1, 0, 0] > 0.5, jnp.nan, logits_fn(x))
 
     @jax.custom_jvp
     def finite(x):
@@ -143,15 +151,16 @@ def test_logits_that_are_not_numbers_stop_the_attack(problem):
 
     finite.defjvp(lambda x, tangents: (finite(*x), jnp.nan * jnp.sum(*tangents) * jnp.ones_like(finite(*x))))
     # A gradient that isn't a number takes the iterate along, and so the logits.
-    for attack in (
-        attacks.pgd_steps(num_steps=3),
-        attacks.pgd_steps(num_steps=1, last_only=True),
-        attacks.apgd_steps(num_steps=3),
-        attacks.fab_steps(),
-        attacks.fab_steps(targeted=True),
-    ):
-        with pytest.raises(FloatingPointError, match=r"got others for image \d under attack, after 1 steps"):
-            finished((finite, images, labels), attack, batch_size=8)
+    with pytest.raises(FloatingPointError, match=r"got others for image \d under attack, after 1 steps"):
+        finished((finite, images, labels), attack, batch_size=8)
+
+
+def test_logits_that_are_not_numbers_stop_the_attack(problem):
+    logits_fn, images, labels = problem
+
+    def overflows(x):
+        return jnp.where(x[:, :1, 0, 0] > 0.5, jnp.nan, logits_fn(x))
+
     with pytest.raises(FloatingPointError, match="logits_fn: expected finite logits and gradients; got others"):
         finished((overflows, images, labels), batch_size=8)
     with pytest.raises(ValueError, match="batch_size: expected at least 1; got 0"):

@@ -11,6 +11,10 @@ from fs_jax.models import WideResNet
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+# The deeper network's logits are compared in tests/models; what an attack makes of them is no other code.
+@pytest.mark.parametrize(
+    "recorded", [(10, 1), pytest.param((16, 2), marks=pytest.mark.slow)], ids=["wrn_10_1", "wrn_16_2"], indirect=True
+)
 @pytest.mark.parametrize(
     ("attack", "name"),
     [(attacks.fgsm, "fgsm"), (attacks.pgd, "pgd20"), (attacks.cw, "cw20")],

@@ -1,6 +1,7 @@
 """One training step, against the two that the released code recorded, and the mathematics of its loss."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,17 @@ import numpy as np
 import optax
 import pytest
 
-from fs_jax import convert
+from fs_jax import convert, data
 from fs_jax.config import ModelConfig, TrainConfig, TransportConfig, preset
 from fs_jax.training import TrainState, create_state, make_optimizer, smooth_labels, smoothed_cross_entropy, train_step
 from fs_jax.training.state import learning_rate_schedule
 from tests.conftest import GOLDEN
 
 
+# The deeper network's logits and gradients are compared in tests/models; the step on them is no other code.
+@pytest.mark.parametrize(
+    "recorded", [(10, 1), pytest.param((16, 2), marks=pytest.mark.slow)], ids=["wrn_10_1", "wrn_16_2"], indirect=True
+)
 @pytest.mark.usefixtures("float64")
 def test_two_steps_of_feature_scattering_equal_the_released_codes(recorded):
     config = TrainConfig(
@@ -65,17 +70,20 @@ def test_weight_decay_covers_every_parameter_and_the_rate_decays_at_its_epochs()
         np.testing.assert_allclose(learning_rate_schedule(config)(step), rate, rtol=1e-6)
 
 
+@functools.cache
+def digits_step(method):
+    """A state before its first step, a batch of 32 digits, and the compiled step."""
+    config, digits = dataclasses.replace(preset("digits"), method=method), data.load("digits")
+    batch = {"images": digits.train_images[:32] / np.float32(255), "labels": digits.train_labels[:32]}
+    return create_state(config, jax.random.key(0)), batch, jax.jit(functools.partial(train_step, config=config))
+
+
 @pytest.mark.parametrize("method", ["standard", "pgd", "feature_scatter"])
 def test_a_few_steps_lower_the_loss(method):
-    config = dataclasses.replace(preset("digits"), method=method, batch_size=32, learning_rate=0.05)
-    from fs_jax import data
-
-    digits = data.load("digits")
-    batch = {"images": digits.train_images[:32] / np.float32(255), "labels": digits.train_labels[:32]}
-    step = jax.jit(lambda state: train_step(state, batch, jax.random.key(1), config=config))
-    state, first = step(create_state(config, jax.random.key(0)))
+    state, batch, step = digits_step(method)
+    state, first = step(state, batch, jax.random.key(1))
     for _ in range(9):
-        state, last = step(state)
+        state, last = step(state, batch, jax.random.key(1))
     assert last["loss"] < first["loss"] - 0.05
     assert int(state.step) == 10
     if method == "feature_scatter":
@@ -84,14 +92,13 @@ def test_a_few_steps_lower_the_loss(method):
 
 
 def test_noise_changes_with_the_step_and_the_key():
-    config = dataclasses.replace(preset("digits"), learning_rate=1e-9)
-    batch = {"images": jax.random.uniform(jax.random.key(5), (8, 8, 8, 1)), "labels": jnp.arange(8)}
-    step = jax.jit(lambda state, key: train_step(state, batch, key, config=config)[1]["transport_cost"])
-    state = create_state(config, jax.random.key(0))
-    later = state.replace(step=jnp.int32(1))
-    costs = [step(state, jax.random.key(0)), step(later, jax.random.key(0)), step(state, jax.random.key(1))]
-    assert len({float(cost) for cost in costs}) == 3
-    assert step(state, jax.random.key(0)) == costs[0]
+    state, batch, step = digits_step("feature_scatter")
+
+    def cost(number, seed):
+        return float(step(state.replace(step=jnp.int32(number)), batch, jax.random.key(seed))[1]["transport_cost"])
+
+    assert len({cost(0, 0), cost(1, 0), cost(0, 1)}) == 3
+    assert cost(0, 0) == cost(0, 0)
 
 
 def test_bad_batches_are_refused():
