@@ -236,12 +236,11 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_numbers(tmp_path):
     assert whole.startswith(killed[: killed.rfind(b"\n") + 1])  # nothing was done again
     assert_same_records(resumed, records_of(None, CHAIN))
 
-    # And wherever else it might have been: here, among the targets of the last attack.
+    # And elsewhere: here, among the targets of the last attack.
     targets = whole.index(b"apgd-t")
-    for part in (0.1, 0.5, 0.9):
-        path.write_bytes(whole[: targets + int(part * (len(whole) - targets))])
-        with Journal(path, {}) as journal:
-            assert_same_records(records_of(journal, CHAIN), resumed)
+    path.write_bytes(whole[: (targets + len(whole)) // 2])
+    with Journal(path, {}) as journal:
+        assert_same_records(records_of(journal, CHAIN), resumed)
 
 
 def test_an_attack_that_has_changed_is_refused(tmp_path):

@@ -46,9 +46,9 @@ def train_step(
       >>> from fs_jax.training import create_state
       >>> config = preset("digits")
       >>> state = create_state(config, jax.random.key(0))
-      >>> batch = {"images": jnp.full((32, 8, 8, 1), 0.5), "labels": jnp.arange(32) % 10}
+      >>> images, labels = jax.random.uniform(jax.random.key(2), (32, 8, 8, 1)), jnp.arange(32) % 10
       >>> step = jax.jit(functools.partial(train_step, config=config))
-      >>> state, metrics = step(state, batch, jax.random.key(1))
+      >>> state, metrics = step(state, {"images": images, "labels": labels}, jax.random.key(1))
       >>> int(state.step), sorted(metrics)[:3]
       (1, ['accuracy', 'learning_rate', 'loss'])
 

@@ -189,7 +189,8 @@ def test_in_stepwise_attacks_an_image_fares_alike_in_any_place(stepwise, classif
 def test_scattering_raises_the_transport_cost(classifier):
     logits_fn, images, _ = classifier
     run = jax.jit(
-        functools.partial(attacks.scatter, logits_fn, epsilon=EPSILON, step_size=0.03), static_argnames="num_steps"
+        functools.partial(attacks.scatter, logits_fn, transport=released_sinkhorn, epsilon=EPSILON, step_size=0.03),
+        static_argnames="num_steps",
     )
     result = {n: run(KEY, images, num_steps=n) for n in (1, 4)}
     # The transport of the last iterate that was left: with one step that is the random start's.
