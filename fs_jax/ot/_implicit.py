@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from fs_jax.ot import _dispatch
-from fs_jax.ot._iterations import Options, value_if
+from fs_jax.ot._iterations import Options
+from fs_jax.ot._loops import value_if
 from fs_jax.ot.result import live_plan
 
 

@@ -14,9 +14,6 @@ K = exp(M) and needs two products of it with a vector:
 which is several times faster, and exact while u and v stay in range. So iterations go in short runs. Before a run the
 reference takes up u and v if they have grown; after it they are looked at, and a run that left the range is repeated in
 the log domain.
-
-Work that is seldom needed stands in a loop that runs once or never (`once_if`) where a `cond` might be expected: under
-`vmap` a `cond` costs both of its branches, such a loop nothing when no problem of the batch needs it.
 """
 
 from functools import cache
@@ -27,11 +24,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from fs_jax.ot._batching import in_chunks
-from fs_jax.ot._logspace import MASKED, log_sum_exp, log_weights
-from fs_jax.ot.problem import solvable
+from fs_jax.ot._loops import RUN, lengths, once_if, value_if
+from fs_jax.ot._numerics import MASKED, largest, log_sum_exp, product
+from fs_jax.ot.problem import Points
 from fs_jax.ot.result import Outcome, Status, finish, has_stalled, judged_error, rounding_floor
-
-RUN = 10  # iterations between two looks at the scalings
 
 
 class Options(NamedTuple):
@@ -97,7 +93,7 @@ class Progress(NamedTuple):
         done: iterations done.
         converged: the plan has been judged, and its error is at most the threshold.
         stalled: its error no longer falls.
-        looking: from here on the plan is judged after each run, and the cheap test is not believed.
+        doubted: from here on the plan is judged after each run, and the cheap test is not believed.
         best: smallest error of a plan that was judged.
         waited: runs since then.
     """
@@ -105,29 +101,9 @@ class Progress(NamedTuple):
     done: jax.Array
     converged: jax.Array
     stalled: jax.Array
-    looking: jax.Array
+    doubted: jax.Array
     best: jax.Array
     waited: jax.Array
-
-
-class Points(NamedTuple):
-    """A problem as the iterations see it.
-
-    `there_a` and `there_b` say which points have mass; of a weight that is NaN, yes: it should come out.
-    """
-
-    scaled: jax.Array
-    a: jax.Array
-    b: jax.Array
-    log_a: jax.Array
-    log_b: jax.Array
-    there_a: jax.Array
-    there_b: jax.Array
-
-    @classmethod
-    def of(cls, scaled, a, b):
-        a, b = solvable(a, b)
-        return cls(scaled, a, b, log_weights(a), log_weights(b), a != 0, b != 0)
 
 
 @cache
@@ -153,7 +129,7 @@ def walk(options: Options, keep: bool):
                 return (state, counts.done), rows
             stopped = progress.converged | progress.stalled | (progress.done >= num_iters)
             counts = Counts(progress.done, stopped, jnp.full_like(progress.best, jnp.inf))
-            limit = Limit(jnp.where(progress.looking, -1, threshold), num_iters)
+            limit = Limit(jnp.where(progress.doubted, -1, threshold), num_iters)
             (state, counts), rows = run(points, limit, room, length, state, counts)
             return (state, _judge(points, a, b, threshold, dtype, state, progress, counts, stopped)), rows
 
@@ -166,7 +142,7 @@ def walk(options: Options, keep: bool):
 
         plan, factor = finish(_plan_of(points, state), points.a)
         phi, gamma = potentials_of(points, state)
-        phi = jnp.where(points.there_a, phi + jnp.log(factor), MASKED)
+        phi = jnp.where(points.present_a, phi + jnp.log(factor), MASKED)
         status, accepted = jnp.full_like(zero, Status.LIMIT), jnp.ones_like(zero)
         if threshold is None:
             done = zero + num_iters
@@ -182,13 +158,6 @@ def walk(options: Options, keep: bool):
     return iterations
 
 
-def lengths(num_iters, threshold):
-    """Of the runs. The last may be shorter; with a threshold there is one more, since one may end before its time."""
-    if threshold is None:
-        return jnp.minimum(RUN, num_iters - jnp.arange(0, num_iters, RUN))
-    return jnp.full(-(-num_iters // RUN) + 1, RUN)
-
-
 def _judge(points, a, b, threshold, dtype, state, progress, counts, stopped):
     """What is to be done after a run: the cheap test is confirmed on the plan itself, as it would be returned.
 
@@ -198,19 +167,19 @@ def _judge(points, a, b, threshold, dtype, state, progress, counts, stopped):
     """
     shape, mass = points.scaled.shape, a.sum()
     near_rounding = ~(counts.off > rounding_floor(shape, mass, a.dtype))
-    looking = progress.looking | (counts.still & ~stopped) | near_rounding
+    doubted = progress.doubted | (counts.still & ~stopped) | near_rounding
 
     def judged(*vectors):
         plan, _ = finish(_plan_of(points, State(*vectors, None)), points.a)
         return judged_error(plan, a, b, dtype)
 
-    needed = looking & ~stopped
+    needed = doubted & ~stopped
     error = value_if(needed, judged, jnp.full_like(progress.best, jnp.inf), *state[:4])
     converged = progress.converged | (needed & (error <= threshold))
     waited = jnp.where(needed, jnp.where(error < progress.best, 0, progress.waited + 1), progress.waited)
     stalled = has_stalled(error, waited, counts.done // RUN, rounding_floor(shape, mass, dtype))
     stalled = progress.stalled | (needed & ~converged & stalled)
-    return Progress(counts.done, converged, stalled, looking, jnp.minimum(error, progress.best), waited)
+    return Progress(counts.done, converged, stalled, doubted, jnp.minimum(error, progress.best), waited)
 
 
 # Where the iterations start
@@ -218,25 +187,25 @@ def _judge(points, a, b, threshold, dtype, state, progress, counts, stopped):
 
 def _start_log(points, phi):
     zeros = jnp.zeros_like(points.b)
-    f, g = jnp.where(points.there_a, phi, MASKED), jnp.where(points.there_b, zeros, MASKED)
+    f, g = jnp.where(points.present_a, phi, MASKED), jnp.where(points.present_b, zeros, MASKED)
     return State(f, g, jnp.ones_like(f), jnp.ones_like(g), None)
 
 
 def _start_kernel(points, phi):
     f, g = jnp.zeros_like(points.a), jnp.zeros_like(points.b)
-    u = jnp.where(points.there_a, jnp.exp(phi), 0)
+    u = jnp.where(points.present_a, jnp.exp(phi), 0)
     return State(f, g, u, jnp.ones_like(g), jnp.exp(points.scaled))
 
 
 def _start_stabilized(points, phi):
     """A reference for potentials that fit nothing yet: each row's and each column's largest entry in K is one."""
-    s, there_a, there_b = points.scaled, points.there_a, points.there_b
-    phi = jnp.where(there_a, phi, MASKED)
-    g = jnp.where(there_b, -jnp.max(s + phi[:, None], 0), MASKED)
-    f = jnp.where(there_a, -jnp.max(s + g[None, :], 1), MASKED)
+    s, present_a, present_b = points.scaled, points.present_a, points.present_b
+    phi = jnp.where(present_a, phi, MASKED)
+    g = jnp.where(present_b, -jnp.max(s + phi[:, None], 0), MASKED)
+    f = jnp.where(present_a, -jnp.max(s + g[None, :], 1), MASKED)
     # A row that starts far below the others (by e⁸⁷ in float32) weighs nothing, but its scaling must not be zero.
     u = jnp.maximum(jnp.exp(phi - f), jnp.finfo(f.dtype).tiny)
-    return _absorb(points, f, g)._replace(u=jnp.where(there_a, u, 0))
+    return _absorb(points, f, g)._replace(u=jnp.where(present_a, u, 0))
 
 
 # Runs
@@ -244,29 +213,29 @@ def _start_stabilized(points, phi):
 
 def _log_run(points, limit, room, length, state, counts):
     """Iterations in the log domain, on corrections to the reference."""
-    _, _, _, log_a, log_b, there_a, there_b = points
+    _, _, _, log_a, log_b, present_a, present_b = points
     m = matrix(points.scaled, state.f, state.g)
 
     def iteration(du, _):
-        dv = jnp.where(there_b, log_b - log_sum_exp(m + du[:, None], 0), 0)
-        return jnp.where(there_a, log_a - log_sum_exp(m + dv[None, :], 1), 0), dv
+        dv = jnp.where(present_b, log_b - log_sum_exp(m + du[:, None], 0), 0)
+        return jnp.where(present_a, log_a - log_sum_exp(m + dv[None, :], 1), 0), dv
 
     def error(dv, new_dv):
         return jnp.expm1(dv - new_dv)
 
-    pair = (jnp.where(there_a, jnp.log(state.u), 0), jnp.where(there_b, jnp.log(state.v), 0))
+    pair = (jnp.where(present_a, jnp.log(state.u), 0), jnp.where(present_b, jnp.log(state.v), 0))
     (du, dv), counts, rows = _iterate(iteration, error, points.b, limit, room, length, pair, counts)
     rows = None if room is None else Run(state.f, state.g, *rows[:2], jnp.ones_like(counts.still), rows[2])
     # What has grown goes into the reference, where it is rounded; what is small stays, and is exact.
     grown = jnp.maximum(jnp.abs(du).max(), jnp.abs(dv).max()) > 1
-    f, g = jnp.where(there_a & grown, state.f + du, state.f), jnp.where(there_b & grown, state.g + dv, state.g)
+    f, g = jnp.where(present_a & grown, state.f + du, state.f), jnp.where(present_b & grown, state.g + dv, state.g)
     u, v = jnp.exp(jnp.where(grown, 0, du)), jnp.exp(jnp.where(grown, 0, dv))
     return (State(f, g, u, v, None), counts), rows
 
 
 def _kernel_run(points, limit, room, length, state, counts):
     """Iterations in the kernel domain, from and to the same reference."""
-    absent_a, absent_b = ((~there).astype(points.a.dtype) for there in (points.there_a, points.there_b))
+    absent_a, absent_b = ((~there).astype(points.a.dtype) for there in (points.present_a, points.present_b))
 
     def iteration(u, _):
         new_v = points.b / (product("ij,i->j", state.kernel, u) + absent_b)
@@ -338,26 +307,6 @@ def _iterate(iteration, error, b, limit, room, length, pair, counts):
     return all_of_them(carry) if limit is None else once_if(~counts.still, all_of_them, carry)
 
 
-def once_if(condition, function, carry):
-    """`function(carry)` if the condition holds, else `carry`: a loop that runs once or never.
-
-    The function should start from what it is given, and from that alone: XLA moves work that doesn't depend on what a
-    loop carries out of the loop, where it would always be done.
-    """
-    loop = (condition, carry)
-    return lax.while_loop(lambda loop: loop[0], lambda loop: (jnp.zeros_like(loop[0]), function(loop[1])), loop)[1]
-
-
-def value_if(condition, function, default, *inputs):
-    """`function(*inputs)` if the condition holds, else the default; as `once_if`, computed only where it is needed.
-
-    The loop leaves zeros in the inputs' places: XLA takes what a loop leaves unchanged for invariant, and would move
-    all that is computed of it out of the loop.
-    """
-    zeros = jax.tree.map(jnp.zeros_like, inputs)
-    return once_if(condition, lambda carry: (function(*carry[1]), zeros), (default, inputs))[0]
-
-
 # Between reference, scalings, potentials and plan
 
 
@@ -366,14 +315,14 @@ def _absorb(points, f, g):
 
 
 def potentials_of(points, state):
-    phi = jnp.where(points.there_a, state.f + jnp.log(state.u), MASKED)
-    return phi, jnp.where(points.there_b, state.g + jnp.log(state.v), MASKED)
+    phi = jnp.where(points.present_a, state.f + jnp.log(state.u), MASKED)
+    return phi, jnp.where(points.present_b, state.g + jnp.log(state.v), MASKED)
 
 
 def _plan_of(points, state):
     kernel = jnp.exp(matrix(points.scaled, state.f, state.g)) if state.kernel is None else state.kernel
     plan = kernel * state.u[:, None] * state.v[None, :]
-    return jnp.where(points.there_a[:, None] & points.there_b[None, :], plan, 0)
+    return jnp.where(points.present_a[:, None] & points.present_b[None, :], plan, 0)
 
 
 def matrix(scaled, f, g):
@@ -385,13 +334,3 @@ def _is_flushed(points, state, plan):
     entries = jnp.exp((points.scaled + jnp.log(state.u)[:, None]) + jnp.log(state.v)[None, :])
     lost = jnp.sum(jnp.where(state.kernel < jnp.finfo(plan.dtype).tiny, entries, 0))
     return ~(lost <= jnp.finfo(plan.dtype).eps * plan.sum())
-
-
-def product(axes, left, right):
-    # On a GPU the default precision is TF32's, in which the iterations stall at a marginal error of 1e-3.
-    return jnp.einsum(axes, left, right, precision=lax.Precision.HIGHEST)
-
-
-def largest(array, power):
-    """The dtype's largest number to a power: 9e6 and 2e14 in float32 for 0.18 and 0.37."""
-    return float(jnp.finfo(array.dtype).max) ** power

@@ -31,9 +31,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from fs_jax.ot import _iterations, _unroll
-from fs_jax.ot._iterations import Options, Points, value_if
-from fs_jax.ot._logspace import MASKED, log_sum_exp
+from fs_jax.ot._iterations import Options
+from fs_jax.ot._loops import value_if
+from fs_jax.ot._numerics import MASKED, log_sum_exp
 from fs_jax.ot._unroll import with_transpose
+from fs_jax.ot.problem import Points
 from fs_jax.ot.result import (
     UNROLL,
     Outcome,
@@ -111,16 +113,16 @@ def _forward(scaled, a, b, start, threshold, options, keep, interpret):
         _pad(scaled, shape, 0),
         _pad(points.log_a, (rows,), MASKED),
         _pad(points.log_b, (columns,), MASKED),
-        _pad(jnp.where(points.there_a, start, MASKED), (rows,), MASKED),
+        _pad(jnp.where(points.present_a, start, MASKED), (rows,), MASKED),
         jnp.reshape(threshold if stops else jnp.zeros_like(scaled, shape=()), 1),
     )
     kernel = partial(_forward_kernel, num_iters=options.num_iters, stops=stops)
     path = ((options.num_iters + 1, rows), (options.num_iters, columns)) if keep else ()
     phi, gamma, done, *path = _call(kernel, interpret, problem, (rows,), (columns,), (), *path)
     phi, gamma = phi[:n], gamma[:m]
-    there = points.there_a[:, None] & points.there_b[None, :]
+    there = points.present_a[:, None] & points.present_b[None, :]
     plan, factor = finish(jnp.where(there, jnp.exp((scaled + phi[:, None]) + gamma[None, :]), 0), points.a)
-    phi = jnp.where(points.there_a, phi + jnp.log(factor), MASKED)
+    phi = jnp.where(points.present_a, phi + jnp.log(factor), MASKED)
     status = jnp.full_like(phi, Status.LIMIT, shape=())
     return Outcome(plan, phi, gamma, done[0].astype(phi.dtype), status, jnp.ones_like(status)), (*path, done)
 

@@ -13,7 +13,10 @@ from jax.flatten_util import ravel_pytree
 
 from fs_jax.ot import _iterations
 from fs_jax.ot._batching import in_chunks
-from fs_jax.ot._iterations import Options, Points, lengths, once_if, product
+from fs_jax.ot._iterations import Options
+from fs_jax.ot._loops import lengths, once_if
+from fs_jax.ot._numerics import inverse, normalised, product
+from fs_jax.ot.problem import Points
 from fs_jax.ot.result import UNROLL, first_order_only
 
 
@@ -180,7 +183,7 @@ def _along(points, run):
         return jnp.where(run.is_log, scalings, jnp.log(jnp.where(there & ~run.is_log, scalings, 1)))
 
     matrix = _iterations.matrix(points.scaled, run.f, run.g)
-    return _Along(matrix, logs(run.u, points.there_a), logs(run.v, points.there_b))
+    return _Along(matrix, logs(run.u, points.present_a), logs(run.v, points.present_b))
 
 
 def _where_active(run, i, new, old):
@@ -190,16 +193,5 @@ def _where_active(run, i, new, old):
     return jax.tree.map(lambda x, y: jnp.where(run.active[i], x, y), new, old)
 
 
-def inverse(weights):
-    return jnp.where(weights != 0, 1 / jnp.where(weights != 0, weights, 1), 0)
-
-
 def _kernel(points, f, g):
     return jnp.exp(_iterations.matrix(points.scaled, f, g))
-
-
-def normalised(plan, axis):
-    # By the sum itself and not by the weights, which rounded potentials meet only to 6e-8 of an exponent of hundreds:
-    # errors of rows that don't quite sum to one would grow from iteration to iteration.
-    total = plan.sum(axis, keepdims=True)
-    return plan / jnp.where(total == 0, 1, total)

@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool, Float
 
 from fs_jax.ot import _checks
 from fs_jax.ot._batching import in_chunks
-from fs_jax.ot._iterations import RUN, Points, largest, lengths, once_if, product
-from fs_jax.ot._logspace import MASKED, log_sum_exp
-from fs_jax.ot._unroll import inverse, normalised, with_transpose
-from fs_jax.ot.problem import make_problem
+from fs_jax.ot._loops import RUN, lengths, once_if
+from fs_jax.ot._numerics import MASKED, inverse, largest, log_sum_exp, normalised, product
+from fs_jax.ot._unroll import with_transpose
+from fs_jax.ot.problem import Points, make_problem
 from fs_jax.ot.result import (
     Outcome,
     Status,
@@ -215,8 +215,8 @@ def _walk(options, keep):
 
         (state, progress), runs = lax.scan(over, (state, progress), lengths(num_iters, None).astype(zero.dtype))
         plan, factor = _plan_of(points, state.log_plan)
-        phi = jnp.where(points.there_a, state.phi, MASKED)
-        gamma = jnp.where(points.there_b, state.gamma + jnp.log(factor), MASKED)
+        phi = jnp.where(points.present_a, state.phi, MASKED)
+        gamma = jnp.where(points.present_b, state.gamma + jnp.log(factor), MASKED)
         status, accepted = jnp.full_like(far, Status.LIMIT), jnp.ones_like(far)
         if threshold is not None:
             status = jnp.where(progress.stalled, Status.STALLED, status)
@@ -245,11 +245,11 @@ def _judge(points, a, b, threshold, dtype, run, state, progress):
 
 def _start(points, sigma):
     """T = 1, and log δ as if the largest term of each row's sum were one."""
-    log_plan = jnp.where(points.there_a[:, None] & points.there_b[None, :], jnp.zeros_like(points.scaled), MASKED)
-    sigma = jnp.where(points.there_b, sigma, 0)
+    log_plan = jnp.where(points.present_a[:, None] & points.present_b[None, :], jnp.zeros_like(points.scaled), MASKED)
+    sigma = jnp.where(points.present_b, sigma, 0)
     largest_terms = jnp.max((log_plan + points.scaled) + sigma[None, :], 1)
     zeros_a, zeros_b = jnp.zeros_like(points.a), jnp.zeros_like(points.b)
-    return State(log_plan, jnp.where(points.there_a, -largest_terms, 0), sigma, zeros_a, zeros_b)
+    return State(log_plan, jnp.where(points.present_a, -largest_terms, 0), sigma, zeros_a, zeros_b)
 
 
 def _no_run(points, inner_iters, room):
@@ -281,7 +281,7 @@ def _run(points, inner_iters, room, length, state):
 
     def again(carry):
         new = steps(_on_logarithms, carry[0])
-        return new, new  # not the start again: what stays as it is, XLA takes out of the loop, and all that follows
+        return new, new  # not the start again (see `once_if`)
 
     end = steps(_by_products, start)
     _, ((x, y, d_delta, d_sigma), (rows, columns), _) = once_if(~end[2], again, (start, end))
@@ -298,8 +298,8 @@ def _by_products(points, run, k, inner_iters, x, y):
     So what comes to them are factors near one. The last value says whether they are in the range in which the matrix'
     entries below 1e-38 (in float32), which are zero, do not count: as in `_iterations`.
     """
-    _, a, b, _, _, there_a, there_b = points
-    absent_a, absent_b = (~there_a).astype(a.dtype), (~there_b).astype(b.dtype)
+    _, a, b, _, _, present_a, present_b = points
+    absent_a, absent_b = (~present_a).astype(a.dtype), (~present_b).astype(b.dtype)
     kernel = jnp.exp(_at(run, k, x, y))
 
     def inner_iteration(v, _):
@@ -308,18 +308,18 @@ def _by_products(points, run, k, inner_iters, x, y):
         return v, (u, v)
 
     _, (us, vs) = lax.scan(inner_iteration, jnp.ones_like(b), length=inner_iters)
-    xs, ys = jnp.where(there_a, x + jnp.log(us), 0), jnp.where(there_b, y + jnp.log(vs), 0)
+    xs, ys = jnp.where(present_a, x + jnp.log(us), 0), jnp.where(present_b, y + jnp.log(vs), 0)
     return xs, jnp.concatenate([y[None], ys]), jnp.maximum(us.max(), vs.max()) <= largest(kernel, 0.37)
 
 
 def _on_logarithms(points, run, k, inner_iters, x, y):
     """The same at any range."""
-    _, _, _, log_a, log_b, there_a, there_b = points
+    _, _, _, log_a, log_b, present_a, present_b = points
     zeros_a, zeros_b = jnp.zeros_like(x), jnp.zeros_like(y)
 
     def inner_iteration(y, _):
-        x = jnp.where(there_a, log_a - log_sum_exp(_at(run, k, zeros_a, y), 1), 0)
-        y = jnp.where(there_b, log_b - log_sum_exp(_at(run, k, x, zeros_b), 0), 0)
+        x = jnp.where(present_a, log_a - log_sum_exp(_at(run, k, zeros_a, y), 1), 0)
+        y = jnp.where(present_b, log_b - log_sum_exp(_at(run, k, x, zeros_b), 0), 0)
         return y, (x, y)
 
     _, (xs, ys) = lax.scan(inner_iteration, y, length=inner_iters)
@@ -332,7 +332,7 @@ def _at(run, k, x, y):
 
 def _plan_of(points, log_plan):
     """The plan, with half a step more on its columns, and what that changed them by."""
-    there = points.there_a[:, None] & points.there_b[None, :]
+    there = points.present_a[:, None] & points.present_b[None, :]
     plan, factor = finish(jnp.where(there, jnp.exp(log_plan), 0).T, points.b)
     return plan.T, factor
 

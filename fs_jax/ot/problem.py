@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from fs_jax.ot._numerics import log_weights
+
 
 class Problem(NamedTuple):
     """A transport problem whose arguments have been checked (`_checks`), in the precision that it is computed in.
@@ -61,7 +63,27 @@ def make_problem(cost, a, b, reg, *others, centred: bool = True) -> tuple[Proble
     return Problem(cost, a, b, reg, rows, columns), tuple(others)
 
 
-def solvable(a, b):
+class Points(NamedTuple):
+    """A problem as the iterations see it.
+
+    `present_a` and `present_b` say which points have mass; of a weight that is NaN, yes: it should come out.
+    """
+
+    scaled: jax.Array
+    a: jax.Array
+    b: jax.Array
+    log_a: jax.Array
+    log_b: jax.Array
+    present_a: jax.Array
+    present_b: jax.Array
+
+    @classmethod
+    def of(cls, scaled, a, b):
+        a, b = _solvable(a, b)
+        return cls(scaled, a, b, log_weights(a), log_weights(b), a != 0, b != 0)
+
+
+def _solvable(a, b):
     """The weights, all zero where the other side has no mass: nothing can be moved then."""
     return jnp.where(jnp.any(b != 0), a, 0), jnp.where(jnp.any(a != 0), b, 0)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from fs_jax.ot._logspace import MASKED, log_weights
+from fs_jax.ot._numerics import MASKED, log_weights
 from fs_jax.ot.problem import Problem
 
 _SECOND = 'sinkhorn with grad="implicit" has second derivatives; with grad="{}" it'

@@ -1,4 +1,4 @@
-"""Weights and sums as logarithms."""
+"""Weights and sums as logarithms, products and means."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -19,3 +19,24 @@ def log_sum_exp(terms: Float[Array, "n m"], axis: int) -> Float[Array, " k"]:
     """Log Σ exp(terms) along an axis of finite terms, the largest taken out of the sum."""
     largest = lax.stop_gradient(terms.max(axis, keepdims=True))
     return jnp.log(jnp.exp(terms - largest).sum(axis)) + largest.squeeze(axis)
+
+
+def product(axes, left, right):
+    # On a GPU the default precision is TF32's, in which the iterations stall at a marginal error of 1e-3.
+    return jnp.einsum(axes, left, right, precision=lax.Precision.HIGHEST)
+
+
+def largest(array, power):
+    """The dtype's largest number to a power: 9e6 and 2e14 in float32 for 0.18 and 0.37."""
+    return float(jnp.finfo(array.dtype).max) ** power
+
+
+def inverse(weights):
+    return jnp.where(weights != 0, 1 / jnp.where(weights != 0, weights, 1), 0)
+
+
+def normalised(plan, axis):
+    # By the sum itself and not by the weights, which rounded potentials meet only to 6e-8 of an exponent of hundreds:
+    # errors of rows that don't quite sum to one would grow from iteration to iteration.
+    total = plan.sum(axis, keepdims=True)
+    return plan / jnp.where(total == 0, 1, total)
