@@ -28,18 +28,21 @@ json.dump({name: np.asarray(array, float).tolist() for name, array in numbers.it
 """
 
 
-def numbers(seed=None):
+def start(seed=None):
     environment = {key: value for key, value in os.environ.items() if key != "DISTURB"}
     environment |= {} if seed is None else {"DISTURB": str(seed)}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return {name: np.array(array) for name, array in json.loads(done.stdout).items()}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", CODE], cwd=ROOT, env=environment, **pipes)
+
+
+def numbers(process):
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return {name: np.array(array) for name, array in json.loads(out).items()}
 
 
 def test_sums_are_disturbed_by_about_a_unit_in_the_last_place_and_the_same_ones_each_time():
-    alone, disturbed, again, other = numbers(), numbers(1), numbers(1), numbers(2)
+    alone, disturbed, again, other = map(numbers, [start(), start(1), start(1), start(2)])
     for name, exact in alone.items():
         relative = np.abs(disturbed[name] / exact - 1)
         # All terms are positive, and each is moved by 2^-23 at most per factor, and rounded.

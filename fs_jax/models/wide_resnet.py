@@ -49,8 +49,8 @@ class WideResNet(nn.Module):
     Example:
       >>> model = WideResNet(depth=10, width=1)
       >>> images = jnp.zeros((2, 32, 32, 3))
-      >>> variables = model.init(jax.random.key(0), images)
-      >>> logits, features = model.apply(variables, images)
+      >>> variables = jax.jit(model.init)(jax.random.key(0), images)
+      >>> logits, features = jax.jit(model.apply)(variables, images)
       >>> logits.shape, features.shape
       ((2, 10), (2, 64))
 

@@ -55,7 +55,7 @@ def reference(loss_and_gradient, image, start, epsilon, num_steps):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("loss", ["ce", "dlr"])
+@pytest.mark.parametrize("loss", ["ce", pytest.param("dlr", marks=pytest.mark.slow)])
 def test_iterates_are_those_of_the_published_algorithm(classifier, loss):
     logits_fn, images, labels = classifier
     images = jnp.asarray(images, jnp.float64)

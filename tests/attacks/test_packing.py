@@ -40,15 +40,15 @@ def assert_same_fates(one, other):
 
 
 @pytest.fixture(scope="module")
-def in_batches_of_8(problem):
-    return finished(problem, batch_size=8)
+def in_batches_of_4(problem):
+    return finished(problem, batch_size=4)
 
 
-def test_a_packed_image_fares_as_in_one_batch_of_all(problem, in_batches_of_8):
+def test_a_packed_image_fares_as_in_one_batch_of_all(problem, in_batches_of_4):
     logits_fn, images, labels = problem
     keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(COUNT))
     whole = run(ATTACK, logits_fn, keys, jnp.asarray(images), jnp.asarray(labels))
-    jobs, _ = in_batches_of_8
+    jobs, _ = in_batches_of_4
     lowest = {}
     for (image, _), job in sorted(jobs.items()):
         if image not in lowest or job.margin < lowest[image].margin:
@@ -60,29 +60,29 @@ def test_a_packed_image_fares_as_in_one_batch_of_all(problem, in_batches_of_8):
         np.testing.assert_allclose(job.adversarial, whole.adversarial[image], atol=1e-6)
 
 
-def test_batch_size_changes_nothing(problem, in_batches_of_8):
-    assert_same_fates(in_batches_of_8[0], finished(problem, batch_size=2)[0])
+def test_batch_size_changes_nothing(problem, in_batches_of_4):
+    assert_same_fates(in_batches_of_4[0], finished(problem, batch_size=2)[0])
 
 
-def test_an_image_that_fell_makes_no_later_run_unless_every_run_is_wanted(problem, in_batches_of_8):
-    jobs, _ = in_batches_of_8
+def test_an_image_that_fell_makes_no_later_run_unless_every_run_is_wanted(problem, in_batches_of_4):
+    jobs, _ = in_batches_of_4
     for (image, number), job in jobs.items():
         assert ((image, number + 1) in jobs) == (not job.fallen and number + 1 < ATTACK.num_runs)
-    every, _ = finished(problem, batch_size=8, every_run=True)
+    every, _ = finished(problem, batch_size=4, every_run=True)
     assert set(every) == {(image, number) for image in range(COUNT) for number in range(3)}
     assert_same_fates(jobs, {job: every[job] for job in jobs})
 
 
-def test_what_is_missing_can_be_done_later(problem, in_batches_of_8):
-    jobs, _ = in_batches_of_8
+def test_what_is_missing_can_be_done_later(problem, in_batches_of_4):
+    jobs, _ = in_batches_of_4
     once, stands = min(jobs)[0], next(image for image, number in jobs if number == 2)
-    rest, _ = finished(problem, batch_size=8, jobs=[(once, 0), (stands, 1)])
+    rest, _ = finished(problem, batch_size=4, jobs=[(once, 0), (stands, 1)])
     missing = [job for job in jobs if job[0] == once] + [(stands, 1), (stands, 2)]
     assert_same_fates(rest, {job: jobs[job] for job in missing})
 
 
-def test_passes_are_those_of_the_steps_taken_and_few_slots_idle(problem, in_batches_of_8):
-    jobs, looks = in_batches_of_8
+def test_passes_are_those_of_the_steps_taken_and_few_slots_idle(problem, in_batches_of_4):
+    jobs, looks = in_batches_of_4
     needed = sum(1 + job.step for job in jobs.values())
     spent = sum(look.forward for look in looks)
     assert spent == sum(look.backward for look in looks)
@@ -91,9 +91,9 @@ def test_passes_are_those_of_the_steps_taken_and_few_slots_idle(problem, in_batc
     assert spent < 0.9 * COUNT * 3 * (1 + ATTACK.num_steps)
 
 
-def test_looks_count_what_is_left(in_batches_of_8):
-    _, looks = in_batches_of_8
-    assert all(look.running <= 8 for look in looks)
+def test_looks_count_what_is_left(in_batches_of_4):
+    _, looks = in_batches_of_4
+    assert all(look.running <= 4 for look in looks)
     assert (looks[-1].running, looks[-1].waiting) == (0, 0)
 
 
@@ -127,7 +127,7 @@ def test_another_radius_compiles_nothing_anew(problem):
 
     before = _programs().advance._cache_size()
     for epsilon in (0.01, 0.02):
-        finished(problem, attacks.pgd_steps(epsilon=epsilon, num_steps=3), batch_size=8, jobs=[(0, 0)])
+        finished(problem, attacks.pgd_steps(epsilon=epsilon, num_steps=3), batch_size=4, jobs=[(0, 0)])
     assert _programs().advance._cache_size() == before
 
 
@@ -152,7 +152,7 @@ def test_gradients_that_are_not_numbers_stop_the_attack(problem, attack):
     finite.defjvp(lambda x, tangents: (finite(*x), jnp.nan * jnp.sum(*tangents) * jnp.ones_like(finite(*x))))
     # A gradient that isn't a number takes the iterate along, and so the logits.
     with pytest.raises(FloatingPointError, match=r"got others for image \d under attack, after 1 steps"):
-        finished((finite, images, labels), attack, batch_size=8)
+        finished((finite, images, labels), attack, batch_size=4)
 
 
 def test_logits_that_are_not_numbers_stop_the_attack(problem):
@@ -162,6 +162,6 @@ def test_logits_that_are_not_numbers_stop_the_attack(problem):
         return jnp.where(x[:, :1, 0, 0] > 0.5, jnp.nan, logits_fn(x))
 
     with pytest.raises(FloatingPointError, match="logits_fn: expected finite logits and gradients; got others"):
-        finished((overflows, images, labels), batch_size=8)
+        finished((overflows, images, labels), batch_size=4)
     with pytest.raises(ValueError, match="batch_size: expected at least 1; got 0"):
         finished(problem, batch_size=0)

@@ -70,10 +70,10 @@ def test_input_gradient_in_float32_is_that_of_the_same_active_units(recorded, mo
     # can tell: a second image's at -1.8e-7, which on some CPUs comes out above 0, and moves the gradient by 7%. So the
     # active units are float64's here, and what is left is what float32's sums make of 16 layers there and back: up to
     # 1.2e-6, whatever the machine. (Of those units that are in doubt, the one that matters least moves it by 5e-4.)
-    inputs, relu = [], nn.relu
+    seen, relu = [], nn.relu
     (exact, exact_variables), single = build(recorded, np.float64), build(recorded, np.float32)
-    monkeypatch.setattr(nn, "relu", lambda x: inputs.append(x) or relu(x))
-    exact.apply(exact_variables, recorded.images)
+    monkeypatch.setattr(nn, "relu", lambda x: seen.append(x) or relu(x))
+    inputs = jax.jit(lambda *args: (exact.apply(*args), seen)[1])(exact_variables, recorded.images)
     # Float64 itself is in no doubt about any of them: of values of size 1 it knows 1e-14.
     assert min(np.abs(x).min() for x in inputs) > 1e-10
     units = iter(inputs)
