@@ -36,6 +36,13 @@ WORDS = [
     "--method", "pgd", "--attack.num-steps", "1",
 ]  # fmt: skip
 ROOT = pathlib.Path(__file__).parents[2]
+# `python -m experiments.train`, which rounds as this process does.
+MODULE = """
+import runpy
+from tests import disturb
+disturb.if_asked()
+runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
+"""
 
 
 def command(workdir, *options):
@@ -46,7 +53,7 @@ def command(workdir, *options):
 def start(workdir):
     """The command in a process of its own, on a device such as this process has."""
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.train", *WORDS, "--workdir", str(workdir)],
+        [sys.executable, "-c", MODULE, *WORDS, "--workdir", str(workdir)],
         cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": str(jax.local_device_count())},
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
