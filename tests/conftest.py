@@ -10,11 +10,11 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the tests' time is compilation, and most of that LLVM's: at a lower level it takes half as long, of random
 # numbers a quarter. What XLA itself makes of a program is the same.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
 
 # Programs that two tests have, or two workers, or processes that tests start, are compiled once. The folder is this
 # run's own: nothing is taken from what another run has compiled, nor written to the user's own cache by the scripts.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+if "fs_jax-tests-" not in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fs_jax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -75,6 +75,14 @@ def digits_state():
 
     config = preset("digits")
     return config, create_state(config, jax.random.key(0))
+
+
+@pytest.fixture
+def small_programs():
+    """Where programs take longer to compile than to run: LLVM's lowest level."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -25,8 +25,6 @@ def script(*words):
         **os.environ,
         "COLUMNS": "200",  # so that messages aren't broken into lines
         "JAX_NUM_CPU_DEVICES": str(jax.local_device_count()),
-        # What scripts compute takes longer than its compilation: the last word counts.
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1",
     }
     return subprocess.run(
         [sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False

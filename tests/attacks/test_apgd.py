@@ -12,6 +12,8 @@ from fs_jax.attacks import losses
 from fs_jax.attacks.apgd import _intervals
 from fs_jax.attacks.stepwise import run
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 KEY = jax.random.key(2)
 EPSILON = 0.08
 

@@ -11,6 +11,8 @@ import pytest
 from fs_jax import attacks
 from fs_jax.attacks.autoattack import SETTINGS, _keys_of
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 KEY = jax.random.key(8)
 EPSILON = 0.045
 COUNT = 9

@@ -11,6 +11,8 @@ import pytest
 from fs_jax import attacks
 from fs_jax.ot import ipot, released_sinkhorn, sqeuclidean_cost
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 
 def unlabelled(attack):
     """An attack that takes no labels, with the signature of those that do."""

@@ -1,7 +1,5 @@
 """The paper's attacks, image by image, against what the released code recorded from the same starts."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +29,7 @@ def test_attacked_images_equal_the_recorded_on_every_pixel(recorded, attack, nam
     # Noise, like images, was recorded for [-1, 1]. The attacks' defaults are the paper's radius and steps.
     start = jnp.asarray(recorded.images + recorded.nhwc("attack_noise_nchw") / 2)
 
-    # In float64 the steps take longer than their compilation, however little the tests otherwise ask of the compiler.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+    @jax.jit
     def run(start):
         attacked = attack(logits_fn, jax.random.key(0), recorded.images, recorded.labels, start=start)
         return attacked, logits_fn(attacked)

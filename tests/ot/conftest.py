@@ -10,7 +10,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(autouse=True)
-def _float64():
+def _float64(small_programs):
     """Formulas are compared to rounding, so in float64; a test of float32 converts its inputs. Restored afterwards."""
     with jax.enable_x64(True):
         yield

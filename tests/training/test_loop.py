@@ -130,6 +130,17 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_left_alone_bit_for_bit(sto
     same_run(workdir, undisturbed)
 
 
+@pytest.mark.slow
+def test_feature_scattering_that_stops_after_each_dispatch_equals_one_left_alone_bit_for_bit(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert command(whole, "--method", "feature_scatter") == 0
+    stops = 0
+    while command(stopped, "--method", "feature_scatter", "--max-minutes", "0") == 75:
+        stops += 1
+    assert stops >= 5  # of 18 steps in dispatches of 3
+    same_run(stopped, whole)
+
+
 def test_a_finished_run_is_left_as_it_is(undisturbed):
     before = rows(undisturbed)
     run = train(read_config(undisturbed), DIGITS, undisturbed, devices=jax.devices()[:1], progress=False)
