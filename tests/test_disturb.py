@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 CODE = """
@@ -41,6 +42,7 @@ def numbers(process):
     return {name: np.array(array) for name, array in json.loads(out).items()}
 
 
+@pytest.mark.slow  # it is of a tool for tests
 def test_sums_are_disturbed_by_about_a_unit_in_the_last_place_and_the_same_ones_each_time():
     alone, disturbed, again, other = map(numbers, [start(), start(1), start(1), start(2)])
     for name, exact in alone.items():

@@ -8,6 +8,7 @@ import pytest
 from jax.test_util import check_grads
 
 from fs_jax.ot import Status, cosine_cost, ipot
+from tests.parameters import mostly_slow
 
 
 def algorithm_2(cost, a, b, beta, num_iters, inner_iters=1):
@@ -22,7 +23,7 @@ def algorithm_2(cost, a, b, beta, num_iters, inner_iters=1):
     return plan
 
 
-@pytest.mark.parametrize("beta", [0.5, 1.0])
+@pytest.mark.parametrize("beta", mostly_slow([0.5, 1.0], 0.5))
 def test_parity(golden, beta):
     def value(y):
         result = ipot(cosine_cost(golden["x"], y), beta=beta)
@@ -35,7 +36,7 @@ def test_parity(golden, beta):
     np.testing.assert_allclose(gradient, golden[f"ipot_{beta}_grad_y"], atol=5e-8)
 
 
-@pytest.mark.parametrize("inner_iters", [1, 3])
+@pytest.mark.parametrize("inner_iters", mostly_slow([1, 3], 3))
 def test_is_algorithm_2(problem, inner_iters):
     solve = jax.jit(ipot, static_argnames=("num_iters", "inner_iters"))
     for num_iters in (1, 12):
@@ -75,7 +76,7 @@ def test_thousands_of_steps_at_any_beta_stay_finite(make_problem, beta):
     assert result.status == Status.LIMIT
 
 
-@pytest.mark.parametrize("threshold", [None, 0.1])
+@pytest.mark.parametrize("threshold", mostly_slow([None, 0.1], 0.1))
 def test_unrolled_derivatives(problem, threshold):
     weights = np.random.default_rng(1).normal(size=problem[0].shape)
 

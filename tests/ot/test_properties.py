@@ -261,7 +261,6 @@ GRADIENTS = {
         [*product(GRADIENTS, [np.float64]), ("unroll", np.float32), ("implicit", np.float32)],
         ("unroll", np.float32),
         ("implicit", np.float64),
-        ("ipot", np.float64),
     ),
 )
 @every

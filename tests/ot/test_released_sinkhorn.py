@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fs_jax.ot import Status, cosine_cost, released_sinkhorn
+from tests.parameters import mostly_slow
 
 
 def plain_potentials(cost, reg, iterations):
@@ -16,7 +17,7 @@ def plain_potentials(cost, reg, iterations):
     return f, g
 
 
-@pytest.mark.parametrize("reg", [0.01, 0.05, 0.5])
+@pytest.mark.parametrize("reg", mostly_slow([0.01, 0.05, 0.5], 0.05))
 def test_parity(golden, reg):
     @jax.jit
     @jax.value_and_grad
@@ -42,7 +43,7 @@ def test_stops_at_num_iters(golden):
     assert result.status == Status.LIMIT
 
 
-@pytest.mark.parametrize(("reg", "change"), [(0.05, 0.1), (0.5, 1e-3), (0.05, 0.0)])
+@pytest.mark.parametrize(("reg", "change"), mostly_slow([(0.05, 0.1), (0.5, 1e-3), (0.05, 0.0)], (0.5, 1e-3)))
 def test_gradient_is_autodiffs(problem, reg, change):
     cost = jnp.asarray(problem[0])
     weights = iter(np.random.default_rng(1).normal(size=(4, *cost.shape)))

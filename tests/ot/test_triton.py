@@ -94,6 +94,7 @@ def test_each_problem_of_a_batch_stops_by_itself():
     np.testing.assert_array_less(distances(got, exact), 6e-8 * 20 / 0.1 + 2e-6)  # costs up to 20
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_starts_anywhere():
     # From potentials of nothing, and with points of next to no mass: the first sums are e^±5000, later ones 1e-25.
