@@ -8,6 +8,7 @@ where it was stopped.
 
 import dataclasses
 import pathlib
+from typing import Literal
 
 import tyro
 
@@ -20,6 +21,8 @@ class Arguments:
 
     workdir: pathlib.Path = pathlib.Path("runs/quickstart")
     """Folder of the runs and the results: a new one, or the one to go on with."""
+    methods: tuple[Literal["standard", "pgd", "feature_scatter"], ...] = ("standard", "pgd", "feature_scatter")
+    """Which networks to train."""
     epochs: int | None = None
     """Epochs of each run; by default the preset's."""
     attacked_images: int | None = None
@@ -40,7 +43,10 @@ def main(argv: list[str]) -> int:
     from fs_jax.evaluation import parse_attack
 
     workdir = arguments.workdir
-    if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / "standard" / "config.json").exists():
+    if not arguments.methods:
+        raise ValueError(f"methods: expected one or more of {', '.join(METHODS)}; got none.")
+    runs = [workdir / method / "config.json" for method in METHODS]
+    if workdir.is_dir() and any(workdir.iterdir()) and not any(run.exists() for run in runs):
         raise ValueError(f"workdir: expected a new folder or one of the quickstart; got {workdir}. Choose another.")
     if arguments.attacked_images is not None:
         check_number("attacked_images", arguments.attacked_images, at_least=1, integer=True)
@@ -50,7 +56,7 @@ def main(argv: list[str]) -> int:
         base = dataclasses.replace(base, epochs=arguments.epochs, decay_epochs=decays)
     backend.enable_compilation_cache()
     table = compare(
-        {method: (name, dataclasses.replace(base, method=method)) for method, name in METHODS.items()},
+        {method: (METHODS[method], dataclasses.replace(base, method=method)) for method in arguments.methods},
         data.load("digits"),
         [parse_attack(word, epsilon=base.attack.epsilon) for word in ("clean", "fgsm", "pgd-20", "cw-20")],
         arguments.workdir,

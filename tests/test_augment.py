@@ -9,6 +9,8 @@ import pytest
 
 import fs_jax.augment
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 # Compiled, as they are used; one test compares with the functions as they are.
 augment = jax.jit(fs_jax.augment.augment, static_argnames=("padding", "flip"))
 random_crop = jax.jit(fs_jax.augment.random_crop, static_argnames="padding")

@@ -71,6 +71,7 @@ def test_every_image_counts_once_with_a_masked_last_batch():
     assert {round(record["margin"]["clean"], 3) for record in result.records} == {10.0, -10.0}
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing(network):
     attacks = [Attack("clean"), Attack("pgd", 0.1, num_steps=3)]
     by_size = [evaluate(*network, IMAGES, LABELS, attacks, batch_size=b, progress=False) for b in (50, 16)]

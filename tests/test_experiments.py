@@ -39,17 +39,21 @@ def evaluate_here(monkeypatch, capsys, *words):
     return stopped.value.code or 0, *capsys.readouterr()
 
 
-def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(tmp_path, monkeypatch, capsys):
+METHODS = {"standard": "standard", "pgd": "PGD training", "feature_scatter": "feature scattering"}
+
+
+@pytest.mark.parametrize("methods", [["feature_scatter"], pytest.param(list(METHODS), marks=pytest.mark.slow)])
+def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(methods, tmp_path, monkeypatch, capsys):
     words = ("experiments.quickstart", "--workdir", str(tmp_path), "--epochs", "1", "--attacked-images", "32")
-    done = script(*words, "--no-progress")
+    done = script(*words, "--methods", *methods, "--no-progress")
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert table.strip() in done.stdout
-    for word in ("standard", "PGD training", "feature scattering", "clean", "fgsm", "pgd-20", "cw-20", "worst case"):
+    for word in (*(METHODS[method] for method in methods), "clean", "fgsm", "pgd-20", "cw-20", "worst case"):
         assert word in table
     for figure in ("training", "accuracy", "attacks"):
         assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
-    for run in ("standard", "pgd", "feature_scatter"):
+    for run in methods:
         result = json.loads((tmp_path / f"{run}.json").read_text())
         assert result["config"]["method"] == run
         # Clean accuracy is always of all images.
@@ -58,7 +62,7 @@ def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(
         assert list((tmp_path / run / "tensorboard").iterdir())
         assert json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0])["loss"] > 0
 
-    run = tmp_path / "standard"
+    run = tmp_path / methods[0]
     words = ("--workdir", str(run), "--attacks", "clean", "pgd-2", "--num-images", "32", "--batch-size", "32")
     words = (*words, "--restarts", "2", "--no-progress", "--save-images")
     status, out, err = evaluate_here(monkeypatch, capsys, *words, "--epsilon", "0.05")

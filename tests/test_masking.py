@@ -8,6 +8,8 @@ import pytest
 from fs_jax import masking
 from fs_jax.evaluation import accuracy
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 TOTAL = 40
 UNBOUNDED, RADII, STEPS, BLACK_BOX, TRANSFER, SURFACE, GAP = range(7)
 

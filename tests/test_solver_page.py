@@ -13,23 +13,38 @@ PAGE = pathlib.Path(ot.__file__).with_name("README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def results():
-    """What each example leaves behind."""
-    names = []
-    for block in BLOCKS:
-        names.append({})
-        exec(compile(block, "fs_jax/ot/README.md", "exec"), names[-1])
+def run(block):
+    """What an example leaves behind."""
+    names = {}
+    exec(compile(BLOCKS[block], "fs_jax/ot/README.md", "exec"), names)
     return names
 
 
-def test_examples(results):
-    first, generator, batch, metric = results
-    np.testing.assert_allclose(first["result"].plan, [[0, 0.5], [0.5, 0]], atol=1e-3)  # each to its own direction
-    assert generator["losses"][-1] < 0.2 * generator["losses"][0]
-    assert (batch["result"].status == ot.Status.CONVERGED).all()
-    assert len(set(batch["result"].num_iters.tolist())) > 1
+def test_all_examples_are_tested():
+    assert len(BLOCKS) == 4
+
+
+def test_first_example():
+    result = run(0)["result"]
+    np.testing.assert_allclose(result.plan, [[0, 0.5], [0.5, 0]], atol=1e-3)  # each to its own direction
+
+
+@pytest.mark.slow
+def test_generator():
+    losses = run(1)["losses"]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_batch():
+    names = run(2)
+    result, alone = names["result"], names["alone"]
+    assert (result.status == ot.Status.CONVERGED).all()
+    assert len(set(result.num_iters.tolist())) > 1
     # The same iterations in float32, on sums with zeros among them.
-    np.testing.assert_allclose(batch["result"].primal_cost[0], batch["alone"].primal_cost, rtol=1e-5)
+    np.testing.assert_allclose(result.primal_cost[0], alone.primal_cost, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_learned_metric():
     # 300 steps of Adam come this near; the smallest weight matters least to the plan, and is learned last.
-    np.testing.assert_allclose(jnp.exp(metric["learned"]), [2, 0.5, 0.1], atol=0.02)
+    np.testing.assert_allclose(jnp.exp(run(3)["learned"]), [2, 0.5, 0.1], atol=0.02)

@@ -8,6 +8,8 @@ from scipy.optimize import linprog
 
 from fs_jax.attacks.fab import _nearest_boundary, fab, fab_steps, to_hyperplane
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 
 def smallest_move(point, normal, value):
     """The length of the smallest move to the hyperplane, by linear programming over (d, r); None if there is none."""

@@ -7,6 +7,8 @@ import pytest
 
 from fs_jax.attacks.local_search import local_search, local_search_steps
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 KEY = jax.random.key(2)
 # On 4 x 4 images: 10% is one pixel to start with, and everything lies in its neighbourhood from then on.
 WEIGHTS = np.random.default_rng(3).permutation(np.arange(-10.0, 6)).reshape(4, 4, 1).astype(np.float32)

@@ -8,6 +8,8 @@ import pytest
 from fs_jax import attacks
 from fs_jax.attacks.stepwise import run
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 KEY = jax.random.key(5)
 COUNT = 21
 # A radius at which some of the images fall at once, some after a while, and some not at all.

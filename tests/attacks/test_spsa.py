@@ -9,6 +9,8 @@ import pytest
 from fs_jax.attacks import cw_margin, logit_margin, pgd
 from fs_jax.attacks.spsa import estimated_gradient, spsa, spsa_steps
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 KEYS = jax.random.split(jax.random.key(1), 6)
 
 

@@ -8,6 +8,8 @@ import pytest
 from fs_jax.attacks import logit_margin, stepwise
 from fs_jax.attacks.square import _random_square, square, square_steps
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 KEY = jax.random.key(5)
 HEIGHT, WIDTH = 32, 30
 

@@ -88,6 +88,7 @@ def initial():
     return jax.jit(WideResNet(10, 1).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
+@pytest.mark.slow
 def test_initial_weights_have_the_released_spread(initial):
     for path, kernel in jax.tree_util.tree_leaves_with_path(initial["params"]):
         name = jax.tree_util.keystr(path)

@@ -36,13 +36,21 @@ def outputs(line):
     return numbers
 
 
-def test_first_and_second_derivatives_in_both_modes(outputs):
+@pytest.mark.parametrize(
+    "which", [[3, -2, 1.5, 0.7], *(pytest.param(row, marks=pytest.mark.slow) for row in np.eye(4))]
+)
+def test_first_and_second_derivatives_in_both_modes(outputs, which):
+    """Of a sum of all outputs, and of each."""
     with jax.enable_x64(True):
-        first = jax.jit(jax.jacfwd(outputs))
-        seconds = [jax.jit(outer(jax.jacrev(outputs))) for outer in (jax.jacrev, jax.jacfwd)]
+
+        def value(t):
+            return jnp.asarray(which) @ outputs(t)
+
+        first = jax.jit(lambda t: jax.jvp(value, (t,), (1.0,))[1])
+        seconds = [jax.jit(outer(jax.grad(value))) for outer in (jax.grad, jax.jacfwd)]
         step = 1e-4
         # Central differences: step² of a derivative two orders higher, some 1e-8 times 1e3; and 1e-13 / step.
-        expected = (jax.jit(outputs)(step) - jax.jit(outputs)(-step)) / (2 * step)
+        expected = (jax.jit(value)(step) - jax.jit(value)(-step)) / (2 * step)
         np.testing.assert_allclose(first(0.0), expected, rtol=1e-4, atol=1e-4)
         expected = (first(step) - first(-step)) / (2 * step)
         for second in seconds:

@@ -167,6 +167,7 @@ def test_rounding_does_not_grow_with_the_number_of_steps():
     assert ipot(jnp.float32(cost), beta=0.1, num_iters=20_000, threshold=1e-6).converged
 
 
+@pytest.mark.slow
 def test_derivative_of_many_steps_keeps_few_matrices(problem):
     weights = np.random.default_rng(1).normal(size=problem[0].shape)
 

@@ -120,6 +120,7 @@ def test_batches_larger_than_the_cache_go_in_pieces(monkeypatch):
     assert [_batching._chunk(size, 5 * 8 * 8) for size in (1, 2, 6, 7, 100)] == [1, 2, 3, 3, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", mostly_slow(["stabilized", "log"], "stabilized"))
 def test_memory_of_the_gradient_grows_with_the_vectors_alone(method):
     n, m = 48, 64

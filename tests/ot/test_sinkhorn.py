@@ -169,12 +169,14 @@ def test_implicit_derivatives(problem):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-10), implicit, unrolled)
 
 
+@pytest.mark.slow
 def test_implicit_gradient_is_ott_jaxs(problem):
     theirs = jax.grad(lambda cost: ott(cost, *problem[1:], 0.2, 300, implicit=True).primal_cost)(problem[0])
     ours = jax.grad(lambda cost: sinkhorn(cost, *problem[1:], reg=0.2, num_iters=300, grad="implicit").primal_cost)
     np.testing.assert_allclose(ours(problem[0]), theirs, atol=1e-6)  # its conjugate gradients stop there
 
 
+@pytest.mark.slow
 def test_implicit_gradient_of_a_batch(problem):
     def value(cost):
         return sinkhorn(cost, reg=0.3, num_iters=200, grad="implicit").primal_cost

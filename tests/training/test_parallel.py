@@ -86,6 +86,7 @@ def test_transport_per_device_is_another_problem():
     assert abs(costs[0] - costs[1]) > 1e-3 * costs[0]
 
 
+@pytest.mark.slow
 def test_dispatches_of_any_length_give_the_same_weights_bit_for_bit():
     # Of PGD with one step: crops and noise are drawn as for feature scattering.
     config = configure("pgd", dtype="float32", attack=AttackConfig(epsilon=0.1, num_steps=1))

@@ -14,7 +14,6 @@ from fs_jax.config import ModelConfig, TrainConfig, TransportConfig, preset
 from fs_jax.training import TrainState, create_state, make_optimizer, smooth_labels, smoothed_cross_entropy, train_step
 from fs_jax.training.state import learning_rate_schedule
 from tests.conftest import GOLDEN
-from tests.parameters import mostly_slow
 
 
 # The deeper network's logits and gradients are compared in tests/models; the step on them is no other code.
@@ -79,7 +78,8 @@ def digits_step(method):
     return create_state(config, jax.random.key(0)), batch, jax.jit(functools.partial(train_step, config=config))
 
 
-@pytest.mark.parametrize("method", mostly_slow(["standard", "pgd", "feature_scatter"], "feature_scatter"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["standard", "pgd", "feature_scatter"])
 def test_a_few_steps_lower_the_loss(method):
     state, batch, step = digits_step(method)
     state, first = step(state, batch, jax.random.key(1))
