@@ -72,11 +72,15 @@ class Run(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Within a run: iterations done, whether to stand still, and the marginal error as the cheap test has it."""
+    """Within a run: iterations done, whether to stand still, and the marginal error as the cheap test has it.
+
+    `bound` is what the error of the plan cannot exceed, where that is known without a look at it; else infinity.
+    """
 
     done: jax.Array
     still: jax.Array
     off: jax.Array
+    bound: jax.Array
 
 
 class Limit(NamedTuple):
@@ -124,12 +128,16 @@ def walk(options: Options, keep: bool):
         def step(carry, length):
             state, progress = carry
             if threshold is None:
-                counts = Counts(progress, jnp.zeros_like(progress, bool), jnp.zeros_like(progress, scaled.dtype))
+                zero_off = jnp.zeros_like(progress, scaled.dtype)
+                counts = Counts(progress, jnp.zeros_like(progress, bool), zero_off, zero_off)
                 (state, counts), rows = run(points, None, room, length, state, counts)
                 return (state, counts.done), rows
             stopped = progress.converged | progress.stalled | (progress.done >= num_iters)
-            counts = Counts(progress.done, stopped, jnp.full_like(progress.best, jnp.inf))
-            limit = Limit(jnp.where(progress.doubted, -1, threshold), num_iters)
+            far = jnp.full_like(progress.best, jnp.inf)
+            counts = Counts(progress.done, stopped, far, far)
+            # A little below a threshold that is well above rounding: then the bound says that it is met.
+            near = jnp.where(threshold > 8 * _slack(points), threshold - _slack(points), threshold)
+            limit = Limit(jnp.where(progress.doubted, -1, near), num_iters)
             (state, counts), rows = run(points, limit, room, length, state, counts)
             return (state, _judge(points, a, b, threshold, dtype, state, progress, counts, stopped)), rows
 
@@ -163,9 +171,12 @@ def _judge(points, a, b, threshold, dtype, state, progress, counts, stopped):
 
     The test within a run compares successive scalings. It cannot see what rounding has left in the rows, nor that the
     result may have a narrower dtype. Where it fires wrongly, or is near what rounding lets it see, the iterations
-    continue and the plan is judged after each run, until it is good enough or its error no longer falls.
+    continue and the plan is judged after each run, until it is good enough or its error no longer falls. Where a bound
+    of the error is known and is small enough, the plan need not be looked at: that takes as long as some iterations.
     """
     shape, mass = points.scaled.shape, a.sum()
+    unmovable = jnp.sum(jnp.abs(a - points.a)) + jnp.sum(jnp.abs(b - points.b))
+    sure = counts.still & ~stopped & (counts.bound + unmovable <= threshold) & (dtype == a.dtype.name)
     near_rounding = ~(counts.off > rounding_floor(shape, mass, a.dtype))
     doubted = progress.doubted | (counts.still & ~stopped) | near_rounding
 
@@ -173,9 +184,9 @@ def _judge(points, a, b, threshold, dtype, state, progress, counts, stopped):
         plan, _ = finish(_plan_of(points, State(*vectors, None)), points.a)
         return judged_error(plan, a, b, dtype)
 
-    needed = doubted & ~stopped
+    needed = doubted & ~stopped & ~sure
     error = value_if(needed, judged, jnp.full_like(progress.best, jnp.inf), *state[:4])
-    converged = progress.converged | (needed & (error <= threshold))
+    converged = progress.converged | sure | (needed & (error <= threshold))
     waited = jnp.where(needed, jnp.where(error < progress.best, 0, progress.waited + 1), progress.waited)
     stalled = has_stalled(error, waited, counts.done // RUN, rounding_floor(shape, mass, dtype))
     stalled = progress.stalled | (needed & ~converged & stalled)
@@ -246,8 +257,29 @@ def _kernel_run(points, limit, room, length, state, counts):
 
     pair = (state.u, state.v)
     (u, v), counts, rows = _iterate(iteration, error, points.b, limit, room, length, pair, counts)
+    if limit is not None:
+        counts = counts._replace(bound=_bound(points, u, v, counts.off))
     carry = (state._replace(u=u, v=v), counts)
     return carry, None if room is None else Run(state.f, state.g, *rows[:2], jnp.zeros_like(counts.still), rows[2])
+
+
+def _bound(points, u, v, off):
+    """What the plan's error is at most where the cheap test has it at `off`, in the kernel domain.
+
+    The plan is made of the same K. Infinite where a scaling is so small that it has lost digits.
+    """
+    bits = jnp.finfo(u.dtype)
+    smallest = jnp.minimum(
+        jnp.min(jnp.where(points.present_a, u, jnp.inf)), jnp.min(jnp.where(points.present_b, v, jnp.inf))
+    )
+    # Less what rounds off in limit = threshold - slack; the slack is twice what it need be.
+    bound = off + (1 - 8 * bits.eps) * _slack(points)
+    return jnp.where(smallest > bits.tiny / bits.eps, bound, jnp.inf)
+
+
+def _slack(points):
+    """How far apart the marginal error of the test and of the plan are: the rounding of n and of m positive terms."""
+    return 2 * (sum(points.scaled.shape) + 8) * jnp.finfo(points.a.dtype).eps * points.a.sum()
 
 
 def _stabilized_run(points, limit, room, length, state, counts):
@@ -257,7 +289,7 @@ def _stabilized_run(points, limit, room, length, state, counts):
     neither is above 2e14. How far the potentials move in an iteration never grows from one to the next, so that what
     leaves the range within a run is still outside at its end.
     """
-    grown = jnp.maximum(state.u.max(), state.v.max()) > largest(points.scaled, 0.18)
+    grown = (jnp.maximum(state.u.max(), state.v.max()) > largest(points.scaled, 0.18)) & ~counts.still
     state = once_if(grown, lambda state: _absorb(points, *potentials_of(points, state)), state)
     (end, end_counts), rows = _kernel_run(points, limit, room, length, state, counts)
 
@@ -289,7 +321,7 @@ def _iterate(iteration, error, b, limit, room, length, pair, counts):
             still = counts.still | ((counts.done > 0) & (off <= limit.off))
             idle = still | (counts.done >= limit.done)
             new = jax.tree.map(lambda x, y: jnp.where(idle, x, y), pair, new)
-            counts = Counts(counts.done + ~idle, still, jnp.where(counts.still, counts.off, off))
+            counts = Counts(counts.done + ~idle, still, jnp.where(counts.still, counts.off, off), counts.bound)
         if rows is not None:
             u, v, active = rows
             active = None if active is None else active.at[i].set(~idle)

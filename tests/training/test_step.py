@@ -92,6 +92,7 @@ def test_a_few_steps_lower_the_loss(method):
         assert last["natural_accuracy"] > 0.2  # a tenth by chance
 
 
+@pytest.mark.slow
 def test_noise_changes_with_the_step_and_the_key():
     state, batch, step = digits_step("feature_scatter")
 
