@@ -25,7 +25,7 @@ from jax import lax
 
 from fs_jax.ot._batching import in_chunks
 from fs_jax.ot._loops import RUN, lengths, once_if, value_if
-from fs_jax.ot._numerics import MASKED, largest, log_sum_exp, product
+from fs_jax.ot._numerics import MASKED, largest, log_sum_exp, product, within
 from fs_jax.ot.problem import Points
 from fs_jax.ot.result import Outcome, Status, finish, has_stalled, judged_error, rounding_floor
 
@@ -289,7 +289,7 @@ def _stabilized_run(points, limit, room, length, state, counts):
     neither is above 2e14. How far the potentials move in an iteration never grows from one to the next, so that what
     leaves the range within a run is still outside at its end.
     """
-    grown = (jnp.maximum(state.u.max(), state.v.max()) > largest(points.scaled, 0.18)) & ~counts.still
+    grown = ~within(largest(points.scaled, 0.18), state.u, state.v) & ~counts.still
     state = once_if(grown, lambda state: _absorb(points, *potentials_of(points, state)), state)
     (end, end_counts), rows = _kernel_run(points, limit, room, length, state, counts)
 
@@ -300,7 +300,7 @@ def _stabilized_run(points, limit, room, length, state, counts):
         new = _absorb(points, *potentials_of(points, new))
         return new, counts, (new.u, new.v), counts, rows
 
-    out_of_range = ~(jnp.maximum(end.u.max(), end.v.max()) <= largest(points.scaled, 0.37))
+    out_of_range = ~within(largest(points.scaled, 0.37), end.u, end.v)
     carry = (state, counts, (end.u, end.v), end_counts, rows)
     state, _, (u, v), counts, rows = once_if(out_of_range, again, carry)
     return (state._replace(u=u, v=v), counts), rows

@@ -31,6 +31,14 @@ def largest(array, power):
     return float(jnp.finfo(array.dtype).max) ** power
 
 
+def within(limit, *arrays):
+    """Whether all numbers are at most the limit, which NaN is not.
+
+    Not by their maximum: of arrays that are NaN throughout XLA's on a CPU can be -inf, in a batch and not alone.
+    """
+    return jnp.all(jnp.stack([jnp.all(array <= limit) for array in arrays]))
+
+
 def inverse(weights):
     return jnp.where(weights != 0, 1 / jnp.where(weights != 0, weights, 1), 0)
 

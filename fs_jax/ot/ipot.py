@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from fs_jax.ot import _checks
 from fs_jax.ot._batching import in_chunks
 from fs_jax.ot._loops import RUN, lengths, once_if
-from fs_jax.ot._numerics import MASKED, inverse, largest, log_sum_exp, normalised, product
+from fs_jax.ot._numerics import MASKED, inverse, largest, log_sum_exp, normalised, product, within
 from fs_jax.ot._unroll import with_transpose
 from fs_jax.ot.problem import Points, make_problem
 from fs_jax.ot.result import (
@@ -309,7 +309,7 @@ def _by_products(points, run, k, inner_iters, x, y):
 
     _, (us, vs) = lax.scan(inner_iteration, jnp.ones_like(b), length=inner_iters)
     xs, ys = jnp.where(present_a, x + jnp.log(us), 0), jnp.where(present_b, y + jnp.log(vs), 0)
-    return xs, jnp.concatenate([y[None], ys]), jnp.maximum(us.max(), vs.max()) <= largest(kernel, 0.37)
+    return xs, jnp.concatenate([y[None], ys]), within(largest(kernel, 0.37), us, vs)
 
 
 def _on_logarithms(points, run, k, inner_iters, x, y):

@@ -15,7 +15,7 @@ SHAPE = (9, 13)
 
 def hard_problems(count):
     """Costs over many scales, rows far above the others, weights over six decades, reg down to 1e-3 of the cost."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)
     cost = rng.uniform(0, 1, (count, *SHAPE)) * 10 ** rng.uniform(-2, 2, (count, 1, 1))
     cost[::3, 4] += 10 ** rng.uniform(0, 7, (len(cost[::3]), 1))
     a, b = (10 ** rng.uniform(-6, 0, (count, n)) for n in SHAPE)
@@ -37,7 +37,8 @@ def test_converged_means_that_the_plan_meets_the_threshold(solver):
             return ipot(cost, a, b, beta=100 * reg, threshold=threshold, num_iters=300)
         return sinkhorn(cost, a, b, reg=reg, threshold=threshold, num_iters=1000, method=solver)
 
-    cost, a, b, reg, threshold = hard_problems(240)
+    # So many that XLA on a CPU takes its maxima of a batch by vectors, in which NaN may be left out.
+    cost, a, b, reg, threshold = hard_problems(600)
     result = jax.jit(jax.vmap(solve))(cost, a, b, reg, threshold)
     status, finite = np.asarray(result.status), np.asarray(result.status) != Status.NOT_FINITE
     error = errors_of(result.plan, a, b)
