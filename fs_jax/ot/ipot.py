@@ -63,8 +63,9 @@ def ipot(
         inner_iters: Sinkhorn iterations in each (static under jit).
         threshold: stop when the marginal error (L1, in units of mass) of the plan that is returned is at most this, and
             the last step moved no more mass than this either, since a coupling alone is not yet a cheap one; looked at
-            after every ten steps. By default all steps are done. (A beta far above the costs moves little in each
-            step.) One below what the dtype can reach ends early, with `Status.STALLED`.
+            after every ten steps and the last. By default all steps are done. (A beta far above the costs moves little
+            in each step, and is near the independent coupling when it stops.) One below what the dtype can reach ends
+            early, with `Status.STALLED`.
         grad: "unroll" differentiates the iterations, and keeps vectors of each step and two matrices of every ten;
             "envelope" holds plan and potentials fixed, so that the gradient of `primal_cost` is the plan; "none" gives
             zeros. All are first derivatives. The exact plan is a vertex, and jumps: where beta is small or steps are
@@ -296,7 +297,7 @@ def _by_products(points, run, k, inner_iters, x, y):
     """The inner iterations of step k, on a matrix that is nearly a plan: the last δ and σ are already in it.
 
     So what comes to them are factors near one. The last value says whether they are in the range in which the matrix'
-    entries below 1e-38 (in float32), which are zero, do not count: as in `_iterations`.
+    entries below 1e-38 (in float32), which are zero, do not count: as in the module `_iterations`.
     """
     _, a, b, _, _, present_a, present_b = points
     absent_a, absent_b = (~present_a).astype(a.dtype), (~present_b).astype(b.dtype)
@@ -309,7 +310,8 @@ def _by_products(points, run, k, inner_iters, x, y):
 
     _, (us, vs) = lax.scan(inner_iteration, jnp.ones_like(b), length=inner_iters)
     xs, ys = jnp.where(present_a, x + jnp.log(us), 0), jnp.where(present_b, y + jnp.log(vs), 0)
-    return xs, jnp.concatenate([y[None], ys]), within(largest(kernel, 0.37), us, vs)
+    is_positive = jnp.all((us > 0) | ~present_a) & jnp.all((vs > 0) | ~present_b)
+    return xs, jnp.concatenate([y[None], ys]), within(largest(kernel, 0.37), us, vs) & is_positive
 
 
 def _on_logarithms(points, run, k, inner_iters, x, y):
