@@ -35,12 +35,14 @@ class Problem(NamedTuple):
 
     @property
     def scaled(self) -> Float[Array, "n m"]:
-        """S = -(C_ij - rows_i - columns_j) / reg, rounded by one bit, which no compiler may skip.
+        """S = -(C_ij - rows_i - columns_j) / reg, rounded by one bit, which no compiler may skip; 0 at absent points.
 
+        There the cost may be anything, as large as what stands for the logarithm of nothing.
         Where this is part of a fusion its own rounding is skipped, and K on the way back is then not K on the way
         there: they differ by the rounding of exponents of hundreds.
         """
-        scaled = -((self.cost - self.rows[:, None]) - self.columns[None, :]) / self.reg
+        is_present = (self.a != 0)[:, None] & (self.b != 0)[None, :]
+        scaled = jnp.where(is_present, -((self.cost - self.rows[:, None]) - self.columns[None, :]) / self.reg, 0)
         bits = jnp.finfo(scaled.dtype)
         return lax.reduce_precision(scaled, bits.nexp, bits.nmant - 1)
 

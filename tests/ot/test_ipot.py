@@ -1,4 +1,5 @@
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import ot as pot
 import pytest
 from jax.test_util import check_grads
 
-from fs_jax.ot import Status, cosine_cost, ipot
+from fs_jax.ot import Status, cosine_cost, ipot, sinkhorn
 from tests.parameters import mostly_slow
 
 
@@ -183,3 +184,17 @@ def test_derivative_of_many_steps_keeps_few_matrices(problem):
         jnp.sum(jax.grad(lambda c: value(c, 150))(problem[0]) * weights),
         rtol=1e-8,
     )
+
+
+@pytest.mark.parametrize("solve", [partial(ipot, beta=0.05), partial(sinkhorn, reg=0.05)], ids=["ipot", "sinkhorn"])
+def test_padding_may_be_any_finite_number(problem, solve):
+    cost, a, b = problem
+
+    def value(cost, a, b):
+        return solve(cost, a, b, num_iters=20).primal_cost
+
+    expected = jax.value_and_grad(value)(cost, a, b)
+    padded = np.pad(cost, ((0, 1), (0, 1)), constant_values=1e30)
+    got_value, got = jax.value_and_grad(value)(padded, np.pad(a, (0, 1)), np.pad(b, (0, 1)))
+    np.testing.assert_allclose(got_value, expected[0], rtol=1e-12)
+    np.testing.assert_allclose(got, np.pad(expected[1], (0, 1)), atol=1e-12)
