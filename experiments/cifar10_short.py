@@ -19,7 +19,7 @@ class Arguments:
     """Train a small network on CIFAR-10 with two transports, and compare it with the released code's."""
 
     workdir: pathlib.Path = pathlib.Path("runs/cifar10_short")
-    """Folder of the runs: a new one, or the one to go on with."""
+    """Folder of the runs: a new one, or the one to resume."""
     results: pathlib.Path = pathlib.Path("experiments/results/cifar10_short")
     """Folder of the table and the figures."""
     data_dir: pathlib.Path | None = None

@@ -35,7 +35,7 @@ def compare(
       runs: By the name of its folder in `workdir`, each network's name in the table and its configuration.
       dataset: The data set of all of them.
       attacks: The first must be clean: it is run on all test images. The figure shows the last but one.
-      workdir: Folder of the runs. A run that is there is gone on with.
+      workdir: Folder of the runs. A run that is there is resumed.
       results: Folder of the table and figures.
       title: Of the figure of accuracies.
       attacked_images: How many test images the attacks are run on; by default all.

@@ -20,7 +20,7 @@ class Arguments:
     """Train three networks on scikit-learn's digits and compare them under attack."""
 
     workdir: pathlib.Path = pathlib.Path("runs/quickstart")
-    """Folder of the runs and the results: a new one, or the one to go on with."""
+    """Folder of the runs and the results: a new one, or the one to resume."""
     methods: tuple[Literal["standard", "pgd", "feature_scatter"], ...] = ("standard", "pgd", "feature_scatter")
     """Which networks to train."""
     epochs: int | None = None

@@ -1,6 +1,6 @@
 """Train a network: `python -m experiments.train PRESET --workdir DIR [overrides]`.
 
-The same command again goes on with a run that was stopped. `python -m experiments.train PRESET --help` lists every
+The same command again resumes a run that was stopped. `python -m experiments.train PRESET --help` lists every
 setting.
 """
 
@@ -20,7 +20,7 @@ class Options:
     """How to run. None of these changes the weights."""
 
     workdir: pathlib.Path
-    """Folder of the run: a new one, or the one to go on with."""
+    """Folder of the run: a new one, or the one to resume."""
     data_dir: pathlib.Path | None = None
     """TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     devices: int | None = None

@@ -42,7 +42,7 @@ class Journal:
     """Records by attack; with a path, on disk too.
 
     Args:
-      path: JSONL file, a new one or the one to go on with; None keeps the records in memory only.
+      path: JSONL file, a new one or the one to resume; None keeps the records in memory only.
       header: What is evaluated, as plain JSON data. A file with another header is refused.
 
     Raises:

@@ -146,7 +146,7 @@ def our_pgd(logits_fn, images, labels, *, num_steps, last_only, num_runs=1, spen
     attack = attacks.pgd_steps(
         epsilon=EPSILON, step_size=STEP, num_steps=num_steps, num_runs=num_runs, last_only=last_only
     )
-    # Of several starts the paper reports the lowest single run: so all are made, of an image that has fallen too.
+    # Of several starts the paper reports the lowest single run: so all are made, of a misclassified image too.
     looks = attacks.packed(attack, logits_fn, jax.random.key(0), images, labels, every_run=num_runs > 1)
     fallen = np.zeros(len(labels), bool)
     for look in looks:
