@@ -322,7 +322,7 @@ HOW_TO_READ = """\
 Accuracy in % with 95% intervals. *Decides*: where the last iterate decides, the attack is judged as the paper's code
 judges its own, so that the numbers compare; where any iterate does, it is stronger, and an image leaves when it falls.
 *Images*: how many were attacked, of how many the accuracy counts. An attack that spares images spares those that are
-misclassified, at once or after an earlier attack, and counts them as misclassified. *Lowest run*: of several random starts,
+misclassified, at once or after an earlier attack, and counts them so. *Lowest run*: of several random starts,
 the one that found most; the accuracy is that after all of them. *Seconds*: with compilation. *Forward*, *backward*:
 passes of one image that the attack took in all (of local search, the most that it can take)."""
 
