@@ -1,5 +1,7 @@
 """The kernel domain's range, the derivative's memory, and what happens at their limits."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +24,9 @@ def solve(cost, method, reg, **options):
     return result.primal_cost, result
 
 
+@partial(jax.jit, static_argnames=("method", "reg", "num_iters", "threshold"))
 def gradient(cost, method, reg, **options):
-    return jax.jit(jax.value_and_grad(lambda c: solve(c, method, reg, **options), has_aux=True))(cost)
+    return jax.value_and_grad(lambda c: solve(c, method, reg, **options), has_aux=True)(cost)
 
 
 @pytest.mark.parametrize("reg", mostly_slow([0.05, 1e-3, 1e-4]))
@@ -64,7 +67,7 @@ def narrow(monkeypatch):
 def test_out_of_range_runs_are_repeated(threshold):
     costs = np.stack([COSTS["uniform"], COSTS["line"]])
     options = {"reg": 0.05, "num_iters": 23, "threshold": threshold}
-    (values, results), gradients = jax.vmap(lambda c: gradient(c, "stabilized", **options))(costs)
+    (values, results), gradients = jax.jit(jax.vmap(lambda c: gradient(c, "stabilized", **options)))(costs)
     for i, cost in enumerate(costs):
         (value, result), expected = gradient(cost, "log", **options)
         # The same iterations, restarted from the same potentials.
