@@ -18,6 +18,8 @@ from fs_jax.config import to_dict
 from fs_jax.models import WideResNet
 from fs_jax.training import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 
 @pytest.fixture(scope="module")
 def weights(recorded_10_1):

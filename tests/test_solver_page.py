@@ -9,6 +9,8 @@ import pytest
 
 from fs_jax import ot
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 PAGE = pathlib.Path(ot.__file__).with_name("README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 

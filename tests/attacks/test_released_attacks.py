@@ -7,20 +7,19 @@ import pytest
 
 from fs_jax import attacks
 from fs_jax.models import WideResNet
+from tests.parameters import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("float64")
+
+ATTACKS = {"fgsm": attacks.fgsm, "pgd20": attacks.pgd, "cw20": attacks.cw}
 
 
 # The deeper network's logits are compared in tests/models; what an attack makes of them is no other code.
 @pytest.mark.parametrize(
     "recorded", [(10, 1), pytest.param((16, 2), marks=pytest.mark.slow)], ids=["wrn_10_1", "wrn_16_2"], indirect=True
 )
-@pytest.mark.parametrize(
-    ("attack", "name"),
-    [(attacks.fgsm, "fgsm"), (attacks.pgd, "pgd20"), (attacks.cw, "cw20")],
-    ids=["fgsm", "pgd20", "cw20"],
-)
-def test_attacked_images_equal_the_recorded_on_every_pixel(recorded, attack, name):
+@pytest.mark.parametrize("name", mostly_slow(ATTACKS, "fgsm", "cw20"))
+def test_attacked_images_equal_the_recorded_on_every_pixel(recorded, name):
     model, variables = WideResNet(recorded.depth, recorded.width, dtype=jnp.float64), recorded.variables(jnp.float64)
 
     def logits_fn(images):
@@ -31,7 +30,7 @@ def test_attacked_images_equal_the_recorded_on_every_pixel(recorded, attack, nam
 
     @jax.jit
     def run(start):
-        attacked = attack(logits_fn, jax.random.key(0), recorded.images, recorded.labels, start=start)
+        attacked = ATTACKS[name](logits_fn, jax.random.key(0), recorded.images, recorded.labels, start=start)
         return attacked, logits_fn(attacked)
 
     attacked, logits = run(start)

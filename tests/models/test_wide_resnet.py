@@ -13,6 +13,8 @@ from fs_jax import convert
 from fs_jax.backend import compiler_options
 from fs_jax.models import BatchNorm, WideResNet
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 
 def build(recorded, dtype):
     return WideResNet(recorded.depth, recorded.width, dtype=dtype), recorded.variables(dtype)

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests.parameters import mostly_slow
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
@@ -16,7 +18,7 @@ def _float64(small_programs):
         yield
 
 
-@pytest.fixture(scope="session", params=(7, 32, 60))
+@pytest.fixture(scope="session", params=mostly_slow((7, 32, 60), 7, 60))
 def golden(request):
     """Arrays recorded from the released code, by name; its IPOT and Sinkhorn at N points."""
     with np.load(GOLDEN / f"ot_n{request.param}.npz") as arrays:

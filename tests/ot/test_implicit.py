@@ -87,9 +87,9 @@ def test_a_system_that_conjugate_gradients_leave_is_solved_densely(monkeypatch):
     plan = jnp.asarray(sinkhorn(np.random.default_rng(0).uniform(0, 1, (5, 6)), reg=0.1).plan)
     right = np.random.default_rng(1).normal(size=11)
     right[:5] += (right[5:].sum() - right[:5].sum()) / 5  # as much mass on both sides, as all derivatives have
-    good = _implicit._solve_symmetric(plan, right)
+    good = jax.jit(_implicit._solve_symmetric)(plan, right)
     monkeypatch.setattr(jax.scipy.sparse.linalg, "cg", lambda *args, **kwargs: (jnp.zeros(5), None))
-    np.testing.assert_allclose(_implicit._solve_symmetric(plan, right), good, atol=1e-9)
+    np.testing.assert_allclose(jax.jit(lambda *x: _implicit._solve_symmetric(*x))(plan, right), good, atol=1e-9)
     # And where the factorisation fails as well, it is not a number.
     monkeypatch.setattr(jax.scipy.linalg, "solve", lambda *args, **kwargs: jnp.zeros(5))
     assert np.isnan(_implicit._solve_symmetric(plan, right)).any()
@@ -97,7 +97,7 @@ def test_a_system_that_conjugate_gradients_leave_is_solved_densely(monkeypatch):
 
 def test_gradient_of_a_plan_in_blocks_is_finite():
     cost = np.where(np.kron(np.eye(2), np.ones((3, 3))) > 0, np.random.default_rng(0).uniform(0, 1, (6, 6)), 1e3)
-    value, gradient = jax.value_and_grad(lambda c: sinkhorn(c, reg=0.1, grad="implicit").primal_cost)(cost)
+    value, gradient = jax.jit(jax.value_and_grad(lambda c: sinkhorn(c, reg=0.1, grad="implicit").primal_cost))(cost)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
     assert sinkhorn(cost, reg=0.1, threshold=1e-9, num_iters=1000).status == Status.CONVERGED

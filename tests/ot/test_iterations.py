@@ -109,7 +109,7 @@ def test_batches_larger_than_the_cache_go_in_pieces(monkeypatch):
     regs = np.linspace(0.05, 0.2, 7)
 
     def solve(cost, reg):
-        return sinkhorn(cost, reg=reg, num_iters=25, threshold=1e-3, method="kernel").primal_cost
+        return sinkhorn(cost, reg=reg, num_iters=25, method="kernel").primal_cost
 
     program = jax.vmap(jax.value_and_grad(solve))
     whole = jax.jit(program)(costs, regs)

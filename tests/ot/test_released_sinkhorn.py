@@ -59,7 +59,7 @@ def test_gradient_is_autodiffs(problem, reg, change):
         return jnp.sum(w_plan * jnp.exp((f[:, None] + g - cost) / reg)) + w_f @ f + w_g @ g
 
     # The same sums in another order, in float64, over up to 30 iterations that amplify little.
-    expected = jax.grad(plain, (0, 1))(cost, reg)
+    expected = jax.jit(jax.grad(plain, (0, 1)))(cost, reg)
     for got, want in zip(jax.jit(jax.grad(ours, (0, 1)))(cost, reg), expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
@@ -73,8 +73,9 @@ def test_each_problem_of_a_batch_stops_by_itself(problem):
 
     (values, iterations), gradients = jax.jit(jax.vmap(jax.value_and_grad(value, has_aux=True)))(costs)
     assert len(set(iterations.tolist())) == 3
+    alone = jax.jit(jax.value_and_grad(value, has_aux=True))
     for i, cost in enumerate(costs):
-        (one, done), gradient = jax.value_and_grad(value, has_aux=True)(cost)
+        (one, done), gradient = alone(cost)
         assert iterations[i] == done
         # One program against another: rounding only.
         np.testing.assert_allclose(values[i], one, rtol=1e-13)

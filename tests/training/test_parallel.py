@@ -19,6 +19,8 @@ from fs_jax.training import (
 )
 from fs_jax.training.parallel import share
 
+pytestmark = pytest.mark.usefixtures("small_programs")
+
 DIGITS = data.load("digits")
 
 
