@@ -219,6 +219,7 @@ def assert_same_records(ours, theirs):
             assert one[name] == pytest.approx(other[name], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with_it_ends_in_the_same_numbers(tmp_path):
     path = tmp_path / "records.jsonl"
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as here: it rounds alike
@@ -241,11 +242,19 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_numbers(tmp_path):
     assert whole.startswith(killed[: killed.rfind(b"\n") + 1])  # nothing was done again
     assert_same_records(resumed, records_of(None, CHAIN))
 
-    # And elsewhere: here, among the targets of the last attack.
-    targets = whole.index(b"apgd-t")
-    path.write_bytes(whole[: (targets + len(whole)) // 2])
+
+def test_cut_off_and_gone_on_with_it_ends_in_the_same_numbers(tmp_path):
+    path = tmp_path / "records.jsonl"
+    chain = [Attack("clean"), Attack("apgd-t", 0.01, after=("clean",))]
     with Journal(path, {}) as journal:
-        assert_same_records(records_of(journal, CHAIN), resumed)
+        whole = records_of(journal, chain)
+    # Among the targets of the attack.
+    text = path.read_bytes()
+    cut = text[: (text.index(b"apgd-t") + len(text)) // 2]
+    path.write_bytes(cut)
+    with Journal(path, {}) as journal:
+        assert_same_records(records_of(journal, chain), whole)
+    assert path.read_bytes().startswith(cut[: cut.rfind(b"\n") + 1])  # nothing was done again
 
 
 def test_an_attack_that_has_changed_is_refused(tmp_path):

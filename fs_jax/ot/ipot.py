@@ -58,7 +58,8 @@ def ipot(
         a: mass of each row, 1/n by default; a zero takes the row out of the problem, exactly. Or a boolean mask: the
             rows that are True share a mass of one evenly.
         b: mass of each column, 1/m by default; the same total as `a`.
-        beta: weight of the proximal term, in units of the cost: small is few steps, each less exact.
+        beta: weight of the proximal term, in units of the cost: small is few steps, each less exact. A tenth of a
+            typical cost is a start; far above the costs 50 steps are little more than none.
         num_iters: proximal steps, at most (static under jit).
         inner_iters: Sinkhorn iterations in each (static under jit).
         threshold: stop when the marginal error (L1, in units of mass) of the plan that is returned is at most this, and
@@ -66,7 +67,8 @@ def ipot(
             after every ten steps and the last. By default all steps are done. (A beta far above the costs moves little
             in each step, and is near the independent coupling when it stops.) One below what the dtype can reach ends
             early, with `Status.STALLED`.
-        grad: "unroll" differentiates the iterations, and keeps vectors of each step and two matrices of every ten;
+        grad: "unroll" differentiates the iterations, and keeps vectors of each step and two matrices of every ten (of
+            all `num_iters`, however early a threshold stops them);
             "envelope" holds plan and potentials fixed, so that the gradient of `primal_cost` is the plan; "none" gives
             zeros. All are first derivatives. The exact plan is a vertex, and jumps: where beta is small or steps are
             many, "unroll" is the derivative of such a jump, of any size. For the exact cost's own gradient take
@@ -74,7 +76,7 @@ def ipot(
 
     Returns:
         A `Transport`. Its potentials and `reg_cost` are those at the regularisation that the last step had reached,
-        beta / num_iters; they tend to the dual solution and to the exact cost.
+        beta over the result's own `num_iters`; they tend to the dual solution and to the exact cost.
 
     Raises:
         TypeError: an argument is not of the kind described.
@@ -201,8 +203,8 @@ def _walk(options, keep):
         def over(carry, length):
             def run(carry):
                 state, progress, _ = carry
-                new, kept = _run(points, inner_iters, room, length, state)
-                kept = kept._replace(before=progress.done, length=zero + length)
+                new, kept = _run(points, inner_iters, room, length, progress.done, state)
+                kept = kept._replace(length=zero + length)
                 if threshold is None:
                     progress = progress._replace(done=progress.done + length)
                 else:
@@ -260,16 +262,18 @@ def _no_run(points, inner_iters, room):
     return Run(zero, zero, matrix, matrix, rows, columns)
 
 
-def _run(points, inner_iters, room, length, state):
+def _run(points, inner_iters, room, length, before, state):
     """Steps in which log T is not computed, but how far it strays from log_plan + k drift.
 
     The drift is zero where a plan that has settled has mass. So little is added to log T, and little is rounded off.
+    What the first step starts from is no part of it: a constant of 1e6 in a column would take the digits of its rest.
     """
-    drift = points.scaled + (state.delta[:, None] + state.sigma[None, :])
-    run = _no_run(points, inner_iters, room)._replace(log_plan=state.log_plan, drift=drift)
+    delta, sigma = (jnp.where(before > 0, v, 0) for v in (state.delta, state.sigma))
+    drift = points.scaled + (delta[:, None] + sigma[None, :])
+    run = _no_run(points, inner_iters, room)._replace(before=before, log_plan=state.log_plan, drift=drift)
     zeros_a, zeros_b = jnp.zeros_like(points.a), jnp.zeros_like(points.b)
     yes = jnp.ones_like(zeros_a, shape=(), dtype=bool)
-    start = ((zeros_a, zeros_b, zeros_a, zeros_b), (run.rows, run.columns), yes)
+    start = ((zeros_a, zeros_b, state.delta - delta, state.sigma - sigma), (run.rows, run.columns), yes)
 
     def steps(inner_iterations, start):
         def step(i, carry):
@@ -288,8 +292,8 @@ def _run(points, inner_iters, room, length, state):
     _, ((x, y, d_delta, d_sigma), (rows, columns), _) = once_if(~end[2], again, (start, end))
     # The plan is computed of this log T twice, to be judged and to be returned: it should be the same number.
     log_plan = lax.optimization_barrier(_at(run, length, x, y))
-    phi, gamma = (p + (length * d + v) for p, d, v in ((state.phi, state.delta, x), (state.gamma, state.sigma, y)))
-    new = State(log_plan, state.delta + d_delta, state.sigma + d_sigma, phi, gamma)
+    phi, gamma = (p + (length * d + v) for p, d, v in ((state.phi, delta, x), (state.gamma, sigma, y)))
+    new = State(log_plan, delta + d_delta, sigma + d_sigma, phi, gamma)
     return new, run._replace(rows=rows, columns=columns)
 
 

@@ -42,7 +42,11 @@ class Problem(NamedTuple):
         there: they differ by the rounding of exponents of hundreds.
         """
         is_present = (self.a != 0)[:, None] & (self.b != 0)[None, :]
-        scaled = jnp.where(is_present, -((self.cost - self.rows[:, None]) - self.columns[None, :]) / self.reg, 0)
+        # The larger constant first, which rounds nothing where it is most of the cost.
+        rows, columns = self.rows[:, None], self.columns[None, :]
+        is_row = jnp.abs(rows) > jnp.abs(columns)
+        first, second = jnp.where(is_row, rows, columns), jnp.where(is_row, columns, rows)
+        scaled = jnp.where(is_present, -((self.cost - first) - second) / self.reg, 0)
         bits = jnp.finfo(scaled.dtype)
         return lax.reduce_precision(scaled, bits.nexp, bits.nmant - 1)
 

@@ -139,9 +139,9 @@ def has_stalled(error, waited, looks, floor):
     """Whether an error no longer falls, after `looks` of which the last `waited` had no record.
 
     Errors that rounding makes are new at each look: a record is rare then, and rarer the longer it goes. Above the
-    floor convergence may be slow, but it is convergence.
+    floor convergence may be slow, but it is convergence. What is not a number stays so.
     """
-    return (error <= floor) & (waited > 20 + looks // 2)
+    return ((error <= floor) & (waited > 20 + looks // 2)) | jnp.isnan(error)
 
 
 def _distance(plan, weights, axis):

@@ -91,6 +91,7 @@ def test_the_same_images_fall_whatever_the_batch_size(problem, record):
     np.testing.assert_allclose(other.images[fallen], record.images[fallen], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_lucky_draw_is_not_enough(problem):
     logits_fn, images, labels = problem
 

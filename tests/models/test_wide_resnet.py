@@ -127,6 +127,7 @@ def test_bfloat16_computes_convolutions_only_and_gives_float32(initial):
     assert np.abs(logits - exact).max() > 0  # and it is used
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_those_of_float32_to_rounding(initial):
     images = np.random.default_rng(1).uniform(size=(8, 32, 32, 3)).astype(np.float32)
 

@@ -154,7 +154,7 @@ def exponents(problem, result, reg):
     ("solver", "dtype"),
     mostly_slow(
         product(SOLVERS, (np.float32, np.float64)),
-        ("stabilized", np.float32), ("ipot", np.float32),
+        ("stabilized", np.float32),
     ),
 )  # fmt: skip
 @every

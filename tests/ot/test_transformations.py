@@ -94,7 +94,7 @@ WAYS = ("vmap", "pmap", "sharded", "scan", "checkpoint", "grad of vmap")
     ("way", "name"),
     mostly_slow(
         itertools.product(WAYS, SOLVERS),
-        ("grad of vmap", "stabilized, threshold"),
+        ("scan", "none"),
     ),
 )  # fmt: skip
 def test_other_transformations(batch, way, name):

@@ -81,6 +81,7 @@ def test_results_and_gradients_are_exact_to_rounding(shape, reg, num_iters):
     np.testing.assert_array_less(distances(got, exact), 6e-8 / reg + 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_each_problem_of_a_batch_stops_by_itself():
     cost, a, b = draw((7, 5), 4)
