@@ -127,6 +127,7 @@ def test_warns_of_networks_that_cannot_be_trusted(problem, network, doubt):
     assert record.stages == {"clean": 0.0, "square": 0.0}
 
 
+@pytest.mark.slow
 def test_warns_where_square_beats_the_gradients(problem):
     logits_fn, images, labels = problem
 

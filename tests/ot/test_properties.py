@@ -259,7 +259,6 @@ GRADIENTS = {
     ("grad", "dtype"),
     mostly_slow(
         [*product(GRADIENTS, [np.float64]), ("unroll", np.float32), ("implicit", np.float32)],
-        ("unroll", np.float32),
         ("implicit", np.float64),
     ),
 )

@@ -62,7 +62,7 @@ def test_shard_map_with_replicated_weights(batch, name):
     check_shard_map(batch, name)
 
 
-@pytest.mark.parametrize("name", mostly_slow(["none", "stabilized"], "none"))
+@pytest.mark.parametrize("name", mostly_slow(["none", "stabilized"]))
 def test_shard_map_in_float32(batch, name):
     # The kernels for a GPU are traced too, though not compiled here.
     check_shard_map(batch, name, np.float32)
