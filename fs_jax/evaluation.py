@@ -578,7 +578,7 @@ def check_evaluation(
     *,
     source: tuple[Any, PyTree] | None = None,
 ) -> int:
-    """Refuse what `evaluate` refuses, before any work; arguments and errors are those of it.
+    """Refuse what `evaluate` refuses, before any work, with the same arguments and errors.
 
     Returns:
       The number of classes of the network.

@@ -220,7 +220,7 @@ def assert_same_records(ours, theirs):
 
 
 @pytest.mark.slow
-def test_killed_and_gone_on_with_it_ends_in_the_same_numbers(tmp_path):
+def test_an_evaluation_that_is_killed_and_resumed_ends_in_the_same_numbers(tmp_path):
     path = tmp_path / "records.jsonl"
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as here: it rounds alike
     process = subprocess.Popen([sys.executable, "-c", KILLED, path], cwd=ROOT, env=environment)
@@ -243,7 +243,7 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_numbers(tmp_path):
     assert_same_records(resumed, records_of(None, CHAIN))
 
 
-def test_cut_off_and_gone_on_with_it_ends_in_the_same_numbers(tmp_path):
+def test_an_evaluation_resumed_from_a_truncated_journal_ends_in_the_same_numbers(tmp_path):
     path = tmp_path / "records.jsonl"
     chain = [Attack("clean"), Attack("apgd-t", 0.01, after=("clean",))]
     with Journal(path, {}) as journal:

@@ -161,7 +161,7 @@ def _targeted_start(logits_fn, keys, images, labels, run, **settings):
 
 def _start(logits_fn, keys, images, labels, run, *, epsilon, gradient, targets=None):
     keys = run_keys(keys, run)
-    targets = labels if targets is None else targets  # whoever has no targets looks at none
+    targets = labels if targets is None else targets  # untargeted losses ignore them
     noise = jax.vmap(_noise, (0, None, None))(keys, images.shape[1:], images.dtype)
     first = jnp.clip(images + epsilon * noise, 0, 1).astype(images.dtype)
     direction, loss, logits = gradient(logits_fn, first, labels, targets, keys, jnp.zeros_like(labels))

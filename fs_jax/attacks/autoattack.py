@@ -1,4 +1,4 @@
-"""AutoAttack: attacks one after the other, each on the images that still stand; what survives them all is robust."""
+"""AutoAttack: attacks in order, each on the images that are still classified correctly; what is left is robust."""
 
 import functools
 import warnings
@@ -94,7 +94,7 @@ def autoattack(
     """AutoAttack in L-infinity, on any number of images.
 
     APGD-CE, APGD-T, FAB-T and Square in this order, each from the clean images, each on those that are still classified
-    correctly. Images that fall leave at once, inside an attack too, and the others are packed together (see `packing`).
+    correctly. Misclassified images are dropped at once, also within an attack; the others are packed (see `packing`).
 
     Args:
       logits_fn: Network, from images to logits [N, classes]; inference mode. Best a `jax.tree_util.Partial` (see

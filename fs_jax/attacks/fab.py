@@ -234,7 +234,8 @@ def _towards(value, normal, logits_fn, state, images, labels, epsilon):
     margin = logit_margin(logits_fn(iterate), labels).astype(jnp.float32)
     distance, misclassified = _length(iterate - images), ~(margin > 0)
     closer = misclassified & (distance < state.distance)
-    # An image that stands keeps its lowest margin in the ball; one that has fallen, its closest perturbation.
+    # Of a correctly classified image the lowest margin in the ball is kept; of a misclassified one, the smallest
+    # perturbation.
     progress, step = state.progress, state.progress.step + 1
     better = (distance <= epsilon) & jnp.where(misclassified, closer, margin < progress.margin)
     better |= jnp.isnan(margin)  # wherever that is: no image passes for robust by it

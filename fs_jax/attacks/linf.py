@@ -83,7 +83,7 @@ def image_keys(rng: Key[Array, ""] | Key[Array, "n"], count: int) -> Key[Array, 
 def held_fixed(logits_fn: LogitsFn, images: Float[Array, "n h w c"]) -> LogitsFn:
     """The same function of images of this shape, with all that it closes over held constant.
 
-    Whoever differentiates through an attack gets no gradient, and no second derivatives are traced to find that out.
+    Derivatives through an attack are zero, and no second derivatives are traced.
 
     Example:
       >>> total = lambda scale: held_fixed(lambda x: scale * x, jnp.ones(2))(jnp.ones(2)).sum()

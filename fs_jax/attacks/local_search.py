@@ -41,8 +41,8 @@ def local_search(
     which is comparable, and weaker.
 
     Args:
-      logits_fn: Network, from images to logits [N, classes]; inference mode. It is asked about images that leave [0, 1]
-        in one pixel, by up to 9.5.
+      logits_fn: Network, from images to logits [N, classes]; inference mode. Its inputs may leave [0, 1] in one
+        pixel, by up to 9.5.
       rng: A key, from which image i takes `fold_in(rng, i)`, or a key for each image: for the first candidates.
       images: Images [N, H, W, C] in [0, 1].
       labels: True classes [N].
@@ -74,7 +74,7 @@ def local_search(
 
 
 def local_search_steps(*, epsilon: float = 1.0, num_steps: int = 150, chunk_size: int = 32) -> Stepwise:
-    """`local_search` cut in rounds; arguments and errors are those of it.
+    """`local_search` in rounds, with the same arguments and errors.
 
     Returns:
       The attack, for `stepwise.run` and `packing.packed`. Its passes are the most that a round can take.

@@ -99,7 +99,7 @@ def scatter(
     transport: TransportFn = _paper_transport,
     start: Float[Array, "n h w c"] | None = None,
 ) -> Scatter:
-    """`feature_scatter` with its by-products, for training loops that log them. Arguments are those of it.
+    """`feature_scatter` with its by-products, for training loops that log them; the same arguments.
 
     Example:
       >>> images = jax.random.uniform(jax.random.key(0), (4, 2, 2, 1))

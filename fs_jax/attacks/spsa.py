@@ -85,7 +85,7 @@ def spsa_steps(
     learning_rate: float = 0.01,
     chunk_size: int = 8,
 ) -> Stepwise:
-    """`spsa` cut in steps; arguments and errors are those of it.
+    """`spsa` in steps, with the same arguments and errors.
 
     Returns:
       The attack, for `stepwise.run` and `packing.packed`.

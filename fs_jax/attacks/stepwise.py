@@ -41,7 +41,7 @@ class Stepwise(NamedTuple):
     every leaf. Run r of an image draws from `run_keys(keys, run)`, and from nothing else."""
     step: Callable[..., PyTree]
     """(logits_fn, state, images, labels) -> state, with `progress.step` one higher (see `judged`). Schedules follow
-    that step, image by image. Whoever drives the attack puts back the old state of images that are done."""
+    that step, image by image. The caller puts back the old state of images that are done."""
     num_steps: int
     """Steps of one run."""
     num_runs: int = 1

@@ -317,7 +317,7 @@ def _stop_signals() -> Iterator[list[int]]:
     handled = (signal.SIGTERM, signal.SIGINT)
     try:
         previous = {number: signal.signal(number, lambda got, _: received.append(got)) for number in handled}
-    except ValueError:  # not in the main thread: whoever runs us takes care of signals
+    except ValueError:  # not in the main thread: the caller handles signals
         yield received
         return
     try:
