@@ -55,10 +55,10 @@ class Arguments:
 def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.autoattack_reference")
 
-    from fs_jax import backend
+    from fs_jax._utils import backend
+    from fs_jax._utils.files import write_text
     from fs_jax.evaluation import evaluate
-    from fs_jax.files import write_text
-    from fs_jax.journal import Journal, fingerprint
+    from fs_jax.evaluation.journal import Journal, fingerprint
 
     reference = read(arguments.reference, arguments.num_images)
     model, variables = network(reference)
@@ -99,8 +99,7 @@ def read(path: pathlib.Path, num_images: int | None) -> dict[str, Any]:
 
 
 def network(reference):
-    from fs_jax import convert
-    from fs_jax.models import WideResNet
+    from fs_jax.models import WideResNet, convert
 
     weights = {name.removeprefix("weights/"): a for name, a in reference.items() if name.startswith("weights/")}
     variables = convert.from_torch(weights)

@@ -43,10 +43,11 @@ def main(argv: list[str]) -> int:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.cifar10_short")
 
     from experiments.comparison import compare
-    from fs_jax import backend, data
+    from fs_jax import data
+    from fs_jax._utils import backend
+    from fs_jax._utils.files import write_text
     from fs_jax.config import TransportConfig, preset
     from fs_jax.evaluation import parse_attack
-    from fs_jax.files import write_text
 
     def configure(**transport):
         return dataclasses.replace(preset("cifar10_wrn10_2"), smoothing=0.5, transport=TransportConfig(**transport))

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fs_jax import backend, report, training
+from fs_jax import report, training
+from fs_jax._utils import backend
+from fs_jax._utils.files import read_jsonl, write_text
 from fs_jax.config import TrainConfig, to_dict
 from fs_jax.data import Dataset
 from fs_jax.evaluation import Attack, as_float, evaluate
-from fs_jax.files import read_jsonl, write_text
 
 
 def compare(

@@ -36,7 +36,7 @@ class Arguments:
 def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.convert_weights")
 
-    from fs_jax import convert
+    from fs_jax.models import convert
 
     if arguments.target.exists():
         raise ValueError(f"target: expected a new file; {arguments.target} exists.")

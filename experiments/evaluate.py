@@ -90,10 +90,11 @@ class Arguments:
 def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.evaluate")
 
-    from fs_jax import attacks, backend, data, masking
-    from fs_jax.evaluation import Attack, as_logits_fn, check_evaluation, evaluate
-    from fs_jax.files import write_text
-    from fs_jax.journal import Journal, fingerprint
+    from fs_jax import attacks, data
+    from fs_jax._utils import backend
+    from fs_jax._utils.files import write_text
+    from fs_jax.evaluation import Attack, as_logits_fn, check_evaluation, evaluate, gradient_masking
+    from fs_jax.evaluation.journal import Journal, fingerprint
     from fs_jax.training.loop import read_config
 
     # Everything that can be wrong is found before the long work starts.
@@ -155,7 +156,7 @@ def main(argv: list[str]) -> None:
     if arguments.suite is not None:
         names = dataset.info.class_names
         losses = draw_surfaces(model, variables, images, labels, result.records, names, epsilon, output)
-        checks = masking.checklist(result.summary, result.records, losses)
+        checks = gradient_masking.checklist(result.summary, result.records, losses)
         summary["masking"] = [check._asdict() for check in checks]
     if arguments.suite in ("autoattack", "all"):
         summary |= leaderboard(model, header, epsilon, result.summary)
@@ -171,7 +172,7 @@ def main(argv: list[str]) -> None:
 
 def check_arguments(arguments: Arguments) -> None:
     """What can be said of the command line by itself."""
-    from fs_jax.config import check_number
+    from fs_jax._utils.validation import check_number
 
     if (arguments.workdir is None) == (arguments.weights is None):
         raise ValueError("workdir, weights: expected one of them. Make a run with: python -m experiments.train")
@@ -199,8 +200,7 @@ def number(name: str, text: str) -> float:
 
 def chosen_attacks(arguments: Arguments, epsilon: float) -> list:
     """Those that were named; or those of the suite, and the sweep over radii."""
-    from fs_jax import masking
-    from fs_jax.evaluation import parse_attack, suite
+    from fs_jax.evaluation import gradient_masking, parse_attack, suite
 
     step_size = None if arguments.step_size is None else number("step_size", arguments.step_size)
     if arguments.suite is None:
@@ -214,7 +214,7 @@ def chosen_attacks(arguments: Arguments, epsilon: float) -> list:
         gradient_free_images=arguments.gradient_free_images,
         num_directions=arguments.spsa_directions,
     )
-    return [*chosen, *masking.radius_attacks(SWEPT, epsilon)]
+    return [*chosen, *gradient_masking.radius_attacks(SWEPT, epsilon)]
 
 
 def output_folder(arguments: Arguments) -> pathlib.Path:
@@ -237,7 +237,8 @@ def open_array(path: pathlib.Path, shape: tuple[int, ...], *, new: bool):
 
 def leaderboard(model, header: dict[str, Any], epsilon: float, summary: dict[str, Any]) -> dict[str, Any]:
     """AutoAttack's settings, and the result as RobustBench has it."""
-    from fs_jax import attacks, convert
+    from fs_jax import attacks
+    from fs_jax.models import convert
 
     accuracies = {attack["name"]: attack["accuracy"] for attack in summary["attacks"]}
     entry = convert.robustbench_entry(
@@ -255,7 +256,8 @@ def leaderboard(model, header: dict[str, Any], epsilon: float, summary: dict[str
 
 def draw_strength(summary: dict[str, Any], records: list[dict[str, Any]], output: pathlib.Path) -> None:
     """Accuracy against steps and radius, where there was an attack at all."""
-    from fs_jax import masking, report
+    from fs_jax import report
+    from fs_jax.evaluation import gradient_masking
 
     # Lines for attacks on all images, of each kind the longest; marks for those whose last iterate decides.
     whole = [
@@ -266,7 +268,7 @@ def draw_strength(summary: dict[str, Any], records: list[dict[str, Any]], output
     ]
     longest = {attack["kind"]: attack for attack in whole if "by_step" in attack}
     shown = [*longest.values(), *(attack for attack in whole if "by_step" not in attack)]
-    radii = masking.radius_points(summary, records)
+    radii = gradient_masking.radius_points(summary, records)
     if shown or radii:
         report.attack_strength(shown, radii, output / "strength.png", worst=summary["worst"]["accuracy"])
 
@@ -286,18 +288,18 @@ def draw_surfaces(model, variables, images, labels, records, class_names, epsilo
     """Loss surfaces of the first images that are classified correctly; more of them, of 3 x 3 points, are returned."""
     import jax
 
-    from fs_jax import masking, report
-    from fs_jax.evaluation import as_float, as_logits_fn
+    from fs_jax import report
+    from fs_jax.evaluation import as_float, as_logits_fn, gradient_masking
 
     logits_fn, key = as_logits_fn(model, variables), jax.random.key(0)
     correct = [record["index"] for record in records if record["margin"]["clean"] > 0][:LOOKED_AT]
     if not correct:
         return None
     few = correct[:SHOWN]
-    losses, margins = masking.loss_surface(logits_fn, key, as_float(images[few]), labels[few], epsilon=epsilon)
+    losses, margins = gradient_masking.loss_surface(logits_fn, key, as_float(images[few]), labels[few], epsilon=epsilon)
     titles = [class_names[label] for label in labels[few]]
     report.loss_surfaces(losses, margins, output / "surface.png", epsilon=epsilon, titles=titles)
-    losses, _ = masking.loss_surface(
+    losses, _ = gradient_masking.loss_surface(
         logits_fn, key, as_float(images[correct]), labels[correct], epsilon=epsilon, size=3
     )
     return losses
@@ -307,7 +309,7 @@ def save_images(path: pathlib.Path, adversaries, labels, records) -> None:
     """Each image's adversary of the lowest margin, in the order of the split."""
     import numpy as np
 
-    from fs_jax.files import replacing
+    from fs_jax._utils.files import replacing
 
     with replacing(path) as file:
         np.savez_compressed(

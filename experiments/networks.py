@@ -22,8 +22,8 @@ def load_network(
     Raises:
       ValueError: if it is neither, the run has no such checkpoint, or the file isn't of a Wide-ResNet.
     """
-    from fs_jax import convert
     from fs_jax.config import to_dict
+    from fs_jax.models import convert
     from fs_jax.training import Checkpoints, make_model
     from fs_jax.training.loop import read_config
 

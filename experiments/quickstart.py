@@ -38,8 +38,10 @@ def main(argv: list[str]) -> int:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.quickstart")
 
     from experiments.comparison import compare
-    from fs_jax import backend, data
-    from fs_jax.config import check_number, preset
+    from fs_jax import data
+    from fs_jax._utils import backend
+    from fs_jax._utils.validation import check_number
+    from fs_jax.config import preset
     from fs_jax.evaluation import parse_attack
 
     workdir = arguments.workdir

@@ -40,10 +40,10 @@ def main(argv: list[str]) -> None:
     import ot as pot
     from tqdm import tqdm
 
-    from fs_jax import backend
-    from fs_jax.config import check_number
+    from fs_jax._utils import backend
+    from fs_jax._utils.files import write_text
+    from fs_jax._utils.validation import check_number
     from fs_jax.data import load
-    from fs_jax.files import write_text
     from fs_jax.ot import cosine_cost, ipot, sinkhorn
 
     for name in ("problems", "points", "largest"):

@@ -12,7 +12,8 @@ from typing import Annotated
 import tyro
 
 from experiments import command_line
-from fs_jax.config import PRESETS, TrainConfig, check_number, preset
+from fs_jax._utils.validation import check_number
+from fs_jax.config import PRESETS, TrainConfig, preset
 
 
 @dataclasses.dataclass(frozen=True)

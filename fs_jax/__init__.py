@@ -11,13 +11,9 @@ __version__ = "0.1.0"
 __all__ = [
     "attacks",
     "augment",
-    "backend",
     "config",
-    "convert",
     "data",
     "evaluation",
-    "journal",
-    "masking",
     "models",
     "ot",
     "report",

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
-from fs_jax.attacks.linf import image_keys
-from fs_jax.config import check_number
+from fs_jax._utils.keys import image_keys
+from fs_jax._utils.validation import check_number
 
 Images = Float[Array, "n h w c"] | UInt8[Array, "n h w c"]
 

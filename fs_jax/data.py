@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from fs_jax.config import check_choice
-from fs_jax.files import cache_home, replacing
+from fs_jax._utils.files import cache_home, replacing
+from fs_jax._utils.validation import check_choice
 
 # --- What there is ---------------------------------------------------------------------------------------------------
 

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fs_jax import convert
 from fs_jax.config import preset
+from fs_jax.models import convert
 from tests import disturb
 
 jax.config.update("jax_num_cpu_devices", 4)  # before the first computation

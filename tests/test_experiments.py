@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from experiments import autoattack_reference, command_line, evaluate
-from fs_jax import convert
 from fs_jax.evaluation import Evaluation, accuracy
-from fs_jax.models import WideResNet
+from fs_jax.models import WideResNet, convert
 
 ROOT = pathlib.Path(__file__).parents[1]
 

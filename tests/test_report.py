@@ -12,7 +12,8 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from fs_jax import files, report
+from fs_jax import report
+from fs_jax._utils import files
 
 
 def record(name, accuracy, low, high, **more):

@@ -57,9 +57,9 @@ def main(argv: list[str]) -> None:
     import torchattacks
 
     from experiments import autoattack_reference
-    from fs_jax import backend
+    from fs_jax._utils import backend
+    from fs_jax._utils.files import write_text
     from fs_jax.evaluation import as_float, as_logits_fn
-    from fs_jax.files import write_text
 
     reference = autoattack_reference.read(arguments.reference, None)
     model, variables = autoattack_reference.network(reference)
@@ -91,7 +91,7 @@ def torch_network(model, variables):
     import torch
 
     from experiments.benchmarks import torch_feature_scatter as peer
-    from fs_jax import convert
+    from fs_jax.models import convert
 
     net = peer.make(model.depth, model.width, model.num_classes).eval()
     net.load_state_dict({name: torch.tensor(array) for name, array in convert.to_torch(variables).items()})

@@ -36,7 +36,7 @@ from ott.solvers.linear import implicit_differentiation
 from ott.solvers.linear.sinkhorn import Sinkhorn
 
 from experiments.command_line import run
-from fs_jax.files import write_text
+from fs_jax._utils.files import write_text
 from fs_jax.ot import sinkhorn
 
 ITERATIONS = 50

@@ -61,8 +61,8 @@ def main(argv: list[str]) -> None:
     import tabulate
     import torch
 
-    from fs_jax import backend
-    from fs_jax.files import write_text
+    from fs_jax._utils import backend
+    from fs_jax._utils.files import write_text
 
     environment = {**backend.describe(), "torch": torch.__version__, "torch_threads": torch.get_num_threads()}
     table = tabulate.tabulate(
@@ -101,7 +101,8 @@ def jax_contestants(arguments: Arguments, solver: str):
     import jax
     import jax.numpy as jnp
 
-    from fs_jax import backend, ot
+    from fs_jax import ot
+    from fs_jax._utils import backend
     from fs_jax.config import ModelConfig, TrainConfig, TransportConfig
     from fs_jax.training import (
         create_state,

@@ -8,7 +8,8 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed, image_keys, project
+from fs_jax._utils.keys import image_keys
+from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed, project
 from fs_jax.attacks.losses import cross_entropy, dlr, targeted_dlr, wrong_class
 from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, judged, run, run_keys, where
 

@@ -13,15 +13,16 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from tqdm import tqdm
 
-from fs_jax import backend
+from fs_jax._utils import backend
+from fs_jax._utils.keys import image_keys
+from fs_jax._utils.validation import check_choice
 from fs_jax.attacks.apgd import MOMENTUM, RISES, apgd_steps
 from fs_jax.attacks.fab import ALPHA_MAX, BACKWARD, OVERSHOOT, fab_steps
-from fs_jax.attacks.linf import LogitsFn, check_attack, image_keys
+from fs_jax.attacks.linf import LogitsFn, check_attack
 from fs_jax.attacks.losses import cross_entropy, logit_margin
 from fs_jax.attacks.packing import as_partial, packed
 from fs_jax.attacks.square import HALVED_AFTER, SHARE, square_steps
 from fs_jax.attacks.stepwise import Stepwise
-from fs_jax.config import check_choice
 
 _APGD, _FAB, _SQUARE = {"num_steps": 100}, {"num_steps": 100}, {"num_steps": 5000}
 

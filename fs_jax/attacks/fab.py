@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
-from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed, image_keys
+from fs_jax._utils.keys import image_keys
+from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed
 from fs_jax.attacks.losses import logit_margin, wrong_class
 from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, run, run_keys, where
 

@@ -18,8 +18,9 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
-from fs_jax import backend
-from fs_jax.attacks.linf import LogitsFn, image_keys
+from fs_jax._utils import backend
+from fs_jax._utils.keys import image_keys
+from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.stepwise import Stepwise, unfinished, where
 
 _SHRINKS = 3

@@ -8,7 +8,8 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
-from fs_jax.attacks.linf import LogitsFn, check_attack, image_keys, project, random_start
+from fs_jax._utils.keys import image_keys
+from fs_jax.attacks.linf import LogitsFn, check_attack, project, random_start
 from fs_jax.attacks.losses import logit_margin
 from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, judged, run, run_keys
 

@@ -8,7 +8,8 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
-from fs_jax.attacks.linf import LogitsFn, check_attack, image_keys
+from fs_jax._utils.keys import image_keys
+from fs_jax.attacks.linf import LogitsFn, check_attack
 from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, judged, run, run_keys
 
 # The square's share of the image starts at 0.8 and halves after these queries of 5,000; of another budget, after the

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from fs_jax.config import TrainConfig, check_number, from_dict, to_dict
+from fs_jax._utils.files import read_jsonl, write_text
+from fs_jax._utils.validation import check_number
+from fs_jax.config import TrainConfig, from_dict, to_dict
 from fs_jax.data import Dataset
 from fs_jax.evaluation import Attack, evaluate
-from fs_jax.files import read_jsonl, write_text
 from fs_jax.training.checkpoint import Checkpoints, check_same_config
 from fs_jax.training.parallel import pmap_train_steps, replicate, share, unreplicate
 from fs_jax.training.state import TrainState, create_state, make_model

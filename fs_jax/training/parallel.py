@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, PyTree, UInt8
 
-from fs_jax import backend
+from fs_jax._utils import backend
 from fs_jax.augment import augment
 from fs_jax.config import TrainConfig
 from fs_jax.data import DataInfo

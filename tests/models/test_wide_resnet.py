@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from fs_jax import convert
-from fs_jax.backend import compiler_options
-from fs_jax.models import BatchNorm, WideResNet
+from fs_jax._utils.backend import compiler_options
+from fs_jax.models import BatchNorm, WideResNet, convert
 
 pytestmark = pytest.mark.usefixtures("small_programs")
 

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from fs_jax import convert, data
+from fs_jax import data
 from fs_jax.config import ModelConfig, TrainConfig, TransportConfig, preset
+from fs_jax.models import convert
 from fs_jax.training import TrainState, create_state, make_optimizer, smooth_labels, smoothed_cross_entropy, train_step
 from fs_jax.training.state import learning_rate_schedule
 from tests.conftest import GOLDEN

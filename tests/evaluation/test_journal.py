@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from fs_jax.journal import Journal, Record, fingerprint
+from fs_jax.evaluation.journal import Journal, Record, fingerprint
 
 HEADER = {"weights": "1f", "epsilon": 0.1, "shape": [8, 8]}
 SETTINGS = {"num_steps": 20, "after": ("clean",)}

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from fs_jax.files import read_jsonl
+from fs_jax._utils.files import read_jsonl
 
 
 class Record(NamedTuple):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from fs_jax.config import check_choice
-from fs_jax.files import replacing
+from fs_jax._utils.files import replacing
+from fs_jax._utils.validation import check_choice
 from fs_jax.models import WideResNet
 
 PerChannel = float | tuple[float, ...]

@@ -16,7 +16,7 @@ import pytest
 from fs_jax import data
 from fs_jax.attacks import cross_entropy
 from fs_jax.evaluation import Attack, accuracy, evaluate, parse_attack, suite
-from fs_jax.journal import Journal
+from fs_jax.evaluation.journal import Journal
 
 pytestmark = pytest.mark.usefixtures("small_programs")
 
@@ -195,7 +195,7 @@ CHAIN = [Attack("clean"), LONG, Attack("apgd-t", 0.01, after=("clean", LONG.name
 KILLED = """
 import sys
 import tests.conftest  # its settings, so that this process computes as the tests' does
-from fs_jax.journal import Journal
+from fs_jax.evaluation.journal import Journal
 from tests.test_evaluation import CHAIN, records_of
 with Journal(sys.argv[1], {}) as journal:
     records_of(journal, CHAIN[:2])

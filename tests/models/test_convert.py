@@ -13,9 +13,8 @@ import pytest
 import safetensors.numpy
 
 from experiments import convert_weights
-from fs_jax import convert
 from fs_jax.config import to_dict
-from fs_jax.models import WideResNet
+from fs_jax.models import WideResNet, convert
 from fs_jax.training import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("small_programs")

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fs_jax import masking
-from fs_jax.evaluation import accuracy
+from fs_jax.evaluation import accuracy, gradient_masking
 
 pytestmark = pytest.mark.usefixtures("small_programs")
 
@@ -37,15 +36,16 @@ def evaluation(**standing):
 
 def honest(**changed):
     counts = {
-        "clean": 36, "fgsm": 24, "pgd-20": 20, "pgd-100": 20, "square": 20, "transfer": 30, masking.UNBOUNDED: 0,
-        **{f"{masking.SWEEP}{level}/255": 36 - 2 * level for level in (1, 2, 4, 8)}, **changed,
+        "clean": 36, "fgsm": 24, "pgd-20": 20, "pgd-100": 20, "square": 20, "transfer": 30,
+        gradient_masking.UNBOUNDED: 0,
+        **{f"{gradient_masking.SWEEP}{level}/255": 36 - 2 * level for level in (1, 2, 4, 8)}, **changed,
     }  # fmt: skip
     return evaluation(
         **{
             name: (
                 count,
                 name.split("-")[0].split(" ")[0],
-                float(name.split()[2][:-4]) / 255 if name.startswith(masking.SWEEP) else 0.1,
+                float(name.split()[2][:-4]) / 255 if name.startswith(gradient_masking.SWEEP) else 0.1,
                 " " in name or name == "transfer",
                 ("clean", "pgd-20") if name == "square" else (),
             )
@@ -59,7 +59,7 @@ RISING = np.tile(np.array([0.0, 1.0, 2.0]), (10, 3, 1))  # along the gradient, a
 
 
 def verdicts(losses=RISING, **changed):
-    return [check.verdict for check in masking.checklist(*honest(**changed), losses)]
+    return [check.verdict for check in gradient_masking.checklist(*honest(**changed), losses)]
 
 
 def test_a_network_with_honest_gradients_passes_all():
@@ -69,7 +69,7 @@ def test_a_network_with_honest_gradients_passes_all():
 @pytest.mark.parametrize(
     ("check", "changed", "said"),
     [
-        (UNBOUNDED, {masking.UNBOUNDED: 1}, "1 of 40 images stand"),
+        (UNBOUNDED, {gradient_masking.UNBOUNDED: 1}, "1 of 40 images stand"),
         (RADII, {"pgd-20 at 8/255": 33}, "85.0%, 80.0%, 70.0%, 82.5%"),
         (STEPS, {"pgd-100": 26}, "pgd-100 misses 6 images that pgd-20 finds, and finds 0 others"),
         (BLACK_BOX, {"square": 19}, "3 attacks by gradients; square tried 20 of these and broke 1"),
@@ -81,7 +81,7 @@ def test_a_network_with_honest_gradients_passes_all():
 )  # fmt: skip
 def test_each_sign_is_seen(check, changed, said):
     losses = changed.get("losses", RISING)
-    checks = masking.checklist(*honest(**{k: v for k, v in changed.items() if k != "losses"}), losses)
+    checks = gradient_masking.checklist(*honest(**{k: v for k, v in changed.items() if k != "losses"}), losses)
     assert checks[check].verdict == "no"
     assert said in checks[check].why
 
@@ -99,28 +99,28 @@ def test_a_larger_radius_may_find_a_few_images_less_by_chance():
 
 def test_where_pgd_was_not_run_by_itself_the_sweep_says_the_gap():
     # The other attacks here are at 0.1, the sweep's at 25.5/255 too.
-    alone = {"pgd-20": None, "fgsm": None, "pgd-100": None, f"{masking.SWEEP}25.5/255": 26}
-    check = masking.checklist(*honest(**alone))[GAP]
+    alone = {"pgd-20": None, "fgsm": None, "pgd-100": None, f"{gradient_masking.SWEEP}25.5/255": 26}
+    check = gradient_masking.checklist(*honest(**alone))[GAP]
     assert check.verdict == "no"
     assert "PGD-20 leaves 65.0%, " in check.why
     assert check.why.endswith("by 15.0 points; of the images that it leaves, 23% fall to others")
 
 
 def test_what_was_not_run_is_not_judged():
-    gone = dict.fromkeys(["fgsm", "pgd-100", "square", "transfer", masking.UNBOUNDED])
-    gone |= {f"{masking.SWEEP}{level}/255": None for level in (1, 2, 4, 8)}
+    gone = dict.fromkeys(["fgsm", "pgd-100", "square", "transfer", gradient_masking.UNBOUNDED])
+    gone |= {f"{gradient_masking.SWEEP}{level}/255": None for level in (1, 2, 4, 8)}
     assert verdicts(losses=None, **gone) == ["not tested"] * 7
 
 
 def test_the_sweep_has_the_radius_of_the_evaluation_once():
-    names = [attack.name for attack in masking.radius_attacks(10, 8 / 255)]
-    assert names == [*(f"pgd-20 at {level}/255" for level in (1, 2, 4, 6, 8, 12, 16)), masking.UNBOUNDED]
-    assert "pgd-20 at 0.03" in [attack.name for attack in masking.radius_attacks(10, 0.03)]
-    assert [attack.name for attack in masking.radius_attacks(10, 0.0)] == names
+    names = [attack.name for attack in gradient_masking.radius_attacks(10, 8 / 255)]
+    assert names == [*(f"pgd-20 at {level}/255" for level in (1, 2, 4, 6, 8, 12, 16)), gradient_masking.UNBOUNDED]
+    assert "pgd-20 at 0.03" in [attack.name for attack in gradient_masking.radius_attacks(10, 0.03)]
+    assert [attack.name for attack in gradient_masking.radius_attacks(10, 0.0)] == names
 
 
 def test_the_sweep_begins_with_the_clean_images():
-    points = masking.radius_points(*honest())
+    points = gradient_masking.radius_points(*honest())
     assert [round(255 * point["epsilon"]) for point in points] == [0, 1, 2, 4, 8]
     assert [point["correct"] for point in points] == [36, 34, 32, 28, 20]
 
@@ -132,7 +132,7 @@ def test_loss_surfaces_are_the_loss_where_they_say():
         return jnp.tensordot(images, weights[:, 0, 0], ([3], [1]))[:, 0, 0]
 
     images, labels = jnp.array([[[[0.5, 0.4, 0.6]]], [[[0.02, 0.5, 0.5]]]]), jnp.array([0, 1])
-    losses, margins = masking.loss_surface(logits_fn, jax.random.key(0), images, labels, epsilon=0.05, size=5)
+    losses, margins = gradient_masking.loss_surface(logits_fn, jax.random.key(0), images, labels, epsilon=0.05, size=5)
     # With two classes the loss's gradient has the sign of the wrong class's weights less the true one's.
     direction = jnp.sign(weights[1] - weights[0])[0, 0] * jnp.array([1, -1])[:, None]
     for i in range(2):

@@ -18,10 +18,12 @@ import scipy.stats
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
+from fs_jax._utils.keys import image_keys
+from fs_jax._utils.text import radius
 from fs_jax.attacks import cross_entropy, logit_margin
-from fs_jax.attacks.linf import LogitsFn, image_keys
-from fs_jax.evaluation import Attack, accuracy
-from fs_jax.report import radius
+from fs_jax.attacks.linf import LogitsFn
+from fs_jax.evaluation.attack import Attack
+from fs_jax.evaluation.statistics import accuracy
 
 RADII = tuple(level / 255 for level in (1, 2, 4, 6, 8, 12, 16))
 SWEEP, UNBOUNDED = "pgd-20 at ", "pgd-100 at radius 1"

@@ -6,7 +6,7 @@ import pathlib
 
 import jax
 
-from fs_jax.files import cache_home
+from fs_jax._utils.files import cache_home
 
 # XLA's CPU backend hands convolutions, dots and reductions to YNNPACK. For the small channel counts of a narrow
 # network its convolutions are slower than XLA's own. Its reductions are faster over a batch, as BatchNorm's in

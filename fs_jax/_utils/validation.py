@@ -1,0 +1,42 @@
+"""Checks of what users pass: errors say argument, expected, got."""
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+def check_choice(argument: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise a ValueError that names the nearest choice unless `value` is one of them."""
+    choices = list(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{argument}: expected one of {', '.join(choices)}; got {value!r}.{hint}")
+
+
+def check_number(
+    argument: str,
+    value: float,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    integer: bool = False,
+) -> None:
+    """Raise an error that names argument, expected and got unless `value` is a finite number in the range."""
+    words = ["an integer" if integer else "a finite number"]
+    words += [f"above {above}"] if above is not None else []
+    words += [f"of at least {at_least}"] if at_least is not None else []
+    words += [f"of at most {at_most}"] if at_most is not None else []
+    expected = " ".join(words)
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        raise TypeError(f"{argument}: expected {expected}; got {value!r} ({type(value).__name__}).")
+    inside = (
+        math.isfinite(value)
+        and (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (at_most is None or value <= at_most)
+    )
+    if not inside:
+        raise ValueError(f"{argument}: expected {expected}; got {value!r}.")
