@@ -60,7 +60,8 @@ def main(argv: list[str]) -> int:
 
     import jax
 
-    from fs_jax import backend, data, training  # after the command line, which so answers at once
+    from fs_jax import data, training  # after the command line, which so answers at once
+    from fs_jax._utils import backend
 
     backend.enable_compilation_cache()
     devices = jax.local_devices()

@@ -333,7 +333,7 @@ def test_a_failed_write_keeps_the_old_figure(tmp_path, monkeypatch):
 
 def test_figures_need_no_display_and_the_module_loads_no_matplotlib(tmp_path):
     script = (
-        "import sys; from fs_jax import files, report; assert 'matplotlib' not in sys.modules\n"
+        "import sys; from fs_jax import report; assert 'matplotlib' not in sys.modules\n"
         "record = {'name': 'clean', 'accuracy': 0.5, 'low': 0.4, 'high': 0.6}\n"
         "report.accuracy_bars({'a': {'attacks': [record], 'worst': record}}, sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
