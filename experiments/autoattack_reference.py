@@ -58,26 +58,24 @@ def main(argv: list[str]) -> None:
     from fs_jax._utils import backend
     from fs_jax._utils.files import write_text
     from fs_jax.evaluation import evaluate
-    from fs_jax.evaluation.journal import Journal, fingerprint
+    from fs_jax.models import as_logits_fn
 
     reference = read(arguments.reference, arguments.num_images)
     model, variables = network(reference)
     images, labels = reference["images_nhwc"], reference["labels"]
     backend.enable_compilation_cache()
     name = arguments.reference.stem
-    header = {"weights": fingerprint(variables), "data": fingerprint([images, labels]), "seed": arguments.seed}
-    with Journal(arguments.workdir / f"{name}.jsonl", header) as journal:
-        result = evaluate(
-            model, variables, images, labels, [attack for _, attack in rivals(reference)],
-            batch_size=arguments.batch_size, seed=arguments.seed, journal=journal, progress=arguments.progress,
-        )  # fmt: skip
+    result = evaluate(
+        as_logits_fn(model, variables), images, labels, [attack for _, attack in rivals(reference)],
+        batch_size=arguments.batch_size, seed=arguments.seed, journal=arguments.workdir / f"{name}.jsonl",
+        progress=arguments.progress,
+    )  # fmt: skip
     rows = compare(reference, result)
     summary = {
         "reference": arguments.reference.name,
         "images": len(labels),
         "agreement": rows,
         **result.summary,
-        "environment": backend.describe(),
     }
     folder = arguments.results / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,9 +111,7 @@ def rivals(reference) -> list[tuple[str, Any]]:
     from fs_jax.evaluation import Attack, parse_attack
 
     pairs = [("clean_correct", Attack("clean"))]
-    for theirs, ours in PAPER.items():
-        word, _, starts = ours.partition("x")
-        pairs.append((f"paper/{theirs}_robust", parse_attack(word, restarts=int(starts or 1))))
+    pairs += [(f"paper/{theirs}_robust", parse_attack(ours)) for theirs, ours in PAPER.items()]
     before = ("clean",)
     for kind in STAGES:
         pairs.append((f"standard/{kind}_robust", Attack(kind, after=before)))
@@ -136,7 +132,7 @@ def compare(reference, result) -> list[dict[str, Any]]:
         theirs = reference[name].astype(bool)
         # An image that an earlier attack broke has no record of this one.
         chain = (*attack.after, attack.name)
-        ours = [all(record["fallen_at"].get(link, 0) < 0 for link in chain) for record in result.records]
+        ours = [all(record["misclassified_at"].get(link, 0) < 0 for link in chain) for record in result.records]
         ours = np.array(ours[: len(theirs)])
         rows.append(
             {
@@ -182,7 +178,7 @@ def table(summary: dict[str, Any], network: str) -> str:
             f"AutoAttack stage by stage: at most {apart:.1f} points apart ({MOST_POINTS} are allowed), and in the end "
             f"{agree:.1f}% of the images agree ({LEAST_AGREEMENT}% are asked for): **{verdict} the authors' own.**"
         )
-    environment = summary["environment"]
+    environment = summary["environments"][-1]
     said.append(
         f"{network}, radius 8/255. Ours on {environment['device']}, {environment['cpu_count']} cores, jax "
         f"{environment['jax']}."

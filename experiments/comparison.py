@@ -16,6 +16,7 @@ from fs_jax._utils.files import read_jsonl, write_text
 from fs_jax.config import TrainConfig, to_dict
 from fs_jax.data import Dataset
 from fs_jax.evaluation import Attack, as_float, evaluate
+from fs_jax.models import as_logits_fn
 
 
 def compare(
@@ -56,12 +57,10 @@ def compare(
         run = training.train(config, dataset, workdir / folder, devices=device, max_minutes=left, progress=progress)
         if run.stopped or not run.finished:
             return None
-        model, variables = training.make_model(config), run.state.variables
+        logits_fn = as_logits_fn(training.make_model(config), run.state.variables)
         few = slice(0, attacked_images)
-        clean = evaluate(model, variables, dataset.test_images, dataset.test_labels, attacks[:1], progress=progress)
-        attacked = evaluate(
-            model, variables, dataset.test_images[few], dataset.test_labels[few], attacks, progress=progress
-        )
+        clean = evaluate(logits_fn, dataset.test_images, dataset.test_labels, attacks[:1], progress=progress)
+        attacked = evaluate(logits_fn, dataset.test_images[few], dataset.test_labels[few], attacks, progress=progress)
         summary = dict(attacked.summary)
         summary["attacks"] = [*clean.summary["attacks"], *attacked.summary["attacks"][1:]]
         rows = read_jsonl(workdir / folder / "metrics.jsonl")
@@ -81,25 +80,25 @@ def compare(
     report.training_curves(metrics, results / "training.png")
     report.accuracy_bars(evaluations, results / "accuracy.png", title=title)
     # A whole batch of the usual size, for which programs are there; the first 8 are shown.
-    whole, first, shown = slice(0, backend.batch_size()), slice(0, 8), attacks[-2]
+    whole, first, shown = slice(0, backend.batch_size(backend.platform_of([]))), slice(0, 8), attacks[-2]
     images, labels = dataset.test_images[whole], dataset.test_labels[whole]
     adversaries = np.empty(images[first].shape, np.float32)
-    evaluate(model, variables, images, labels, [shown], worst_images=adversaries, progress=False)
+    evaluate(logits_fn, images, labels, [shown], worst_images=adversaries, progress=False)
     draw_examples(
-        model, variables, images[first], adversaries, labels[first], dataset.info.class_names, results / "attacks.png",
+        logits_fn, images[first], adversaries, labels[first], dataset.info.class_names, results / "attacks.png",
         epsilon=shown.epsilon, title=shown.name,
     )  # fmt: skip
     return table
 
 
-def draw_examples(model, variables, images, adversaries, labels, class_names, path, *, epsilon, title) -> None:
+def draw_examples(logits_fn, images, adversaries, labels, class_names, path, *, epsilon, title) -> None:
     """Draw images, what an attack has added to them, and what the network says before and after."""
-    images, predict = as_float(images), jax.jit(model.apply)
+    images, predict = as_float(images), jax.jit(logits_fn)
     report.attack_examples(
         images,
         adversaries,
         labels,
-        *(np.asarray(predict(variables, jnp.asarray(shown))[0]) for shown in (images, adversaries)),
+        *(np.asarray(predict(jnp.asarray(shown))) for shown in (images, adversaries)),
         path,
         class_names=class_names,
         epsilon=epsilon,

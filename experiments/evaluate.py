@@ -42,9 +42,10 @@ class Arguments:
     suite: Literal["paper", "autoattack", "gradient-free", "all"] | None = None
     """Attacks that belong together; or else --attacks."""
     attacks: tuple[str, ...] = ()
-    """By default fgsm pgd-20 cw-20. There are fgsm, pgd-K and cw-K with K steps, apgd-ce, apgd-dlr, apgd-t, fab, fab-t,
-    square, spsa, local-search and local-search-projected, each from the clean images. The clean images themselves are
-    always judged too."""
+    """By default fgsm pgd-20 cw-20, each from the clean images; the clean images themselves are always judged too.
+    --list has all attacks."""
+    list: bool = False
+    """List the attacks that can be named, and stop."""
     epsilon: str | None = None
     """Radius on [0, 1] images, as a number or as 8/255; by default the run's own, or 8/255 for weights."""
     step_size: str | None = None
@@ -53,7 +54,13 @@ class Arguments:
     """Random starts of the FGSM, PGD and CW of --attacks (the others have their own number); an image counts as robust
     if it survives them all."""
     num_images: int | None = None
-    """The first so many images of the split; by default all."""
+    """So many images of the split; by default all."""
+    first: int = 0
+    """The first of them, by its index in the split. What happens to an image is the same in any part."""
+    shard: str | None = None
+    """Instead: one of several parts of about the same size, as in 2/4. --merge puts their results together."""
+    merge: tuple[pathlib.Path, ...] = ()
+    """Folders of evaluations of the parts: their results are merged into --output, and no attack is run."""
     gradient_free_images: int = 100
     """How many of these a suite's SPSA and local search attack: they ask the network some 100,000 times for each."""
     spsa_directions: int = 128
@@ -71,6 +78,8 @@ class Arguments:
     """As mean."""
     checkpoint: Literal["latest", "best"] = "latest"
     """Of a run: the last one, or the one with the best accuracy on the monitored images."""
+    precision: Literal["float32", "default"] = "float32"
+    """Of products: "default" leaves it to JAX, which rounds their factors on a TPU and some GPUs."""
     batch_size: int | None = None
     """Most images at a time; by default 32 on a CPU, whose cache they fit, and 256 elsewhere."""
     seed: int = 0
@@ -93,8 +102,8 @@ def main(argv: list[str]) -> None:
     from fs_jax import attacks, data
     from fs_jax._utils import backend
     from fs_jax._utils.files import write_text
-    from fs_jax.evaluation import Attack, as_logits_fn, check_evaluation, evaluate, gradient_masking
-    from fs_jax.evaluation.journal import Journal, fingerprint
+    from fs_jax.evaluation import check_evaluation, evaluate, fingerprint, gradient_masking
+    from fs_jax.models import as_logits_fn
     from fs_jax.training.loop import read_config
 
     # Everything that can be wrong is found before the long work starts.
@@ -102,7 +111,7 @@ def main(argv: list[str]) -> None:
     config = None if arguments.workdir is None else read_config(arguments.workdir)
     own_epsilon = 8 / 255 if config is None else config.attack.epsilon
     epsilon = own_epsilon if arguments.epsilon is None else number("epsilon", arguments.epsilon)
-    attack_list = chosen_attacks(arguments, epsilon)
+    chosen_attacks(arguments, epsilon)
     output = output_folder(arguments)
     backend.enable_compilation_cache()
     model, variables, origin = load_network(
@@ -116,52 +125,52 @@ def main(argv: list[str]) -> None:
         "train": (dataset.train_images, dataset.train_labels),
     }[arguments.split]
     images, labels = images[: arguments.num_images], labels[: arguments.num_images]
-    source = None
+    logits_fn = as_logits_fn(model, variables)
+    attack_list = chosen_attacks(arguments, epsilon, model.num_classes)
+    check_evaluation(logits_fn, images, labels, attack_list)
     if arguments.transfer_from is not None:
-        *source, _ = load_network(arguments.transfer_from)
-        attack_list.append(Attack("transfer", epsilon, source=fingerprint(source[1]), apart=True))
-    check_evaluation(model, variables, images, labels, attack_list, source=source)
+        other, other_variables, _ = load_network(arguments.transfer_from)
+        attack_list.append(
+            attacks.transfer(
+                as_logits_fn(other, other_variables), images, labels,
+                epsilon=epsilon, source=fingerprint(other_variables), seed=arguments.seed,
+                batch_size=arguments.batch_size,
+            )
+        )  # fmt: skip
     warnings = attacks.sanity_warnings(
-        as_logits_fn(model, variables), images[:LOOKED_AT], labels[:LOOKED_AT], batch_size=arguments.batch_size
+        logits_fn, images[:LOOKED_AT], labels[:LOOKED_AT], batch_size=arguments.batch_size
     )
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
     kept = len(labels) if arguments.save_images else min(SHOWN, len(labels))
-    header = {
+    about = {
         "network": f"WRN-{model.depth}-{model.width}",
         "normalised": f"(images - {model.mean}) / {model.std}",
-        "weights": fingerprint(variables),
         "dataset": dataset.info.name,
         "split": arguments.split,
-        "images": len(labels),
-        "data": fingerprint([images, labels]),
         "adversaries_kept": kept,
-        "seed": arguments.seed,
     }
-    with Journal(output / "records.jsonl", header) as journal:
-        adversaries = open_array(output / "adversaries.npy", (kept, *images.shape[1:]), new=not journal.records)
-        result = evaluate(
-            model, variables, images, labels, attack_list,
-            batch_size=arguments.batch_size, seed=arguments.seed, journal=journal, worst_images=adversaries,
-            source=source, progress=arguments.progress,
-        )  # fmt: skip
-
+    adversaries = open_array(output / "adversaries.npy", (kept, *images.shape[1:]))
+    result = evaluate(
+        logits_fn, images, labels, attack_list,
+        seed=arguments.seed, batch_size=arguments.batch_size, precision=arguments.precision,
+        journal=output / "records.jsonl", about=about, worst_images=adversaries, progress=arguments.progress,
+    )  # fmt: skip
     summary = {
-        **header, **origin, **result.summary, "suite": arguments.suite, "epsilon": epsilon, "warnings": warnings,
-        "environment": backend.describe(),
+        **about, **origin, **result.summary, "suite": arguments.suite, "epsilon": epsilon, "warnings": warnings,
     }  # fmt: skip
-    if source is not None:
+    if arguments.transfer_from is not None:
         summary["transfer_from"] = arguments.transfer_from.name
     if arguments.suite is not None:
         names = dataset.info.class_names
-        losses = draw_surfaces(model, variables, images, labels, result.records, names, epsilon, output)
+        losses = draw_surfaces(logits_fn, images, labels, result.records, names, epsilon, output)
         checks = gradient_masking.checklist(result.summary, result.records, losses)
         summary["masking"] = [check._asdict() for check in checks]
     if arguments.suite in ("autoattack", "all"):
-        summary |= leaderboard(model, header, epsilon, result.summary)
+        summary |= leaderboard(model, about, epsilon, result.summary)
     draw_strength(summary, result.records, output)
-    draw_adversaries(model, variables, images, labels, adversaries, dataset.info.class_names, epsilon, output)
+    draw_adversaries(logits_fn, images, labels, adversaries, dataset.info.class_names, epsilon, output)
     if arguments.save_images:
         save_images(output / "adversarial.npz", adversaries, labels, result.records)
     write_text(output / "result.json", json.dumps({**summary, "records": result.records}) + "\n")
@@ -198,21 +207,21 @@ def number(name: str, text: str) -> float:
         raise ValueError(f"{name}: expected a number, or a fraction such as 8/255; got {text!r}.") from None
 
 
-def chosen_attacks(arguments: Arguments, epsilon: float) -> list:
+def chosen_attacks(arguments: Arguments, epsilon: float, num_classes: int = 10) -> list:
     """Those that were named; or those of the suite, and the sweep over radii."""
     from fs_jax.evaluation import gradient_masking, parse_attack, suite
 
     step_size = None if arguments.step_size is None else number("step_size", arguments.step_size)
     if arguments.suite is None:
         words = dict.fromkeys(("clean", *(arguments.attacks or ("fgsm", "pgd-20", "cw-20"))))
-        restarts = arguments.restarts
-        return [parse_attack(word, epsilon=epsilon, step_size=step_size, restarts=restarts) for word in words]
+        return [parse_attack(word, epsilon, step_size=step_size, restarts=arguments.restarts) for word in words]
     chosen = suite(
         arguments.suite,
         epsilon=epsilon,
         step_size=step_size,
         gradient_free_images=arguments.gradient_free_images,
         num_directions=arguments.spsa_directions,
+        num_classes=num_classes,
     )
     return [*chosen, *gradient_masking.radius_attacks(SWEPT, epsilon)]
 
@@ -226,16 +235,17 @@ def output_folder(arguments: Arguments) -> pathlib.Path:
     return output
 
 
-def open_array(path: pathlib.Path, shape: tuple[int, ...], *, new: bool):
+def open_array(path: pathlib.Path, shape: tuple[int, ...]):
     """A float32 array in a file, which keeps what is written though the process is killed."""
     import numpy as np
 
-    if new:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
         return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     return np.lib.format.open_memmap(path, mode="r+")
 
 
-def leaderboard(model, header: dict[str, Any], epsilon: float, summary: dict[str, Any]) -> dict[str, Any]:
+def leaderboard(model, about: dict[str, Any], epsilon: float, summary: dict[str, Any]) -> dict[str, Any]:
     """AutoAttack's settings, and the result as RobustBench has it."""
     from fs_jax import attacks
     from fs_jax.models import convert
@@ -243,14 +253,17 @@ def leaderboard(model, header: dict[str, Any], epsilon: float, summary: dict[str
     accuracies = {attack["name"]: attack["accuracy"] for attack in summary["attacks"]}
     entry = convert.robustbench_entry(
         model,
-        dataset=header["dataset"],
+        dataset=about["dataset"],
         epsilon=epsilon,
         clean_accuracy=accuracies["clean"],
         autoattack_accuracy=accuracies["square"],  # the last of the chain
     )
     return {
-        "autoattack": attacks.autoattack_settings("standard", num_classes=model.num_classes),
-        "robustbench": {**entry, "footnote": f"Of {header['images']:,} {header['split']} images."},
+        "autoattack": {
+            attack.name: attack.published(attack.steps(model.num_classes))
+            for attack in attacks.autoattack_attacks(epsilon=epsilon, num_classes=model.num_classes)[1:]
+        },
+        "robustbench": {**entry, "footnote": f"Of {summary['images']:,} {about['split']} images."},
     }
 
 
@@ -264,7 +277,7 @@ def draw_strength(summary: dict[str, Any], records: list[dict[str, Any]], output
         attack
         for attack in summary["attacks"]
         if not attack["apart"] and attack["num_images"] is None and attack["kind"] != "clean"
-        if attack["after"] in ((), ("clean",))
+        if attack["after"] in ([], ["clean"])
     ]
     longest = {attack["kind"]: attack for attack in whole if "by_step" in attack}
     shown = [*longest.values(), *(attack for attack in whole if "by_step" not in attack)]
@@ -273,26 +286,26 @@ def draw_strength(summary: dict[str, Any], records: list[dict[str, Any]], output
         report.attack_strength(shown, radii, output / "strength.png", worst=summary["worst"]["accuracy"])
 
 
-def draw_adversaries(model, variables, images, labels, adversaries, class_names, epsilon, output) -> None:
+def draw_adversaries(logits_fn, images, labels, adversaries, class_names, epsilon, output) -> None:
     """The first images, where there is something to see."""
     from experiments.comparison import draw_examples
 
     if epsilon and images.shape[-1] in (1, 3):
         draw_examples(
-            model, variables, images[:SHOWN], adversaries[:SHOWN], labels[:SHOWN], class_names,
+            logits_fn, images[:SHOWN], adversaries[:SHOWN], labels[:SHOWN], class_names,
             output / "examples.png", epsilon=epsilon, title="the worst of all attacks",
         )  # fmt: skip
 
 
-def draw_surfaces(model, variables, images, labels, records, class_names, epsilon, output):
+def draw_surfaces(logits_fn, images, labels, records, class_names, epsilon, output):
     """Loss surfaces of the first images that are classified correctly; more of them, of 3 x 3 points, are returned."""
     import jax
 
     from fs_jax import report
-    from fs_jax.evaluation import as_float, as_logits_fn, gradient_masking
+    from fs_jax.evaluation import as_float, gradient_masking
 
-    logits_fn, key = as_logits_fn(model, variables), jax.random.key(0)
-    correct = [record["index"] for record in records if record["margin"]["clean"] > 0][:LOOKED_AT]
+    key = jax.random.key(0)
+    correct = [place for place, record in enumerate(records) if record["margin"]["clean"] > 0][:LOOKED_AT]
     if not correct:
         return None
     few = correct[:SHOWN]
@@ -306,7 +319,7 @@ def draw_surfaces(model, variables, images, labels, records, class_names, epsilo
 
 
 def save_images(path: pathlib.Path, adversaries, labels, records) -> None:
-    """Each image's adversary of the lowest margin, in the order of the split."""
+    """Each image's adversary of the lowest margin, in the order of the split; `robust` is 1, 0, or -1 for unknown."""
     import numpy as np
 
     from fs_jax._utils.files import replacing
@@ -316,7 +329,7 @@ def save_images(path: pathlib.Path, adversaries, labels, records) -> None:
             file,
             images=adversaries,
             labels=labels,
-            robust=np.array([record["robust"] for record in records]),
+            robust=np.array([-1 if record["robust"] is None else record["robust"] for record in records], np.int8),
         )
 
 
@@ -339,7 +352,7 @@ def report_text(summary: dict[str, Any], figures: set[str]) -> str:
     origin = f"{config['method']}, step {summary['step']:,}" if config else summary["file"]
     together = [attack for attack in summary["attacks"] if not attack["apart"]]
     apart = [attack for attack in summary["attacks"] if attack["apart"]]
-    environment = summary["environment"]
+    environment = summary["environments"][-1]
     parts = [
         f"# {summary['network']} ({origin}) under attack",
         f"{summary['dataset']}, {summary['images']:,} {summary['split']} images, L∞ radius "

@@ -1,6 +1,7 @@
 """Four simulated CPU devices for all tests, recorded vectors, and a small network to attack."""
 
 import atexit
+import contextlib
 import os
 import pathlib
 import shutil
@@ -83,6 +84,27 @@ def small_programs():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def compilations():
+    """`with compilations() as compiled`: a list that gets an entry for each program that JAX compiles or loads."""
+
+    @contextlib.contextmanager
+    def counted():
+        compiled, count = [], [True]
+
+        def listen(event, _, **__):
+            if count and event == "/jax/core/compile/backend_compile_duration":
+                compiled.append(event)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield compiled
+        finally:
+            count.clear()  # a listener can't be taken back
+
+    return counted
 
 
 @pytest.fixture

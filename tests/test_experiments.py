@@ -95,11 +95,11 @@ def test_the_comparison_counts_images_that_fell_to_one_alone():
         "alone/fab-t_robust": np.array([True, True, False]),  # of the first three
     }
     # Ours: APGD-CE leaves 0, 1 and 3; FAB-T, after it, breaks 1.
-    records = [{"fallen_at": {"clean": -1, "apgd-ce": 5, "fab-t alone": -1}} for _ in range(5)]
+    records = [{"misclassified_at": {"clean": -1, "apgd-ce": 5, "fab-t alone": -1}} for _ in range(5)]
     for i in (0, 1, 3):
-        records[i]["fallen_at"] |= {"apgd-ce": -1, "apgd-t": -1, "fab-t": 3 if i == 1 else -1}
+        records[i]["misclassified_at"] |= {"apgd-ce": -1, "apgd-t": -1, "fab-t": 3 if i == 1 else -1}
     for i in (0, 3):
-        records[i]["fallen_at"] |= {"square": -1}
+        records[i]["misclassified_at"] |= {"square": -1}
     rows = autoattack_reference.compare(reference, Evaluation({}, records))
     assert [
         (r["attack"], r["images"], r["theirs"], r["ours"], r["agree"], r["only_theirs_fell"], r["only_ours_fell"])
@@ -112,7 +112,7 @@ def test_the_comparison_counts_images_that_fell_to_one_alone():
         ("square", 5, 0.4, 0.4, 0.6, 1, 1),
         ("fab-t alone", 3, 2 / 3, 1.0, 2 / 3, 1, 0),
     ]
-    summary = {"agreement": rows, "reference": "x.npz", "environment": {"device": "cpu", "cpu_count": 2, "jax": "0"}}
+    summary = {"agreement": rows, "reference": "x.npz", "environments": [{"device": "cpu", "cpu_count": 2, "jax": "0"}]}
     text = autoattack_reference.table(summary, "WRN-10-2")
     assert "at most 20.0 points apart (0.6 are allowed), and in the end 60.0% of the images agree" in text
     assert "**not like the authors' own.**" in text
@@ -129,7 +129,7 @@ def test_the_report_says_what_was_run_and_links_what_was_drawn():
     summary = {
         "network": "WRN-10-1", "file": "network.npz", "dataset": "digits", "images": 50, "split": "test",
         "epsilon": 0.05, "seed": 0, "weights": "abc", "warnings": ["no gradient"],
-        "environment": {"device": "cpu", "cpu_count": 2, "jax": "0"},
+        "environments": [{"device": "cpu", "cpu_count": 2, "jax": "0"}],
         "attacks": [{**attack, "name": "square"}, {**attack, "name": "pgd-20 at 4/255", "apart": True}],
         "worst": accuracy(np.arange(50) < 7), "autoattack": {"square": {"num_steps": 5000}},
         "masking": [{"what": "honest", "verdict": "no", "why": "0 of 1"}],

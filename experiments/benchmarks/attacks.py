@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
     from experiments import autoattack_reference
     from fs_jax._utils import backend
     from fs_jax._utils.files import write_text
-    from fs_jax.evaluation import as_float, as_logits_fn
+    from fs_jax.evaluation import as_float
+    from fs_jax.models import as_logits_fn
 
     reference = autoattack_reference.read(arguments.reference, None)
     model, variables = autoattack_reference.network(reference)
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
         "arguments": {**dataclasses.asdict(arguments), "reference": arguments.reference.name},
         "environment": {
             **backend.describe(),
-            "batch_size": backend.batch_size(),
+            "batch_size": backend.batch_size(backend.platform_of([])),
             "torch": torch.__version__,
             "torch_threads": torch.get_num_threads(),
             "torchattacks": torchattacks.__version__,

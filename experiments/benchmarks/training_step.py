@@ -123,7 +123,7 @@ def jax_contestants(arguments: Arguments, solver: str):
     labels = jax.random.randint(keys[1], (config.batch_size,), 0, 10)
     model, state = make_model(config), create_state(config, keys[2])
     variables = state.variables
-    jit = functools.partial(jax.jit, compiler_options=backend.compiler_options(training=True))
+    jit = functools.partial(jax.jit, compiler_options=backend.compiler_options(backend.platform_of([]), training=True))
 
     @jit
     def natural(variables, images):

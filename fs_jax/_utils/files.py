@@ -8,6 +8,9 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+import filelock
+import platformdirs
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
@@ -83,6 +86,29 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
+def locked(path: str | os.PathLike) -> filelock.BaseFileLock:
+    """A lock on this file, until it is released or the process ends; the file beside it stays.
+
+    Raises:
+      BlockingIOError: if another process has it.
+
+    Example:
+      >>> import tempfile
+      >>> path = tempfile.mkdtemp() + "/records.jsonl"
+      >>> lock = locked(path)
+      >>> locked(path)
+      Traceback (most recent call last):
+      BlockingIOError: ...records.jsonl: another process is writing it. Wait for its end.
+      >>> lock.release()
+    """
+    path = pathlib.Path(path)
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
+    try:
+        return lock.acquire() and lock
+    except filelock.Timeout:
+        raise BlockingIOError(f"{path}: another process is writing it. Wait for its end.") from None
+
+
 def cache_home() -> pathlib.Path:
-    """The project's folder in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`)."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fs_jax"
+    """The project's folder among the user's caches, `~/.cache/fs_jax` on Linux."""
+    return platformdirs.user_cache_path("fs_jax", appauthor=False)

@@ -1,27 +1,65 @@
-"""Keys: one for each image, so that what an image draws depends on no other."""
+"""Keys: one for each image and run, so that what an image draws depends on no other, nor on the machine."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
+
+IMPLEMENTATION = "threefry2x32"
+"""Of all keys that images draw from. (Under JAX's "rbg" what is drawn depends on the batch.)"""
 
 
 def image_keys(rng: Key[Array, ""] | Key[Array, "n"], count: int) -> Key[Array, "n"]:
     """One key per image: `rng` itself where it holds them already, else `fold_in(rng, position)`.
 
+    Keys of JAX's "rbg" implementations, which some people set as the default on a TPU, become the threefry keys that
+    they are made of, so that `jax.random.key(0)` gives the same numbers under either.
+
     Raises:
-      ValueError: if `rng` is neither a key nor `count` keys.
+      TypeError, ValueError: if `rng` is neither a key nor `count` keys.
 
     Example:
       >>> image_keys(jax.random.key(0), 3).shape
       (3,)
+      >>> bool((image_keys(jax.random.key(0, impl="rbg"), 3) == image_keys(jax.random.key(0), 3)).all())
+      True
+    """
+    rng = threefry(rng)
+    if rng.shape == ():
+        return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
+    if rng.shape != (count,):
+        raise ValueError(f"rng: expected a key, or one for each of the {count} images; got keys of shape {rng.shape}.")
+    return rng
+
+
+def run_keys(keys: Key[Array, "n"], run: Int[Array, "n"]) -> Key[Array, "n"]:
+    """The key of a run of each image: `fold_in(key, run)`.
+
+    Example:
+      >>> run_keys(jax.random.split(jax.random.key(0), 3), jnp.array([0, 0, 1])).shape
+      (3,)
+    """
+    return jax.vmap(jax.random.fold_in)(keys, run)
+
+
+def threefry(rng: Key[Array, "..."]) -> Key[Array, "..."]:
+    """The keys as those of `IMPLEMENTATION`.
+
+    Raises:
+      TypeError: if they aren't keys, or of an implementation that JAX doesn't bring along.
+
+    Example:
+      >>> threefry(jax.random.key(0, impl="rbg")) == jax.random.key(0, impl="threefry2x32")
+      Array(True, dtype=bool)
     """
     if not isinstance(rng, jax.Array):
         raise TypeError(f"rng: expected a key, such as jax.random.key(0); got {rng!r}.")
     if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         # An old-style key, jax.random.PRNGKey: an array of integers, one axis more than the keys it holds.
         rng = jax.random.wrap_key_data(rng)
-    if rng.shape == ():
-        return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
-    if rng.shape != (count,):
-        raise ValueError(f"rng: expected a key, or one for each of the {count} images; got keys of shape {rng.shape}.")
-    return rng
+    implementation = str(jax.random.key_impl(rng))
+    if implementation == IMPLEMENTATION:
+        return rng
+    if implementation not in ("rbg", "unsafe_rbg"):
+        raise TypeError(f"rng: expected a key of {IMPLEMENTATION} or rbg; got {implementation}.")
+    # Both halves of such a key are threefry keys, equal unless it comes from elsewhere than `key` and `fold_in`.
+    return jax.random.wrap_key_data(jax.random.key_data(rng)[..., :2], impl=IMPLEMENTATION)

@@ -1,36 +1,38 @@
 """Attacks in L-infinity on images in [0, 1]. They see a network only as `logits_fn: images -> logits`."""
 
 from fs_jax.attacks.apgd import apgd, apgd_steps
-from fs_jax.attacks.autoattack import (
-    AttackRecord,
-    autoattack,
-    autoattack_settings,
-    autoattack_steps,
-    sanity_warnings,
-)
+from fs_jax.attacks.autoattack import AttackRecord, autoattack, autoattack_attacks
 from fs_jax.attacks.fab import fab, fab_steps
-from fs_jax.attacks.gradient import cw, fgsm, pgd, pgd_steps
 from fs_jax.attacks.linf import project, random_start
 from fs_jax.attacks.local_search import local_search, local_search_steps
 from fs_jax.attacks.losses import cross_entropy, cw_margin, dlr, logit_margin, targeted_dlr
+from fs_jax.attacks.mi_fgsm import mi_fgsm, mi_fgsm_steps
 from fs_jax.attacks.packing import Finished, Look, packed
+from fs_jax.attacks.pgd import cw, fgsm, pgd, pgd_steps
+from fs_jax.attacks.registry import REGISTRY, Attack, parse_attack
+from fs_jax.attacks.sanity import sanity_warnings
 from fs_jax.attacks.scatter import Scatter, feature_scatter, scatter
+from fs_jax.attacks.specification import Setting, Specification
 from fs_jax.attacks.spsa import spsa, spsa_steps
 from fs_jax.attacks.square import square, square_steps
 from fs_jax.attacks.stepwise import Progress, Stepwise
+from fs_jax.attacks.transfer import transfer
 
 __all__ = [
+    "REGISTRY",
+    "Attack",
     "AttackRecord",
     "Finished",
     "Look",
     "Progress",
     "Scatter",
+    "Setting",
+    "Specification",
     "Stepwise",
     "apgd",
     "apgd_steps",
     "autoattack",
-    "autoattack_settings",
-    "autoattack_steps",
+    "autoattack_attacks",
     "cross_entropy",
     "cw",
     "cw_margin",
@@ -42,7 +44,10 @@ __all__ = [
     "local_search",
     "local_search_steps",
     "logit_margin",
+    "mi_fgsm",
+    "mi_fgsm_steps",
     "packed",
+    "parse_attack",
     "pgd",
     "pgd_steps",
     "project",
@@ -54,4 +59,5 @@ __all__ = [
     "square",
     "square_steps",
     "targeted_dlr",
+    "transfer",
 ]

@@ -8,10 +8,10 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fs_jax._utils.keys import image_keys
-from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed, project
+from fs_jax.attacks.linf import LogitsFn, check_attack, project
 from fs_jax.attacks.losses import cross_entropy, dlr, targeted_dlr, wrong_class
-from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, judged, run, run_keys, where
+from fs_jax.attacks.specification import Specification, count
+from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, judged, where
 
 Loss = Literal["ce", "dlr", "targeted"]
 
@@ -79,8 +79,7 @@ def apgd(
             f"num_runs: expected at least 1, and at most the {rivals} wrong classes as targets; got {num_runs}."
         )
     attack = apgd_steps(epsilon=epsilon, num_steps=num_steps, loss=loss, num_runs=num_runs)
-    images, keys = jax.lax.stop_gradient(images), image_keys(rng, len(images))
-    return jax.lax.stop_gradient(run(attack, held_fixed(logits_fn, images), keys, images, labels).adversarial)
+    return adversaries(attack, logits_fn, rng, images, labels, uses_gradients=True)
 
 
 def apgd_steps(
@@ -129,6 +128,7 @@ def apgd_steps(
         num_steps,
         num_runs or (9 if targeted else 1),
         ((draws + targeted, draws), (draws, draws)),
+        draws=num_draws is not None,
     )
 
 
@@ -161,7 +161,6 @@ def _targeted_start(logits_fn, keys, images, labels, run, **settings):
 
 
 def _start(logits_fn, keys, images, labels, run, *, epsilon, gradient, targets=None):
-    keys = run_keys(keys, run)
     targets = labels if targets is None else targets  # untargeted losses ignore them
     noise = jax.vmap(_noise, (0, None, None))(keys, images.shape[1:], images.dtype)
     first = jnp.clip(images + epsilon * noise, 0, 1).astype(images.dtype)
@@ -280,3 +279,42 @@ def _cross_entropy(logits, labels, targets):
 
 def _dlr(logits, labels, targets):
     return dlr(logits, labels)
+
+
+def _build(loss):
+    def build(*, epsilon, num_classes, num_steps, restarts, num_draws):
+        return apgd_steps(epsilon=epsilon, num_steps=num_steps, loss=loss, num_runs=restarts, num_draws=num_draws)
+
+    return build
+
+
+def _build_targeted(*, epsilon, num_classes, num_steps, targets):
+    num_runs = min(targets, num_classes - 1)
+    return apgd_steps(epsilon=epsilon, num_steps=num_steps, loss="targeted", num_runs=num_runs)
+
+
+_CONSTANTS = {"alpha": 1 - MOMENTUM, "rho": RISES}
+
+APGD_CE = Specification(
+    "apgd-ce",
+    "AutoAttack's APGD on the cross-entropy",
+    _build("ce"),
+    {"num_steps": count(100), "restarts": count(1), "num_draws": count(None)},
+    constants={"loss": "ce", **_CONSTANTS},
+)
+APGD_DLR = Specification(
+    "apgd-dlr",
+    "APGD on the difference of logits ratio",
+    _build("dlr"),
+    {"num_steps": count(100), "restarts": count(5), "num_draws": count(None)},
+    constants={"loss": "dlr", **_CONSTANTS},
+    least_classes=3,
+)
+APGD_T = Specification(
+    "apgd-t",
+    "AutoAttack's APGD towards one class after another",
+    _build_targeted,
+    {"num_steps": count(100), "targets": count(9)},
+    constants={"loss": "targeted", **_CONSTANTS},
+    least_classes=4,
+)

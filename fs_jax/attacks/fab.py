@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
-from fs_jax._utils.keys import image_keys
-from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed
+from fs_jax.attacks.linf import LogitsFn, check_attack
 from fs_jax.attacks.losses import logit_margin, wrong_class
-from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, run, run_keys, where
+from fs_jax.attacks.specification import Specification, count
+from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, where
 
 ALPHA_MAX = 0.1  # at most this share of a step goes towards the clean image's own projection
 OVERSHOOT = 1.05
@@ -83,8 +83,7 @@ def fab(
             f"num_runs: expected at least 1, and at most the {rivals} wrong classes as targets; got {num_runs}."
         )
     attack = fab_steps(epsilon=epsilon, num_steps=num_steps, targeted=targeted, num_runs=num_runs)
-    images, keys = jax.lax.stop_gradient(images), image_keys(rng, len(images))
-    return jax.lax.stop_gradient(run(attack, held_fixed(logits_fn, images), keys, images, labels).adversarial)
+    return adversaries(attack, logits_fn, rng, images, labels, uses_gradients=True)
 
 
 def fab_steps(
@@ -173,7 +172,7 @@ def _start(logits_fn, keys, images, labels, run, *, epsilon):
         direction = jax.random.uniform(key, images.shape[1:], images.dtype, -1, 1)
         return epsilon / 2 * direction / jnp.max(jnp.abs(direction))
 
-    random = jnp.clip(images + jax.vmap(noise)(run_keys(keys, run)), 0, 1).astype(images.dtype)
+    random = jnp.clip(images + jax.vmap(noise)(keys), 0, 1).astype(images.dtype)
     first = where(run > 0, random, images)
     return _first_state(first, None, logits_fn(first), images, labels)
 
@@ -259,3 +258,30 @@ def _lead(logits, other, labels):
 
 def _length(moves):
     return jnp.max(jnp.abs(moves), (1, 2, 3))
+
+
+def _build(*, epsilon, num_classes, num_steps, restarts):
+    return fab_steps(epsilon=epsilon, num_steps=num_steps, num_runs=restarts, num_classes=num_classes)
+
+
+def _build_targeted(*, epsilon, num_classes, num_steps, targets):
+    num_runs = min(targets, num_classes - 1)
+    return fab_steps(epsilon=epsilon, num_steps=num_steps, targeted=True, num_runs=num_runs)
+
+
+_CONSTANTS = {"alpha_max": ALPHA_MAX, "eta": OVERSHOOT, "beta": BACKWARD}
+
+FAB = Specification(
+    "fab",
+    "the nearest boundary, by linearisation",
+    _build,
+    {"num_steps": count(100), "restarts": count(5)},
+    constants={"targeted": False, **_CONSTANTS},
+)
+FAB_T = Specification(
+    "fab-t",
+    "AutoAttack's FAB towards one class after another",
+    _build_targeted,
+    {"num_steps": count(100), "targets": count(9)},
+    constants={"targeted": True, **_CONSTANTS},
+)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from fs_jax._utils.images import check_classes, check_images, check_labels, known
 from fs_jax._utils.keys import image_keys
 
 LogitsFn = Callable[[Float[Array, "n h w c"]], Float[Array, "n classes"]]
@@ -92,12 +93,7 @@ def check_attack(
     Raises:
       TypeError, ValueError: naming the argument, what was expected, what was given, and what to do.
     """
-    if not hasattr(images, "dtype"):
-        raise TypeError(f"images: expected an array; got {type(images).__name__}. Use jnp.asarray.")
-    if images.ndim != 4:
-        raise ValueError(f"images: expected shape [N, height, width, channels]; got {images.shape}.")
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise TypeError(f"images: expected floating point in [0, 1]; got {images.dtype}. Divide uint8 images by 255.")
+    check_images(images)
     if start is not None and start.shape != images.shape:
         raise ValueError(f"start: expected the images' shape {images.shape}; got {start.shape}.")
     if isinstance(num_steps, bool) or not isinstance(num_steps, (int, np.integer)):
@@ -105,32 +101,9 @@ def check_attack(
     if num_steps < 1:
         raise ValueError(f"num_steps: expected at least 1; got {num_steps}.")
     for name, value in (("epsilon", epsilon), ("step_size", 0 if step_size is None else step_size)):
-        number = _known(value)
+        number = known(value)
         if number is not None and not 0 <= number <= 1:  # NaN is in no range
             raise ValueError(f"{name}: expected a number in [0, 1], the range of the images; got {value}. Try 8/255.")
-    values = _known(images)
-    if values is not None and values.size and not (values.min() >= 0 and values.max() <= 1):
-        raise ValueError(
-            f"images: expected values in [0, 1]; got [{values.min():.4g}, {values.max():.4g}]. "
-            "Divide by 255, or undo the normalisation: the model does its own."
-        )
-    if labels is None:
-        return
-    if not hasattr(labels, "dtype"):
-        raise TypeError(f"labels: expected an array of integers; got {type(labels).__name__}. Use jnp.asarray.")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"labels: expected shape {images.shape[:1]}, one for each image; got {labels.shape}.")
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels: expected integers; got {labels.dtype}.")
-    num_classes = jax.eval_shape(logits_fn, images).shape[-1]
-    classes = _known(labels)
-    if classes is not None and classes.size and not (classes.min() >= 0 and classes.max() < num_classes):
-        raise ValueError(
-            f"labels: expected classes 0 to {num_classes - 1}, as logits_fn has {num_classes}; "
-            f"got {classes.min()} to {classes.max()}."
-        )
-
-
-def _known(value) -> np.ndarray | None:
-    """The value as an array, or None while it is being traced."""
-    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+    if labels is not None:
+        check_labels(labels, images)
+        check_classes(labels, jax.eval_shape(logits_fn, images).shape[-1])

@@ -8,9 +8,9 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fs_jax._utils.keys import image_keys
 from fs_jax.attacks.linf import LogitsFn, check_attack, project
-from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, judged, run, run_keys
+from fs_jax.attacks.specification import Specification, count
+from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, judged
 
 # LocSearchAdv's p, r, d, t, and the most pixels it starts with: of 10% of them, 128.
 _PUSH = 10
@@ -70,8 +70,7 @@ def local_search(
     """
     check_attack(logits_fn, images, labels, epsilon=epsilon, num_steps=num_steps)
     attack = local_search_steps(epsilon=epsilon, num_steps=num_steps, chunk_size=chunk_size)
-    images, keys = jax.lax.stop_gradient(images), image_keys(rng, len(images))
-    return run(attack, lambda x: jax.lax.stop_gradient(logits_fn(x)), keys, images, labels).adversarial
+    return adversaries(attack, logits_fn, rng, images, labels, uses_gradients=False)
 
 
 def local_search_steps(*, epsilon: float = 1.0, num_steps: int = 150, chunk_size: int = 32) -> Stepwise:
@@ -104,7 +103,7 @@ def _start(logits_fn, keys, images, labels, run):
     def some_pixels(key):
         return jax.random.permutation(key, height * width).reshape(height, width) < count
 
-    candidates = jax.vmap(some_pixels)(run_keys(keys, run))
+    candidates = jax.vmap(some_pixels)(keys)
     return _Search(images, candidates, first_judged(images, logits_fn(images), labels))
 
 
@@ -154,3 +153,25 @@ def _neighbourhood(mask):
     """All pixels within the half side of one in the mask [H, W]."""
     side = 2 * _HALF_SIDE + 1
     return jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, (side, side), (1, 1), "SAME")
+
+
+def _build(*, epsilon, num_classes, num_steps):
+    return local_search_steps(epsilon=epsilon, num_steps=num_steps)
+
+
+LOCAL_SEARCH = Specification(
+    "local-search",
+    "greedy search over single pixels, without gradients; no radius bounds it",
+    _build,
+    {"num_steps": count(150)},
+    norm=None,
+    fixed_radius=1.0,
+    uses_gradients=False,
+)
+LOCAL_SEARCH_PROJECTED = Specification(
+    "local-search-projected",
+    "the same, projected on the ball after each round",
+    _build,
+    {"num_steps": count(150)},
+    uses_gradients=False,
+)

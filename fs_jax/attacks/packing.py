@@ -19,8 +19,10 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from fs_jax._utils import backend
-from fs_jax._utils.keys import image_keys
+from fs_jax._utils.images import as_float
+from fs_jax._utils.keys import image_keys, run_keys
 from fs_jax.attacks.linf import LogitsFn
+from fs_jax.attacks.network import Network, bind
 from fs_jax.attacks.stepwise import Stepwise, unfinished, where
 
 _SHRINKS = 3
@@ -63,7 +65,7 @@ class Look(NamedTuple):
 def packed(
     attack: Stepwise,
     logits_fn: LogitsFn,
-    rng: Key[Array, ""] | Key[Array, "n"],
+    rng: Key[Array, ""] | Key[Array, "n"] | Key[Array, "n runs"],
     images: UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"],
     labels: Int[np.ndarray, "n"],
     *,
@@ -78,13 +80,13 @@ def packed(
 
     Args:
       attack: The attack, such as `pgd_steps(...)` or `apgd_steps(...)`.
-      logits_fn: Network, from images to logits [N, classes]. Best a `jax.tree_util.Partial(apply, variables)` of a
-        function that is defined once: then variables are arguments of the compiled programs, not constants in them, and
-        the next call compiles nothing.
-      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image.
+      logits_fn: Network, from images to logits [N, classes]: any function. The next call with the same one compiles
+        nothing, and nor does one with a `functools.partial` of the same function and other variables.
+      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image. Run r of an image draws from
+        `fold_in(its key, r)`. Or a key for each image and run.
       images: Images [N, H, W, C] on the host: uint8, or floating point in [0, 1].
       labels: True classes [N].
-      batch_size: Most images that go through the network at a time; by default `backend.batch_size()`. An attack that
+      batch_size: Most images that go through the network at a time; by default 32 on a CPU, else 256. An attack that
         sends several variants of each (its `breadth`) is at work on so many fewer, but on one at least.
       every_run: Make every run of every image. By default an image that falls in a run makes no later ones.
       jobs: What to do, as (image, run): by default all of it. Without `every_run`, for each image its first run that is
@@ -104,19 +106,54 @@ def packed(
       >>> {done.image: done.fallen for look in looks for done in look.finished}
       {0: True, 1: True, 2: False, 3: False, 4: False}
     """
-    batch_size = backend.batch_size() if batch_size is None else batch_size
+    images, labels = np.asarray(images), np.asarray(labels)
+    keys = _keys_of_runs(rng, len(labels), attack.num_runs)
+    network = bound(logits_fn, images, keys if attack.draws else None)
+    if batch_size is None:
+        batch_size = backend.batch_size(network.platform)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1; got {batch_size}.")
     batch_size = max(1, batch_size // attack.breadth)
-    images, labels = np.asarray(images), np.asarray(labels)
-    keys = image_keys(rng, len(labels))
     if jobs is None:
         jobs = [(i, r) for r in range(attack.num_runs if every_run else 1) for i in range(len(labels))]
     waiting = collections.deque((int(image), int(run)) for image, run in jobs)
+    with network:
+        yield from _looks(attack, _Batch(attack, network, keys, images, labels), waiting, batch_size, every_run)
+
+
+def bound(logits_fn: LogitsFn | Network, images: np.ndarray | Array, keys: Key[Array, "..."] | None = None) -> Network:
+    """The function as a `Network` of images like these, and of keys like these if it takes any; a `Network` as it is.
+
+    Example:
+      >>> bound(lambda x: x.sum((1, 2)), np.zeros((9, 2, 2, 3), np.uint8)).platform in ("cpu", "gpu", "tpu")
+      True
+    """
+    if isinstance(logits_fn, Network):
+        return logits_fn
+    dtype = jnp.float32 if images.dtype == np.uint8 else images.dtype
+    inputs = [jax.ShapeDtypeStruct((2, *images.shape[1:]), dtype)]
+    inputs += [] if keys is None else [jax.ShapeDtypeStruct((2,), keys.dtype)]
+    network = bind(logits_fn, *inputs)
+    if network is None:
+        raise TypeError(
+            "logits_fn: expected a function of arrays that are known; it captures some that are being traced. Call "
+            "this outside of jax.jit and of transformations."
+        )
+    return network
+
+
+def _keys_of_runs(rng, count, num_runs):
+    """A key for each image and run [N, runs]."""
+    if isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.ndim == 2:
+        return rng
+    keys = image_keys(rng, count)
+    return jax.vmap(lambda run: run_keys(keys, jnp.full(count, run)), out_axes=1)(jnp.arange(num_runs))
+
+
+def _looks(attack, batch, waiting, batch_size, every_run):
     sizes = sorted({max(1, batch_size >> halvings) for halvings in range(_SHRINKS + 1)})
     smallest = sizes[0]
-    batch = _Batch(attack, logits_fn, keys, images, labels)
-    limit = 4  # most images fall within few steps
+    limit = 4  # most images are misclassified within few steps
     while waiting or batch.running:
         size = _best_size(sizes, batch.running, len(waiting))
         if not batch.running:
@@ -147,11 +184,11 @@ def _best_size(sizes: list[int], running: int, waiting: int) -> int:
 class _Batch:
     """Slots on the device, and on the host which job is in which."""
 
-    def __init__(self, attack, logits_fn, keys, images, labels):
+    def __init__(self, attack, network, keys, images, labels):
         self.jobs: list[tuple[int, int] | None] = []
         self._attack, self._keys, self._images, self._labels = attack, keys, images, labels
-        self._start, self._step, self._logits_fn = map(as_partial, (attack.start, attack.step, logits_fn))
-        self._programs = _programs()
+        self._network = network
+        self._start, self._step = map(as_partial, (attack.start, attack.step))
         self._slots = None
         self._passes = np.zeros(2, np.int64)
 
@@ -171,7 +208,7 @@ class _Batch:
     def shrink(self, size):
         """Move what is running to a batch of a smaller size."""
         order = sorted(range(len(self.jobs)), key=lambda slot: self.jobs[slot] is None)[:size]
-        self._slots = self._programs.take(self._slots, np.array(order))
+        self._slots = _take(self._slots, np.array(order))
         self.jobs = [self.jobs[slot] for slot in order]
 
     def fill(self, jobs, size):
@@ -179,15 +216,15 @@ class _Batch:
         started = self._started(jobs, size)
         free = [slot for slot, job in enumerate(self.jobs) if job is None][: len(jobs)]
         nowhere = [len(self.jobs)] * (size - len(jobs))
-        self._slots = self._programs.put(self._slots, np.array(free + nowhere), started)
+        self._slots = _put(self._slots, np.array(free + nowhere), started)
         for slot, job in zip(free, jobs, strict=True):
             self.jobs[slot] = job
 
     def advance(self, limit, until_idle) -> list[Finished]:
         """Take steps, this many at most, until so many slots are idle; frees those of the jobs that ended."""
         busy = np.array([job is not None for job in self.jobs])
-        self._slots, steps = self._programs.advance(
-            self._step, self._logits_fn, self._slots, busy, self._attack.num_steps, limit, until_idle
+        self._slots, steps = self._network.compiled(_advance, donate_argnums=2)(
+            self._step, self._network, self._slots, busy, self._attack.num_steps, limit, until_idle
         )
         progress = self._slots.state.progress
         steps, step, fallen_at, margin = jax.device_get((steps, progress.step, progress.fallen_at, progress.margin))
@@ -217,10 +254,10 @@ class _Batch:
     def _started(self, jobs, size):
         image, run = np.resize(np.array(jobs), (size, 2)).T  # filled up with repetitions
         self._passes += size * np.array(self._attack.passes[0])
-        return self._programs.start(
+        return self._network.compiled(_start)(
             self._start,
-            self._logits_fn,
-            self._keys[image],
+            self._network,
+            self._keys[image, run],
             self._images[image],
             self._labels[image].astype(np.int32),
             run.astype(np.int32),
@@ -233,52 +270,37 @@ class _Slots(NamedTuple):
     labels: Int[Array, "n"]
 
 
-class _Programs(NamedTuple):
-    start: Callable
-    advance: Callable
-    take: Callable
-    put: Callable
+def _start(attack_start, network, keys, images, labels, run):
+    images = as_float(images)
+    return _Slots(attack_start(network, keys, images, labels, run), images, labels)
 
 
-@functools.cache
-def _programs() -> _Programs:
-    """The compiled programs. Attacks and networks are their arguments, as Partials."""
+def _advance(attack_step, network, slots, busy, num_steps, limit, until_idle):
+    _, images, labels = slots
 
-    def start(attack_start, logits_fn, keys, images, labels, run):
-        if jnp.issubdtype(images.dtype, jnp.integer):
-            images = images.astype(jnp.float32) / 255
-        return _Slots(attack_start(logits_fn, keys, images, labels, run), images, labels)
+    def active(state):
+        return busy & unfinished(state.progress, num_steps)
 
-    def advance(attack_step, logits_fn, slots, busy, num_steps, limit, until_idle):
-        _, images, labels = slots
+    def more(carry):
+        state, count = carry
+        return (count < limit) & (jnp.sum(~active(state)) < until_idle)
 
-        def active(state):
-            return busy & unfinished(state.progress, num_steps)
+    def step(carry):
+        state, count = carry
+        return where(active(state), attack_step(network, state, images, labels), state), count + 1
 
-        def more(carry):
-            state, count = carry
-            return (count < limit) & (jnp.sum(~active(state)) < until_idle)
+    state, count = jax.lax.while_loop(more, step, (slots.state, jnp.int32(0)))
+    return _Slots(state, images, labels), count
 
-        def step(carry):
-            state, count = carry
-            return where(active(state), attack_step(logits_fn, state, images, labels), state), count + 1
 
-        state, count = jax.lax.while_loop(more, step, (slots.state, jnp.int32(0)))
-        return _Slots(state, images, labels), count
+@jax.jit
+def _take(slots, order):
+    return jax.tree.map(lambda leaf: leaf[order], slots)
 
-    def take(slots, order):
-        return jax.tree.map(lambda leaf: leaf[order], slots)
 
-    def put(slots, where_to, started):
-        return jax.tree.map(lambda leaf, new: leaf.at[where_to].set(new, mode="drop"), slots, started)
-
-    options = backend.compiler_options()
-    return _Programs(
-        jax.jit(start, compiler_options=options),
-        jax.jit(advance, compiler_options=options, donate_argnames="slots"),
-        jax.jit(take),
-        jax.jit(put, donate_argnames="slots"),
-    )
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(slots, where_to, started):
+    return jax.tree.map(lambda leaf, new: leaf.at[where_to].set(new, mode="drop"), slots, started)
 
 
 def as_partial(function: Callable) -> Partial:

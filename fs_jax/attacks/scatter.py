@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from fs_jax._utils.keys import image_keys
 from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed, project, random_start
+from fs_jax.attacks.network import hashable, on_network
 from fs_jax.ot import Transport, cosine_cost, sinkhorn
 
 CostFn = Callable[[Float[Array, "n d"], Float[Array, "m d"]], Float[Array, "n m"]]
@@ -108,10 +110,18 @@ def scatter(
       ((4, 4), (4, 4))
     """
     check_attack(logits_fn, images, None, epsilon=epsilon, step_size=step_size, num_steps=num_steps, start=start)
+    keys = image_keys(rng, len(images)) if start is None else None
+    return on_network(
+        _scattered, logits_fn, images, keys, start, epsilon, step_size,
+        cost=hashable(cost), transport=hashable(transport), num_steps=num_steps,
+    )  # fmt: skip
+
+
+def _scattered(logits_fn, images, keys, start, epsilon, step_size, *, cost, transport, num_steps):
     images = jax.lax.stop_gradient(images)
     logits_fn = held_fixed(logits_fn, images)
     natural_logits = jax.lax.stop_gradient(logits_fn(images))
-    first = random_start(rng, images, epsilon) if start is None else jax.lax.stop_gradient(start)
+    first = random_start(keys, images, epsilon) if start is None else jax.lax.stop_gradient(start)
 
     def objective(x):
         solved = transport(cost(natural_logits, logits_fn(x)))

@@ -8,10 +8,10 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
-from fs_jax._utils.keys import image_keys
 from fs_jax.attacks.linf import LogitsFn, check_attack, project, random_start
 from fs_jax.attacks.losses import logit_margin
-from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, judged, run, run_keys
+from fs_jax.attacks.specification import Specification, count
+from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, judged
 
 _DECAY, _DECAY_OF_SQUARES, _TINY = 0.9, 0.999, 1e-8  # Adam's
 
@@ -73,8 +73,7 @@ def spsa(
         learning_rate=learning_rate,
         chunk_size=chunk_size,
     )
-    images, keys = jax.lax.stop_gradient(images), image_keys(rng, len(images))
-    return run(attack, lambda x: jax.lax.stop_gradient(logits_fn(x)), keys, images, labels).adversarial
+    return adversaries(attack, logits_fn, rng, images, labels, uses_gradients=False)
 
 
 def spsa_steps(
@@ -177,7 +176,6 @@ class _Descent(NamedTuple):
 
 
 def _start(logits_fn, keys, images, labels, run, *, epsilon):
-    keys = run_keys(keys, run)
     first = project(random_start(keys, images, epsilon), images, epsilon).astype(images.dtype)
     nothing = jnp.zeros_like(images)
     return _Descent(keys, first, nothing, nothing, first_judged(first, logits_fn(first), labels))
@@ -196,3 +194,16 @@ def _step(logits_fn, state, images, labels, *, epsilon, learning_rate, estimate)
     moved = state.iterate - learning_rate * unbiased / (jnp.sqrt(unbiased_square) + _TINY)
     iterate = project(moved, images, epsilon).astype(images.dtype)
     return _Descent(state.keys, iterate, mean, mean_square, judged(state.progress, iterate, logits_fn(iterate), labels))
+
+
+def _build(*, epsilon, num_classes, num_steps, num_directions):
+    return spsa_steps(epsilon=epsilon, num_steps=num_steps, num_directions=num_directions)
+
+
+SPSA = Specification(
+    "spsa",
+    "descent along differences in random directions, without gradients",
+    _build,
+    {"num_steps": count(100), "num_directions": count(128)},
+    uses_gradients=False,
+)

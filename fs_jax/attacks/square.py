@@ -8,9 +8,9 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
-from fs_jax._utils.keys import image_keys
 from fs_jax.attacks.linf import LogitsFn, check_attack
-from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged, judged, run, run_keys
+from fs_jax.attacks.specification import Specification, count
+from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, judged
 
 # The square's share of the image starts at 0.8 and halves after these queries of 5,000; of another budget, after the
 # same shares of it. (The released AutoAttack's schedule. The paper's, for 10,000 queries, halves at 10, 50, ... too.)
@@ -61,8 +61,7 @@ def square(
     """
     check_attack(logits_fn, images, labels, epsilon=epsilon, num_steps=num_steps)
     attack = square_steps(epsilon=epsilon, num_steps=num_steps)
-    images, keys = jax.lax.stop_gradient(images), image_keys(rng, len(images))
-    return run(attack, lambda x: jax.lax.stop_gradient(logits_fn(x)), keys, images, labels).adversarial
+    return adversaries(attack, logits_fn, rng, images, labels, uses_gradients=False)
 
 
 def square_steps(*, epsilon: float = 8 / 255, num_steps: int = 5000) -> Stepwise:
@@ -89,8 +88,6 @@ class _Search(NamedTuple):
 
 
 def _start(logits_fn, keys, images, labels, run, *, epsilon):
-    keys = run_keys(keys, run)
-
     def stripes(key):
         return jax.random.rademacher(jax.random.fold_in(key, 0), (1, *images.shape[2:]), images.dtype)
 
@@ -126,3 +123,17 @@ def _random_square(key, step, num_steps, shape):
 
 def _painted(images, signs, epsilon):
     return jnp.clip(images + epsilon * signs, 0, 1).astype(images.dtype)
+
+
+def _build(*, epsilon, num_classes, num_steps):
+    return square_steps(epsilon=epsilon, num_steps=num_steps)
+
+
+SQUARE = Specification(
+    "square",
+    "AutoAttack's random search by squares, without gradients",
+    _build,
+    {"num_steps": count(5000)},
+    constants={"p_init": SHARE, "halved_after": HALVED_AFTER},
+    uses_gradients=False,
+)

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from fs_jax.attacks.linf import LogitsFn
+from fs_jax._utils.keys import image_keys, run_keys
+from fs_jax.attacks.linf import LogitsFn, held_fixed
 from fs_jax.attacks.losses import logit_margin
+from fs_jax.attacks.network import on_network
 
 
 class Progress(NamedTuple):
@@ -38,7 +40,7 @@ class Stepwise(NamedTuple):
 
     start: Callable[..., PyTree]
     """(logits_fn, keys [N], images, labels, run [N] int32) -> state: a NamedTuple with a field `progress`, N leading in
-    every leaf. Run r of an image draws from `run_keys(keys, run)`, and from nothing else."""
+    every leaf. The keys are those of the image in this run, and all that it draws comes from them."""
     step: Callable[..., PyTree]
     """(logits_fn, state, images, labels) -> state, with `progress.step` one higher (see `judged`). Schedules follow
     that step, image by image. The caller puts back the old state of images that are done."""
@@ -50,16 +52,8 @@ class Stepwise(NamedTuple):
     """(forward, backward) passes of one image: those of a run that belong to no step, and those of a step."""
     breadth: int = 1
     """How many variants of one image go through the network at a time."""
-
-
-def run_keys(keys: Key[Array, "n"], run: Int[Array, "n"]) -> Key[Array, "n"]:
-    """The key of each image's run: `fold_in(key, run)`.
-
-    Example:
-      >>> run_keys(jax.random.split(jax.random.key(0), 3), jnp.array([0, 0, 1])).shape
-      (3,)
-    """
-    return jax.vmap(jax.random.fold_in)(keys, run)
+    draws: bool = False
+    """Whether it is for a randomised network, `logits_fn(images, keys)`, and gives that a key for each image."""
 
 
 def unjudged(images: Float[Array, "n h w c"]) -> Progress:
@@ -172,7 +166,7 @@ def run(
         def step(state):
             return where(active(state), attack.step(logits_fn, state, images, labels), state)
 
-        state = attack.start(logits_fn, keys, images, labels, runs)
+        state = attack.start(logits_fn, run_keys(keys, runs), images, labels, runs)
         progress = jax.lax.while_loop(lambda state: active(state).any(), step, state).progress
         better = open_before & ((progress.fallen_at >= 0) | (progress.margin < best.margin))
         return number + 1, where(better, progress, best)
@@ -182,3 +176,43 @@ def run(
         return (number < attack.num_runs) & (best.fallen_at < 0).any()
 
     return jax.lax.while_loop(more, one_run, (jnp.int32(0), unjudged(images)))[1]
+
+
+def adversaries(
+    attack: Stepwise,
+    logits_fn: LogitsFn,
+    rng: Key[Array, ""] | Key[Array, "n"],
+    images: Float[Array, "n h w c"],
+    labels: Int[Array, "n"],
+    *,
+    uses_gradients: bool,
+) -> Float[Array, "n h w c"]:
+    """The images that `run` ends with, compiled once for each network; no gradient flows through them.
+
+    Args:
+      attack: The attack.
+      logits_fn: Network, from images to logits [N, classes].
+      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image.
+      images: Images [N, H, W, C] in [0, 1].
+      labels: True classes [N].
+      uses_gradients: Whether the attack differentiates the network, which it then asks of images of this shape only.
+
+    Returns:
+      Images [N, H, W, C].
+
+    Example:
+      >>> from fs_jax.attacks import pgd_steps
+      >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
+      >>> images, labels = jnp.full((1, 4, 4, 1), 0.51), jnp.array([0])
+      >>> attacked = adversaries(pgd_steps(), logits_fn, jax.random.key(0), images, labels, uses_gradients=True)
+      >>> int(logits_fn(attacked).argmax())
+      1
+    """
+    keys = image_keys(rng, len(images))
+    return on_network(_adversaries, logits_fn, images, labels, keys, *attack[:4], uses_gradients=uses_gradients)
+
+
+def _adversaries(logits_fn, images, labels, keys, *attack, uses_gradients):
+    images = jax.lax.stop_gradient(images)
+    fixed = held_fixed(logits_fn, images) if uses_gradients else lambda x: jax.lax.stop_gradient(logits_fn(x))
+    return jax.lax.stop_gradient(run(Stepwise(*attack), fixed, keys, images, labels).adversarial)

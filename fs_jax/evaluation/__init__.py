@@ -1,9 +1,9 @@
 """Evaluation under attack: a record of every image, accuracies with intervals, the worst case over attacks."""
 
 from fs_jax._utils.images import as_float
-from fs_jax.evaluation.attack import Attack, Kind, parse_attack
+from fs_jax.attacks.registry import Attack, parse_attack
 from fs_jax.evaluation.driver import Evaluation, check_evaluation, evaluate
-from fs_jax.evaluation.network import as_logits_fn
+from fs_jax.evaluation.journal import Journal, fingerprint
 from fs_jax.evaluation.statistics import accuracy
 from fs_jax.evaluation.suites import SUITES, suite
 
@@ -11,12 +11,12 @@ __all__ = [
     "SUITES",
     "Attack",
     "Evaluation",
-    "Kind",
+    "Journal",
     "accuracy",
     "as_float",
-    "as_logits_fn",
     "check_evaluation",
     "evaluate",
+    "fingerprint",
     "parse_attack",
     "suite",
 ]

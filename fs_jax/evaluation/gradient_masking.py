@@ -22,13 +22,11 @@ from fs_jax._utils.keys import image_keys
 from fs_jax._utils.text import radius
 from fs_jax.attacks import cross_entropy, logit_margin
 from fs_jax.attacks.linf import LogitsFn
-from fs_jax.evaluation.attack import Attack
+from fs_jax.attacks.registry import Attack
 from fs_jax.evaluation.statistics import accuracy
 
 RADII = tuple(level / 255 for level in (1, 2, 4, 6, 8, 12, 16))
 SWEEP, UNBOUNDED = "pgd-20 at ", "pgd-100 at radius 1"
-WHITE_BOX = ("fgsm", "pgd", "cw", "apgd-ce", "apgd-t", "fab-t")
-BLACK_BOX = ("square", "spsa", "local-search")
 
 _USUAL_GAP = 5  # points that AutoAttack takes from networks trained by PGD, and a little more (Croce & Hein, 2020)
 _RISING = 0.95  # share of images of which the loss has to rise along the gradient
@@ -54,10 +52,10 @@ def radius_attacks(num_images: int, epsilon: float) -> list[Attack]:
       >>> [attack.name for attack in radius_attacks(100, 0.1)][-3:]
       ['pgd-20 at 16/255', 'pgd-20 at 0.1', 'pgd-100 at radius 1']
     """
-    shared = {"kind": "pgd", "any_iterate": True, "apart": True, "after": ("clean",), "num_images": num_images}
+    shared = {"any_iterate": True, "apart": True, "after": ("clean",), "num_images": num_images}
     radii = sorted({*RADII, *(() if any(abs(epsilon - eps) < 1e-6 for eps in RADII) else (epsilon,))} - {0})
-    sweep = [Attack(epsilon=eps, num_steps=20, label=f"{SWEEP}{radius(eps)}", **shared) for eps in radii]
-    return [*sweep, Attack(epsilon=1.0, step_size=0.1, num_steps=100, label=UNBOUNDED, **shared)]
+    sweep = [Attack("pgd", eps, num_steps=20, label=f"{SWEEP}{radius(eps)}", **shared) for eps in radii]
+    return [*sweep, Attack("pgd", 1.0, step_size=0.1, num_steps=100, label=UNBOUNDED, **shared)]
 
 
 def radius_points(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -197,8 +195,9 @@ def _weaker(pairs, records):
     """Of pairs of attacks, those of which the second finds fewer images than the first, in words."""
     wrong = []
     for first, second in pairs:
-        falls = [(r["fallen_at"][first] >= 0, r["fallen_at"][second] >= 0) for r in records if first in r["fallen_at"]]
-        won, lost = falls.count((False, True)), falls.count((True, False))
+        at = [record["misclassified_at"] for record in records if first in record["misclassified_at"]]
+        broken = [(of_image[first] >= 0, of_image[second] >= 0) for of_image in at]
+        won, lost = broken.count((False, True)), broken.count((True, False))
         # One start finds what another misses: by chance, either way is as likely. (5% one-sided sign test.)
         if lost > won and scipy.stats.binomtest(lost, won + lost, alternative="greater").pvalue < 0.05:
             wrong.append(f"{second} misses {lost} images that {first} finds, and finds {won} others")
@@ -208,17 +207,21 @@ def _weaker(pairs, records):
 def _black_box(attacks, records):
     what = "attacks that see no gradient find nothing that the others miss"
     white, black = (
-        [name for name, attack in attacks.items() if attack["kind"] in kinds and not attack["apart"]]
-        for kinds in (WHITE_BOX, BLACK_BOX)
+        [
+            name
+            for name, attack in attacks.items()
+            if attack["uses_gradients"] == by_gradients and not attack["apart"] and attack["kind"] != "clean"
+        ]
+        for by_gradients in (True, False)
     )
     if not white or not black:
         return Check(what, "not tested", "")
 
     def fell(record, names):
-        return any(record["fallen_at"].get(name, -1) >= 0 for name in names)
+        return any(record["misclassified_at"].get(name, -1) >= 0 for name in names)
 
     standing = [record for record in records if not fell(record, ["clean", *white])]
-    tried = [record for record in standing if any(name in record["fallen_at"] for name in black)]
+    tried = [record for record in standing if any(name in record["misclassified_at"] for name in black)]
     beaten = [record for record in tried if fell(record, black)]
     why = (
         f"{len(standing)} images stand after {len(white)} attacks by gradients; {', '.join(black)} tried {len(tried)} "
@@ -254,8 +257,10 @@ def _gap(attacks, records):
     if not own or all(attack["name"] in ("clean", "pgd-20") for attack in among):
         return Check(what, "not tested", "PGD-20 or stronger attacks weren't run at this radius")
     pgd = own[0]
-    few = records[: pgd["total"]]
-    stand = sum(record["fallen_at"].get(pgd["name"], 0) < 0 for record in few)
+    few = [record for record in records[: pgd["total"]] if record["robust"] is not None]
+    if not few:
+        return Check(what, "not tested", "no image was covered by all attacks")
+    stand = sum(record["misclassified_at"].get(pgd["name"], 0) < 0 for record in few)
     robust = sum(record["robust"] for record in few)
     chained = attacks.get("square", {}).get("after")
     autoattack = f"AutoAttack {_percent(attacks['square'])}, " if chained else ""

@@ -1,49 +1,37 @@
-"""The log of an evaluation: one line per image and attack, appended as it goes, and gone on with after any end.
+"""Append-only log of an evaluation: one line per image and run; an interrupted evaluation resumes from it.
 
-A file of JSON lines. The first says what is evaluated: the network's weights and the data as hashes, and the seed.
-Then each attack has a line with its settings, followed, in the order in which they are finished, by a line for each
-image and run (a restart, or a target), and by lines with the seconds spent. A line stands whole or, where a process was
-killed within it, is cut off by the next one. What was evaluated otherwise is refused, field by field.
+A file of JSON lines. The first says what is evaluated: the network's weights and the data as hashes, the seed, the
+precision. Each process that writes adds a line about itself: versions and device. Then each attack has a line with its
+settings, followed, in the order in which they are finished, by a line for each image and run (a random start, or a
+target), and by lines with the seconds spent. A line is whole or, where a process was killed within it, cut off by the
+next one. A resume with another network, other data or settings is refused, and the message says which field differs.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from fs_jax._utils.files import read_jsonl
+from fs_jax._utils.files import locked, read_jsonl
+from fs_jax.attacks.chain import Log, Outcome
+
+SCHEMA = "evaluation by fs_jax, version 2"
+"""Version of the journal and of the results: raised when a field changes its name or its meaning."""
 
 
-class Record(NamedTuple):
-    """What one run of an attack did to one image."""
-
-    index: int
-    """Of the image in the split."""
-    run: int
-    """Restart, or target."""
-    steps: int
-    """Steps done."""
-    fallen_at: int
-    """The step at which the image was first misclassified, 0 for the start; -1 if it stands."""
-    margin: float
-    """Lowest margin: logit of the label less the highest other one, above 0 where the image stands."""
-    linf: float
-    """Size of the perturbation there, in L-infinity on [0, 1]."""
-
-
-class Journal:
-    """Records by attack; with a path, on disk too.
+class Journal(Log):
+    """A `Log` that is on disk too.
 
     Args:
-      path: JSONL file, a new one or the one to resume; None keeps the records in memory only.
+      path: JSONL file, a new one or the one to resume.
       header: What is evaluated, as plain JSON data. A file with another header is refused.
+      environment: Versions and device of this process, as plain JSON data; `environments` are those of all.
 
     Raises:
       ValueError: if the file is of another evaluation, with the fields that differ; or isn't a journal.
@@ -52,52 +40,53 @@ class Journal:
     Example:
       >>> import tempfile
       >>> path = tempfile.mkdtemp() + "/records.jsonl"
-      >>> with Journal(path, {"seed": 0}) as journal:
+      >>> with Journal(path, {"seed": 0}, {"device": "cpu"}) as journal:
       ...   journal.begin("pgd-20", {"epsilon": 0.1})
-      ...   journal.append("pgd-20", [Record(7, 0, 20, -1, 0.5, 0.1)], seconds=2.0)
-      >>> with Journal(path, {"seed": 0}) as journal:
+      ...   journal.append("pgd-20", [Outcome(7, 0, 20, -1, 0.5, 0.1)], seconds=2.0)
+      >>> with Journal(path, {"seed": 0}, {"device": "gpu"}) as journal:
       ...   journal.begin("pgd-20", {"epsilon": 0.1})
-      ...   journal.records["pgd-20"][7, 0].margin, journal.seconds["pgd-20"]
-      (0.5, 2.0)
-      >>> Journal(path, {"seed": 1})
+      ...   journal.outcomes["pgd-20"][7, 0].margin, journal.seconds["pgd-20"], len(journal.environments)
+      (0.5, 2.0, 2)
+      >>> Journal(path, {"seed": 1}, {})
       Traceback (most recent call last):
       ValueError: seed: expected 0, as in ...records.jsonl; got 1. Give the same, or write to another folder.
     """
 
-    def __init__(self, path: str | os.PathLike | None, header: Mapping[str, Any]):
-        self.records: dict[str, dict[tuple[int, int], Record]] = {}
-        self.seconds: dict[str, float] = {}
+    def __init__(self, path: str | os.PathLike, header: Mapping[str, Any], environment: Mapping[str, Any]):
+        super().__init__()
+        self.environments: list[dict[str, Any]] = []
+        self.path = pathlib.Path(path)
         self._settings: dict[str, Mapping[str, Any]] = {}
-        self.path = None if path is None else pathlib.Path(path)
         self._file = None
-        if self.path is not None:
-            self._open(_plain(header))
+        self._open({"schema": SCHEMA, **_plain(header)}, _plain(environment))
 
     def begin(self, attack: str, settings: Mapping[str, Any]) -> None:
-        """Go on with an attack, or start it.
+        """Start an attack, or resume it.
 
         Raises:
           ValueError: if the attack has run with other settings.
         """
         settings = _plain(settings)
         if attack in self._settings:
-            self._refuse_changes(f"{attack}: ", self._settings[attack], settings)
+            self._refuse_changes(f"{attack}: ", _flat(self._settings[attack]), _flat(settings))
             return
-        self._add_attack(attack, settings)
+        self._settings[attack] = settings
+        super().begin(attack, settings)
         self._write([{"attack": attack, "settings": settings}])
 
-    def append(self, attack: str, records: Iterable[Record], *, seconds: float) -> None:
-        """Add finished records of an attack that was begun, and the seconds that they took."""
-        records = list(records)
-        self._add(attack, records, seconds)
+    def append(self, attack: str, outcomes: Iterable[Outcome], *, seconds: float) -> None:
+        """Add outcomes of an attack that was begun, and the seconds that they took."""
+        outcomes = list(outcomes)
+        super().append(attack, outcomes, seconds=seconds)
         # The seconds first: a line that is cut off takes its own image's work with it, and no more.
-        self._write([{"attack": attack, "seconds": seconds}, *({"attack": attack, **r._asdict()} for r in records)])
+        self._write([{"attack": attack, "seconds": seconds}, *({"attack": attack, **o._asdict()} for o in outcomes)])
 
     def close(self) -> None:
-        """Close the file, so that another process may go on."""
+        """Close the file, so that another process may resume it."""
         if self._file is not None:
             self._file.close()
             self._file = None
+        self._lock.release()
 
     def __enter__(self):
         return self
@@ -105,49 +94,50 @@ class Journal:
     def __exit__(self, *_):
         self.close()
 
-    def _open(self, header):
+    def _open(self, header, environment):
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = locked(self.path)
         self._file = open(self.path, "a+b")  # noqa: SIM115
         try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BlockingIOError(f"{self.path}: another process is writing it. Wait for its end.") from None
-            header = {"journal": _FORMAT, **header}
             if _line(header).startswith(self.path.read_bytes()):  # new, or killed within its first line
                 self._file.truncate(0)
                 self._write([header])
             first = (read_jsonl(self.path) or [{}])[0]
-            if first.get("journal") != _FORMAT:
-                raise ValueError(f"{self.path}: expected the records of an evaluation; got another file.")
+            if first.get("schema") != SCHEMA:
+                got = first.get("schema") or first.get("journal") or "another file"
+                raise ValueError(
+                    f"{self.path}: expected the records of an {SCHEMA}; got {got}. Write to another folder."
+                )
             self._refuse_changes("", first, header)
             self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # what a killed process didn't finish
             _, *rest = read_jsonl(self.path)
             for line in rest:
-                attack = line.pop("attack")
-                if "settings" in line:
-                    self._add_attack(attack, line["settings"])
-                elif "seconds" in line:
-                    self._add(attack, [], line["seconds"])
-                else:
-                    self._add(attack, [Record(**line)], 0)
+                self._read(line)
+            if environment not in self.environments:
+                self._write([{"environment": environment}])
+                self.environments.append(environment)
         except BaseException:
             self.close()
             raise
 
-    def _add_attack(self, attack, settings):
-        self._settings[attack], self.records[attack], self.seconds[attack] = settings, {}, 0.0
-
-    def _add(self, attack, records, seconds):
-        self.seconds[attack] += seconds
-        self.records[attack].update({(record.index, record.run): record for record in records})
+    def _read(self, line):
+        if "environment" in line:
+            self.environments.append(line["environment"])
+            return
+        attack = line.pop("attack")
+        if "settings" in line:
+            self._settings[attack] = line["settings"]
+            super().begin(attack, line["settings"])
+        elif "seconds" in line:
+            super().append(attack, [], seconds=line["seconds"])
+        else:
+            super().append(attack, [Outcome(**line)], seconds=0)
 
     def _write(self, lines):
-        if self._file is not None:
-            # All at once, and on the disk before the next ones.
-            self._file.write(b"".join(map(_line, lines)))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        # All at once, and on the disk before the next ones.
+        self._file.write(b"".join(map(_line, lines)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def _refuse_changes(self, where, theirs, ours):
         missing = object()
@@ -161,7 +151,9 @@ class Journal:
                 )
 
 
-_FORMAT = "fs_jax evaluation 1"
+def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an attack beside what else is known of it, so that a message names what differs."""
+    return {**{name: value for name, value in data.items() if name != "settings"}, **data.get("settings", {})}
 
 
 def fingerprint(tree: PyTree) -> str:

@@ -1,10 +1,8 @@
 """Suites: attacks that are run together, in their order."""
 
-import dataclasses
-
-from fs_jax import attacks
 from fs_jax._utils.validation import check_choice
-from fs_jax.evaluation.attack import Attack
+from fs_jax.attacks.autoattack import autoattack_attacks
+from fs_jax.attacks.registry import Attack
 
 SUITES = ("paper", "autoattack", "gradient-free", "all")
 
@@ -16,13 +14,15 @@ def suite(
     step_size: float | None = None,
     gradient_free_images: int | None = 100,
     num_directions: int = 128,
+    num_classes: int = 10,
 ) -> list[Attack]:
     """The attacks of a suite, in their order; the first is the clean image.
 
     - "paper": FGSM, PGD and CW as the paper reports them. With 20 and 100 steps the last iterate decides, as in the
       paper's code, so that numbers can be compared; with 500 and 1000 steps there are 5 starts and any iterate counts,
       which is stronger.
-    - "autoattack": the standard version, each attack on the images that still stand; its accuracy is that after it.
+    - "autoattack": the standard version, each attack on the images that those before it didn't break; its accuracy
+      is that after it.
     - "gradient-free": SPSA; local search, whose changes no radius bounds, and which is reported apart; and local search
       projected on the ball. (Square is AutoAttack's.) They ask the network so often that only the first images are
       attacked.
@@ -34,6 +34,7 @@ def suite(
       step_size: Step of PGD and CW; epsilon / 4 by default, as in the paper.
       gradient_free_images: How many images the gradient-free attacks are run on; None for all.
       num_directions: Of SPSA, in each step.
+      num_classes: Classes of the network.
 
     Raises:
       ValueError: for another name, with the nearest one.
@@ -47,27 +48,23 @@ def suite(
     chosen = {
         "paper": [
             Attack("fgsm", epsilon),
-            *(Attack(kind, epsilon, step_size, steps) for kind in ("pgd", "cw") for steps in (20, 100)),
             *(
-                Attack(kind, epsilon, step_size, steps, restarts=5, any_iterate=True)
+                Attack(kind, epsilon, step_size=step_size, num_steps=steps)
+                for kind in ("pgd", "cw")
+                for steps in (20, 100)
+            ),
+            *(
+                Attack(kind, epsilon, step_size=step_size, num_steps=steps, restarts=5, any_iterate=True)
                 for kind in ("pgd", "cw")
                 for steps in (500, 1000)
             ),
         ],
-        "autoattack": _chain(Attack(kind, epsilon) for kind in attacks.autoattack_settings("standard")),
+        "autoattack": autoattack_attacks(epsilon=epsilon, num_classes=num_classes)[1:],
         "gradient-free": [
             Attack("spsa", epsilon, num_directions=num_directions, **few),
-            Attack("local-search", 1.0, apart=True, **few),
             Attack("local-search", epsilon, **few),
+            Attack("local-search-projected", epsilon, **few),
         ],
     }
     parts = list(chosen) if name == "all" else [name]
     return [Attack("clean"), *(attack for part in parts for attack in chosen[part])]
-
-
-def _chain(chained):
-    """Each on what those before it left standing."""
-    before = ("clean",)
-    for attack in chained:
-        yield dataclasses.replace(attack, after=before)
-        before = (*before, attack.name)

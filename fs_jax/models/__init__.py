@@ -1,5 +1,5 @@
 """Networks in Flax Linen: `model.apply(variables, images, train=...) -> (logits, features)`."""
 
-from fs_jax.models.wide_resnet import BatchNorm, WideResNet
+from fs_jax.models.wide_resnet import BatchNorm, WideResNet, as_logits_fn
 
-__all__ = ["BatchNorm", "WideResNet"]
+__all__ = ["BatchNorm", "WideResNet", "as_logits_fn"]

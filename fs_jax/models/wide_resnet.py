@@ -1,13 +1,15 @@
 """Wide-ResNet (Zagoruyko & Komodakis, 2016), as the feature-scattering paper's code has it, in Flax Linen."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from fs_jax.config import ModelConfig
 from fs_jax.models.convolution import conv2d
@@ -204,3 +206,26 @@ def _wide(x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
     `jnp.sum(relu(relu(x) * y - 1).astype(float32))` is enough. In float32 the same is right.
     """
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def as_logits_fn(model: Any, variables: PyTree) -> Callable[[Float[Array, "n h w c"]], Float[Array, "n classes"]]:
+    """A network as attacks see it: `logits_fn(images)`, in inference mode. Of other variables it compiles nothing anew.
+
+    Args:
+      model: Flax module whose `apply(variables, images, train=False)` gives logits and features.
+      variables: Its variables; they are put on the device once.
+
+    Returns:
+      A function from images [N, H, W, C] to logits [N, classes].
+
+    Example:
+      >>> variables = jax.eval_shape(WideResNet(10, 1).init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+      >>> logits_fn = functools.partial(_logits, WideResNet(10, 1), variables)
+      >>> as_logits_fn(WideResNet(10, 1), {}).func == logits_fn.func
+      True
+    """
+    return functools.partial(_logits, model, jax.device_put(variables))
+
+
+def _logits(model, variables, images):
+    return model.apply(variables, images, train=False)[0]

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -18,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from fs_jax._utils.files import read_jsonl, write_text
+from fs_jax._utils.files import locked, read_jsonl, write_text
 from fs_jax._utils.validation import check_number
 from fs_jax.config import TrainConfig, from_dict, to_dict
 from fs_jax.data import Dataset
-from fs_jax.evaluation import Attack, evaluate
+from fs_jax.evaluation import evaluate
+from fs_jax.models import as_logits_fn
 from fs_jax.training.checkpoint import Checkpoints, check_same_config
 from fs_jax.training.parallel import pmap_train_steps, replicate, share, unreplicate
 from fs_jax.training.state import TrainState, create_state, make_model
@@ -259,11 +259,11 @@ def _monitor(config: TrainConfig, state: TrainState, monitor: tuple[np.ndarray, 
     images, labels = monitor
     epsilon = config.attack.epsilon
     result = evaluate(
-        make_model(config),
-        state.variables,
+        as_logits_fn(make_model(config), state.variables),
         images,
         labels,
-        [Attack("clean"), Attack("pgd", num_steps=10, step_size=epsilon / 4, epsilon=epsilon)],
+        ["clean", "pgd-10"],
+        epsilon=epsilon,
         seed=config.seed,
         progress=False,
     )
@@ -331,15 +331,17 @@ def _stop_signals() -> Iterator[list[int]]:
 @contextlib.contextmanager
 def _lock(workdir: pathlib.Path) -> Iterator[None]:
     """Two runs in one folder would write over each other: the second is refused."""
-    with (workdir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"workdir: expected a folder that no run is using; another process is training in {workdir}. "
-                "Wait for it, or choose another folder."
-            ) from None
+    try:
+        lock = locked(workdir / "run")
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"workdir: expected a folder that no run is using; another process is training in {workdir}. "
+            "Wait for it, or choose another folder."
+        ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _stopped(why: str, checkpoints: Checkpoints) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key, PyTree, UInt8
 
 from fs_jax._utils import backend
+from fs_jax._utils.images import as_float
 from fs_jax.augment import augment
 from fs_jax.config import TrainConfig
 from fs_jax.data import DataInfo
@@ -99,7 +100,7 @@ def _steps(config, info, devices):
             chosen = order[(first + i) * config.batch_size + positions]
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(augment_rng, state.step), positions)
             pixels = augment(keys, images[chosen], padding=info.crop_padding, flip=info.flip)
-            batch = {"images": pixels.astype(jnp.float32) / 255, "labels": labels[chosen]}
+            batch = {"images": as_float(pixels), "labels": labels[chosen]}
             return train_step(state, batch, noise_rng, config=config, axis_name=AXIS)
 
         def add(i, carry):
@@ -164,7 +165,7 @@ class _Program:
         key = (structure, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
         if key not in self._compiled:
             self._compiled[key] = self._pmapped.lower(*args).compile(
-                compiler_options=backend.compiler_options(training=True)
+                compiler_options=backend.compiler_options(backend.platform_of(args), training=True)
             )
         return self._compiled[key](*args)
 

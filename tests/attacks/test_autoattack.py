@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fs_jax import attacks
-from fs_jax.attacks.autoattack import SETTINGS, _keys_of
+from fs_jax.attacks.autoattack import VERSIONS
+from fs_jax.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("small_programs")
 
@@ -53,15 +54,15 @@ def test_the_record_is_what_the_network_says_of_its_images(problem, record):
 
 
 def test_the_record_agrees_with_itself(record):
-    assert list(record.stages) == ["clean", *SETTINGS["standard"]]
+    assert list(record.stages) == ["clean", *VERSIONS["standard"]]
     for done, (name, share) in enumerate(record.stages.items(), 1):
-        fallen = sum(to in list(record.stages)[:done] for to in record.fallen_to)
+        fallen = sum(to in list(record.stages)[:done] for to in record.broken_by)
         assert share == 1 - fallen / COUNT, name
     assert record.stages["square"] == record.robust.mean()
-    assert record.fallen_to[0] == "clean"
-    np.testing.assert_array_equal(record.robust, [not to for to in record.fallen_to])
+    assert record.broken_by[0] == "clean"
+    np.testing.assert_array_equal(record.robust, [not to for to in record.broken_by])
     np.testing.assert_array_equal(record.robust, record.steps < 0)
-    expected = {"num_steps": 100, "loss": "targeted", "num_runs": 4, "alpha": 0.75, "rho": 0.75}
+    expected = {"num_steps": 100, "targets": 4, "loss": "targeted", "alpha": 0.75, "rho": 0.75}
     assert record.settings["apgd-t"] == expected
     assert record.settings["epsilon"] == EPSILON
     # What stands has made every step of every run.
@@ -73,20 +74,32 @@ def test_the_record_agrees_with_itself(record):
 def test_an_image_falls_to_the_first_attack_that_breaks_it_alone(problem, record):
     logits_fn, images, labels = problem
     expected = ["clean"] + [""] * (COUNT - 1)
-    for name, attack in attacks.autoattack_steps(epsilon=EPSILON, num_classes=5).items():
-        keys = _keys_of(name, jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(COUNT)))
-        for look in attacks.packed(attack, logits_fn, keys, images, labels, batch_size=1):
+    for attack in attacks.autoattack_attacks(epsilon=EPSILON, num_classes=5)[1:]:
+        steps = attack.steps(5)
+        keys = attack.keys(KEY, jnp.arange(COUNT), steps.num_runs)
+        for look in attacks.packed(steps, logits_fn, keys, images, labels, batch_size=1):
             for job in look.finished:
                 if job.fallen and not expected[job.image]:
-                    expected[job.image] = name
-    assert record.fallen_to == expected
+                    expected[job.image] = attack.name
+    assert record.broken_by == expected
+
+
+def test_evaluate_runs_the_same_attacks_with_the_same_numbers(problem, record):
+    chain = attacks.autoattack_attacks(epsilon=EPSILON, num_classes=5)
+    worst = np.zeros_like(record.images)
+    result = evaluate(*problem, chain, seed=8, batch_size=1, worst_images=worst, progress=False)
+    assert [of_image["robust"] for of_image in result.records] == record.robust.tolist()
+    assert {attack["name"]: attack["accuracy"] for attack in result.summary["attacks"]} == record.stages
+    np.testing.assert_array_equal(worst, record.images)
+    by_attack = {attack["name"]: (attack["forward"], attack["backward"]) for attack in result.summary["attacks"]}
+    assert {name: by_attack[name] for name in record.queries} == record.queries
 
 
 def test_the_same_images_fall_whatever_the_batch_size(problem, record):
     other = run(problem, version=["apgd-ce"], batch_size=2)
-    fallen = np.array([to in ("clean", "apgd-ce") for to in record.fallen_to])
-    assert record.fallen_to.count("apgd-ce") > 1
-    assert other.fallen_to == [to if fell else "" for to, fell in zip(record.fallen_to, fallen, strict=True)]
+    fallen = np.array([to in ("clean", "apgd-ce") for to in record.broken_by])
+    assert record.broken_by.count("apgd-ce") > 1
+    assert other.broken_by == [to if fell else "" for to, fell in zip(record.broken_by, fallen, strict=True)]
     np.testing.assert_array_equal(other.steps[fallen], record.steps[fallen])
     np.testing.assert_allclose(other.images[fallen], record.images[fallen], atol=1e-6)
 
@@ -141,11 +154,12 @@ def test_warns_where_square_beats_the_gradients(problem):
 
 
 def test_versions_are_the_authors():
-    assert list(SETTINGS["standard"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
-    assert list(SETTINGS["plus"]) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
-    assert list(SETTINGS["rand"]) == ["apgd-ce", "apgd-dlr"]
-    plus = attacks.autoattack_steps("plus", num_classes=10)
+    assert list(VERSIONS["standard"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert list(VERSIONS["plus"]) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+    assert list(VERSIONS["rand"]) == ["apgd-ce", "apgd-dlr"]
+    plus = {attack.name: attack.steps(10) for attack in attacks.autoattack_attacks("plus")}
     assert {name: (attack.num_steps, attack.num_runs) for name, attack in plus.items()} == {
+        "clean": (0, 1),
         "apgd-ce": (100, 5),
         "apgd-dlr": (100, 5),
         "fab": (100, 5),
@@ -162,8 +176,12 @@ def test_versions_are_the_authors():
         ({"version": ["apgd-c"]}, ValueError, "got 'apgd-c'. Did you mean 'apgd-ce'?"),
         ({"version": ["fab", "fab"]}, ValueError, "version: expected at least one attack, and none twice"),
         ({"version": []}, ValueError, "version: expected at least one attack"),
-        ({"version": "rand"}, TypeError, "logits_fn: for version 'rand' expected a function of images and keys"),
-        ({"epsilon": 8}, ValueError, "epsilon: expected a number in [0, 1]"),
+        (
+            {"version": "rand"},
+            ValueError,
+            "function that takes images (N, 4, 4, 1) and a key for each; it raised",
+        ),
+        ({"epsilon": 8}, ValueError, "epsilon: expected a finite number of at least 0 of at most 1; got 8"),
     ],
 )
 def test_bad_settings_are_refused(problem, change, error, message):
@@ -173,7 +191,10 @@ def test_bad_settings_are_refused(problem, change, error, message):
 
 def test_bad_networks_and_images_are_refused(problem):
     logits_fn, images, labels = problem
-    with pytest.raises(ValueError, match=r"3\. Attacks that remain, .*: apgd-ce, apgd-dlr, fab, square, fab-t\."):
+    with pytest.raises(
+        ValueError,
+        match=r"apgd-t: .* 4 classes; it has 3\. .*apgd-dlr, fab, fab-t, square,",
+    ):
         run((lambda x: logits_fn(x)[:, :3], images, labels % 3))
     with pytest.raises(FloatingPointError, match="got others for 9 images as they are, the first at 0"):
         run((lambda x: jnp.nan * logits_fn(x), images, labels))

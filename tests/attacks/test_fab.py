@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
+from fs_jax._utils.keys import run_keys
 from fs_jax.attacks.fab import _nearest_boundary, fab, fab_steps, to_hyperplane
 
 pytestmark = pytest.mark.usefixtures("small_programs")
@@ -124,7 +125,7 @@ def test_runs_begin_at_the_image_and_then_at_half_the_radius(linear):
         jax.jit(lambda *args: fab_steps(epsilon=0.1).start(logits_fn, *args)),
         jax.random.split(jax.random.key(0), 8),
     )
-    firsts = [start(keys, images, labels, jnp.full(8, run)).iterate for run in range(3)]
+    firsts = [start(run_keys(keys, jnp.full(8, run)), images, labels, jnp.full(8, run)).iterate for run in range(3)]
     np.testing.assert_array_equal(firsts[0], images)
     noise = np.stack(firsts[1:]) - images
     # No pixel meets a wall; 6e-8 is what float32 rounds.

@@ -26,7 +26,7 @@ def logits_fn(images):
 def states(num_steps, logits_fn, image, **settings):
     attack = local_search_steps(**settings)
     start, step = (jax.jit(lambda *args, part=part: part(logits_fn, *args)) for part in (attack.start, attack.step))
-    states = [start(KEY[None], image, LABEL, jnp.array([0]))]
+    states = [start(jax.random.fold_in(KEY, 0)[None], image, LABEL, jnp.array([0]))]
     for _ in range(num_steps):
         states.append(step(states[-1], image, LABEL))
     return states

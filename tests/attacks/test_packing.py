@@ -124,13 +124,11 @@ def test_uint8_images_are_scaled(problem):
         np.testing.assert_allclose(jobs[image, 0].adversarial, stored[image] / 255, atol=1e-7)
 
 
-def test_another_radius_compiles_nothing_anew(problem):
-    from fs_jax.attacks.packing import _programs
-
-    before = _programs().advance._cache_size()
-    for epsilon in (0.01, 0.02):
-        finished(problem, attacks.pgd_steps(epsilon=epsilon, num_steps=3), batch_size=4, jobs=[(0, 0)])
-    assert _programs().advance._cache_size() == before
+def test_another_radius_compiles_nothing_anew(problem, compilations):
+    finished(problem, attacks.pgd_steps(epsilon=0.03, num_steps=3), batch_size=4, jobs=[(0, 0)])
+    with compilations() as compiled:
+        finished(problem, attacks.pgd_steps(epsilon=0.01, num_steps=3), batch_size=4, jobs=[(0, 0)])
+    assert not compiled
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Every image counts once, restarts and attacks are worst cases, and the batch size changes nothing."""
 
+import functools
+import json
 import os
 import pathlib
 import re
@@ -14,32 +16,27 @@ import numpy as np
 import pytest
 
 from fs_jax import data
-from fs_jax.attacks import cross_entropy
+from fs_jax.attacks import REGISTRY, cross_entropy, logit_margin, transfer
+from fs_jax.attacks.chain import Outcome
 from fs_jax.evaluation import Attack, accuracy, evaluate, parse_attack, suite
-from fs_jax.evaluation.journal import Journal
 
 pytestmark = pytest.mark.usefixtures("small_programs")
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 DIGITS = data.load("digits")
 IMAGES = DIGITS.test_images[:50]
 
 
-class Perceptron:
+def perceptron(variables, images):
     """Two layers on digits: small enough that what is tested here is the evaluation."""
-
-    def apply(self, variables, images, train=False):
-        hidden = jnp.tanh(images.reshape(len(images), -1) @ variables["first"])
-        return hidden @ variables["second"], hidden
+    return jnp.tanh(images.reshape(len(images), -1) @ variables["first"]) @ variables["second"]
 
 
-PERCEPTRON = Perceptron()  # the same one everywhere, so that programs are compiled once
-
-
-def make_network():
+def make_network(**changed):
     rng = np.random.default_rng(0)
     first, second = rng.normal(scale=0.3, size=(64, 64)), rng.normal(scale=0.3, size=(64, 10))
-    return PERCEPTRON, {"first": first.astype(np.float32), "second": second.astype(np.float32)}
+    variables = {"first": first.astype(np.float32), "second": second.astype(np.float32), **changed}
+    return functools.partial(perceptron, variables)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +45,14 @@ def network():
 
 
 # What the network says of the images, but for one in ten: so clean accuracy is 90%.
-LABELS = np.asarray(jnp.argmax(PERCEPTRON.apply(make_network()[1], IMAGES / np.float32(255))[0], -1))
+LABELS = np.asarray(jnp.argmax(make_network()(IMAGES / np.float32(255)), -1))
 LABELS = np.where(np.arange(50) % 10 == 3, (LABELS + 1) % 10, LABELS)
 
 
-class LabelReader:
+def label_reader(images):
     """A network that reads the label off the first pixel, and is sure of it: nothing fools it below 1/20."""
-
-    def apply(self, variables, images, train=False):
-        level = jnp.round(images[:, 0, 0, 0] * 10).astype(int)
-        return 10.0 * jax.nn.one_hot(level, 10) + 0 * jnp.sum(images), None
+    level = jnp.round(images[:, 0, 0, 0] * 10).astype(int)
+    return 10.0 * jax.nn.one_hot(level, 10) + 0 * jnp.sum(images)
 
 
 def test_every_image_counts_once_with_a_masked_last_batch():
@@ -65,7 +60,7 @@ def test_every_image_counts_once_with_a_masked_last_batch():
     images = np.zeros((23, 2, 2, 1), np.float32) + (labels / 10)[:, None, None, None].astype(np.float32)
     wrong = labels.copy()
     wrong[[3, 22]] = (wrong[[3, 22]] + 1) % 10  # one in the midst, and the very last, which stands in the filled batch
-    result = evaluate(LabelReader(), {}, images, wrong, [Attack("clean")], batch_size=8, progress=False)
+    result = evaluate(label_reader, images, wrong, [Attack("clean")], batch_size=8, progress=False)
     assert result.summary["images"] == 23
     assert result.summary["attacks"][0]["correct"] == 21
     assert [record["index"] for record in result.records] == list(range(23))
@@ -77,20 +72,21 @@ def test_every_image_counts_once_with_a_masked_last_batch():
 @pytest.mark.slow
 def test_the_batch_size_changes_nothing(network):
     attacks = [Attack("clean"), Attack("pgd", 0.1, num_steps=3)]
-    by_size = [evaluate(*network, IMAGES, LABELS, attacks, batch_size=b, progress=False) for b in (50, 16)]
+    by_size = [evaluate(network, IMAGES, LABELS, attacks, batch_size=b, progress=False) for b in (50, 16)]
     for one, other in zip(*(result.records for result in by_size), strict=True):
         for name in ("clean", "pgd-3"):
             # Sums of differently shaped products, in float32, of logits of size 10.
             assert abs(one["margin"][name] - other["margin"][name]) < 1e-3
 
 
-def test_restarts_and_attacks_are_worst_cases(network):
+def test_restarts_and_attacks_are_worst_cases(network, tmp_path):
     attacks = [Attack("clean"), Attack("pgd", 0.03, num_steps=2), Attack("pgd", 0.03, num_steps=2, restarts=4)]
-    journal = Journal(None, {})
-    result = evaluate(*network, IMAGES, LABELS, attacks, batch_size=50, journal=journal, progress=False)
+    path = tmp_path / "records.jsonl"
+    result = evaluate(network, IMAGES, LABELS, attacks, batch_size=50, journal=path, progress=False)
+    outcomes = outcomes_of(path, "pgd-2x4")
     clean, once, often = result.summary["attacks"]
     assert [attack["name"] for attack in result.summary["attacks"]] == ["clean", "pgd-2", "pgd-2x4"]
-    runs = np.array([[journal.records["pgd-2x4"][i, run].margin > 0 for i in range(50)] for run in range(4)])
+    runs = np.array([[outcomes[i, run].margin > 0 for i in range(50)] for run in range(4)])
     assert often["accuracy"] == np.mean(np.all(runs, axis=0))
     assert often["lowest_single_run"] == np.mean(runs, axis=1).min() > often["accuracy"]
     # The first start of four is the one start of one, so that more starts can only find more.
@@ -102,43 +98,43 @@ def test_restarts_and_attacks_are_worst_cases(network):
 
 def test_the_same_seed_gives_the_same_result_and_another_another(network):
     def margins(seed):
-        result = evaluate(*network, IMAGES, LABELS, [Attack("fgsm", 0.1)], batch_size=50, seed=seed, progress=False)
+        result = evaluate(network, IMAGES, LABELS, [Attack("fgsm", 0.1)], batch_size=50, seed=seed, progress=False)
         return [record["margin"]["fgsm"] for record in result.records]
 
     assert margins(0) == margins(0) != margins(1)
 
 
-def test_images_leave_when_they_fall_and_the_table_says_what_that_saved(network):
+def test_misclassified_images_are_dropped_and_the_table_says_what_that_saved(network, tmp_path):
     attack = Attack("pgd", 0.03, num_steps=30, restarts=2, any_iterate=True)
-    journal = Journal(None, {})
-    result = evaluate(*network, IMAGES, LABELS, [attack], batch_size=16, journal=journal, progress=False)
+    path = tmp_path / "records.jsonl"
+    result = evaluate(network, IMAGES, LABELS, [attack], batch_size=16, journal=path, progress=False)
     (summary,) = result.summary["attacks"]
-    runs = journal.records["pgd-30x2"].values()
-    assert all(run.steps == (run.fallen_at if run.fallen_at >= 0 else 30) for run in runs)
+    runs = outcomes_of(path, "pgd-30x2").values()
+    assert all(run.steps == (run.misclassified_at if run.misclassified_at >= 0 else 30) for run in runs)
     # A start is one pass in either direction, and so is a step.
     assert summary["forward"] == summary["backward"] == sum(1 + run.steps for run in runs) < 100 * 31
-    falls = [[run.fallen_at for run in runs if run.index == i and run.fallen_at > 0] for i in range(50)]
+    falls = [[run.misclassified_at for run in runs if run.index == i and run.misclassified_at > 0] for i in range(50)]
     first = np.array([min(steps, default=99) for steps in falls])
     assert summary["by_step"] == [[n, np.mean(first > n)] for n in (1, 2, 5, 10, 20, 30)]
     assert summary["by_step"][-1][1] == summary["accuracy"] < summary["by_step"][0][1]
-    assert all(0 < record["linf"]["pgd-30x2"] <= 0.03 for record in result.records)
+    assert all(0 < record["distance"]["pgd-30x2"] <= 0.03 for record in result.records)
 
 
 def test_an_attack_after_others_spares_what_they_broke(network):
     pgd = Attack("pgd", 0.02, num_steps=5)
     chained = [Attack("clean"), pgd, Attack("apgd-ce", 0.02, after=("clean", "pgd-5"), num_images=30)]
-    result = evaluate(*network, IMAGES, LABELS, chained, batch_size=50, progress=False)
+    result = evaluate(network, IMAGES, LABELS, chained, batch_size=50, progress=False)
     standing = [r["index"] for r in result.records[:30] if r["margin"]["clean"] > 0 and r["margin"]["pgd-5"] > 0]
     assert [r["index"] for r in result.records if "apgd-ce" in r["margin"]] == standing
     _, _, last = result.summary["attacks"]
     assert (last["attacked"], last["total"]) == (len(standing), 30)
     assert last["correct"] == sum(r["margin"].get("apgd-ce", -1) > 0 for r in result.records)
     with pytest.raises(ValueError, match="apgd-ce: expected to come after pgd-5"):
-        evaluate(*network, IMAGES, LABELS, [chained[0], chained[2]], batch_size=50, progress=False)
+        evaluate(network, IMAGES, LABELS, [chained[0], chained[2]], batch_size=50, progress=False)
 
 
 def check_worst_images(network, worst, result):
-    logits = np.asarray(network[0].apply(network[1], worst)[0])
+    logits = np.asarray(network(worst))
     is_true = np.arange(10) == LABELS[: len(worst), None]
     margins = logits[is_true] - np.where(is_true, -np.inf, logits).max(-1)
     near = [attack["name"] for attack in result.summary["attacks"] if not attack["apart"]]
@@ -155,38 +151,37 @@ CLEAN, FGSM, CW = Attack("clean"), Attack("fgsm", 0.02), Attack("cw", 0.02, num_
 def test_the_worst_images_are_those_of_the_lowest_margins(network):
     attacks = [CLEAN, FGSM, CW, Attack("fgsm", 1.0, apart=True, label="far")]
     worst = np.zeros((20, 8, 8, 1), np.float32)  # of the first images only
-    result = evaluate(*network, IMAGES, LABELS, attacks, batch_size=50, worst_images=worst, progress=False)
+    result = evaluate(network, IMAGES, LABELS, attacks, batch_size=50, worst_images=worst, progress=False)
     check_worst_images(network, worst, result)
 
 
-def test_the_worst_images_stay_when_an_attack_is_put_before_those_that_were_run(network):
-    worst, journal = np.zeros((20, 8, 8, 1), np.float32), Journal(None, {})
+def test_the_worst_images_stay_when_an_attack_is_put_before_those_that_were_run(network, tmp_path):
+    worst, path = np.zeros((20, 8, 8, 1), np.float32), tmp_path / "records.jsonl"
     for attacks in ([CLEAN, CW], [CLEAN, FGSM, CW]):
         result = evaluate(
-            *network, IMAGES, LABELS, attacks, batch_size=50, worst_images=worst, journal=journal, progress=False
+            network, IMAGES, LABELS, attacks, batch_size=50, worst_images=worst, journal=path, progress=False
         )
         check_worst_images(network, worst, result)
 
 
 def test_adversaries_of_another_network_are_made_there_and_judged_here(network):
-    model, variables = network
-    other = {"first": variables["first"][::-1], "second": variables["second"]}
-    transfer = Attack("transfer", 0.05, source="other")
-    worst = np.zeros(IMAGES.shape, np.float32)
-    settings = {"batch_size": 50, "source": (model, other), "worst_images": worst, "progress": False}
-    result = evaluate(*network, IMAGES, LABELS, [transfer], **settings)
+    other = make_network(first=network.args[0]["first"][::-1])
+    attack = transfer(other, IMAGES, LABELS, epsilon=0.05, source="other")
+    result = evaluate(network, IMAGES, LABELS, [CLEAN, attack], batch_size=50, progress=False)
 
     def loss_there(images):
-        return float(jnp.mean(cross_entropy(model.apply(other, images)[0], LABELS)))
+        return float(jnp.mean(cross_entropy(other(images), LABELS)))
 
-    assert loss_there(worst) > loss_there(IMAGES / np.float32(255)) + 0.5
-    own = evaluate(*network, IMAGES, LABELS, [Attack("pgd", 0.05)], batch_size=50, progress=False)
-    assert own.summary["worst"]["accuracy"] < result.summary["worst"]["accuracy"]
-    with pytest.raises(ValueError, match="source: expected another network"):
-        evaluate(*network, IMAGES, LABELS, [transfer], progress=False)
-    fewer = {"first": variables["first"], "second": variables["second"][:, :7]}
-    with pytest.raises(ValueError, match="source: expected a network of 10 classes, as the other has; got 7"):
-        evaluate(*network, IMAGES, LABELS, [transfer], source=(model, fewer), progress=False)
+    assert loss_there(attack.images) > loss_there(IMAGES / np.float32(255)) + 0.5
+    margins = logit_margin(network(attack.images), LABELS)
+    np.testing.assert_allclose([record["margin"]["transfer"] for record in result.records], margins, atol=1e-4)
+    assert all(0.04 < record["distance"]["transfer"] <= 0.05 for record in result.records)
+    own = evaluate(network, IMAGES, LABELS, [Attack("pgd", 0.05)], batch_size=50, progress=False)
+    clean, transferred = result.summary["attacks"]
+    assert own.summary["worst"]["accuracy"] < transferred["accuracy"] < clean["accuracy"]
+    assert result.summary["worst"]["accuracy"] == clean["accuracy"]  # it is apart
+    with pytest.raises(ValueError, match=r"transfer: expected adversaries of shape \(49, 8, 8, 1\)"):
+        evaluate(network, IMAGES[1:], LABELS[1:], [CLEAN, attack], progress=False)
 
 
 # At this radius some images stand to the end.
@@ -195,15 +190,25 @@ CHAIN = [Attack("clean"), LONG, Attack("apgd-t", 0.01, after=("clean", LONG.name
 KILLED = """
 import sys
 import tests.conftest  # its settings, so that this process computes as the tests' does
-from fs_jax.evaluation.journal import Journal
-from tests.test_evaluation import CHAIN, records_of
+from tests.evaluation.test_evaluation import CHAIN, records_of
 with Journal(sys.argv[1], {}) as journal:
     records_of(journal, CHAIN[:2])
 """
 
 
+def outcomes_of(path, attack):
+    """What a journal holds of an attack, by image and run."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()[1:] if line.endswith("}")]
+    outcomes = [
+        Outcome(**{name: line[name] for name in Outcome._fields})
+        for line in lines
+        if line.get("attack") == attack and "index" in line
+    ]
+    return {(outcome.index, outcome.run): outcome for outcome in outcomes}
+
+
 def records_of(journal, attacks):
-    return evaluate(*make_network(), IMAGES, LABELS, attacks, batch_size=16, journal=journal, progress=False).records
+    return evaluate(make_network(), IMAGES, LABELS, attacks, batch_size=16, journal=journal, progress=False).records
 
 
 def assert_same_records(ours, theirs):
@@ -213,9 +218,9 @@ def assert_same_records(ours, theirs):
     """
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
-        for name in ("index", "label", "robust", "fallen_at"):
+        for name in ("index", "label", "robust", "misclassified_at"):
             assert one[name] == other[name]
-        for name in ("margin", "linf"):
+        for name in ("margin", "distance"):
             assert one[name] == pytest.approx(other[name], abs=1e-4)
 
 
@@ -234,10 +239,9 @@ def test_an_evaluation_that_is_killed_and_resumed_ends_in_the_same_numbers(tmp_p
     process.kill()
     assert process.wait() == -signal.SIGKILL
     killed = path.read_bytes()
-    with Journal(path, {}) as journal:
-        done = len(journal.records[LONG.name])
-        resumed = records_of(journal, CHAIN)
-        assert 0 < done < 100 == len(journal.records[LONG.name])  # it was killed in the midst of it
+    done = len(outcomes_of(path, LONG.name))
+    resumed = records_of(path, CHAIN)
+    assert 0 < done < 100 == len(outcomes_of(path, LONG.name))  # it was killed in the midst of it
     whole = path.read_bytes()
     assert whole.startswith(killed[: killed.rfind(b"\n") + 1])  # nothing was done again
     assert_same_records(resumed, records_of(None, CHAIN))
@@ -246,37 +250,81 @@ def test_an_evaluation_that_is_killed_and_resumed_ends_in_the_same_numbers(tmp_p
 def test_an_evaluation_resumed_from_a_truncated_journal_ends_in_the_same_numbers(tmp_path):
     path = tmp_path / "records.jsonl"
     chain = [Attack("clean"), Attack("apgd-t", 0.01, after=("clean",))]
-    with Journal(path, {}) as journal:
-        whole = records_of(journal, chain)
+    whole = records_of(path, chain)
     # Among the targets of the attack.
     text = path.read_bytes()
     cut = text[: (text.index(b"apgd-t") + len(text)) // 2]
     path.write_bytes(cut)
-    with Journal(path, {}) as journal:
-        assert_same_records(records_of(journal, chain), whole)
+    assert_same_records(records_of(path, chain), whole)
     assert path.read_bytes().startswith(cut[: cut.rfind(b"\n") + 1])  # nothing was done again
 
 
 def test_an_attack_that_has_changed_is_refused(tmp_path):
-    with Journal(tmp_path / "records.jsonl", {}) as journal:
-        records_of(journal, [Attack("fgsm", 0.1)])
-    with (
-        Journal(tmp_path / "records.jsonl", {}) as journal,
-        pytest.raises(ValueError, match="fgsm: epsilon: expected"),
-    ):
-        records_of(journal, [Attack("fgsm", 0.2)])
+    path = tmp_path / "records.jsonl"
+    records_of(path, [Attack("fgsm", 0.1)])
+    with pytest.raises(ValueError, match="fgsm: epsilon: expected"):
+        records_of(path, [Attack("fgsm", 0.2)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed: expected 0, as in"),
+        ({"precision": "default"}, "precision: expected 'float32', as in"),
+        ({"first": 100}, "first: expected 0, as in"),
+        ({"about": {"split": "train"}}, "split: expected none, as in"),
+        ({"logits_fn": make_network(second=np.zeros((64, 10), np.float32))}, "weights: expected"),
+        ({"labels": (LABELS + 1) % 10}, "data: expected"),
+    ],
+)
+def test_a_resume_of_another_evaluation_is_refused(network, tmp_path, change, message):
+    path = tmp_path / "records.jsonl"
+    arguments = {"logits_fn": network, "images": IMAGES, "labels": LABELS, "attacks": [CLEAN], "journal": path}
+    evaluate(**arguments, progress=False)
+    with pytest.raises(ValueError, match=message):
+        evaluate(**{**arguments, **change}, progress=False)
 
 
 def test_attacks_that_a_journal_holds_are_not_left_out(tmp_path):
     # Their adversaries are among the worst images.
-    with Journal(tmp_path / "records.jsonl", {}) as journal:
-        records_of(journal, [Attack("fgsm", 0.1)])
-    before = (tmp_path / "records.jsonl").read_bytes()
-    with Journal(tmp_path / "records.jsonl", {}) as journal:
-        with pytest.raises(ValueError, match=r"attack_list: expected fgsm too, as in .*records\.jsonl; got clean\."):
-            records_of(journal, [Attack("clean")])
-        assert (tmp_path / "records.jsonl").read_bytes() == before
-        records_of(journal, [Attack("clean"), Attack("fgsm", 0.1)])  # more of them may come later
+    path = tmp_path / "records.jsonl"
+    records_of(path, [Attack("fgsm", 0.1)])
+    before = outcomes_of(path, "fgsm")
+    with pytest.raises(ValueError, match=r"attacks: expected fgsm too, as in the journal; got clean\."):
+        records_of(path, [Attack("clean")])
+    assert outcomes_of(path, "fgsm") == before
+    records_of(path, [Attack("clean"), Attack("fgsm", 0.1)])  # more of them may come later
+
+
+def test_images_that_an_attack_was_not_meant_for_are_unknown(network):
+    few = Attack("square", 0.02, num_steps=20, num_images=20, after=["clean"])
+    result = evaluate(network, IMAGES, LABELS, [CLEAN, few], batch_size=50, progress=False)
+    robust = [record["robust"] for record in result.records]
+    clean = [record["margin"]["clean"] > 0 for record in result.records]
+    # What is misclassified as it is, is known to be.
+    assert robust[20:] == [None if right else False for right in clean[20:]]
+    assert None not in robust[:20]
+    worst = result.summary["worst"]
+    assert (worst["correct"], worst["total"], worst["unknown"]) == (sum(robust[:20]), 20, 30)
+    assert worst["correct"] == result.summary["attacks"][1]["correct"]
+
+
+def test_a_part_of_the_images_fares_as_in_the_whole(network):
+    attacks = [CLEAN, "pgd-3x2", Attack("apgd-t", 0.01, num_steps=5, after=["clean"])]
+    settings = {"epsilon": 0.02, "batch_size": 10, "progress": False}
+    whole = evaluate(network, IMAGES, LABELS, attacks, **settings)
+    part = evaluate(network, IMAGES[30:], LABELS[30:], attacks, first=30, **settings)
+    assert_same_records(part.records, whole.records[30:])
+
+
+def test_numbers_do_not_depend_on_the_implementation_of_keys(network):
+    def margins():
+        result = evaluate(network, IMAGES, LABELS, [Attack("fgsm", 0.1)], batch_size=50, progress=False)
+        return [record["margin"]["fgsm"] for record in result.records]
+
+    before = margins()
+    with jax.default_prng_impl("rbg"):
+        assert margins() == before
 
 
 def test_suites():
@@ -284,7 +332,7 @@ def test_suites():
         "clean", "fgsm", "pgd-20", "pgd-100", "cw-20", "cw-100", "pgd-500x5", "pgd-1000x5", "cw-500x5", "cw-1000x5",
     ]  # fmt: skip
     # As the paper runs its own: steps of 2/255 at 8/255, of 8/255 for FGSM; and the last iterate decides.
-    assert {attack.name: (attack.step_size * 255, attack.any_iterate) for attack in suite("paper")[1:]} == {
+    assert {a.name: (a.settings["step_size"] * 255, a.any_iterate) for a in suite("paper")[1:]} == {
         "fgsm": (8, False),
         **{f"{kind}-{steps}": (2, False) for kind in ("pgd", "cw") for steps in (20, 100)},
         **{f"{kind}-{steps}x5": (2, True) for kind in ("pgd", "cw") for steps in (500, 1000)},
@@ -310,10 +358,13 @@ def test_intervals_are_wilsons():
 
 
 def test_words_for_attacks():
-    assert parse_attack("pgd-100", epsilon=0.1) == Attack("pgd", 0.1, 0.025, 100)
-    assert parse_attack("cw-7", step_size=0.01, restarts=5) == Attack("cw", 8 / 255, 0.01, 7, 5)
-    assert parse_attack("fgsm", epsilon=0.1).step_size == 0.1
-    for word in ("pdg-20", "pgd", "fsgm", "cw-x"):
+    assert parse_attack("pgd-100", epsilon=0.1) == Attack("pgd", 0.1, step_size=0.025, num_steps=100)
+    assert parse_attack("cw-7", step_size=0.01, restarts=5) == Attack("cw", step_size=0.01, num_steps=7, restarts=5)
+    assert parse_attack("cw-7x5") == parse_attack("cw-7", restarts=5)
+    assert parse_attack("fgsm", epsilon=0.1).settings["step_size"] == 0.1
+    for name in REGISTRY:
+        assert parse_attack(parse_attack(name).name) == Attack(name)
+    for word in ("pdg-20", "fsgm", "cw-x", "square-20", "apgd-cex3", "pgd-20-20"):
         with pytest.raises(ValueError, match=r"attack: expected one of clean, fgsm.*Did you mean"):
             parse_attack(word)
     with pytest.raises(ValueError, match="num_steps: expected an integer of at least 1"):
@@ -324,26 +375,30 @@ def test_words_for_attacks():
     ("change", "error", "message"),
     [
         ({"images": IMAGES[0]}, ValueError, "images: expected shape [N, height, width, channels]"),
-        ({"images": IMAGES[:0], "labels": LABELS[:0]}, ValueError, "with N > 0"),
+        ({"images": IMAGES[:0], "labels": LABELS[:0]}, ValueError, "images: expected at least one; got none"),
         ({"labels": LABELS[:-1]}, ValueError, "labels: expected shape (50,)"),
         ({"images": IMAGES.astype(np.float32)}, ValueError, "images: expected values in [0, 1]; got [0, 255]"),
         ({"images": IMAGES.astype(np.int32)}, TypeError, "images: expected uint8, or floating point in [0, 1]"),
         ({"labels": LABELS.astype(float)}, TypeError, "labels: expected integers"),
-        ({"attack_list": []}, ValueError, "attack_list: expected at least one attack"),
-        ({"attack_list": [Attack("fgsm"), Attack("fgsm")]}, ValueError, "none twice"),
+        ({"attacks": []}, ValueError, "attacks: expected at least one that isn't apart"),
+        ({"attacks": ["local-search"]}, ValueError, "apart from the worst case; got local-search"),
+        ({"attacks": [Attack("fgsm"), Attack("fgsm")]}, ValueError, "attacks: expected each once"),
+        ({"attacks": ["clean", Attack("apgd-ce", num_draws=20)]}, ValueError, "attacks: expected num_draws for all"),
+        ({"first": -1}, ValueError, "first: expected an integer of at least 0"),
+        ({"precision": "float16"}, ValueError, "precision: expected one of float32, default"),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer of at least 1"),
         ({"labels": LABELS + 90}, ValueError, "labels: expected classes 0 to 9"),
-        ({"images": IMAGES[:, :4]}, ValueError, "images: expected of a shape that the network takes; got (4, 8, 1)"),
+        ({"images": IMAGES[:, :4]}, ValueError, "logits_fn: expected a function that takes images (N, 4, 8, 1)"),
+        ({"logits_fn": lambda x: x}, ValueError, "logits_fn: expected logits of shape [N, classes]; got (2, 8, 8, 1)"),
     ],
 )
 def test_bad_input_is_refused(network, change, error, message):
-    arguments = {"images": IMAGES, "labels": LABELS, "attack_list": [Attack("clean")], "batch_size": 50, **change}
+    arguments = {"logits_fn": network, "images": IMAGES, "labels": LABELS, "attacks": ["clean"], "batch_size": 50}
     with pytest.raises(error, match=re.escape(message)):
-        evaluate(*network, **arguments, progress=False)
+        evaluate(**{**arguments, **change}, progress=False)
 
 
-def test_a_network_without_finite_logits_is_refused(network):
-    model, variables = network
-    broken = jax.tree.map(lambda x: x * jnp.nan, variables)
+def test_a_network_without_finite_logits_is_refused():
+    broken = make_network(second=np.full((64, 10), np.nan, np.float32))
     with pytest.raises(FloatingPointError, match="expected finite logits and gradients"):
-        evaluate(model, broken, IMAGES, LABELS, [Attack("clean")], batch_size=50, progress=False)
+        evaluate(broken, IMAGES, LABELS, ["clean"], batch_size=50, progress=False)

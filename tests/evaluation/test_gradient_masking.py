@@ -18,6 +18,7 @@ def evaluation(**standing):
     attacks = [
         {
             "name": name, "kind": kind, "epsilon": epsilon, "apart": apart, "after": after,
+            "uses_gradients": kind not in ("clean", "square", "transfer"),
             **accuracy(np.arange(TOTAL) < count),
         }
         for name, (count, kind, epsilon, apart, after) in standing.items()
@@ -27,7 +28,7 @@ def evaluation(**standing):
         {
             "robust": i < worst,
             "margin": {name: 1.0 if i < of[0] else -1.0 for name, of in standing.items()},
-            "fallen_at": {name: -1 if i < of[0] else 0 for name, of in standing.items()},
+            "misclassified_at": {name: -1 if i < of[0] else 0 for name, of in standing.items()},
         }
         for i in range(TOTAL)
     ]

@@ -1,4 +1,4 @@
-"""The log of an evaluation goes on after any end, and takes no other evaluation for its own."""
+"""An interrupted evaluation resumes from its log, and another one is refused."""
 
 import json
 import re
@@ -6,31 +6,33 @@ import re
 import numpy as np
 import pytest
 
-from fs_jax.evaluation.journal import Journal, Record, fingerprint
+from fs_jax.attacks.chain import Outcome
+from fs_jax.evaluation.journal import Journal, fingerprint
 
 HEADER = {"weights": "1f", "epsilon": 0.1, "shape": [8, 8]}
-SETTINGS = {"num_steps": 20, "after": ("clean",)}
-RECORDS = [Record(index, run, 20, -1 if index else 3, 0.5 - index, 0.1) for run in (0, 1) for index in (0, 1, 2)]
+HERE = {"device": "cpu", "jax": "0.12"}
+SETTINGS = {"settings": {"num_steps": 20}, "after": ("clean",)}
+OUTCOMES = [Outcome(index, run, 20, -1 if index else 3, 0.5 - index, 0.1) for run in (0, 1) for index in (0, 1, 2)]
 
 
 def write(path):
-    with Journal(path, HEADER) as journal:
+    with Journal(path, HEADER, HERE) as journal:
         journal.begin("clean", {})
-        journal.append("clean", RECORDS[:1], seconds=0.25)
+        journal.append("clean", OUTCOMES[:1], seconds=0.25)
         journal.begin("pgd-20", SETTINGS)
-        journal.append("pgd-20", RECORDS[:2], seconds=1.5)
-        journal.append("pgd-20", RECORDS[2:], seconds=2.5)
+        journal.append("pgd-20", OUTCOMES[:2], seconds=1.5)
+        journal.append("pgd-20", OUTCOMES[2:], seconds=2.5)
 
 
 def read(path):
-    with Journal(path, HEADER) as journal:
-        return journal.records, journal.seconds
+    with Journal(path, HEADER, HERE) as journal:
+        return journal.outcomes, journal.seconds
 
 
 def test_what_was_written_is_there_again(tmp_path):
     write(tmp_path / "records.jsonl")
-    records, seconds = read(tmp_path / "records.jsonl")
-    assert records["pgd-20"] == {(record.index, record.run): record for record in RECORDS}
+    outcomes, seconds = read(tmp_path / "records.jsonl")
+    assert outcomes["pgd-20"] == {(outcome.index, outcome.run): outcome for outcome in OUTCOMES}
     assert seconds == {"clean": 0.25, "pgd-20": 4.0}
 
 
@@ -40,14 +42,14 @@ def test_cut_anywhere_it_keeps_the_whole_lines_and_goes_on(tmp_path):
     whole = path.read_bytes()
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
-        with Journal(path, HEADER) as journal:
+        with Journal(path, HEADER, HERE) as journal:
             journal.begin("pgd-20", SETTINGS)
-            journal.append("pgd-20", RECORDS, seconds=1)
+            journal.append("pgd-20", OUTCOMES, seconds=1)
         assert all(json.loads(line) for line in path.read_text().splitlines())
         # The lines before the cut, word for word; but for the first, without which nothing follows.
         kept = whole[:cut].rfind(b"\n") + 1
         assert path.read_bytes().startswith(whole[:kept])
-        assert read(path)[0]["pgd-20"].keys() == {(record.index, record.run) for record in RECORDS}
+        assert read(path)[0]["pgd-20"].keys() == {(outcome.index, outcome.run) for outcome in OUTCOMES}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_cut_anywhere_it_keeps_the_whole_lines_and_goes_on(tmp_path):
         ({"weights": "2e"}, {}, "weights: expected '1f', as in"),
         ({"epsilon": 0.2}, {}, "epsilon: expected 0.1, as in"),
         ({"split": "test"}, {}, "split: expected none, as in"),
-        ({}, {"num_steps": 40}, "pgd-20: num_steps: expected 20, as in"),
+        ({}, {"settings": {"num_steps": 40}}, "pgd-20: num_steps: expected 20, as in"),
         ({}, {"after": ()}, "pgd-20: after: expected ['clean'], as in"),
     ],
 )
@@ -64,7 +66,7 @@ def test_another_evaluation_is_refused_and_nothing_is_changed(tmp_path, header, 
     path = tmp_path / "records.jsonl"
     write(path)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=re.escape(message)), Journal(path, HEADER | header) as journal:
+    with pytest.raises(ValueError, match=re.escape(message)), Journal(path, HEADER | header, HERE) as journal:
         journal.begin("pgd-20", SETTINGS | settings)
     assert path.read_bytes() == before
 
@@ -74,15 +76,24 @@ def test_another_file_is_refused_and_left_as_it_is(tmp_path, content):
     path = tmp_path / "records.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"records\.jsonl.*: expected"):
-        Journal(path, HEADER)
+        Journal(path, HEADER, HERE)
     assert path.read_text() == content
+
+
+def test_every_machine_that_took_part_is_recorded_once(tmp_path):
+    path = tmp_path / "records.jsonl"
+    write(path)
+    for device in ("gpu", "cpu", "gpu"):
+        with Journal(path, HEADER, HERE | {"device": device}) as journal:
+            environments = journal.environments
+    assert [environment["device"] for environment in environments] == ["cpu", "gpu"]
 
 
 def test_two_do_not_write_at_once(tmp_path):
     path = tmp_path / "records.jsonl"
-    with Journal(path, HEADER), pytest.raises(BlockingIOError, match="another process is writing it"):
-        Journal(path, HEADER)
-    Journal(path, HEADER).close()  # the first is closed, and so is the one that was refused
+    with Journal(path, HEADER, HERE), pytest.raises(BlockingIOError, match="another process is writing it"):
+        Journal(path, HEADER, HERE)
+    Journal(path, HEADER, HERE).close()  # the first is closed, and so is the one that was refused
 
 
 def test_fingerprints_tell_names_shapes_types_and_values_apart():

@@ -135,7 +135,7 @@ def test_bfloat16_gradients_are_those_of_float32_to_rounding(initial):
         (logits, _), _ = WideResNet(10, 1, dtype=dtype).apply(variables, images, train=True, mutable=["batch_stats"])
         return -jnp.mean(jax.nn.log_softmax(logits)[:, 0])
 
-    @partial(jax.jit, compiler_options=compiler_options(training=True))
+    @partial(jax.jit, compiler_options=compiler_options("cpu", training=True))
     def gradients(params):
         return [ravel_pytree(jax.grad(loss)(params, dtype))[0] for dtype in (jnp.bfloat16, jnp.float32)]
 

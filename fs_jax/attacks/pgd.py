@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
+from fs_jax._utils.keys import image_keys
 from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed, project, random_start
 from fs_jax.attacks.losses import cross_entropy, cw_margin
-from fs_jax.attacks.stepwise import Progress, Stepwise, judged, run_keys, unjudged, where
+from fs_jax.attacks.network import on_network
+from fs_jax.attacks.specification import Specification, count, flag, length
+from fs_jax.attacks.stepwise import Progress, Stepwise, judged, unjudged, where
 
 
 def pgd(
@@ -58,15 +61,17 @@ def pgd(
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018.
     """
     check_attack(logits_fn, images, labels, epsilon=epsilon, step_size=step_size, num_steps=num_steps, start=start)
+    keys = image_keys(rng, len(images)) if start is None else None
+    return on_network(_iterated, logits_fn, images, labels, keys, start, epsilon, step_size, Partial(loss), num_steps)
+
+
+def _iterated(logits_fn, images, labels, keys, start, epsilon, step_size, loss, num_steps):
     images = jax.lax.stop_gradient(images)
     logits_fn = held_fixed(logits_fn, images)
-    first = random_start(rng, images, epsilon) if start is None else jax.lax.stop_gradient(start)
+    first = random_start(keys, images, epsilon) if start is None else jax.lax.stop_gradient(start)
 
-    # The sum over images leaves each image the gradient of its own loss alone; its sign is that of the mean's.
-    gradient = jax.grad(lambda x: jnp.sum(loss(logits_fn(x), labels)))
-
-    def step(_, x):
-        return project(x + step_size * jnp.sign(gradient(x)), images, epsilon).astype(images.dtype)
+    def step(_, iterate):
+        return _ascended(loss, logits_fn, iterate, images, labels, epsilon, step_size)
 
     return jax.lax.stop_gradient(jax.lax.fori_loop(0, num_steps, step, first.astype(images.dtype)))
 
@@ -79,7 +84,6 @@ def fgsm(
     *,
     epsilon: float = 8 / 255,
     step_size: float | None = None,
-    num_steps: int = 1,
     start: Float[Array, "n h w c"] | None = None,
 ) -> Float[Array, "n h w c"]:
     """The paper's "FGSM": one signed step of the size of the radius, from a uniform random start.
@@ -96,7 +100,7 @@ def fgsm(
     Source: Goodfellow et al., ICLR 2015; with the random start, Zhang & Wang, NeurIPS 2019.
     """
     step_size = epsilon if step_size is None else step_size
-    return pgd(logits_fn, rng, images, labels, epsilon=epsilon, step_size=step_size, num_steps=num_steps, start=start)
+    return pgd(logits_fn, rng, images, labels, epsilon=epsilon, step_size=step_size, num_steps=1, start=start)
 
 
 def cw(
@@ -144,7 +148,7 @@ def pgd_steps(
     loss: Callable[[Array, Array], Array] = cross_entropy,
     last_only: bool = False,
 ) -> Stepwise:
-    """`pgd` cut in steps; with `loss=cw_margin`, `cw`. Run r of an image starts at noise from `fold_in(its key, r)`.
+    """`pgd` cut in steps; with `loss=cw_margin`, `cw`. Each run starts at noise of its own.
 
     Args:
       epsilon: Radius, in units of [0, 1].
@@ -152,9 +156,9 @@ def pgd_steps(
       num_steps: Steps of each run.
       num_runs: Random starts of each image.
       loss: What is ascended: a function of logits and labels, one value per image.
-      last_only: Judge the last iterate alone, as the paper's code reports its attacks: then no image falls before its
-        last step. By default a misclassified iterate counts whenever it occurs, and the image is done with that; not
-        the start, which may lie outside [0, 1].
+      last_only: Judge the last iterate alone, as the paper's code reports its attacks: then no image counts as
+        misclassified before its last step. By default a misclassified iterate counts whenever it occurs, and the image
+        is done with that; not the start, which may lie outside [0, 1].
 
     Returns:
       The attack, for `stepwise.run` and `packing.packed`.
@@ -163,58 +167,95 @@ def pgd_steps(
       >>> pgd_steps(num_steps=100, num_runs=5).num_runs
       5
     """
-    bound = {"epsilon": epsilon, "loss": Partial(loss)}
+    bound = {"epsilon": epsilon, "step_size": step_size, "loss": Partial(loss)}
     if last_only:
-        step = Partial(_blind_step, step_size=step_size, num_steps=num_steps, **bound)
-        return Stepwise(Partial(_blind_start, epsilon=epsilon), step, num_steps, num_runs, ((1, 0), (1, 1)))
-    return Stepwise(Partial(_start, **bound), Partial(_step, step_size=step_size, **bound), num_steps, num_runs)
+        step = Partial(_step_to_the_last, num_steps=num_steps, **bound)
+        return Stepwise(Partial(_unjudged_start, epsilon=epsilon), step, num_steps, num_runs, ((1, 0), (1, 1)))
+    start = Partial(_start, epsilon=epsilon, loss=Partial(loss))
+    return Stepwise(start, Partial(_step, **bound), num_steps, num_runs)
 
 
 class _Ascent(NamedTuple):
     iterate: Float[Array, "n h w c"]
-    direction: Float[Array, "n h w c"]
+    direction: Float[Array, "n h w c"] | None
     """Sign of the loss's gradient at the iterate: where that isn't a number, nor will the next iterate be."""
     progress: Progress
 
 
 def _start(logits_fn, keys, images, labels, run, *, epsilon, loss):
-    first = random_start(run_keys(keys, run), images, epsilon)
+    first = random_start(keys, images, epsilon)
     return _Ascent(first, signed_gradient(loss, logits_fn, first, labels)[0], unjudged(images))
 
 
 def _step(logits_fn, state, images, labels, *, epsilon, step_size, loss):
-    iterate = project(state.iterate + step_size * state.direction, images, epsilon).astype(images.dtype)
+    iterate = _moved(state.iterate, state.direction, images, epsilon, step_size)
     direction, logits = signed_gradient(loss, logits_fn, iterate, labels)
     return _Ascent(iterate, direction, judged(state.progress, iterate, logits, labels))
 
 
-class _Blind(NamedTuple):
-    iterate: Float[Array, "n h w c"]
-    progress: Progress
+def _unjudged_start(logits_fn, keys, images, labels, run, *, epsilon):
+    return _Ascent(random_start(keys, images, epsilon), None, unjudged(images))
 
 
-def _blind_start(logits_fn, keys, images, labels, run, *, epsilon):
-    return _Blind(random_start(run_keys(keys, run), images, epsilon), unjudged(images))
-
-
-def _blind_step(logits_fn, state, images, labels, *, epsilon, step_size, num_steps, loss):
-    direction, _ = signed_gradient(loss, logits_fn, state.iterate, labels)
-    iterate = project(state.iterate + step_size * direction, images, epsilon).astype(images.dtype)
+def _step_to_the_last(logits_fn, state, images, labels, *, epsilon, step_size, loss, num_steps):
+    iterate = _ascended(loss, logits_fn, state.iterate, images, labels, epsilon, step_size)
     on_the_way = state.progress._replace(step=state.progress.step + 1)
     last = on_the_way.step == num_steps
 
     def at_the_end():
         return where(last, judged(state.progress, iterate, logits_fn(iterate), labels), on_the_way)
 
-    return _Blind(iterate, jax.lax.cond(last.any(), at_the_end, lambda: on_the_way))
+    return _Ascent(iterate, None, jax.lax.cond(last.any(), at_the_end, lambda: on_the_way))
+
+
+def _ascended(loss, logits_fn, iterate, images, labels, epsilon, step_size):
+    return _moved(iterate, signed_gradient(loss, logits_fn, iterate, labels)[0], images, epsilon, step_size)
+
+
+def _moved(iterate, direction, images, epsilon, step_size):
+    return project(iterate + step_size * direction, images, epsilon).astype(images.dtype)
 
 
 def signed_gradient(loss, logits_fn, iterates, labels):
     """Sign of the gradient of each image's loss, and the logits of the same pass."""
 
+    # The sum over images leaves each image the gradient of its own loss alone; its sign is that of the mean's.
     def total(x):
         logits = logits_fn(x)
         return jnp.sum(loss(logits, labels)), logits
 
     gradient, logits = jax.grad(total, has_aux=True)(iterates)
     return jnp.sign(gradient), logits
+
+
+def _build(loss):
+    def build(*, epsilon, num_classes, step_size, restarts, any_iterate, num_steps=1):
+        return pgd_steps(
+            epsilon=epsilon, step_size=step_size, num_steps=num_steps, num_runs=restarts, loss=loss,
+            last_only=not any_iterate,
+        )  # fmt: skip
+
+    return build
+
+
+_SHARED = {"restarts": count(1), "any_iterate": flag(False)}
+_ITERATED = {"step_size": length(lambda epsilon: epsilon / 4), "num_steps": count(20), **_SHARED}
+
+FGSM = Specification(
+    "fgsm",
+    "one signed step of the size of the radius, from a random start",
+    _build(cross_entropy),
+    {"step_size": length(lambda epsilon: epsilon), **_SHARED},
+    every_run=True,
+)
+PGD = Specification(
+    "pgd",
+    "projected gradient descent on the cross-entropy",
+    _build(cross_entropy),
+    _ITERATED,
+    steps_in_name=True,
+    every_run=True,
+)
+CW = Specification(
+    "cw", "PGD on the paper's margin loss", _build(cw_margin), _ITERATED, steps_in_name=True, every_run=True
+)

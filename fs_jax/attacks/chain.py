@@ -1,0 +1,378 @@
+"""Attacks in their order on any number of images: what `autoattack` and `fs_jax.evaluation.evaluate` both run.
+
+Each attack goes through `packed`, so that a misclassified image costs nothing more. What happens to an image depends on
+the key, the attack and the image's index: not on the batch, nor on an interruption.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+from tqdm import tqdm
+
+from fs_jax._utils import backend
+from fs_jax._utils.images import Images, as_float, check_classes, check_images, check_labels
+from fs_jax._utils.keys import threefry
+from fs_jax._utils.validation import check_number
+from fs_jax.attacks.linf import LogitsFn
+from fs_jax.attacks.losses import logit_margin
+from fs_jax.attacks.network import Network
+from fs_jax.attacks.packing import bound, packed
+from fs_jax.attacks.registry import Attack
+from fs_jax.attacks.stepwise import Stepwise
+
+_CONFIRMATION = 2**31 - 1  # no run has this number
+
+
+class Outcome(NamedTuple):
+    """What one run of an attack did to one image."""
+
+    index: int
+    """Of the image in the split."""
+    run: int
+    """Random start, or target."""
+    steps: int
+    """Steps done."""
+    misclassified_at: int
+    """The step at which the image was first misclassified, 0 for the start; -1 if it wasn't."""
+    margin: float
+    """Lowest margin: logit of the label less the highest other one, above 0 where the image is classified correctly."""
+    distance: float
+    """Size of the perturbation there, in L-infinity on [0, 1], to 6 digits."""
+
+
+class Log:
+    """Outcomes by attack, in memory; `fs_jax.evaluation.Journal` keeps them in a file too.
+
+    Example:
+      >>> log = Log()
+      >>> log.begin("pgd-20", {"epsilon": 0.1})
+      >>> log.append("pgd-20", [Outcome(7, 0, 20, -1, 0.5, 0.1)], seconds=2.0)
+      >>> log.outcomes["pgd-20"][7, 0].margin, log.seconds["pgd-20"]
+      (0.5, 2.0)
+    """
+
+    def __init__(self):
+        self.outcomes: dict[str, dict[tuple[int, int], Outcome]] = {}
+        """By attack; then by index of the image and run."""
+        self.seconds: dict[str, float] = {}
+        """By attack, how long it took."""
+
+    def begin(self, attack: str, settings: Mapping[str, Any]) -> None:
+        """Start an attack, or resume it."""
+        self.outcomes.setdefault(attack, {})
+        self.seconds.setdefault(attack, 0.0)
+
+    def append(self, attack: str, outcomes: Iterable[Outcome], *, seconds: float) -> None:
+        """Add outcomes of an attack that was begun, and the seconds that they took."""
+        self.seconds[attack] += seconds
+        self.outcomes[attack].update({(outcome.index, outcome.run): outcome for outcome in outcomes})
+
+
+class Stage(NamedTuple):
+    """What an attack found."""
+
+    attack: Attack
+    stepwise: Stepwise
+    covered: Bool[np.ndarray, "n"]
+    """Which images it was meant for: all, or the first ones."""
+    attacked: Bool[np.ndarray, "n"]
+    """Which of these no attack before it had broken."""
+    robust: Bool[np.ndarray, "n"]
+    """Which of these it didn't break either."""
+    lowest: dict[int, Outcome]
+    """By position, the run with the lowest margin."""
+    passes: tuple[int, int]
+    """Forward and backward passes of single images that it took."""
+
+
+def check_chain(
+    logits_fn: LogitsFn, images: Images, labels: Int[np.ndarray, "n"], attack_list: Sequence[Attack]
+) -> int:
+    """Refuse what `run_chain` can't work on, before any work.
+
+    Returns:
+      The number of classes of the network.
+
+    Raises:
+      TypeError, ValueError: naming the argument, what was expected, what was given, and what to do.
+
+    Example:
+      >>> check_chain(lambda x: x.reshape(len(x), -1), np.zeros((9, 2, 2, 1), np.uint8), np.zeros(9, int), [])
+      4
+    """
+    check_images(images, uint8_too=True)
+    if not len(images):
+        raise ValueError("images: expected at least one; got none.")
+    check_labels(labels, images)
+    names = [attack.name for attack in attack_list]
+    if len(set(names)) < len(names):
+        raise ValueError(f"attacks: expected each once; got {', '.join(names)}. Give one of them another label.")
+    for place, attack in enumerate(attack_list):
+        if missing := set(attack.after) - set(names[:place]):
+            raise ValueError(f"{attack.name}: expected to come after {', '.join(sorted(missing))}; got {names}.")
+        if attack.images is not None and attack.images.shape != images.shape:
+            raise ValueError(f"{attack.name}: expected adversaries of shape {images.shape}; got {attack.images.shape}.")
+    if attack_list and len({randomised(attack) for attack in attack_list}) > 1:
+        raise ValueError(
+            "attacks: expected num_draws for all of them, for a randomised network, or for none; got it for "
+            f"{', '.join(attack.name for attack in attack_list if randomised(attack))}."
+        )
+    image = jax.ShapeDtypeStruct((2, *images.shape[1:]), jnp.float32 if images.dtype == np.uint8 else images.dtype)
+    keys = [jax.ShapeDtypeStruct((2,), jax.random.key(0).dtype)] if any(map(randomised, attack_list)) else []
+    try:
+        with logits_fn if isinstance(logits_fn, Network) else contextlib.nullcontext():
+            logits = jax.eval_shape(logits_fn, image, *keys)
+    except (TypeError, ValueError) as error:  # Flax's errors are ValueErrors
+        wanted = f"images {('N', *images.shape[1:])}".replace("'", "") + (" and a key for each" if keys else "")
+        raise ValueError(
+            f"logits_fn: expected a function that takes {wanted}; it raised {type(error).__name__}: {error} "
+            "Are the images another data set's?"
+        ) from error
+    if not hasattr(logits, "shape") or len(logits.shape) != 2 or logits.shape[0] != 2:
+        got = logits.shape if hasattr(logits, "shape") else f"a {type(logits).__name__}"
+        raise ValueError(f"logits_fn: expected logits of shape [N, classes]; got {got} for 2 images.")
+    check_classes(labels, logits.shape[1])
+    for attack in attack_list:
+        attack.steps(logits.shape[1])
+    return logits.shape[1]
+
+
+def randomised(attack: Attack) -> bool:
+    """Whether it is for a network that draws random numbers, `logits_fn(images, keys)`.
+
+    Example:
+      >>> randomised(Attack("apgd-ce", num_draws=20)), randomised(Attack("square"))
+      (True, False)
+    """
+    return attack.settings.get("num_draws") is not None
+
+
+def run_chain(
+    logits_fn: LogitsFn | Network,
+    rng: Key[Array, ""],
+    images: Images,
+    labels: Int[np.ndarray, "n"],
+    attack_list: Sequence[Attack],
+    *,
+    log: Log,
+    first: int = 0,
+    batch_size: int | None = None,
+    worst_images: Float[np.ndarray, "k h w c"] | None = None,
+    progress: bool = False,
+) -> list[Stage]:
+    """Run attacks in their order, each on the images that those it comes `after` didn't break.
+
+    Args:
+      logits_fn: Network, from images to logits [N, classes]; for attacks with draws, from images and a key for each.
+      rng: A key. Image i draws from it by its index, `first + i`, the attack and the run.
+      images: Images [N, H, W, C]: uint8, or floating point in [0, 1].
+      labels: True classes [N].
+      attack_list: The attacks.
+      log: Where outcomes go as they come. What it has isn't done again.
+      first: Index of the first image in its split.
+      batch_size: Most images at a time; by default 32 on a CPU, else 256.
+      worst_images: Where each image's adversary of the lowest margin goes, of attacks that aren't apart: [N, H, W, C]
+        or, of the first k images only, [k, H, W, C].
+      progress: Show a progress bar for each attack.
+
+    Returns:
+      What each attack found.
+
+    Raises:
+      TypeError, ValueError: as `check_chain`; or if the log has another attack, or this one with other settings.
+      FloatingPointError: if the network gives logits that aren't finite.
+
+    Example:
+      >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
+      >>> images = np.linspace(0.45, 0.65, 5, dtype=np.float32).reshape(5, 1, 1, 1)  # class 0 likes bright images
+      >>> attack_list = [Attack("clean"), Attack("pgd", 0.08, after=["clean"])]
+      >>> stages = run_chain(logits_fn, jax.random.key(0), images, np.zeros(5, int), attack_list, log=Log())
+      >>> [stage.robust.tolist() for stage in stages]
+      [[False, False, True, True, True], [False, False, False, True, True]]
+    """
+    num_classes = check_chain(logits_fn, images, labels, attack_list)
+    draws = any(map(randomised, attack_list))
+    rng = threefry(rng)
+    network = bound(logits_fn, images, rng if draws else None)
+    batch_size = backend.batch_size(network.platform) if batch_size is None else batch_size
+    check_number("batch_size", batch_size, at_least=1, integer=True)
+    for attack in attack_list:
+        log.begin(attack.name, attack.described())
+    if left_out := log.outcomes.keys() - {attack.name for attack in attack_list}:
+        raise ValueError(
+            f"attacks: expected {', '.join(sorted(left_out))} too, as in the journal; got "
+            f"{', '.join(attack.name for attack in attack_list)}. Give all of them, or write to another folder."
+        )
+    worst = _Worst(worst_images, len(labels))
+    for attack in attack_list:
+        if not attack.apart:
+            worst.know((outcome.index - first, outcome.margin) for outcome in log.outcomes[attack.name].values())
+
+    stages: dict[str, Stage] = {}
+    for attack in attack_list:
+        stepwise = attack.steps(num_classes)
+        covered = np.arange(len(labels)) < (attack.num_images or len(labels))
+        attacked = np.all([covered, *(stages[name].robust | ~stages[name].covered for name in attack.after)], axis=0)
+        with network:
+            _run(
+                attack, stepwise, network, rng, images, labels, np.flatnonzero(attacked).tolist(), int(covered.sum()),
+                log=log, first=first, batch_size=batch_size, worst=None if attack.apart else worst, progress=progress,
+            )  # fmt: skip
+        outcomes = log.outcomes[attack.name].values()
+        lowest = _lowest(outcomes, first)
+        robust = attacked.copy()
+        for place, outcome in lowest.items():
+            robust[place] = outcome.misclassified_at < 0
+        stages[attack.name] = Stage(attack, stepwise, covered, attacked, robust, lowest, _passes(stepwise, outcomes))
+    return list(stages.values())
+
+
+def _run(
+    attack, stepwise, network, rng, images, labels, attacked, among, *, log, first, batch_size, worst, progress
+):  # fmt: skip
+    """Make the runs of an attack that the log doesn't hold yet, and put them there."""
+    done = log.outcomes[attack.name]
+    keys = attack.keys(rng, first + jnp.arange(len(labels)), stepwise.num_runs)
+    given = images if attack.images is None else attack.images
+    with _Bar(attack, stepwise, attacked, among, done, first, progress=progress) as bar:
+        for jobs in _missing(attack, stepwise, attacked, done, first):
+            began = time.monotonic()
+            size = _even(batch_size, len(jobs)) if not attack.any_iterate or not stepwise.num_steps else batch_size
+            looks = packed(
+                stepwise, network, keys, given, labels, batch_size=size, every_run=attack.specification.every_run,
+                jobs=jobs,
+            )  # fmt: skip
+            for look in looks:
+                finished = look.finished
+                if stepwise.draws and stepwise.num_steps:
+                    finished = _confirmed(finished, network, keys, labels, size)
+                for job in finished:
+                    if worst is not None:
+                        worst.offer(job.image, job.margin, job.adversarial)
+                outcomes = [_outcome(job, images, first) for job in finished]
+                now = time.monotonic()
+                log.append(attack.name, outcomes, seconds=now - began)
+                began = now
+                bar.show(look.forward, outcomes)
+
+
+def _outcome(job, images, first):
+    change = float(np.max(np.abs(job.adversarial - as_float(images[job.image]))))
+    misclassified_at = job.step if job.fallen else -1
+    return Outcome(first + job.image, job.run, job.step, misclassified_at, job.margin, round(change, 6))  # float32's
+
+
+def _confirmed(finished, network, keys, labels, size):
+    """Of a randomised network, the jobs that one lucky draw broke and another one doesn't aren't broken."""
+    broken = [place for place, job in enumerate(finished) if job.fallen]
+    finished = list(finished)
+    for begin in range(0, len(broken), size):
+        places = broken[begin : begin + size]
+        rows = np.resize(places, size)  # filled up with repetitions
+        jobs = [finished[row] for row in rows]
+        image, run = np.array([job.image for job in jobs]), np.array([job.run for job in jobs])
+        adversarial = np.stack([job.adversarial for job in jobs])
+        margins = np.asarray(network.compiled(_margins)(network, keys[image, run], adversarial, labels[image]))
+        for place, margin in zip(places, margins.tolist(), strict=False):
+            finished[place] = finished[place]._replace(fallen=not margin > 0, margin=margin)
+    return finished
+
+
+def _margins(network, keys, images, labels):
+    again = jax.vmap(jax.random.fold_in, (0, None))(keys, _CONFIRMATION)
+    return logit_margin(network(images, again), labels).astype(jnp.float32)
+
+
+def _even(batch_size, count):
+    """A size not far below this one that divides the count: where all images end together, no other is compiled."""
+    return next((size for size in range(batch_size, batch_size // 2, -1) if count % size == 0), batch_size)
+
+
+def _missing(attack, stepwise, attacked, done, first) -> Iterator[list[tuple[int, int]]]:
+    """What is left to do, as jobs for `packed`."""
+    if attack.specification.every_run:
+        missing = [[(i, r) for i in attacked if (first + i, r) not in done] for r in range(stepwise.num_runs)]
+        # Where all images end together, one start after another; else side by side.
+        yield from [[job for of_run in missing for job in of_run]] if attack.any_iterate else missing
+        return
+    while True:  # again if a confirmation failed, as then later runs are due
+        # Every image at its first run that is missing; the next ones follow if it survives that.
+        last = {outcome.index - first: outcome for _, outcome in sorted(done.items())}
+        begin = {i: last[i].run + 1 if i in last else 0 for i in attacked}
+        jobs = [
+            (i, run)
+            for i, run in begin.items()
+            if run < stepwise.num_runs and not (i in last and last[i].misclassified_at >= 0)
+        ]
+        if not jobs:
+            return
+        yield jobs
+
+
+def _lowest(outcomes: Iterable[Outcome], first: int) -> dict[int, Outcome]:
+    """By position, the run with the lowest margin."""
+    lowest: dict[int, Outcome] = {}
+    for outcome in outcomes:
+        place = outcome.index - first
+        if place not in lowest or outcome.margin < lowest[place].margin:
+            lowest[place] = outcome
+    return lowest
+
+
+def _passes(stepwise, outcomes):
+    of_start, of_step = np.array(stepwise.passes)
+    forward, backward = len(outcomes) * of_start + sum(outcome.steps for outcome in outcomes) * of_step
+    return int(forward), int(backward)
+
+
+class _Worst:
+    """Each image's adversary of the lowest margin."""
+
+    def __init__(self, images, total):
+        self._images, self._margins = images, np.full(total, np.inf)
+
+    def know(self, margins):
+        """Of these, the images are in their places already."""
+        for place, margin in margins:
+            self._margins[place] = min(self._margins[place], margin)
+
+    def offer(self, place, margin, adversarial):
+        if self._images is not None and place < len(self._images) and margin < self._margins[place]:
+            self._images[place], self._margins[place] = adversarial, margin
+
+
+class _Bar:
+    """Steps that are made or, by misclassified images, spared; and the accuracy if no other image is broken."""
+
+    def __init__(self, attack, stepwise, attacked, among, done, first, *, progress):
+        self._side_by_side, self._stepwise, self._among = attack.specification.every_run, stepwise, among
+        broken = {outcome.index for outcome in done.values() if outcome.misclassified_at >= 0}
+        self._robust = {first + i for i in attacked} - broken
+        finished = sum(1 if self._side_by_side else outcome.index in broken for outcome in done.values())
+        total = len(attacked) * stepwise.num_runs * max(1, stepwise.num_steps)
+        begun = min(total, finished * max(1, stepwise.num_steps))
+        self._bar = tqdm(
+            total=total, initial=begun, desc=attack.name, unit="step", unit_scale=True, disable=not progress
+        )
+
+    def show(self, forward, outcomes):
+        each = max(1, self._stepwise.num_steps)
+        made = forward // max(1, self._stepwise.passes[1][0])
+        broken = [outcome for outcome in outcomes if outcome.misclassified_at >= 0]
+        runs = 1 if self._side_by_side else self._stepwise.num_runs
+        spared = sum((runs if self._side_by_side else runs - o.run) * each - o.steps for o in broken)
+        self._robust -= {outcome.index for outcome in broken}
+        self._bar.update(min(made + spared, self._bar.total - self._bar.n))
+        self._bar.set_postfix(accuracy=f"{len(self._robust) / self._among:.1%}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()

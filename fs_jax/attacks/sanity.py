@@ -1,0 +1,105 @@
+"""What a network's own answers say against any evaluation of it; the checks of AutoAttack's authors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from fs_jax._utils import backend
+from fs_jax._utils.images import Images, as_float, check_images, check_labels
+from fs_jax._utils.keys import image_keys
+from fs_jax.attacks.linf import LogitsFn
+from fs_jax.attacks.losses import cross_entropy
+from fs_jax.attacks.network import Network
+from fs_jax.attacks.packing import as_partial, bound
+
+
+def sanity_warnings(
+    logits_fn: LogitsFn | Network,
+    images: Images,
+    labels: Int[np.ndarray, "n"],
+    *,
+    rng: Key[Array, ""] | None = None,
+    batch_size: int | None = None,
+) -> list[str]:
+    """What a network's answers to clean images say against any evaluation of it, in words; nothing where all is well.
+
+    Whether the logits look like probabilities, whether gradients vanish, whether answers differ from call to call.
+
+    Args:
+      logits_fn: Network, from images to logits [N, classes]; with `rng`, from images and a key for each.
+      images: Images [N, H, W, C]: uint8, or floating point in [0, 1].
+      labels: True classes [N].
+      rng: For a randomised network, what it draws from: then its answers may differ.
+      batch_size: Most images at a time; by default 32 on a CPU, else 256.
+
+    Returns:
+      One sentence for each doubt.
+
+    Raises:
+      TypeError, ValueError: for wrong shapes or dtypes, or images outside [0, 1].
+      FloatingPointError: if the network gives logits that aren't finite.
+
+    Example:
+      >>> logits_fn = lambda x: jax.nn.softmax(jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1))
+      >>> [warning[:54] for warning in sanity_warnings(logits_fn, np.ones((5, 1, 1, 1), np.float32), np.zeros(5, int))]
+      ['logits_fn returns what looks like probabilities, which']
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    check_images(images, uint8_too=True)
+    check_labels(labels, images)
+    keys = None if rng is None else image_keys(rng, len(labels))
+    images, network = as_float(images), bound(logits_fn, images, keys)
+    size = min(batch_size or backend.batch_size(network.platform), len(labels))
+    parts = []
+    with network:
+        for begin in range(0, len(labels), size):
+            real = np.arange(begin, min(begin + size, len(labels)))
+            rows = np.resize(real, size)  # the last batch repeats its images up to its size
+            drawn = [] if keys is None else [keys[rows]]
+            part = network.compiled(_logits_and_flatness)(network, images[rows], labels[rows], *drawn)
+            parts.append([np.asarray(array)[: len(real)] for array in part])
+    logits, flat = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if not np.isfinite(logits).all():
+        bad = np.flatnonzero(~np.isfinite(logits).all(-1))
+        raise FloatingPointError(
+            f"logits_fn: expected finite logits; got others for {len(bad)} images as they are, the first at {bad[0]}."
+        )
+    return _doubts(logits, flat, None if keys is not None else logits_fn, images[:8])
+
+
+def _logits_and_flatness(network, images, labels, *keys):
+    def total(x):
+        logits = network(x, *keys)
+        return jnp.sum(cross_entropy(logits, labels)), logits
+
+    gradient, logits = jax.grad(total, has_aux=True)(images)
+    return logits, jnp.all(gradient == 0, (1, 2, 3))
+
+
+def _doubts(logits, flat, logits_fn, images):
+    """What the network's answers to clean images say against the evaluation; the authors' checks and thresholds."""
+    doubts = []
+    if (logits.min() > -1e-5) and (logits.max() < 1 + 1e-5) and np.all(np.abs(logits.sum(-1) - 1) < 1e-5):
+        doubts.append(
+            "logits_fn returns what looks like probabilities, which makes gradients vanish: return the logits, from "
+            "before the softmax."
+        )
+    if flat.any():
+        doubts.append(
+            f"{flat.sum()} of {len(flat)} images have a cross-entropy gradient of exactly zero: attacks that follow "
+            "gradients may find too little. Compare with Square, and look for saturated or quantised layers."
+        )
+    if logits_fn is not None and not isinstance(logits_fn, Network) and _differs(logits_fn, images):
+        doubts.append(
+            "logits_fn gives other logits when called again: for a network that draws random numbers use version "
+            "'rand', and pass the keys it draws from."
+        )
+    return doubts
+
+
+def _differs(logits_fn, images):
+    """Whether two calls disagree; each is traced for itself, as a number may be drawn while tracing too."""
+    calls = [jax.jit(lambda network, x: network(x))(as_partial(logits_fn), images) for _ in range(2)]
+    one, other = (logits / (jnp.linalg.norm(logits, axis=-1, keepdims=True) + 1e-10) for logits in calls)
+    return bool(jnp.max(jnp.linalg.norm(one - other, axis=-1)) > 1e-4)
