@@ -18,6 +18,7 @@ import dataclasses
 import fractions
 import json
 import pathlib
+import re
 import sys
 from typing import Any, Literal
 
@@ -99,6 +100,10 @@ class Arguments:
 def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.evaluate")
 
+    if arguments.list:
+        print(list_of_attacks())
+        return
+
     from fs_jax import attacks, data
     from fs_jax._utils import backend
     from fs_jax._utils.files import write_text
@@ -124,7 +129,8 @@ def main(argv: list[str]) -> None:
         "test": (dataset.test_images, dataset.test_labels),
         "train": (dataset.train_images, dataset.train_labels),
     }[arguments.split]
-    images, labels = images[: arguments.num_images], labels[: arguments.num_images]
+    chosen = chosen_images(arguments, len(labels))
+    images, labels = images[chosen], labels[chosen]
     logits_fn = as_logits_fn(model, variables)
     attack_list = chosen_attacks(arguments, epsilon, model.num_classes)
     check_evaluation(logits_fn, images, labels, attack_list)
@@ -149,13 +155,15 @@ def main(argv: list[str]) -> None:
         "normalised": f"(images - {model.mean}) / {model.std}",
         "dataset": dataset.info.name,
         "split": arguments.split,
-        "adversaries_kept": kept,
     }
     adversaries = open_array(output / "adversaries.npy", (kept, *images.shape[1:]))
+    for part in arguments.merge:
+        take_adversaries(part, adversaries, chosen.start)
     result = evaluate(
         logits_fn, images, labels, attack_list,
         seed=arguments.seed, batch_size=arguments.batch_size, precision=arguments.precision,
-        journal=output / "records.jsonl", about=about, worst_images=adversaries, progress=arguments.progress,
+        first=chosen.start, journal=output / "records.jsonl", parts=[p / "records.jsonl" for p in arguments.merge],
+        about=about, worst_images=adversaries, progress=arguments.progress,
     )  # fmt: skip
     summary = {
         **about, **origin, **result.summary, "suite": arguments.suite, "epsilon": epsilon, "warnings": warnings,
@@ -179,6 +187,24 @@ def main(argv: list[str]) -> None:
     print(f"{text}\nWritten: {output}")
 
 
+def list_of_attacks() -> str:
+    """A table of the attacks that can be named, and what may be set of each."""
+    import tabulate
+
+    from fs_jax.attacks import REGISTRY, Attack, Specification
+
+    def word(attack: Specification) -> str:
+        return attack.name + ("-K" if attack.steps_in_name else "") + ("[xN]" if attack.every_run else "")
+
+    def settings(attack: Specification) -> str:
+        given = {name: value for name, value in Attack(attack).settings.items() if value is not None}
+        return ", ".join(f"{name} {value:.4g}" for name, value in given.items())
+
+    rows = [[word(attack), attack.summary, settings(attack)] for attack in REGISTRY.values()]
+    table = tabulate.tabulate(rows, headers=["attack", "what it is", "settings"], maxcolwidths=[None, 50, 50])
+    return f"{table}\n\nK: number of steps. N: random starts. Settings are those at radius 8/255."
+
+
 def check_arguments(arguments: Arguments) -> None:
     """What can be said of the command line by itself."""
     from fs_jax._utils.validation import check_number
@@ -194,6 +220,14 @@ def check_arguments(arguments: Arguments) -> None:
         raise ValueError("output: expected a folder for the results, as --weights has no workdir.")
     if arguments.suite is not None and (arguments.attacks or arguments.restarts != 1):
         raise ValueError("suite: expected it alone, without --attacks or --restarts; it has its own.")
+    if arguments.shard is not None and not re.fullmatch(r"[1-9]\d*/[1-9]\d*", arguments.shard):
+        raise ValueError(f"shard: expected a part and the number of parts, such as 2/4; got {arguments.shard!r}.")
+    if arguments.shard is not None and int(arguments.shard.split("/")[0]) > int(arguments.shard.split("/")[1]):
+        raise ValueError(f"shard: expected a part of at most the number of parts; got {arguments.shard}.")
+    for part in arguments.merge:
+        if not (part / "records.jsonl").exists():
+            raise ValueError(f"merge: expected folders of evaluations; {part} has no records.jsonl.")
+    check_number("first", arguments.first, at_least=0, integer=True)
     for name in ("num_images", "gradient_free_images", "spsa_directions", "batch_size"):
         if getattr(arguments, name) is not None:
             check_number(name, getattr(arguments, name), at_least=1, integer=True)
@@ -205,6 +239,20 @@ def number(name: str, text: str) -> float:
         return float(fractions.Fraction(text))
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{name}: expected a number, or a fraction such as 8/255; got {text!r}.") from None
+
+
+def chosen_images(arguments: Arguments, total: int) -> slice:
+    """Which images of a split of so many are evaluated."""
+    last = total if arguments.num_images is None else min(total, arguments.first + arguments.num_images)
+    if not arguments.first < last:
+        raise ValueError(f"first: expected less than the split's {total} images; got {arguments.first}.")
+    if arguments.shard is None:
+        return slice(arguments.first, last)
+    part, parts = map(int, arguments.shard.split("/"))
+    ends = [arguments.first + (last - arguments.first) * i // parts for i in (part - 1, part)]
+    if ends[0] == ends[1]:
+        raise ValueError(f"shard: expected at most as many parts as images, {last - arguments.first}; got {parts}.")
+    return slice(*ends)
 
 
 def chosen_attacks(arguments: Arguments, epsilon: float, num_classes: int = 10) -> list:
@@ -242,7 +290,21 @@ def open_array(path: pathlib.Path, shape: tuple[int, ...]):
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    return np.lib.format.open_memmap(path, mode="r+")
+    array = np.lib.format.open_memmap(path, mode="r+")
+    if array.shape != shape:
+        raise ValueError(f"save_images, num_images: expected those that {path} was made with; got others.")
+    return array
+
+
+def take_adversaries(part: pathlib.Path, adversaries, first: int) -> None:
+    """The adversaries of a part of the images, as far as they are kept."""
+    import numpy as np
+
+    from fs_jax.evaluation import Journal
+
+    begin = Journal.header(part / "records.jsonl")["first"] - first
+    of_part = np.load(part / "adversaries.npy", mmap_mode="r")[: max(0, len(adversaries) - begin)]
+    adversaries[begin : begin + len(of_part)] = of_part
 
 
 def leaderboard(model, about: dict[str, Any], epsilon: float, summary: dict[str, Any]) -> dict[str, Any]:
@@ -276,7 +338,7 @@ def draw_strength(summary: dict[str, Any], records: list[dict[str, Any]], output
     whole = [
         attack
         for attack in summary["attacks"]
-        if not attack["apart"] and attack["num_images"] is None and attack["kind"] != "clean"
+        if not attack["apart"] and attack["num_images"] is None and attack["kind"] != "clean" and attack["total"]
         if attack["after"] in ([], ["clean"])
     ]
     longest = {attack["kind"]: attack for attack in whole if "by_step" in attack}

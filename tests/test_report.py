@@ -270,7 +270,7 @@ def test_the_table_of_attacks_says_what_each_found_and_took():
     assert rows == [
         ["pgd-20", "any iterate", "1,500 of 2,000", "45.1 [43.0, 47.4]", "–", *costs],
         ["pgd-100x5", "any iterate", "1,500 of 2,000", "45.1 [43.0, 47.4]", "46.0", *costs],
-        ["worst case", "", "", "45.1 [43.0, 47.4]", "", "", "", ""],
+        ["worst case", "", "2,000", "45.1 [43.0, 47.4]", "", "", "", ""],
     ]
     assert len(cells(report.attack_table({"attacks": attacks}))) == 4  # no worst case, no row for it
 

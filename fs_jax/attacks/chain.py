@@ -80,7 +80,7 @@ class Stage(NamedTuple):
     attack: Attack
     stepwise: Stepwise
     covered: Bool[np.ndarray, "n"]
-    """Which images it was meant for: all, or the first ones."""
+    """Which images it was meant for: all, or the first ones of the split."""
     attacked: Bool[np.ndarray, "n"]
     """Which of these no attack before it had broken."""
     robust: Bool[np.ndarray, "n"]
@@ -217,7 +217,7 @@ def run_chain(
     stages: dict[str, Stage] = {}
     for attack in attack_list:
         stepwise = attack.steps(num_classes)
-        covered = np.arange(len(labels)) < (attack.num_images or len(labels))
+        covered = first + np.arange(len(labels)) < (attack.num_images or np.inf)
         attacked = np.all([covered, *(stages[name].robust | ~stages[name].covered for name in attack.after)], axis=0)
         with network:
             _run(
@@ -369,7 +369,7 @@ class _Bar:
         spared = sum((runs if self._side_by_side else runs - o.run) * each - o.steps for o in broken)
         self._robust -= {outcome.index for outcome in broken}
         self._bar.update(min(made + spared, self._bar.total - self._bar.n))
-        self._bar.set_postfix(accuracy=f"{len(self._robust) / self._among:.1%}")
+        self._bar.set_postfix(accuracy=f"{len(self._robust) / max(1, self._among):.1%}")
 
     def __enter__(self):
         return self

@@ -11,7 +11,7 @@ from fs_jax._utils.keys import image_keys
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.losses import cross_entropy
 from fs_jax.attacks.network import Network
-from fs_jax.attacks.packing import as_partial, bound
+from fs_jax.attacks.packing import bound
 
 
 def sanity_warnings(
@@ -100,6 +100,13 @@ def _doubts(logits, flat, logits_fn, images):
 
 def _differs(logits_fn, images):
     """Whether two calls disagree; each is traced for itself, as a number may be drawn while tracing too."""
-    calls = [jax.jit(lambda network, x: network(x))(as_partial(logits_fn), images) for _ in range(2)]
+    calls = []
+    for _ in range(2):
+        with bound(logits_fn, images) as network:
+            calls.append(network.compiled(_logits)(network, images))
     one, other = (logits / (jnp.linalg.norm(logits, axis=-1, keepdims=True) + 1e-10) for logits in calls)
     return bool(jnp.max(jnp.linalg.norm(one - other, axis=-1)) > 1e-4)
+
+
+def _logits(network, images):
+    return network(images)

@@ -56,6 +56,7 @@ def evaluate(
     batch_size: int | None = None,
     precision: Precision = "float32",
     journal: str | os.PathLike | None = None,
+    parts: Sequence[str | os.PathLike] = (),
     about: Mapping[str, Any] | None = None,
     worst_images: Float[np.ndarray, "k h w c"] | None = None,
     progress: bool = True,
@@ -77,6 +78,8 @@ def evaluate(
       precision: "float32" computes products of float32 as such; "default" leaves them to JAX's setting, which rounds
         the factors to bfloat16 on a TPU and to TF32 on some GPUs.
       journal: File that the records are written to as they come. If it is there, the evaluation resumes from it.
+      parts: Journals of evaluations of parts of these images, with the same arguments but for `first`: their outcomes
+        are taken over into this one's journal, which must be a new one.
       about: What is to be known of the evaluation, as plain data. It is written to the journal, and a resume with
         something else is refused.
       worst_images: Where each image's adversary of the lowest margin goes, [N, H, W, C] or, of the first k images
@@ -104,6 +107,8 @@ def evaluate(
     check_evaluation(logits_fn, images, labels, attack_list)
     check_number("first", first, at_least=0, integer=True)
     check_choice("precision", precision, ("float32", "default"))
+    if parts and (journal is None or os.path.exists(journal)):
+        raise ValueError(f"journal: expected a new file that parts are merged into; got {journal}.")
     rng = jax.random.key(seed, impl=IMPLEMENTATION)
     with contextlib.ExitStack() as stack:
         network = bound(logits_fn, images, rng if any(map(randomised, attack_list)) else None)
@@ -121,8 +126,17 @@ def evaluate(
         }
         environments = [backend.describe(network.platform)]
         log = Log()
+        taken_over = []
+        for part in parts:
+            where = Journal.header(part)
+            of_part = slice(where["first"] - first, where["first"] - first + where["images"])
+            expected = {"images": where["images"], "first": where["first"]}
+            expected["data"] = fingerprint([images[of_part], labels[of_part]])
+            settings = {attack.name: attack.described() for attack in attack_list}
+            taken_over += Journal.part(part, {**evaluated, **(about or {}), **expected}, settings)
         if journal is not None:
             log = stack.enter_context(Journal(journal, {**evaluated, **(about or {})}, environments[0]))
+            log.take_over(taken_over)
             environments = log.environments
         stages = run_chain(
             network, rng, images, labels, attack_list,
@@ -213,8 +227,8 @@ def _strength(stage, outcomes):
             step = outcome.misclassified_at + (0 if every_run else outcome.run * stepwise.num_steps)
             broken[outcome.index] = min(step, broken.get(outcome.index, step))
     single = every_run and stepwise.num_runs > 1
-    result = {"lowest_single_run": float(attacked - by_run.max()) / total if single else None}
-    if attack.any_iterate and stepwise.num_steps:
+    result = {"lowest_single_run": float(attacked - by_run.max()) / total if single and total else None}
+    if attack.any_iterate and stepwise.num_steps and total:
         last = stepwise.num_steps * (1 if every_run else stepwise.num_runs)
         looked_at = [*(n for n in (k * 10**e for e in range(8) for k in (1, 2, 5)) if n < last), last]
         looked_at = looked_at if every_run else [0, *looked_at]  # of these, the start isn't judged

@@ -60,7 +60,7 @@ def radius_attacks(num_images: int, epsilon: float) -> list[Attack]:
 
 def radius_points(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Accuracies at the radii of the sweep, 0 included: of the clean images that were swept over."""
-    swept = [attack for attack in summary["attacks"] if attack["name"].startswith(SWEEP)]
+    swept = [attack for attack in summary["attacks"] if attack["name"].startswith(SWEEP) and attack["total"]]
     if not swept:
         return []
     clean = accuracy(np.array([record["margin"]["clean"] > 0 for record in records[: swept[0]["total"]]]))
@@ -142,7 +142,7 @@ def checklist(
     Returns:
       One check per question, in a fixed order.
     """
-    attacks = {attack["name"]: attack for attack in summary["attacks"]}
+    attacks = {attack["name"]: attack for attack in summary["attacks"] if attack["total"]}
     return [
         _unbounded(attacks),
         _radii(attacks, records),

@@ -68,7 +68,7 @@ class Journal(Log):
         """
         settings = _plain(settings)
         if attack in self._settings:
-            self._refuse_changes(f"{attack}: ", _flat(self._settings[attack]), _flat(settings))
+            _refuse_changes(f"{attack}: ", _flat(self._settings[attack]), _flat(settings), self.path)
             return
         self._settings[attack] = settings
         super().begin(attack, settings)
@@ -80,6 +80,45 @@ class Journal(Log):
         super().append(attack, outcomes, seconds=seconds)
         # The seconds first: a line that is cut off takes its own image's work with it, and no more.
         self._write([{"attack": attack, "seconds": seconds}, *({"attack": attack, **o._asdict()} for o in outcomes)])
+
+    @staticmethod
+    def header(path: str | os.PathLike) -> dict[str, Any]:
+        """The first line of a journal: what is evaluated.
+
+        Raises:
+          ValueError: if the file isn't a journal of this schema.
+        """
+        first = (read_jsonl(path) or [{}])[0]
+        if first.get("schema") != SCHEMA:
+            got = first.get("schema") or first.get("journal") or "another file"
+            raise ValueError(f"{path}: expected the records of an {SCHEMA}; got {got}. Write to another folder.")
+        return first
+
+    @staticmethod
+    def part(
+        path: str | os.PathLike, header: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """The lines of another journal, for `take_over`.
+
+        Raises:
+          ValueError: if it isn't of this header, or of an attack that isn't here or has other settings.
+        """
+        _refuse_changes("", Journal.header(path), {"schema": SCHEMA, **_plain(header)}, path)
+        lines = read_jsonl(path)[1:]
+        for line in lines:
+            if "settings" in line:
+                ours = _plain(settings.get(line["attack"], {}))
+                _refuse_changes(f"{line['attack']}: ", _flat(line["settings"]), _flat(ours), path)
+        return lines
+
+    def take_over(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Add what `part` has read, of an evaluation of other images."""
+        for line in lines:
+            if "settings" in line:
+                self.begin(line["attack"], line["settings"])
+            elif "environment" not in line or line["environment"] not in self.environments:
+                self._read(dict(line))
+                self._write([line])
 
     def close(self) -> None:
         """Close the file, so that another process may resume it."""
@@ -102,13 +141,7 @@ class Journal(Log):
             if _line(header).startswith(self.path.read_bytes()):  # new, or killed within its first line
                 self._file.truncate(0)
                 self._write([header])
-            first = (read_jsonl(self.path) or [{}])[0]
-            if first.get("schema") != SCHEMA:
-                got = first.get("schema") or first.get("journal") or "another file"
-                raise ValueError(
-                    f"{self.path}: expected the records of an {SCHEMA}; got {got}. Write to another folder."
-                )
-            self._refuse_changes("", first, header)
+            _refuse_changes("", self.header(self.path), header, self.path)
             self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # what a killed process didn't finish
             _, *rest = read_jsonl(self.path)
             for line in rest:
@@ -139,16 +172,16 @@ class Journal(Log):
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _refuse_changes(self, where, theirs, ours):
-        missing = object()
-        for name in {**theirs, **ours}:
-            then, now = theirs.get(name, missing), ours.get(name, missing)
-            if then != now:
-                then, now = ("none" if value is missing else repr(value) for value in (then, now))
-                raise ValueError(
-                    f"{where}{name}: expected {then}, as in {self.path}; got {now}. "
-                    "Give the same, or write to another folder."
-                )
+
+def _refuse_changes(where, theirs, ours, path):
+    missing = object()
+    for name in {**theirs, **ours}:
+        then, now = theirs.get(name, missing), ours.get(name, missing)
+        if then != now:
+            then, now = ("none" if value is missing else repr(value) for value in (then, now))
+            raise ValueError(
+                f"{where}{name}: expected {then}, as in {path}; got {now}. Give the same, or write to another folder."
+            )
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +198,8 @@ def fingerprint(tree: PyTree) -> str:
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):
-        array = np.asarray(leaf)
+        is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype.str} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]

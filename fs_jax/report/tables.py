@@ -47,7 +47,8 @@ def attack_table(evaluation: Mapping[str, Any]) -> str:
     Args:
       evaluation: What `fs_jax.evaluation.evaluate` sums up: `attacks`, records with `name`, `judged_by`, `attacked`,
         `total`, `accuracy`, `low`, `high`, `lowest_single_run` (a dash where there was one run), `seconds`, and
-        `forward` and `backward`, the passes of single images; and, if there is one, `worst`.
+        `forward` and `backward`, the passes of single images; and, if there is one, `worst`, with `unknown`, how many
+        images some attack wasn't meant for.
 
     Returns:
       The table in GitHub's Markdown.
@@ -59,7 +60,7 @@ def attack_table(evaluation: Mapping[str, Any]) -> str:
       | attack     | decides   | images   | accuracy, %       | lowest run   | seconds   | forward   | backward   |
       |:-----------|:----------|:---------|:------------------|:-------------|:----------|:----------|:-----------|
       | clean      | the image | 50 of 50 | 90.0 [79.0, 96.0] | –            | 0.1       | 50        | 0          |
-      | worst case |           |          | 90.0 [79.0, 96.0] |              |           |           |            |
+      | worst case |           | 50       | 90.0 [79.0, 96.0] |              |           |           |            |
     """
     rows = [
         [
@@ -75,7 +76,9 @@ def attack_table(evaluation: Mapping[str, Any]) -> str:
         for record in evaluation["attacks"]
     ]
     if "worst" in evaluation:
-        rows.append([WORST, "", "", _cell(evaluation["worst"]), "", "", "", ""])
+        worst = evaluation["worst"]
+        unknown = f", {worst['unknown']:,} unknown" if worst.get("unknown") else ""
+        rows.append([WORST, "", f"{worst['total']:,}{unknown}", _cell(worst), "", "", "", ""])
     headers = ["attack", "decides", "images", "accuracy, %", "lowest run", "seconds", "forward", "backward"]
     return tabulate.tabulate(
         rows, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=["left"] * len(headers)
@@ -149,14 +152,14 @@ def _check_record(network: str, record: Mapping[str, Any]) -> None:
     for key in ("name", "accuracy", "low", "high"):
         if key not in record:
             raise ValueError(f"evaluations[{network!r}]: expected records with {key!r}; got one with {sorted(record)}.")
-        if key != "name" and not 0 <= record[key] <= 1:
+        if key != "name" and record[key] is not None and not 0 <= record[key] <= 1:
             raise ValueError(
                 f"evaluations[{network!r}], {record['name']}: expected {key} in [0, 1]; got {record[key]!r}."
             )
 
 
 def _cell(record: Mapping[str, Any] | None) -> str:
-    if record is None:
+    if record is None or record["accuracy"] is None:
         return "–"
     accuracy, low, high = (100 * record[key] for key in ("accuracy", "low", "high"))
     return f"{accuracy:.1f} [{low:.1f}, {high:.1f}]"

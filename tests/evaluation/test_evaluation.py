@@ -317,6 +317,31 @@ def test_a_part_of_the_images_fares_as_in_the_whole(network):
     assert_same_records(part.records, whole.records[30:])
 
 
+def test_parts_merge_into_what_the_whole_gives(network, tmp_path):
+    few = Attack("square", 0.02, num_steps=20, num_images=30, after=["clean"])  # 30 of all, not of each part
+    attacks = [CLEAN, Attack("pgd", 0.02, num_steps=3, restarts=2), few]
+    settings = {"batch_size": 10, "progress": False, "about": {"split": "test"}}
+    whole = evaluate(network, IMAGES, LABELS, attacks, **settings)
+    parts = [tmp_path / f"{first}.jsonl" for first in (0, 20, 40)]
+    for path, first in zip(parts, (0, 20, 40), strict=True):
+        part = slice(first, first + 20)
+        evaluate(network, IMAGES[part], LABELS[part], attacks, first=first, journal=path, **settings)
+    worst = np.zeros(IMAGES.shape, np.float32)
+    with pytest.raises(ValueError, match="journal: expected a new file that parts are merged into"):
+        evaluate(network, IMAGES, LABELS, attacks, journal=parts[0], parts=parts, **settings)
+    with pytest.raises(ValueError, match=r"data: expected .*40\.jsonl"):
+        evaluate(network, IMAGES, LABELS[::-1], attacks, journal=tmp_path / "a", parts=parts[2:], **settings)
+    path, other = tmp_path / "whole.jsonl", [CLEAN, Attack("pgd", 0.03, num_steps=3, restarts=2), few]
+    with pytest.raises(ValueError, match=r"pgd-3x2: epsilon: expected 0\.02, as in .*0\.jsonl; got 0\.03"):
+        evaluate(network, IMAGES, LABELS, other, journal=path, parts=parts, **settings)
+    merged = evaluate(network, IMAGES, LABELS, attacks, journal=path, parts=parts, worst_images=worst, **settings)
+    assert not worst.any()  # no attack was run
+    assert_same_records(merged.records, whole.records)
+    for one, other in zip(merged.summary["attacks"], whole.summary["attacks"], strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    assert merged.summary["worst"] == whole.summary["worst"]
+
+
 def test_numbers_do_not_depend_on_the_implementation_of_keys(network):
     def margins():
         result = evaluate(network, IMAGES, LABELS, [Attack("fgsm", 0.1)], batch_size=50, progress=False)

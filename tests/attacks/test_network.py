@@ -1,0 +1,204 @@
+"""Any function is a network: it is compiled once, its latest arrays count, and nothing outlives it."""
+
+import functools
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.tree_util import Partial
+
+from fs_jax import attacks
+from fs_jax.evaluation import evaluate
+from fs_jax.ot import ipot
+
+pytestmark = pytest.mark.usefixtures("small_programs")
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+IMAGES = jnp.asarray(RNG.uniform(size=(5, 4, 4, 1)).astype(np.float32))
+LABELS = jnp.array([0, 1, 2, 0, 1])
+
+
+def weights(seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(16, 4)).astype(np.float32))
+
+
+def linear(w, images):
+    return images.reshape(len(images), -1) @ w
+
+
+def labels_of(w):
+    return np.asarray(linear(w, IMAGES).argmax(-1))
+
+
+class Model:
+    """With a method, which is another object each time it is asked for."""
+
+    def __init__(self, w):
+        self.w = w
+
+    def logits(self, images):
+        return linear(self.w, images)
+
+
+EAGER = {
+    "pgd": functools.partial(attacks.pgd, num_steps=3),
+    "fgsm": attacks.fgsm,
+    "cw": functools.partial(attacks.cw, num_steps=3),
+    "mi_fgsm": functools.partial(attacks.mi_fgsm, num_steps=3),
+    "apgd": functools.partial(attacks.apgd, num_steps=3),
+    "fab": functools.partial(attacks.fab, num_steps=3, targeted=True),
+    "square": functools.partial(attacks.square, num_steps=3),
+    "spsa": functools.partial(attacks.spsa, num_steps=2, num_directions=4),
+    "local_search": functools.partial(attacks.local_search, num_steps=2),
+}
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_a_second_call_without_jit_compiles_nothing(name, compilations):
+    w = weights()
+    logits_fn = lambda images: linear(w, images)  # noqa: E731
+    EAGER[name](logits_fn, KEY, IMAGES, LABELS)
+    with compilations() as compiled:
+        EAGER[name](logits_fn, jax.random.key(1), IMAGES, LABELS, epsilon=0.07)
+    assert not compiled
+
+
+def test_a_second_scattering_compiles_nothing(compilations):
+    w = weights()
+    logits_fn = lambda images: linear(w, images)  # noqa: E731
+    for beta in (0.5, 0.5):
+        with compilations() as compiled:  # as the page has it: another partial each time
+            attacks.feature_scatter(logits_fn, KEY, IMAGES, transport=functools.partial(ipot, beta=beta, num_iters=2))
+    assert not compiled
+
+
+JITTED = jax.jit(linear)
+NETWORKS = {
+    "partial": lambda w: functools.partial(linear, w),
+    "Partial": lambda w: Partial(linear, w),
+    "partial of jit": lambda w: functools.partial(JITTED, w),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_other_weights_of_the_same_function_compile_nothing(name, compilations):
+    for seed in (0, 1):
+        w = weights(seed)
+        with compilations() as compiled:
+            found = attacks.pgd(NETWORKS[name](w), KEY, IMAGES, LABELS, num_steps=3)
+        plain = attacks.pgd(lambda images, w=w: linear(w, images), KEY, IMAGES, LABELS, num_steps=3)
+        np.testing.assert_allclose(found, plain, atol=1e-6)  # and they count
+    assert not compiled
+
+
+def test_a_model_that_was_changed_in_place_is_attacked_as_it_is_now(compilations):
+    model = Model(weights(0))
+    for seed in (0, 1):
+        model.w = weights(seed)
+        with compilations() as compiled:
+            result = evaluate(model.logits, np.asarray(IMAGES), labels_of(weights(1)), ["clean"], progress=False)
+        assert (result.summary["worst"]["accuracy"] == 1) == (seed == 1)
+    assert not compiled
+
+
+def test_numpy_arrays_that_were_changed_in_place_count():
+    w = np.array(weights(0))
+    logits_fn = lambda images: linear(w, images)  # noqa: E731
+    for seed in (0, 1):
+        w[:] = weights(seed)
+        result = evaluate(logits_fn, np.asarray(IMAGES), labels_of(weights(1)), ["clean"], progress=False)
+        assert (result.summary["worst"]["accuracy"] == 1) == (seed == 1)
+
+
+def test_what_depends_on_the_size_of_the_batch_is_right_at_every_size():
+    w = weights()
+
+    def logits_fn(images):  # a constant of its own for each size
+        return linear(w, images) + np.arange(len(images))[:, None] * 0 + np.float32(1 / len(images))
+
+    images, labels = np.asarray(IMAGES), labels_of(w)
+    for batch_size in (4, 2, 1, 4):
+        result = evaluate(logits_fn, images, labels, ["clean"], batch_size=batch_size, progress=False)
+        expected = attacks.logit_margin(linear(w, IMAGES), jnp.asarray(labels))
+        np.testing.assert_allclose([record["margin"]["clean"] for record in result.records], expected, atol=1e-5)
+
+
+CALLS = {
+    "packed": lambda f: list(attacks.packed(attacks.pgd_steps(num_steps=2), f, KEY, np.asarray(IMAGES), LABELS)),
+    "pgd": lambda f: attacks.pgd(f, KEY, IMAGES, LABELS, num_steps=2),
+    "apgd": lambda f: attacks.apgd(f, KEY, IMAGES, LABELS, num_steps=2),
+    "feature_scatter": lambda f: attacks.feature_scatter(f, KEY, IMAGES),
+    "evaluate": lambda f: evaluate(f, np.asarray(IMAGES), np.asarray(LABELS), ["pgd-2"], progress=False),
+    "autoattack": lambda f: attacks.autoattack(f, KEY, np.asarray(IMAGES), np.asarray(LABELS), version=["apgd-ce"]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", ["lambda", "method", "partial"])
+def test_nothing_outlives_the_function(call, kind):
+    w = weights()
+    model = Model(w)
+    alive = weakref.ref(w), weakref.ref(model)
+    function = {"lambda": lambda images: linear(w, images), "method": model.logits, "partial": Partial(linear, w)}[kind]
+    CALLS[call](function)
+    del w, model, function
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+
+
+def test_an_abandoned_generator_lets_go():
+    w = weights()
+    alive = weakref.ref(w)
+    looks = attacks.packed(attacks.pgd_steps(num_steps=50), lambda x: linear(w, x), KEY, np.asarray(IMAGES), LABELS)
+    next(looks)
+    del looks, w
+    gc.collect()
+    assert alive() is None
+
+
+class Perceptron(nnx.Module):
+    """As Flax's page begins."""
+
+    def __init__(self, rngs):
+        self.hidden, self.out = nnx.Linear(16, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
+        self.dropout, self.norm = nnx.Dropout(0.5, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+
+    def __call__(self, images):
+        hidden = self.norm(nnx.relu(self.hidden(images.reshape(len(images), -1))))
+        return self.out(self.dropout(hidden))
+
+
+def test_an_nnx_module_goes_through_evaluate(compilations):
+    model = Perceptron(nnx.Rngs(0))
+    model.eval()
+    labels = np.asarray(model(IMAGES).argmax(-1))
+    first = evaluate(model, np.asarray(IMAGES), labels, ["clean", "pgd-5"], epsilon=0.3, progress=False)
+    assert first.summary["attacks"][0]["accuracy"] == 1 > first.summary["worst"]["accuracy"]
+    model.out.bias[...] += 100 * jax.nn.one_hot((labels[0] + 1) % 4, 4)  # it goes on training
+    with compilations() as compiled:
+        second = evaluate(model, np.asarray(IMAGES), labels, ["clean", "pgd-5"], epsilon=0.3, progress=False)
+    assert second.summary["attacks"][0]["accuracy"] < 1
+    assert not compiled
+
+
+def test_an_equinox_module_goes_through_evaluate():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(16, 4, 8, 1, key=KEY)
+    logits_fn = jax.vmap(lambda image: model(image.ravel()))
+    labels = np.asarray(logits_fn(IMAGES).argmax(-1))
+    result = evaluate(logits_fn, np.asarray(IMAGES), labels, ["clean", "pgd-5"], epsilon=0.3, progress=False)
+    assert result.summary["attacks"][0]["accuracy"] == 1 > result.summary["worst"]["accuracy"]
+
+
+def test_a_network_that_is_being_traced_is_refused_where_the_host_has_to_look():
+    @jax.jit
+    def inside(w):
+        list(attacks.packed(attacks.pgd_steps(), lambda x: linear(w, x), KEY, np.asarray(IMAGES), LABELS))
+
+    with pytest.raises(TypeError, match=r"captures some that are being traced\. Call this outside of jax\.jit"):
+        inside(weights())
