@@ -345,7 +345,11 @@ def draw_strength(summary: dict[str, Any], records: list[dict[str, Any]], output
     shown = [*longest.values(), *(attack for attack in whole if "by_step" not in attack)]
     radii = gradient_masking.radius_points(summary, records)
     if shown or radii:
-        report.attack_strength(shown, radii, output / "strength.png", worst=summary["worst"]["accuracy"])
+        # Of the attacks on all images, as the lines are: some of a suite's are on few, and so is the worst case.
+        everywhere = [a["name"] for a in summary["attacks"] if not a["apart"] and a["num_images"] is None]
+        at = [record["misclassified_at"] for record in records]
+        robust = [all(of_image.get(name, -1) < 0 for name in everywhere) for of_image in at]
+        report.attack_strength(shown, radii, output / "strength.png", worst=sum(robust) / len(robust))
 
 
 def draw_adversaries(logits_fn, images, labels, adversaries, class_names, epsilon, output) -> None:
@@ -397,11 +401,12 @@ def save_images(path: pathlib.Path, adversaries, labels, records) -> None:
 
 HOW_TO_READ = """\
 Accuracy in % with 95% intervals. *Decides*: where the last iterate decides, the attack is judged as the paper's code
-judges its own, so that the numbers compare; where any iterate does, it is stronger, and an image leaves when it falls.
-*Images*: how many were attacked, of how many the accuracy counts. An attack that spares images spares those that are
-misclassified, at once or after an earlier attack, and counts them so. *Lowest run*: of several random starts,
-the one that found most; the accuracy is that after all of them. *Seconds*: with compilation. *Forward*, *backward*:
-passes of one image that the attack took in all (of local search, the most that it can take)."""
+judges its own, so that the numbers compare; where any iterate does, it is stronger, and an image is dropped as soon as
+it is misclassified. *Images*: how many were attacked, of how many the accuracy counts. An attack that spares images
+spares those that are misclassified, at once or after an earlier attack, and counts them so. *Worst case*: of the images
+that all its attacks were meant for; whether others are robust is unknown. *Lowest run*: of several random starts, the
+one that found most; the accuracy is that after all of them. *Seconds*: with compilation. *Forward*, *backward*: passes
+of one image that the attack took in all (of local search, the most that it can take)."""
 
 
 def report_text(summary: dict[str, Any], figures: set[str]) -> str:
@@ -414,12 +419,13 @@ def report_text(summary: dict[str, Any], figures: set[str]) -> str:
     origin = f"{config['method']}, step {summary['step']:,}" if config else summary["file"]
     together = [attack for attack in summary["attacks"] if not attack["apart"]]
     apart = [attack for attack in summary["attacks"] if attack["apart"]]
-    environment = summary["environments"][-1]
+    environment, several = summary["environments"][-1], len(summary["environments"]) > 1
     parts = [
         f"# {summary['network']} ({origin}) under attack",
         f"{summary['dataset']}, {summary['images']:,} {summary['split']} images, L∞ radius "
         f"{report.radius(summary['epsilon'])}, seed {summary['seed']}. Weights {summary['weights']}. On "
-        f"{environment['device']}, {environment['cpu_count']} cores, jax {environment['jax']}.",
+        f"{environment['device']}, {environment['cpu_count']} cores, jax {environment['jax']}."
+        + (f" Parts of it ran elsewhere, in {len(summary['environments'])} environments." if several else ""),
         *(f"**Warning.** {warning}" for warning in summary["warnings"]),
         report.attack_table({"attacks": together, "worst": summary["worst"]}),
         HOW_TO_READ,
@@ -442,9 +448,9 @@ def report_text(summary: dict[str, Any], figures: set[str]) -> str:
             for name, of_attack in summary["autoattack"].items()
         )
         parts += [
-            f"**AutoAttack, standard version: {100 * last['accuracy']:.2f}% stand** ({last['correct']:,} of "
-            f"{last['total']:,}). Each attack is run on what those before it left standing. Their settings are the "
-            f"authors': {settings}."
+            f"**AutoAttack, standard version: {100 * last['accuracy']:.2f}% are robust** ({last['correct']:,} of "
+            f"{last['total']:,}). Each attack is run on the images that those before it didn't break. Their settings "
+            f"are the authors': {settings}."
         ]
     if "masking" in summary:
         rows = [[check["what"], check["verdict"], check["why"]] for check in summary["masking"]]

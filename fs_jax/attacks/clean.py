@@ -52,4 +52,5 @@ CLEAN = Specification(
     {"num_draws": count(None)},
     fixed_radius=0.0,
     uses_gradients=False,
+    judges_only=True,
 )

@@ -123,7 +123,7 @@ class Attack:
     @property
     def judged_by(self) -> str:
         """Which iterates decide, for tables."""
-        if self.specification.fixed_radius == 0:
+        if self.specification.judges_only:
             return "the image"
         return "any iterate" if self.any_iterate else "last iterate"
 

@@ -88,6 +88,8 @@ class Specification:
     """What is the same always, under its authors' names, for the record."""
     uses_gradients: bool = True
     """Whether it looks at gradients of the network."""
+    judges_only: bool = False
+    """Whether it only judges images as they are given."""
     steps_in_name: bool = False
     """Whether its number of steps belongs to its name, as in `pgd-20`."""
     every_run: bool = False

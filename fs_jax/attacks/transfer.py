@@ -20,6 +20,7 @@ TRANSFER = Specification(
     lambda *, epsilon, num_classes, source: whole(Partial(judge)),
     {"source": Setting("", lambda name, value: None)},
     uses_gradients=False,
+    judges_only=True,
 )
 
 

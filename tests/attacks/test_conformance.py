@@ -1,14 +1,20 @@
 """What holds for every attack, run by run: one contract, one test of each clause."""
 
 import functools
+import inspect
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from fs_jax import attacks
+from fs_jax.attacks.specification import Specification, count
+from fs_jax.attacks.stepwise import adversaries, first_judged, judged
+from fs_jax.evaluation import evaluate
 from fs_jax.ot import ipot, released_sinkhorn, sqeuclidean_cost
 
 pytestmark = pytest.mark.usefixtures("small_programs")
@@ -128,20 +134,61 @@ def test_labelled_attacks_raise_their_loss(name, classifier):
     assert (loss(logits_fn(attacked), labels) > loss(logits_fn(images), labels)).all()
 
 
-STEPWISE = {
-    "apgd": functools.partial(attacks.apgd, num_steps=10),
-    "apgd-t": functools.partial(attacks.apgd, num_steps=10, loss="targeted"),
-    "fab": functools.partial(attacks.fab, num_steps=5, num_runs=2),
-    "fab-t": functools.partial(attacks.fab, num_steps=5, targeted=True),
-    "square": functools.partial(attacks.square, num_steps=20),
-    "spsa": functools.partial(attacks.spsa, num_steps=5, num_directions=16),
-    "local_search": functools.partial(attacks.local_search, num_steps=5),
+# Every attack of the registry, and one that is defined here: both through its specification alone.
+def _towards_grey(logits_fn, state, images, labels, *, epsilon):
+    iterate = attacks.project(state.iterate + epsilon / 4 * jnp.sign(0.5 - state.iterate), images, epsilon)
+    return _Fading(iterate, judged(state.progress, iterate, logits_fn(iterate), labels))
+
+
+class _Fading(NamedTuple):
+    iterate: jax.Array
+    progress: attacks.Progress
+
+
+def _grey_start(logits_fn, keys, images, labels, run):
+    return _Fading(images, first_judged(images, logits_fn(images), labels))
+
+
+FADE = Specification(
+    "fade",
+    "less contrast, step by step",
+    lambda *, epsilon, num_classes, num_steps: attacks.Stepwise(
+        Partial(_grey_start), Partial(_towards_grey, epsilon=epsilon), num_steps, passes=((1, 0), (1, 0))
+    ),
+    {"num_steps": count(4)},
+    uses_gradients=False,
+)
+QUICK = {"num_steps": 5, "num_directions": 16, "targets": 2, "restarts": 2, "any_iterate": True, "step_size": 0.03}
+
+
+def stepwise_attack(specification):
+    settings = {name: value for name, value in QUICK.items() if name in specification.settings}
+    settings = attacks.Attack(specification, EPSILON, **settings).settings
+
+    def run(logits_fn, rng, images, labels, *, epsilon):
+        attack = specification.build(epsilon=epsilon, num_classes=5, **settings)
+        return adversaries(attack, logits_fn, rng, images, labels, uses_gradients=specification.uses_gradients)
+
+    return run
+
+
+BOUNDED = {
+    specification.name: stepwise_attack(specification)
+    for specification in (*attacks.REGISTRY.values(), FADE)
+    if specification.fixed_radius is None
 }
+STEPWISE = {**BOUNDED, "local-search": stepwise_attack(attacks.REGISTRY["local-search"])}
+STARTS_AT_THE_IMAGE = ("mi-fgsm", "fab", "fab-t", "fade")  # in the first run at least
 
 
-@pytest.fixture(scope="module", params=STEPWISE.values(), ids=STEPWISE)
-def stepwise(request, classifier):
-    return compiled(request.param, classifier[0])
+@pytest.fixture(scope="module", params=STEPWISE)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def stepwise(name, classifier):
+    return compiled(STEPWISE[name], classifier[0])
 
 
 def in_float64(classifier):
@@ -150,21 +197,42 @@ def in_float64(classifier):
 
 
 @pytest.mark.usefixtures("float64")
-def test_stepwise_attacks_stay_in_the_ball_and_in_the_range_and_harm(stepwise, classifier):
+def test_stepwise_attacks_stay_in_the_ball_and_in_the_range_and_harm(name, stepwise, classifier):
     logits_fn, images, labels = in_float64(classifier)
     attacked, _ = stepwise(jax.random.split(KEY, len(images)), images, labels)
     assert attacked.dtype == images.dtype
-    assert np.abs(attacked - images).max() <= EPSILON + 6e-8  # as above
+    if name in BOUNDED:
+        assert np.abs(attacked - images).max() <= EPSILON + 6e-8  # as above
     assert attacked.min() >= 0
     assert attacked.max() <= 1
     margins, before = (attacks.logit_margin(logits_fn(x), labels) for x in (attacked, images))
-    # Those that are misclassified as they are may fall at a start, which may be anywhere.
+    # Those that are misclassified as they are may stay at a start, which may be anywhere.
     assert (margins <= before)[before > 0].all()
     assert (margins < before)[before > 0].any()
 
 
 @pytest.mark.usefixtures("float64")
-def test_stepwise_attacks_with_radius_zero_are_the_identity(stepwise, classifier):
+def test_stepwise_attacks_give_the_same_for_the_same_key_and_use_another(name, stepwise, classifier):
+    _, images, labels = in_float64(classifier)
+    one, again, other = (
+        stepwise(jax.random.split(key, len(images)), images, labels)[0] for key in (KEY, KEY, jax.random.key(4))
+    )
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any() or name in STARTS_AT_THE_IMAGE
+
+
+@pytest.mark.usefixtures("float64")
+def test_stepwise_attacks_without_jit_equal_those_with_it(name, stepwise, classifier):
+    logits_fn, images, labels = in_float64(classifier)
+    keys = jax.random.split(KEY, len(images))
+    eager = STEPWISE[name](logits_fn, keys, images, labels, epsilon=EPSILON)
+    np.testing.assert_allclose(eager, stepwise(keys, images, labels)[0], atol=1e-9)  # as below
+
+
+@pytest.mark.usefixtures("float64")
+def test_stepwise_attacks_with_radius_zero_are_the_identity(name, stepwise, classifier):
+    if name not in BOUNDED:
+        pytest.skip("No radius bounds it.")
     _, images, labels = in_float64(classifier)
     attacked, _ = stepwise(jax.random.split(KEY, len(images)), images, labels, 0.0)
     np.testing.assert_array_equal(attacked, images)
@@ -201,7 +269,14 @@ def test_scattering_raises_the_transport_cost(classifier):
     np.testing.assert_allclose(result[1].natural_logits, logits_fn(images), atol=1e-5)
 
 
-@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+FUNCTIONS = ("mi_fgsm", "apgd", "fab", "square", "spsa", "local_search")
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [*ATTACKS.values(), *(getattr(attacks, function) for function in FUNCTIONS)],
+    ids=[*ATTACKS, *FUNCTIONS],
+)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -220,8 +295,8 @@ def test_scattering_raises_the_transport_cost(classifier):
 )
 def test_bad_input_is_refused(attack, classifier, change, error, message):
     logits_fn, images, labels = classifier
-    if attack is attacks.fgsm and "num_steps" in change:
-        pytest.skip("It has one step.")
+    if change.keys() - inspect.signature(attack).parameters.keys() - {"images", "labels", "settings"}:
+        pytest.skip("It has no such argument.")
     arguments = {"images": images, "labels": labels, "epsilon": EPSILON, **change}
     with pytest.raises(error, match=re.escape(message)):
         attack(logits_fn, KEY, arguments.pop("images"), arguments.pop("labels"), **arguments)
@@ -257,3 +332,13 @@ def test_a_wrong_number_of_keys_is_refused(classifier):
     logits_fn, images, labels = classifier
     with pytest.raises(ValueError, match="rng: expected a key, or one for each of the 6 images"):
         attacks.pgd(logits_fn, jax.random.split(KEY, 3), images, labels)
+
+
+def test_an_attack_of_ones_own_goes_through_evaluate(classifier):
+    logits_fn, images, _ = classifier
+    labels = np.asarray(logits_fn(images).argmax(-1))
+    fade = attacks.Attack(FADE, 0.5, num_steps=8)
+    result = evaluate(logits_fn, np.asarray(images), labels, ["clean", fade], progress=False)
+    (_, found) = result.summary["attacks"]
+    assert (found["name"], found["settings"], found["uses_gradients"]) == ("fade", {"num_steps": 8}, False)
+    assert found["accuracy"] < 1

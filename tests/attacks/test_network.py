@@ -4,6 +4,7 @@ import functools
 import gc
 import weakref
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,7 +188,6 @@ def test_an_nnx_module_goes_through_evaluate(compilations):
 
 
 def test_an_equinox_module_goes_through_evaluate():
-    eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(16, 4, 8, 1, key=KEY)
     logits_fn = jax.vmap(lambda image: model(image.ravel()))
     labels = np.asarray(logits_fn(IMAGES).argmax(-1))
