@@ -136,7 +136,7 @@ def test_the_report_says_what_was_run_and_links_what_was_drawn():
     }  # fmt: skip
     text = evaluate.report_text(summary, {"strength"})
     assert "**Warning.** no gradient" in text
-    assert "**AutoAttack, standard version: 14.00% stand** (7 of 50)" in text
+    assert "**AutoAttack, standard version: 14.00% are robust** (7 of 50)" in text
     assert "square: num_steps 5000." in text
     assert text.index("| square ") < text.index("Apart from the worst case") < text.index("| pgd-20 at 4/255 ")
     assert "| honest     | no          | 0 of 1" in text

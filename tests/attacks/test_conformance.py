@@ -181,7 +181,14 @@ STEPWISE = {**BOUNDED, "local-search": stepwise_attack(attacks.REGISTRY["local-s
 STARTS_AT_THE_IMAGE = ("mi-fgsm", "fab", "fab-t", "fade")  # in the first run at least
 
 
-@pytest.fixture(scope="module", params=STEPWISE)
+# One of each kind is quick: by momentum, with checkpoints, towards targets, by queries, and this file's own.
+QUICKLY = ("mi-fgsm", "apgd-ce", "fab-t", "square", "fade")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name in QUICKLY else [pytest.mark.slow]) for name in STEPWISE],
+)
 def name(request):
     return request.param
 

@@ -59,7 +59,11 @@ EAGER = {
 }
 
 
-@pytest.mark.parametrize("name", EAGER)
+def slow_but(quick, names):
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
+
+
+@pytest.mark.parametrize("name", slow_but(("pgd", "apgd", "square"), EAGER))
 def test_a_second_call_without_jit_compiles_nothing(name, compilations):
     w = weights()
     logits_fn = lambda images: linear(w, images)  # noqa: E731
@@ -86,7 +90,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow_but(("partial",), NETWORKS))
 def test_other_weights_of_the_same_function_compile_nothing(name, compilations):
     for seed in (0, 1):
         w = weights(seed)
@@ -139,8 +143,8 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("kind", ["lambda", "method", "partial"])
+@pytest.mark.parametrize("call", slow_but(("packed", "pgd", "autoattack"), CALLS))
+@pytest.mark.parametrize("kind", slow_but(("lambda",), ["lambda", "method", "partial"]))
 def test_nothing_outlives_the_function(call, kind):
     w = weights()
     model = Model(w)

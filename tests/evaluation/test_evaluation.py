@@ -309,6 +309,7 @@ def test_images_that_an_attack_was_not_meant_for_are_unknown(network):
     assert worst["correct"] == result.summary["attacks"][1]["correct"]
 
 
+@pytest.mark.slow
 def test_a_part_of_the_images_fares_as_in_the_whole(network):
     attacks = [CLEAN, "pgd-3x2", Attack("apgd-t", 0.01, num_steps=5, after=["clean"])]
     settings = {"epsilon": 0.02, "batch_size": 10, "progress": False}
@@ -320,7 +321,7 @@ def test_a_part_of_the_images_fares_as_in_the_whole(network):
 def test_parts_merge_into_what_the_whole_gives(network, tmp_path):
     few = Attack("square", 0.02, num_steps=20, num_images=30, after=["clean"])  # 30 of all, not of each part
     attacks = [CLEAN, Attack("pgd", 0.02, num_steps=3, restarts=2), few]
-    settings = {"batch_size": 10, "progress": False, "about": {"split": "test"}}
+    settings = {"batch_size": 5, "progress": False, "about": {"split": "test"}}
     whole = evaluate(network, IMAGES, LABELS, attacks, **settings)
     parts = [tmp_path / f"{first}.jsonl" for first in (0, 20, 40)]
     for path, first in zip(parts, (0, 20, 40), strict=True):

@@ -83,6 +83,7 @@ def test_second_derivatives_are_refused_elsewhere(grad, output):
             jax.eval_shape(hessian, cost)
 
 
+@pytest.mark.slow
 def test_a_system_that_conjugate_gradients_leave_is_solved_densely(monkeypatch):
     plan = jnp.asarray(sinkhorn(np.random.default_rng(0).uniform(0, 1, (5, 6)), reg=0.1).plan)
     right = np.random.default_rng(1).normal(size=11)

@@ -86,6 +86,7 @@ def test_in_range_runs_are_not_repeated(monkeypatch):
     assert np.isfinite(got).all()
 
 
+@pytest.mark.slow
 def test_gradient_where_a_scaling_starts_below_the_smallest_number():
     # The first row starts 100 exponents below the second, and the run is repeated in the log domain.
     cost, a, b = np.float32([[0, 1], [-1, -1]]), np.float32([0.99, 0.01]), np.float32([0.5, 0.5])
@@ -104,6 +105,7 @@ def test_starts_far_from_the_solution():
     np.testing.assert_allclose(results[0].plan, results[1].plan, atol=1e-10)  # exponents of 1e4 lose four digits
 
 
+@pytest.mark.slow
 def test_batches_larger_than_the_cache_go_in_pieces(monkeypatch):
     costs = np.random.default_rng(1).uniform(0, 1, (7, 5, 8))
     regs = np.linspace(0.05, 0.2, 7)

@@ -136,6 +136,7 @@ def test_forward_mode_goes_the_plain_way():
     np.testing.assert_allclose(forward, jnp.sum(expected * tangents, (1, 2)), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_a_plan_that_the_kernel_wrongly_believes_in_is_solved_again(monkeypatch):
     cost, a, b = (x[0] for x in draw((7, 5), 1))
@@ -198,6 +199,7 @@ def gradient_of_a_batch(**options):
     return jax.grad(lambda c: jax.vmap(lambda c: sinkhorn(c, reg=0.1, num_iters=9, **options).primal_cost)(c).sum())
 
 
+@pytest.mark.slow
 def test_no_kernels_in_float64_and_none_on_a_cpu():
     assert kernels_for_cuda(gradient_of_a_batch(), jax.ShapeDtypeStruct((3, 5, 7), jnp.float64)) == 0
     on_a_cpu = jax.jit(gradient_of_a_batch()).lower(jax.ShapeDtypeStruct((3, 5, 7), jnp.float32))
