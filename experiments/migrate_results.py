@@ -27,12 +27,15 @@ class Arguments:
 def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.migrate_results")
 
-    from experiments import evaluate
+    from experiments.evaluation_report import report_text
     from fs_jax._utils.files import write_text
     from fs_jax.evaluation.journal import SCHEMA
 
     for path in arguments.files:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            old = None
         if not isinstance(old, dict) or "attacks" not in old or "records" not in old:
             raise ValueError(
                 f"{path}: expected the result of an evaluation, with attacks and records; got another file."
@@ -44,7 +47,7 @@ def main(argv: list[str]) -> None:
         write_text(path, json.dumps(new) + "\n")
         if (path.parent / "report.md").exists():
             figures = {figure.stem for figure in path.parent.glob("*.png")}
-            write_text(path.parent / "report.md", evaluate.report_text(new, figures))
+            write_text(path.parent / "report.md", report_text(new, figures))
         print(f"{path}: migrated")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import autoattack_reference, command_line, evaluate
+from experiments.evaluation_report import report_text
 from fs_jax.evaluation import Evaluation, accuracy
 from fs_jax.models import WideResNet, convert
 
@@ -134,7 +135,7 @@ def test_the_report_says_what_was_run_and_links_what_was_drawn():
         "worst": accuracy(np.arange(50) < 7), "autoattack": {"square": {"num_steps": 5000}},
         "masking": [{"what": "honest", "verdict": "no", "why": "0 of 1"}],
     }  # fmt: skip
-    text = evaluate.report_text(summary, {"strength"})
+    text = report_text(summary, {"strength"})
     assert "**Warning.** no gradient" in text
     assert "**AutoAttack, standard version: 14.00% are robust** (7 of 50)" in text
     assert "square: num_steps 5000." in text
@@ -179,9 +180,42 @@ def test_every_suite_runs_on_weights_from_a_file(tmp_path):
         assert {a["name"]: a["accuracy"] for a in alone["attacks"]}.items() <= accuracies.items()
 
 
+@pytest.mark.slow
+def test_shards_merge_into_the_whole(tmp_path, monkeypatch, capsys):
+    model = WideResNet(10, 1)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    convert.save_weights(tmp_path / "network.npz", model, variables)
+    words = ("--weights", str(tmp_path / "network.npz"), "--dataset", "digits", "--attacks", "fgsm", "pgd-3x2")
+    words = (*words, "--first", "5", "--num-images", "21", "--epsilon", "0.02", "--no-progress", "--save-images")
+    parts = [str(tmp_path / part) for part in ("1", "2")]
+    for more in (
+        ("--output", str(tmp_path / "whole")),
+        ("--shard", "1/2", "--output", parts[0]),
+        ("--shard", "2/2", "--output", parts[1]),
+        ("--merge", *parts, "--output", str(tmp_path / "merged")),
+    ):
+        status, _, err = evaluate_here(monkeypatch, capsys, *words, *more)
+        assert status == 0, err
+    whole, merged = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "merged"))
+    assert [record["index"] for record in merged["records"]] == list(range(5, 26))
+    assert merged["worst"] == whole["worst"]
+    for one, other in zip(merged["records"], whole["records"], strict=True):
+        assert one["misclassified_at"] == other["misclassified_at"]
+    images = [np.load(tmp_path / name / "adversarial.npz")["images"] for name in ("whole", "merged")]
+    # Batches of other sizes round otherwise, and a sign may turn with that: in few pixels, if any.
+    assert np.mean(np.abs(images[0] - images[1]) > 1e-6) < 0.01
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ("experiments.evaluate", "--weights", "x", "--output", "x", "--shard", "3/2"),
+            "shard: expected a part of at most the number of parts; got 3/2",
+        ),
+        (("experiments.evaluate", "--weights", "x", "--output", "x", "--shard", "2"), "such as 2/4; got '2'"),
+        (("experiments.evaluate", "--weights", "x", "--output", "x", "--merge", "tests"), "tests has no records.jsonl"),
+        (("experiments.migrate_results", "tests/golden/README.md"), "expected the result of an evaluation"),
         (("experiments.train", "digitz", "--workdir", "x"), "Did you mean 'digits'?"),
         (("experiments.train", "digits"), "--workdir"),
         (("experiments.train", "digits", "--workdir", "x", "--model.deph", "16"), "--model.depth"),

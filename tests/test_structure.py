@@ -1,0 +1,57 @@
+"""Imports go one way, and what depends on the machine is asked in one place."""
+
+import ast
+import pathlib
+
+import pytest
+
+import fs_jax
+
+ROOT = pathlib.Path(fs_jax.__file__).parent
+
+# What a room may import of this project, besides itself. (`_utils` is everybody's.)
+ARROWS = {
+    "_utils": set(),
+    "ot": set(),
+    "config": set(),
+    "augment": {"config"},
+    "data": {"config"},
+    "attacks": {"ot"},
+    "models": {"config"},
+    "evaluation": {"attacks"},
+    "report": set(),
+    "training": {"config", "data", "augment", "models", "ot", "attacks", "evaluation"},
+}
+
+
+def rooms():
+    return sorted({path.relative_to(ROOT).parts[0].removesuffix(".py") for path in ROOT.rglob("*.py")} - {"__init__"})
+
+
+def imported(path):
+    """The rooms that a file imports."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("fs_jax.")}
+
+
+def test_every_room_is_listed():
+    assert rooms() == sorted(ARROWS)
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_imports_go_one_way(room):
+    files = [*(ROOT / room).rglob("*.py")] or [ROOT / f"{room}.py"]
+    for path in files:
+        assert imported(path) - {room, "_utils", "__version__"} <= ARROWS[room], path
+    if room == "ot":  # it may be used alone
+        assert not any("_utils" in imported(path) for path in files)
+
+
+@pytest.mark.parametrize("forbidden", ["default_backend(", "import fcntl", "import jax._src", "from jax._src"])
+def test_nothing_asks_what_only_the_scripts_may(forbidden):
+    assert [path for path in ROOT.rglob("*.py") if forbidden in path.read_text(encoding="utf-8")] == []
