@@ -4,7 +4,7 @@ The file, an `.npz`, holds a network that was trained and attacked in PyTorch, a
 
 - `weights/NAME`: the network by PyTorch's names (a Wide-ResNet that takes images in [-1, 1]);
 - `images_nhwc` (uint8), `labels`, `clean_correct`;
-- `standard/ATTACK_robust`: whether each image stands after that stage of AutoAttack's standard version (apgd-ce,
+- `standard/ATTACK_robust`: whether each image is robust after that stage of AutoAttack's standard version (apgd-ce,
   apgd-t, fab-t, square); `alone/ATTACK_robust`: after that attack alone, on the first images; `paper/ATTACK_robust`:
   after the paper's (fgsm, pgd20, pgd100, cw20, cw100, pgd20_5starts); all at radius 8/255;
 - with each of AutoAttack's `_robust`, `_seconds`: how long it took, which `experiments.benchmarks.attacks` reads.
@@ -28,7 +28,7 @@ PAPER = {
     "pgd20_5starts": "pgd-20x5",
 }  # fmt: skip
 
-MOST_POINTS = 0.6  # between theirs and ours after any stage: 3 of 500 images, which may fall to another start
+MOST_POINTS = 0.6  # between theirs and ours after any stage: 3 of 500 images, which another start may break
 LEAST_AGREEMENT = 99  # % of the images, in the end
 
 
@@ -124,7 +124,7 @@ def rivals(reference) -> list[tuple[str, Any]]:
 
 
 def compare(reference, result) -> list[dict[str, Any]]:
-    """For each attack, how many images stand after theirs and after ours, and on how many both agree."""
+    """For each attack, how many images are robust to theirs and to ours, and on how many both agree."""
     import numpy as np
 
     rows = []
@@ -166,7 +166,8 @@ def table(summary: dict[str, Any], network: str) -> str:
         for row in summary["agreement"]
     ]
     headers = [
-        "attack", "images", "stand, theirs, %", "ours, %", "points", "agree, %", "fell only to theirs", "only to ours",
+        "attack", "images", "robust, theirs, %", "ours, %", "points", "agree, %", "broken only by theirs",
+        "only by ours",
     ]  # fmt: skip
     stages = [row for row in summary["agreement"] if row["attack"] in STAGES]
     said = [f"Written by `python -m experiments.autoattack_reference --reference {summary['reference']}`."]

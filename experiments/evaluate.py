@@ -10,8 +10,8 @@ checklist for masked gradients.
 
 Writes into `DIR/evaluations/NAME`: `records.jsonl` (a line for each image and attack, as it goes), and in the end
 `result.json` (settings, accuracies with 95% intervals, what they cost, a record for each image, RobustBench's fields),
-`report.md` (the tables), and the figures. If interrupted, rerun the command: it resumes. With another network, radius or
-setting it refuses to.
+`report.md` (the tables), and the figures. If interrupted, rerun the command: it resumes. With another network, radius
+or setting it refuses to.
 
 Parts of the images can be evaluated anywhere, and merged:
 
@@ -65,8 +65,8 @@ class Arguments:
     shard: str | None = None
     """Instead: one of several parts of about the same size, as in 2/4. --merge puts their results together."""
     merge: tuple[pathlib.Path, ...] = ()
-    """Folders of evaluations of parts, with the same arguments: what they hold is taken over into --output, a new folder,
-    and only what is missing is run."""
+    """Folders of evaluations of parts, with the same arguments: what they hold is taken over into --output, a new
+    folder, and only what is missing is run."""
     gradient_free_images: int = 100
     """How many of these a suite's SPSA and local search attack: they ask the network some 100,000 times for each."""
     spsa_directions: int = 128

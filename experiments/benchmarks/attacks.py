@@ -152,7 +152,7 @@ def our_pgd(logits_fn, images, labels, *, num_steps, last_only, num_runs=1, spen
     fallen = np.zeros(len(labels), bool)
     for look in looks:
         for job in look.finished:
-            fallen[job.image] |= job.fallen
+            fallen[job.image] |= job.misclassified
         if spent is not None:
             spent.append(look.backward)
     return float(1 - fallen.mean())

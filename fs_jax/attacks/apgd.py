@@ -54,7 +54,7 @@ def apgd(
         at most the number of wrong classes.
 
     Returns:
-      Images [N, H, W, C] in the ball: as they fell, else those of the lowest margin met. No gradient flows through.
+      Images [N, H, W, C] in the ball: misclassified, else of the lowest margin met. No gradient flows through.
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,

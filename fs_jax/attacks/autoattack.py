@@ -126,7 +126,7 @@ def autoattack(
 
     Warns:
       UserWarning: if the logits look like probabilities, if they differ from call to call, if gradients vanish, or if
-        Square, which sees no gradient, breaks what the attacks before it left standing.
+        Square, which sees no gradient, breaks images that the attacks before it didn't.
 
     Example:
       >>> import jax

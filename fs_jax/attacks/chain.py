@@ -264,13 +264,13 @@ def _run(
 
 def _outcome(job, images, first):
     change = float(np.max(np.abs(job.adversarial - as_float(images[job.image]))))
-    misclassified_at = job.step if job.fallen else -1
+    misclassified_at = job.step if job.misclassified else -1
     return Outcome(first + job.image, job.run, job.step, misclassified_at, job.margin, round(change, 6))  # float32's
 
 
 def _confirmed(finished, network, keys, labels, size):
     """Of a randomised network, the jobs that one lucky draw broke and another one doesn't aren't broken."""
-    broken = [place for place, job in enumerate(finished) if job.fallen]
+    broken = [place for place, job in enumerate(finished) if job.misclassified]
     finished = list(finished)
     for begin in range(0, len(broken), size):
         places = broken[begin : begin + size]
@@ -280,7 +280,7 @@ def _confirmed(finished, network, keys, labels, size):
         adversarial = np.stack([job.adversarial for job in jobs])
         margins = np.asarray(network.compiled(_margins)(network, keys[image, run], adversarial, labels[image]))
         for place, margin in zip(places, margins.tolist(), strict=False):
-            finished[place] = finished[place]._replace(fallen=not margin > 0, margin=margin)
+            finished[place] = finished[place]._replace(misclassified=not margin > 0, margin=margin)
     return finished
 
 

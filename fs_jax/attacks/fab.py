@@ -57,7 +57,7 @@ def fab(
         of wrong classes.
 
     Returns:
-      Images [N, H, W, C] in the ball: as they fell, else those of the lowest margin met. No gradient flows through.
+      Images [N, H, W, C] in the ball: misclassified, else of the lowest margin met. No gradient flows through.
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
@@ -184,7 +184,7 @@ def _start_to_target(logits_fn, keys, images, labels, run):
 
 def _first_state(first, target, logits, images, labels):
     progress = first_judged(first, logits, labels)
-    distance = jnp.where(progress.fallen_at == 0, _length(first - images), jnp.inf)
+    distance = jnp.where(progress.misclassified_at == 0, _length(first - images), jnp.inf)
     return _Boundary(first, target, distance, progress)
 
 
@@ -246,7 +246,9 @@ def _towards(value, normal, logits_fn, state, images, labels, epsilon):
             adversarial=where(better, iterate, progress.adversarial),
             margin=jnp.where(better, margin, progress.margin),
             step=step,
-            fallen_at=jnp.where((progress.fallen_at < 0) & better & misclassified, step, progress.fallen_at),
+            misclassified_at=jnp.where(
+                (progress.misclassified_at < 0) & better & misclassified, step, progress.misclassified_at
+            ),
         ),
     )
 

@@ -52,7 +52,7 @@ def local_search(
       chunk_size: Candidates of each image at a time: memory is that of N chunk_size images.
 
     Returns:
-      Images [N, H, W, C] in [0, 1]: as they fell, else those of the lowest margin met. No gradient flows through.
+      Images [N, H, W, C] in [0, 1]: misclassified, else of the lowest margin met. No gradient flows through.
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,

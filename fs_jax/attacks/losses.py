@@ -1,4 +1,4 @@
-"""Losses that attacks ascend, and the margin that says whether an image stands: one value per image."""
+"""Losses that attacks ascend, and the margin: above 0 where an image is classified correctly. One value per image."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def cross_entropy(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) ->
 
 
 def logit_margin(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) -> Float[Array, "n"]:
-    """How far the true class leads: z_y - max_{i != y} z_i. An image stands while it is above 0.
+    """How far the true class leads: z_y - max_{i != y} z_i. Above 0 for an image that is classified correctly.
 
     Args:
       logits: [N, classes], at least 2 classes.

@@ -38,11 +38,11 @@ class Finished(NamedTuple):
     image: int
     """Position among the images given."""
     run: int
-    fallen: bool
+    misclassified: bool
     step: int
-    """The step at which it fell, 0 being the start; where it stands, all of the run's."""
+    """The step at which it was misclassified, 0 being the start; else all of the run's."""
     margin: float
-    """Lowest z_y - max_{i != y} z_i found; above 0 where the image stands."""
+    """Lowest z_y - max_{i != y} z_i found; above 0 where it is classified correctly."""
     adversarial: Float[np.ndarray, "h w c"]
     """The image in the ball that has it."""
 
@@ -88,7 +88,7 @@ def packed(
       labels: True classes [N].
       batch_size: Most images that go through the network at a time; by default 32 on a CPU, else 256. An attack that
         sends several variants of each (its `breadth`) is at work on so many fewer, but on one at least.
-      every_run: Make every run of every image. By default an image that falls in a run makes no later ones.
+      every_run: Make every run of every image. By default an image that a run breaks makes no later ones.
       jobs: What to do, as (image, run): by default all of it. Without `every_run`, for each image its first run that is
         to be made, the later ones following by themselves. To resume, pass what is missing, with the same `rng`.
 
@@ -103,7 +103,7 @@ def packed(
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
       >>> images = np.linspace(0.4, 0.8, 5, dtype=np.float32).reshape(5, 1, 1, 1)  # class 0 likes bright images
       >>> looks = list(packed(pgd_steps(), logits_fn, jax.random.key(0), images, np.zeros(5, int), batch_size=2))
-      >>> {done.image: done.fallen for look in looks for done in look.finished}
+      >>> {done.image: done.misclassified for look in looks for done in look.finished}
       {0: True, 1: True, 2: False, 3: False, 4: False}
     """
     images, labels = np.asarray(images), np.asarray(labels)
@@ -170,7 +170,7 @@ def _looks(attack, batch, waiting, batch_size, every_run):
         seconds = time.monotonic() - began
         limit = min(2 * limit, attack.num_steps) if seconds < _SECONDS else max(limit // 2, 1)
         if not every_run:
-            waiting += [(d.image, d.run + 1) for d in finished if not d.fallen and d.run + 1 < attack.num_runs]
+            waiting += [(d.image, d.run + 1) for d in finished if not d.misclassified and d.run + 1 < attack.num_runs]
         yield Look(finished, batch.running, len(waiting), *batch.take_passes())
 
 
@@ -227,9 +227,11 @@ class _Batch:
             self._step, self._network, self._slots, busy, self._attack.num_steps, limit, until_idle
         )
         progress = self._slots.state.progress
-        steps, step, fallen_at, margin = jax.device_get((steps, progress.step, progress.fallen_at, progress.margin))
+        steps, step, misclassified_at, margin = jax.device_get(
+            (steps, progress.step, progress.misclassified_at, progress.margin)
+        )
         self._passes += int(steps) * len(busy) * np.array(self._attack.passes[1])
-        ended = np.flatnonzero(busy & ((fallen_at >= 0) | (step >= self._attack.num_steps)))
+        ended = np.flatnonzero(busy & ((misclassified_at >= 0) | (step >= self._attack.num_steps)))
         if not len(ended):
             return []
         finished, adversarial = [], np.asarray(progress.adversarial)
@@ -241,7 +243,9 @@ class _Batch:
                     f"after {step[slot]} steps. Look for overflow in the network, or use float32."
                 )
             adversary = adversarial[slot].copy()  # a view would hold the batch's memory
-            job = Finished(image, run, bool(fallen_at[slot] >= 0), int(step[slot]), float(margin[slot]), adversary)
+            job = Finished(
+                image, run, bool(misclassified_at[slot] >= 0), int(step[slot]), float(margin[slot]), adversary
+            )
             finished.append(job)
             self.jobs[slot] = None
         return finished

@@ -49,7 +49,7 @@ def spsa(
       chunk_size: Directions of each image at a time: memory is that of 2 N chunk_size images.
 
     Returns:
-      Images [N, H, W, C] in the ball: as they fell, else those of the lowest margin met. No gradient flows through.
+      Images [N, H, W, C] in the ball: misclassified, else of the lowest margin met. No gradient flows through.
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,

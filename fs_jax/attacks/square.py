@@ -43,7 +43,7 @@ def square(
       num_steps: Queries after the start, at least 1.
 
     Returns:
-      Images [N, H, W, C] in the ball: as they fell, else those of the lowest margin found. No gradient flows through.
+      Images [N, H, W, C] in the ball: misclassified, else of the lowest margin found. No gradient flows through.
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
@@ -100,7 +100,7 @@ def _step(logits_fn, state, images, labels, *, epsilon, num_steps):
     inside, signs = jax.vmap(_random_square, (0, 0, None, None))(state.keys, progress.step, num_steps, images.shape[1:])
     # Whatever the iterate was, +-2 epsilon and the projection bring it to the same edge of the ball, image +- epsilon.
     proposal = jnp.where(inside, _painted(images, signs, epsilon), progress.adversarial)
-    # Kept where the margin falls; a misclassified proposal is that too, as long as the image stands.
+    # Kept where the margin falls; a misclassified proposal is that too, as long as the image isn't.
     return state._replace(progress=judged(progress, proposal, logits_fn(proposal), labels))
 
 

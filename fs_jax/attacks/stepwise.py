@@ -21,13 +21,13 @@ class Progress(NamedTuple):
     """How far each image of a batch is; every attack's state holds one as its field `progress`."""
 
     adversarial: Float[Array, "n h w c"]
-    """Of the iterates in the ball, that of the lowest margin so far: the one that fell, once one has."""
+    """Of the iterates in the ball, that of the lowest margin so far: the misclassified one, once there is one."""
     margin: Float[Array, "n"]
-    """Its z_y - max_{i != y} z_i, float32; the image stands while this is above 0."""
+    """Its z_y - max_{i != y} z_i, float32; above 0 for an image that is classified correctly."""
     step: Int[Array, "n"]
     """Steps done, each image its own."""
-    fallen_at: Int[Array, "n"]
-    """The step at which an iterate was first misclassified, 0 being the start; -1 while the image stands."""
+    misclassified_at: Int[Array, "n"]
+    """The step at which an iterate was first misclassified, 0 being the start; -1 while none was."""
 
 
 class Stepwise(NamedTuple):
@@ -60,7 +60,7 @@ def unjudged(images: Float[Array, "n h w c"]) -> Progress:
     """The progress of images that have done no step, and of which no iterate has been judged yet: margins infinite.
 
     Example:
-      >>> unjudged(jnp.zeros((1, 2, 2, 1))).fallen_at.tolist()
+      >>> unjudged(jnp.zeros((1, 2, 2, 1))).misclassified_at.tolist()
       [-1]
     """
     count = len(images)
@@ -74,12 +74,12 @@ def first_judged(
     """The progress of images that have done no step, judged by the logits of their first iterates, in the ball.
 
     Example:
-      >>> first_judged(jnp.zeros((1, 2, 2, 1)), jnp.array([[1.0, 2.0]]), jnp.array([0])).fallen_at.tolist()
+      >>> first_judged(jnp.zeros((1, 2, 2, 1)), jnp.array([[1.0, 2.0]]), jnp.array([0])).misclassified_at.tolist()
       [0]
     """
     margin = logit_margin(logits, labels).astype(jnp.float32)
-    fallen_at = jnp.where(margin > 0, -1, 0).astype(jnp.int32)
-    return Progress(iterates, margin, jnp.zeros(len(labels), jnp.int32), fallen_at)
+    misclassified_at = jnp.where(margin > 0, -1, 0).astype(jnp.int32)
+    return Progress(iterates, margin, jnp.zeros(len(labels), jnp.int32), misclassified_at)
 
 
 def judged(
@@ -87,12 +87,12 @@ def judged(
 ) -> Progress:
     """The progress after one more step, which led to these iterates in the ball with these logits.
 
-    Logits that aren't numbers count as fallen and stay in the margin, so that no image passes for robust by them.
+    Logits that aren't numbers count as misclassified and stay in the margin: no image passes for robust by them.
 
     Example:
       >>> before = first_judged(jnp.zeros((1, 2, 2, 1)), jnp.array([[3.0, 2.0]]), jnp.array([0]))
       >>> after = judged(before, jnp.ones((1, 2, 2, 1)), jnp.array([[1.0, 2.0]]), jnp.array([0]))
-      >>> after.margin.tolist(), after.fallen_at.tolist()
+      >>> after.margin.tolist(), after.misclassified_at.tolist()
       ([-1.0], [1])
     """
     margin, step = logit_margin(logits, labels).astype(jnp.float32), progress.step + 1
@@ -101,19 +101,19 @@ def judged(
         adversarial=where(lower, iterates, progress.adversarial),
         margin=jnp.where(lower, margin, progress.margin),
         step=step,
-        fallen_at=jnp.where((progress.fallen_at < 0) & ~(margin > 0), step, progress.fallen_at),
+        misclassified_at=jnp.where((progress.misclassified_at < 0) & ~(margin > 0), step, progress.misclassified_at),
     )
 
 
 def unfinished(progress: Progress, num_steps: int) -> Bool[Array, "n"]:
-    """Which images have neither fallen nor done all their steps.
+    """Which images are neither misclassified nor done with all their steps.
 
     Example:
-      >>> standing = first_judged(jnp.zeros((1, 2, 2, 1)), jnp.array([[3.0, 2.0]]), jnp.array([0]))
-      >>> unfinished(standing, 5).tolist(), unfinished(standing, 0).tolist()
+      >>> correct = first_judged(jnp.zeros((1, 2, 2, 1)), jnp.array([[3.0, 2.0]]), jnp.array([0]))
+      >>> unfinished(correct, 5).tolist(), unfinished(correct, 0).tolist()
       ([True], [False])
     """
-    return (progress.fallen_at < 0) & (progress.step < num_steps)
+    return (progress.misclassified_at < 0) & (progress.step < num_steps)
 
 
 def where(mask: Bool[Array, "n"], new: PyTree, old: PyTree) -> PyTree:
@@ -135,7 +135,7 @@ def run(
 ) -> Progress:
     """All the runs of an attack on one batch, as one program: no host is asked in between, so it may be jitted.
 
-    An image that falls stays as it fell, and the loops end with the last image that stands.
+    A misclassified image stays as it is, and the loops end when all images are misclassified.
 
     Args:
       attack: The attack.
@@ -145,19 +145,19 @@ def run(
       labels: True classes [N].
 
     Returns:
-      Progress over all runs: of the run in which an image fell, else of that with its lowest margin.
+      Progress over all runs: of the run that broke an image, else of that with its lowest margin.
 
     Example:
       >>> from fs_jax.attacks import pgd_steps
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
       >>> keys, images = jax.random.split(jax.random.key(0), 1), jnp.full((1, 4, 4, 1), 0.51)
-      >>> int(run(pgd_steps(num_runs=3), logits_fn, keys, images, jnp.array([0])).fallen_at[0])
+      >>> int(run(pgd_steps(num_runs=3), logits_fn, keys, images, jnp.array([0])).misclassified_at[0])
       2
     """
 
     def one_run(carry):
         number, best = carry
-        open_before = best.fallen_at < 0
+        open_before = best.misclassified_at < 0
         runs = jnp.full(len(labels), number, jnp.int32)
 
         def active(state):
@@ -168,12 +168,12 @@ def run(
 
         state = attack.start(logits_fn, run_keys(keys, runs), images, labels, runs)
         progress = jax.lax.while_loop(lambda state: active(state).any(), step, state).progress
-        better = open_before & ((progress.fallen_at >= 0) | (progress.margin < best.margin))
+        better = open_before & ((progress.misclassified_at >= 0) | (progress.margin < best.margin))
         return number + 1, where(better, progress, best)
 
     def more(carry):
         number, best = carry
-        return (number < attack.num_runs) & (best.fallen_at < 0).any()
+        return (number < attack.num_runs) & (best.misclassified_at < 0).any()
 
     return jax.lax.while_loop(more, one_run, (jnp.int32(0), unjudged(images)))[1]
 

@@ -159,7 +159,7 @@ def _unbounded(attacks):
     if UNBOUNDED not in attacks:
         return Check(what, "not tested", "")
     attack = attacks[UNBOUNDED]
-    why = f"{attack['correct']} of {attack['total']} images stand after PGD-100 at radius 1"
+    why = f"{attack['correct']} of {attack['total']} images are robust to PGD-100 at radius 1"
     return Check(what, _yes(attack["correct"] == 0), why)
 
 
@@ -217,17 +217,17 @@ def _black_box(attacks, records):
     if not white or not black:
         return Check(what, "not tested", "")
 
-    def fell(record, names):
+    def broken(record, names):
         return any(record["misclassified_at"].get(name, -1) >= 0 for name in names)
 
-    standing = [record for record in records if not fell(record, ["clean", *white])]
-    tried = [record for record in standing if any(name in record["misclassified_at"] for name in black)]
-    beaten = [record for record in tried if fell(record, black)]
+    robust = [record for record in records if not broken(record, ["clean", *white])]
+    tried = [record for record in robust if any(name in record["misclassified_at"] for name in black)]
+    beaten = [record for record in tried if broken(record, black)]
     why = (
-        f"{len(standing)} images stand after {len(white)} attacks by gradients; {', '.join(black)} tried {len(tried)} "
+        f"{len(robust)} images are robust to {len(white)} attacks by gradients; {', '.join(black)} tried {len(tried)} "
         f"of these and broke {len(beaten)}"
     )
-    return Check(what, _yes(not beaten) if tried or not standing else "not tested", why)
+    return Check(what, _yes(not beaten) if tried or not robust else "not tested", why)
 
 
 def _transfer(attacks):
@@ -269,12 +269,12 @@ def _gap(attacks, records):
     why = f"PGD-20 leaves {stand / len(few):.1%}, {autoattack}all attacks together {robust / len(few):.1%}: "
     why += f"{points:.1f} points" if passed else f"PGD-20 alone overstates this network by {points:.1f} points"
     if stand:
-        why += f"; of the images that it leaves, {1 - robust / stand:.0%} fall to others"
+        why += f"; of the images that it leaves, others break {1 - robust / stand:.0%}"
     return Check(what, _yes(passed), why)
 
 
 def _swept_at_radius(attack, among):
-    """Whether it is the sweep's PGD-20 at the radius of the others, which stands in where that wasn't run by itself."""
+    """Whether it is the sweep's PGD-20 at the radius of the others, in its place where that wasn't run by itself."""
     return attack["name"].startswith(SWEEP) and any(abs(attack["epsilon"] - a["epsilon"]) < 1e-6 for a in among)
 
 

@@ -115,7 +115,7 @@ def test_on_a_linear_network_an_image_falls_where_it_can_fall(settings):
     progress = run(attack, logits_fn, jax.random.split(KEY, 12), images, labels)
     can_fall = (gaps < epsilon * reach).any(-1)
     assert can_fall.sum() == 6
-    np.testing.assert_array_equal(progress.fallen_at >= 0, can_fall)
+    np.testing.assert_array_equal(progress.misclassified_at >= 0, can_fall)
     if classes == 2:  # what stands was brought as far as it goes; margins are float32
         lowest = np.min(gaps - epsilon * reach, -1)
         np.testing.assert_allclose(progress.margin[~can_fall], lowest[~can_fall], rtol=1e-5)
@@ -133,7 +133,7 @@ def test_the_start_counts_and_touches_the_sphere(classifier):
     standing = attacks.logit_margin(logits_fn(state.iterate), labels.at[:3].add(1) % 5) > 0
     assert standing.any()
     assert not standing.all()
-    assert (state.progress.fallen_at == jnp.where(standing, -1, 0)).all()
+    assert (state.progress.misclassified_at == jnp.where(standing, -1, 0)).all()
     inside = started(attack, logits_fn, jnp.full_like(images, 0.5), labels).iterate
     np.testing.assert_allclose(jnp.abs(inside - 0.5).max((1, 2, 3)), EPSILON, atol=1e-7)
 

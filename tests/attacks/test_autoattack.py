@@ -79,7 +79,7 @@ def test_an_image_falls_to_the_first_attack_that_breaks_it_alone(problem, record
         keys = attack.keys(KEY, jnp.arange(COUNT), steps.num_runs)
         for look in attacks.packed(steps, logits_fn, keys, images, labels, batch_size=1):
             for job in look.finished:
-                if job.fallen and not expected[job.image]:
+                if job.misclassified and not expected[job.image]:
                     expected[job.image] = attack.name
     assert record.broken_by == expected
 

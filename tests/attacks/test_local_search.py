@@ -65,7 +65,7 @@ def test_changes_the_pixels_that_harm_most(searched):
 def test_falls_where_the_margin_says(searched):
     # The weights add up to -40, the lowest five to -40 too: 2.5 at first, and 5 less when those go from 1/4 to 3/8. The
     # first pixel's weight, 5 at most, gives less than 1.
-    assert [int(state.progress.fallen_at[0]) for state in searched] == [-1, -1, 2, 2, 2, 2]
+    assert [int(state.progress.misclassified_at[0]) for state in searched] == [-1, -1, 2, 2, 2, 2]
 
 
 def test_chunks_change_nothing(searched):

@@ -35,7 +35,7 @@ def assert_same_fates(one, other):
     assert one.keys() == other.keys()
     for job, fate in one.items():
         assert fate.step == other[job].step, job
-        assert fate.fallen == other[job].fallen, job
+        assert fate.misclassified == other[job].fallen, job
         # Products of differently shaped batches are rounded differently, by 1e-7 of logits of about 1 at each step.
         np.testing.assert_allclose(fate.margin, other[job].margin, atol=1e-5)
         np.testing.assert_allclose(fate.adversarial, other[job].adversarial, atol=1e-6)
@@ -55,9 +55,9 @@ def test_a_packed_image_fares_as_in_one_batch_of_all(problem, in_batches_of_4):
     for (image, _), job in sorted(jobs.items()):
         if image not in lowest or job.margin < lowest[image].margin:
             lowest[image] = job
-    assert 0 < sum(job.fallen for job in lowest.values()) < COUNT  # else this compares nothing
+    assert 0 < sum(job.misclassified for job in lowest.values()) < COUNT  # else this compares nothing
     for image, job in lowest.items():
-        assert (job.step if job.fallen else -1) == whole.fallen_at[image]
+        assert (job.step if job.misclassified else -1) == whole.misclassified_at[image]
         np.testing.assert_allclose(job.margin, whole.margin[image], atol=1e-5)
         np.testing.assert_allclose(job.adversarial, whole.adversarial[image], atol=1e-6)
 
@@ -69,7 +69,7 @@ def test_batch_size_changes_nothing(problem, in_batches_of_4):
 def test_an_image_that_fell_makes_no_later_run_unless_every_run_is_wanted(problem, in_batches_of_4):
     jobs, _ = in_batches_of_4
     for (image, number), job in jobs.items():
-        assert ((image, number + 1) in jobs) == (not job.fallen and number + 1 < ATTACK.num_runs)
+        assert ((image, number + 1) in jobs) == (not job.misclassified and number + 1 < ATTACK.num_runs)
     every, _ = finished(problem, batch_size=4, every_run=True)
     assert set(every) == {(image, number) for image in range(COUNT) for number in range(3)}
     assert_same_fates(jobs, {job: every[job] for job in jobs})

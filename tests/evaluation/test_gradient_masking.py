@@ -70,7 +70,7 @@ def test_a_network_with_honest_gradients_passes_all():
 @pytest.mark.parametrize(
     ("check", "changed", "said"),
     [
-        (UNBOUNDED, {gradient_masking.UNBOUNDED: 1}, "1 of 40 images stand"),
+        (UNBOUNDED, {gradient_masking.UNBOUNDED: 1}, "1 of 40 images are robust"),
         (RADII, {"pgd-20 at 8/255": 33}, "85.0%, 80.0%, 70.0%, 82.5%"),
         (STEPS, {"pgd-100": 26}, "pgd-100 misses 6 images that pgd-20 finds, and finds 0 others"),
         (BLACK_BOX, {"square": 19}, "3 attacks by gradients; square tried 20 of these and broke 1"),
