@@ -144,7 +144,7 @@ def main(argv: list[str]) -> None:
         attack_list.append(
             attacks.transfer(
                 as_logits_fn(other, other_variables), images, labels,
-                epsilon=epsilon, source=fingerprint(other_variables), seed=arguments.seed,
+                epsilon=epsilon, source=fingerprint(other_variables), seed=arguments.seed, first=chosen.start,
                 batch_size=arguments.batch_size,
             )
         )  # fmt: skip
@@ -203,7 +203,9 @@ def list_of_attacks() -> str:
 
     def settings(attack: Specification) -> str:
         given = {name: value for name, value in Attack(attack).settings.items() if value is not None}
-        return ", ".join(f"{name} {value:.4g}" for name, value in given.items())
+        return ", ".join(
+            f"{name} {value if isinstance(value, bool) else f'{value:.4g}'}" for name, value in given.items()
+        )
 
     rows = [[word(attack), attack.summary, settings(attack)] for attack in REGISTRY.values()]
     table = tabulate.tabulate(rows, headers=["attack", "what it is", "settings"], maxcolwidths=[None, 50, 50])
@@ -229,6 +231,8 @@ def check_arguments(arguments: Arguments) -> None:
         raise ValueError(f"shard: expected a part and the number of parts, such as 2/4; got {arguments.shard!r}.")
     if arguments.shard is not None and int(arguments.shard.split("/")[0]) > int(arguments.shard.split("/")[1]):
         raise ValueError(f"shard: expected a part of at most the number of parts; got {arguments.shard}.")
+    if arguments.merge and arguments.output is not None and (arguments.output / "records.jsonl").exists():
+        raise ValueError(f"merge: expected a new folder as --output; {arguments.output} is of an evaluation.")
     for part in arguments.merge:
         if not (part / "records.jsonl").exists():
             raise ValueError(f"merge: expected folders of evaluations; {part} has no records.jsonl.")
@@ -309,6 +313,9 @@ def take_adversaries(part: pathlib.Path, adversaries, first: int) -> None:
 
     begin = Journal.header(part / "records.jsonl")["first"] - first
     of_part = np.load(part / "adversaries.npy", mmap_mode="r")[: max(0, len(adversaries) - begin)]
+    wanted = min(Journal.header(part / "records.jsonl")["images"], len(adversaries) - begin)
+    if begin < 0 or len(of_part) < wanted:
+        raise ValueError(f"merge: expected a part of these images, made with --save-images as this; got {part}.")
     adversaries[begin : begin + len(of_part)] = of_part
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,7 +31,7 @@ def check_number(
     words += [f"of at least {at_least}"] if at_least is not None else []
     words += [f"of at most {at_most}"] if at_most is not None else []
     expected = " ".join(words)
-    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if integer else numbers.Real):
         raise TypeError(f"{argument}: expected {expected}; got {value!r} ({type(value).__name__}).")
     inside = (
         math.isfinite(value)

@@ -12,10 +12,10 @@ from fs_jax.attacks.pgd import cw, fgsm, pgd, pgd_steps
 from fs_jax.attacks.registry import REGISTRY, Attack, parse_attack
 from fs_jax.attacks.sanity import sanity_warnings
 from fs_jax.attacks.scatter import Scatter, feature_scatter, scatter
-from fs_jax.attacks.specification import Setting, Specification
+from fs_jax.attacks.specification import Setting, Specification, count, flag, length
 from fs_jax.attacks.spsa import spsa, spsa_steps
 from fs_jax.attacks.square import square, square_steps
-from fs_jax.attacks.stepwise import Progress, Stepwise
+from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, judged
 from fs_jax.attacks.transfer import transfer
 
 __all__ = [
@@ -29,10 +29,12 @@ __all__ = [
     "Setting",
     "Specification",
     "Stepwise",
+    "adversaries",
     "apgd",
     "apgd_steps",
     "autoattack",
     "autoattack_attacks",
+    "count",
     "cross_entropy",
     "cw",
     "cw_margin",
@@ -41,6 +43,10 @@ __all__ = [
     "fab_steps",
     "feature_scatter",
     "fgsm",
+    "first_judged",
+    "flag",
+    "judged",
+    "length",
     "local_search",
     "local_search_steps",
     "logit_margin",

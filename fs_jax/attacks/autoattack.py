@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fs_jax._utils.images import Images, as_float
+from fs_jax._utils.keys import threefry
 from fs_jax._utils.validation import check_choice
 from fs_jax.attacks.chain import Log, check_chain, run_chain
 from fs_jax.attacks.linf import LogitsFn
@@ -140,7 +141,7 @@ def autoattack(
     Source: Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
     attacks", ICML 2020.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
+    images, labels, rng = np.asarray(images), np.asarray(labels), threefry(rng)
     draws = {"num_draws": 1} if version == "rand" else {}
     num_classes = check_chain(logits_fn, images, labels, [Attack("clean", **draws)])
     attacks = autoattack_attacks(version, epsilon=epsilon, num_classes=num_classes)

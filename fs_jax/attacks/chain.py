@@ -4,7 +4,6 @@ Each attack goes through `packed`, so that a misclassified image costs nothing m
 the key, the attack and the image's index: not on the batch, nor on an interruption.
 """
 
-import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from fs_jax._utils import backend
 from fs_jax._utils.images import Images, as_float, check_classes, check_images, check_labels
-from fs_jax._utils.keys import threefry
+from fs_jax._utils.keys import IMPLEMENTATION, threefry
 from fs_jax._utils.validation import check_number
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.losses import logit_margin
@@ -124,15 +123,18 @@ def check_chain(
             f"{', '.join(attack.name for attack in attack_list if randomised(attack))}."
         )
     image = jax.ShapeDtypeStruct((2, *images.shape[1:]), jnp.float32 if images.dtype == np.uint8 else images.dtype)
-    keys = [jax.ShapeDtypeStruct((2,), jax.random.key(0).dtype)] if any(map(randomised, attack_list)) else []
+    keys = (
+        [jax.ShapeDtypeStruct((2,), jax.random.key(0, impl=IMPLEMENTATION).dtype)]
+        if any(map(randomised, attack_list))
+        else []
+    )
     try:
-        with logits_fn if isinstance(logits_fn, Network) else contextlib.nullcontext():
-            logits = jax.eval_shape(logits_fn, image, *keys)
-    except (TypeError, ValueError) as error:  # Flax's errors are ValueErrors
+        logits = jax.eval_shape(lambda *inputs: logits_fn(*inputs), image, *keys)
+    except Exception as error:  # whatever the network does
         wanted = f"images {('N', *images.shape[1:])}".replace("'", "") + (" and a key for each" if keys else "")
         raise ValueError(
-            f"logits_fn: expected a function that takes {wanted}; it raised {type(error).__name__}: {error} "
-            "Are the images another data set's?"
+            f"logits_fn: expected a function that takes {wanted}, in inference mode (an NNX module after `eval()`); it "
+            f"raised {type(error).__name__}: {error}"
         ) from error
     if not hasattr(logits, "shape") or len(logits.shape) != 2 or logits.shape[0] != 2:
         got = logits.shape if hasattr(logits, "shape") else f"a {type(logits).__name__}"
@@ -219,11 +221,10 @@ def run_chain(
         stepwise = attack.steps(num_classes)
         covered = first + np.arange(len(labels)) < (attack.num_images or np.inf)
         attacked = np.all([covered, *(stages[name].robust | ~stages[name].covered for name in attack.after)], axis=0)
-        with network:
-            _run(
-                attack, stepwise, network, rng, images, labels, np.flatnonzero(attacked).tolist(), int(covered.sum()),
-                log=log, first=first, batch_size=batch_size, worst=None if attack.apart else worst, progress=progress,
-            )  # fmt: skip
+        _run(
+            attack, stepwise, network, rng, images, labels, np.flatnonzero(attacked).tolist(), int(covered.sum()),
+            log=log, first=first, batch_size=batch_size, worst=None if attack.apart else worst, progress=progress,
+        )  # fmt: skip
         outcomes = log.outcomes[attack.name].values()
         lowest = _lowest(outcomes, first)
         robust = attacked.copy()
@@ -278,7 +279,9 @@ def _confirmed(finished, network, keys, labels, size):
         jobs = [finished[row] for row in rows]
         image, run = np.array([job.image for job in jobs]), np.array([job.run for job in jobs])
         adversarial = np.stack([job.adversarial for job in jobs])
-        margins = np.asarray(network.compiled(_margins)(network, keys[image, run], adversarial, labels[image]))
+        margins = np.asarray(network.compiled(_margins)(keys[image, run], adversarial, labels[image]))
+        if not np.isfinite(margins).all():
+            raise FloatingPointError("logits_fn: expected finite logits; got others for an image under attack.")
         for place, margin in zip(places, margins.tolist(), strict=False):
             finished[place] = finished[place]._replace(misclassified=not margin > 0, margin=margin)
     return finished

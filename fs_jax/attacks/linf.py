@@ -71,9 +71,10 @@ def held_fixed(logits_fn: LogitsFn, images: Float[Array, "n h w c"]) -> LogitsFn
       >>> float(jax.grad(total)(3.0))
       0.0
     """
-    converted, captured = jax.closure_convert(logits_fn, images)
-    captured = jax.lax.stop_gradient(captured)
-    return lambda x: converted(x, *captured)
+    # (`jax.closure_convert` does this too, but keeps the function alive, and with it all that it captures.)
+    trace = jax.make_jaxpr(lambda x: logits_fn(x))(images)
+    captured = jax.lax.stop_gradient(trace.consts)
+    return lambda x: jax.core.eval_jaxpr(trace.jaxpr, captured, x)[0]
 
 
 def check_attack(

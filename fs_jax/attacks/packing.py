@@ -108,21 +108,26 @@ def packed(
     """
     images, labels = np.asarray(images), np.asarray(labels)
     keys = _keys_of_runs(rng, len(labels), attack.num_runs)
-    network = bound(logits_fn, images, keys if attack.draws else None)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1; got {batch_size}.")
+    network = bound(logits_fn, images, keys if attack.draws else None, size=batch_size)
     if batch_size is None:
         batch_size = backend.batch_size(network.platform)
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1; got {batch_size}.")
     batch_size = max(1, batch_size // attack.breadth)
     if jobs is None:
         jobs = [(i, r) for r in range(attack.num_runs if every_run else 1) for i in range(len(labels))]
     waiting = collections.deque((int(image), int(run)) for image, run in jobs)
-    with network:
-        yield from _looks(attack, _Batch(attack, network, keys, images, labels), waiting, batch_size, every_run)
+    yield from _looks(attack, _Batch(attack, network, keys, images, labels), waiting, batch_size, every_run)
 
 
-def bound(logits_fn: LogitsFn | Network, images: np.ndarray | Array, keys: Key[Array, "..."] | None = None) -> Network:
-    """The function as a `Network` of images like these, and of keys like these if it takes any; a `Network` as it is.
+def bound(
+    logits_fn: LogitsFn | Network,
+    images: np.ndarray | Array,
+    keys: Key[Array, "..."] | None = None,
+    *,
+    size: int | None = None,
+) -> Network:
+    """The function as a `Network` of so many images like these, and of keys if it takes any; a `Network` as it is.
 
     Example:
       >>> bound(lambda x: x.sum((1, 2)), np.zeros((9, 2, 2, 3), np.uint8)).platform in ("cpu", "gpu", "tpu")
@@ -131,8 +136,9 @@ def bound(logits_fn: LogitsFn | Network, images: np.ndarray | Array, keys: Key[A
     if isinstance(logits_fn, Network):
         return logits_fn
     dtype = jnp.float32 if images.dtype == np.uint8 else images.dtype
-    inputs = [jax.ShapeDtypeStruct((2, *images.shape[1:]), dtype)]
-    inputs += [] if keys is None else [jax.ShapeDtypeStruct((2,), keys.dtype)]
+    size = size or 2  # of one image, a batch's axis may get lost
+    inputs = [jax.ShapeDtypeStruct((size, *images.shape[1:]), dtype)]
+    inputs += [] if keys is None else [jax.ShapeDtypeStruct((size,), keys.dtype)]
     network = bind(logits_fn, *inputs)
     if network is None:
         raise TypeError(
@@ -223,8 +229,8 @@ class _Batch:
     def advance(self, limit, until_idle) -> list[Finished]:
         """Take steps, this many at most, until so many slots are idle; frees those of the jobs that ended."""
         busy = np.array([job is not None for job in self.jobs])
-        self._slots, steps = self._network.compiled(_advance, donate_argnums=2)(
-            self._step, self._network, self._slots, busy, self._attack.num_steps, limit, until_idle
+        self._slots, steps = self._network.compiled(_advance, donate=True)(
+            self._slots, self._step, busy, self._attack.num_steps, limit, until_idle
         )
         progress = self._slots.state.progress
         steps, step, misclassified_at, margin = jax.device_get(
@@ -260,7 +266,6 @@ class _Batch:
         self._passes += size * np.array(self._attack.passes[0])
         return self._network.compiled(_start)(
             self._start,
-            self._network,
             self._keys[image, run],
             self._images[image],
             self._labels[image].astype(np.int32),
@@ -274,12 +279,12 @@ class _Slots(NamedTuple):
     labels: Int[Array, "n"]
 
 
-def _start(attack_start, network, keys, images, labels, run):
+def _start(network, attack_start, keys, images, labels, run):
     images = as_float(images)
     return _Slots(attack_start(network, keys, images, labels, run), images, labels)
 
 
-def _advance(attack_step, network, slots, busy, num_steps, limit, until_idle):
+def _advance(network, slots, attack_step, busy, num_steps, limit, until_idle):
     _, images, labels = slots
 
     def active(state):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from fs_jax._utils.fingerprints import fingerprint
 from fs_jax._utils.validation import check_choice, check_number
 from fs_jax.attacks.apgd import APGD_CE, APGD_DLR, APGD_T
 from fs_jax.attacks.clean import CLEAN
@@ -70,6 +71,9 @@ class Attack:
     specification: Specification
     epsilon: float
     settings: Mapping[str, Any]
+    """All that can be set, with the values in use."""
+    given: Mapping[str, Any] = dataclasses.field(compare=False, repr=False)
+    """Those that were set; the others follow the radius where it changes."""
     after: tuple[str, ...]
     num_images: int | None
     apart: bool
@@ -102,8 +106,9 @@ class Attack:
             default = setting.default(epsilon) if callable(setting.default) else setting.default
             chosen[name] = default if settings.get(name) is None else settings[name]
             setting.check(name, chosen[name])
+        given = {name: value for name, value in settings.items() if value is not None}
         for name, value in {
-            "specification": kind, "epsilon": epsilon, "settings": chosen, "after": tuple(after),
+            "given": given, "specification": kind, "epsilon": epsilon, "settings": chosen, "after": tuple(after),
             "num_images": num_images, "apart": apart or kind.norm is None, "label": label, "images": images,
         }.items():  # fmt: skip
             object.__setattr__(self, name, value)
@@ -163,6 +168,7 @@ class Attack:
             "after": list(self.after),
             "num_images": self.num_images,
             "apart": self.apart,
+            **({} if self.images is None else {"images": fingerprint(self.images)}),
         }
 
     def published(self, stepwise: Stepwise) -> dict[str, Any]:
@@ -179,7 +185,10 @@ class Attack:
           'pgd-50'
         """
         fields = {name: getattr(self, name) for name in ("epsilon", "after", "num_images", "apart", "label", "images")}
-        return Attack(**{"kind": self.specification, **fields, **self.settings, **changes})
+        return Attack(**{"kind": self.specification, **fields, **self.given, **changes})
+
+    def __hash__(self):
+        return hash((self.name, self.epsilon))
 
     @property
     def _stream(self):

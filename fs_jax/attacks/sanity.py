@@ -8,6 +8,7 @@ from jaxtyping import Array, Int, Key
 from fs_jax._utils import backend
 from fs_jax._utils.images import Images, as_float, check_images, check_labels
 from fs_jax._utils.keys import image_keys
+from fs_jax._utils.validation import check_number
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.losses import cross_entropy
 from fs_jax.attacks.network import Network
@@ -48,17 +49,20 @@ def sanity_warnings(
     images, labels = np.asarray(images), np.asarray(labels)
     check_images(images, uint8_too=True)
     check_labels(labels, images)
+    if not len(labels):
+        raise ValueError("images: expected at least one; got none.")
+    if batch_size is not None:
+        check_number("batch_size", batch_size, at_least=1, integer=True)
     keys = None if rng is None else image_keys(rng, len(labels))
     images, network = as_float(images), bound(logits_fn, images, keys)
     size = min(batch_size or backend.batch_size(network.platform), len(labels))
     parts = []
-    with network:
-        for begin in range(0, len(labels), size):
-            real = np.arange(begin, min(begin + size, len(labels)))
-            rows = np.resize(real, size)  # the last batch repeats its images up to its size
-            drawn = [] if keys is None else [keys[rows]]
-            part = network.compiled(_logits_and_flatness)(network, images[rows], labels[rows], *drawn)
-            parts.append([np.asarray(array)[: len(real)] for array in part])
+    for begin in range(0, len(labels), size):
+        real = np.arange(begin, min(begin + size, len(labels)))
+        rows = np.resize(real, size)  # the last batch repeats its images up to its size
+        drawn = [] if keys is None else [keys[rows]]
+        part = network.compiled(_logits_and_flatness)(images[rows], labels[rows], *drawn)
+        parts.append([np.asarray(array)[: len(real)] for array in part])
     logits, flat = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if not np.isfinite(logits).all():
         bad = np.flatnonzero(~np.isfinite(logits).all(-1))
@@ -102,8 +106,7 @@ def _differs(logits_fn, images):
     """Whether two calls disagree; each is traced for itself, as a number may be drawn while tracing too."""
     calls = []
     for _ in range(2):
-        with bound(logits_fn, images) as network:
-            calls.append(network.compiled(_logits)(network, images))
+        calls.append(bound(logits_fn, images, size=len(images)).compiled(_logits)(images))
     one, other = (logits / (jnp.linalg.norm(logits, axis=-1, keepdims=True) + 1e-10) for logits in calls)
     return bool(jnp.max(jnp.linalg.norm(one - other, axis=-1)) > 1e-4)
 

@@ -32,6 +32,7 @@ def transfer(
     epsilon: float = 8 / 255,
     source: str = "",
     seed: int = 0,
+    first: int = 0,
     batch_size: int | None = None,
 ) -> Attack:
     """PGD-20 on another network, with steps of a quarter of the radius, as an attack on whichever is evaluated.
@@ -43,6 +44,7 @@ def transfer(
       epsilon: Radius, in units of [0, 1].
       source: What tells the other network from further ones, for the record.
       seed: Of the random starts.
+      first: Index of the first image in its split.
       batch_size: Most images at a time.
 
     Returns:
@@ -63,7 +65,7 @@ def transfer(
     attack = Attack(TRANSFER, epsilon, apart=True, source=source)
     stepwise = pgd_steps(epsilon=epsilon, step_size=epsilon / 4, last_only=True)
     adversaries = np.array(as_float(np.asarray(images)))
-    keys = attack.keys(rng, np.arange(len(labels)), 1)
+    keys = attack.keys(rng, first + np.arange(len(labels)), 1)
     for look in packed(stepwise, source_logits_fn, keys, images, labels, batch_size=batch_size, every_run=True):
         for job in look.finished:
             adversaries[job.image] = job.adversarial

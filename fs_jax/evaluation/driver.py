@@ -10,14 +10,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from fs_jax._utils import backend
-from fs_jax._utils.images import Images
+from fs_jax._utils.fingerprints import fingerprint
+from fs_jax._utils.images import Images, as_float
 from fs_jax._utils.keys import IMPLEMENTATION
 from fs_jax._utils.validation import check_choice, check_number
 from fs_jax.attacks.chain import Log, Stage, check_chain, randomised, run_chain
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.packing import bound
 from fs_jax.attacks.registry import Attack, parse_attack
-from fs_jax.evaluation.journal import SCHEMA, Journal, fingerprint
+from fs_jax.evaluation.journal import SCHEMA, Journal
 from fs_jax.evaluation.statistics import accuracy
 
 Precision = Literal["float32", "default"]
@@ -103,15 +104,21 @@ def evaluate(
       (0.6, -0.4)
     """
     images, labels = np.asarray(images), np.asarray(labels)
+    if isinstance(attacks, str) or isinstance(parts, (str, os.PathLike)):
+        name, given = ("attacks", attacks) if isinstance(attacks, str) else ("parts", parts)
+        raise TypeError(f"{name}: expected a list; got {given!r}. Write [{given!r}].")
     attack_list = [parse_attack(attack, epsilon) if isinstance(attack, str) else attack for attack in attacks]
     check_evaluation(logits_fn, images, labels, attack_list)
     check_number("first", first, at_least=0, integer=True)
+    if taken := (about or {}).keys() & {"schema", "images", "first", "seed", "precision", "prng", "weights", "data"}:
+        raise ValueError(f"about: expected names that a record doesn't have itself; got {', '.join(sorted(taken))}.")
     check_choice("precision", precision, ("float32", "default"))
     if parts and (journal is None or os.path.exists(journal)):
         raise ValueError(f"journal: expected a new file that parts are merged into; got {journal}.")
     rng = jax.random.key(seed, impl=IMPLEMENTATION)
     with contextlib.ExitStack() as stack:
-        network = bound(logits_fn, images, rng if any(map(randomised, attack_list)) else None)
+        draws = any(map(randomised, attack_list))
+        network = bound(logits_fn, images, rng if draws else None, size=batch_size)
         if precision == "float32" and network.platform != "cpu":  # where they are so in any case
             stack.enter_context(jax.default_matmul_precision("float32"))
         evaluated = {
@@ -121,9 +128,11 @@ def evaluate(
             "seed": seed,
             "precision": precision,
             "prng": IMPLEMENTATION,
-            "weights": fingerprint(network),
+            "weights": fingerprint(network.arrays),
             "data": fingerprint([images, labels]),
         }
+        if journal is not None:
+            evaluated["logits"] = _probe(network, images, draws)
         environments = [backend.describe(network.platform)]
         log = Log()
         taken_over = []
@@ -131,8 +140,12 @@ def evaluate(
             where = Journal.header(part)
             of_part = slice(where["first"] - first, where["first"] - first + where["images"])
             expected = {"images": where["images"], "first": where["first"]}
+            expected["logits"] = _probe(network, images[of_part], draws)
             expected["data"] = fingerprint([images[of_part], labels[of_part]])
-            settings = {attack.name: attack.described() for attack in attack_list}
+            settings = {}
+            for attack in attack_list:
+                images_of_part = None if attack.images is None else attack.images[of_part]
+                settings[attack.name] = attack.replace(images=images_of_part).described()
             taken_over += Journal.part(part, {**evaluated, **(about or {}), **expected}, settings)
         if journal is not None:
             log = stack.enter_context(Journal(journal, {**evaluated, **(about or {})}, environments[0]))
@@ -143,6 +156,7 @@ def evaluate(
             log=log, first=first, batch_size=batch_size, worst_images=worst_images, progress=progress,
         )  # fmt: skip
     worst, robust = _worst_case(stages)
+    evaluated.pop("logits", None)
     summary = {
         **evaluated,
         "environments": environments,
@@ -185,6 +199,17 @@ def check_evaluation(
         names = ", ".join(attack.name for attack in attack_list) or "none"
         raise ValueError(f"attacks: expected at least one that isn't apart from the worst case; got {names}.")
     return check_chain(logits_fn, images, labels, attack_list)
+
+
+def _probe(network, images, draws):
+    """Logits of the first images: networks of the same arrays may compute something else. None where they are drawn."""
+    if draws:
+        return None
+    return np.asarray(network.compiled(_logits)(as_float(images[:4])), np.float64).tolist()
+
+
+def _logits(network, images):
+    return network(images)
 
 
 def _worst_case(stages: Sequence[Stage]) -> tuple[dict[str, Any], list[bool | None]]:

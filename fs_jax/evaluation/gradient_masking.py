@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
 from fs_jax._utils.keys import image_keys
 from fs_jax._utils.text import radius
 from fs_jax.attacks import cross_entropy, logit_margin
 from fs_jax.attacks.linf import LogitsFn
+from fs_jax.attacks.network import on_network
 from fs_jax.attacks.registry import Attack
 from fs_jax.evaluation.statistics import accuracy
 
@@ -99,14 +99,12 @@ def loss_surface(
       >>> margins[0, 1].round(2).tolist()  # along s, against which class 0 loses
       [0.2, 0.0, -0.2]
     """
-    logits_fn = logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
-    side = jnp.linspace(-1, 1, size)
-    losses, margins = _planes(logits_fn, image_keys(rng, len(images)), images, labels, epsilon, side)
+    side, keys = jnp.linspace(-1, 1, size), image_keys(rng, len(images))
+    losses, margins = on_network(_planes, logits_fn, jnp.asarray(images), keys, labels, epsilon, side)
     return np.asarray(losses), np.asarray(margins)
 
 
-@jax.jit
-def _planes(logits_fn, keys, images, labels, epsilon, side):
+def _planes(logits_fn, images, keys, labels, epsilon, side):
     def loss(x, label):
         return jnp.sum(cross_entropy(logits_fn(x), label))
 

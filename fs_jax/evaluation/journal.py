@@ -7,16 +7,13 @@ target), and by lines with the seconds spent. A line is whole or, where a proces
 next one. A resume with another network, other data or settings is refused, and the message says which field differs.
 """
 
-import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import PyTree
 
 from fs_jax._utils.files import locked, read_jsonl
 from fs_jax.attacks.chain import Log, Outcome
@@ -113,19 +110,23 @@ class Journal(Log):
 
     def take_over(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Add what `part` has read, of an evaluation of other images."""
+        new = []
         for line in lines:
-            if "settings" in line:
-                self.begin(line["attack"], line["settings"])
-            elif "environment" not in line or line["environment"] not in self.environments:
+            if line.get("attack") in self._settings and "settings" in line:
+                continue
+            if "environment" not in line or line["environment"] not in self.environments:
                 self._read(dict(line))
-                self._write([line])
+                new.append(line)
+        self._write(new)
 
     def close(self) -> None:
         """Close the file, so that another process may resume it."""
-        if self._file is not None:
-            self._file.close()
+        try:
+            if self._file is not None:
+                self._file.close()
+        finally:
             self._file = None
-        self._lock.release()
+            self._lock.release()
 
     def __enter__(self):
         return self
@@ -136,8 +137,8 @@ class Journal(Log):
     def _open(self, header, environment):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = locked(self.path)
-        self._file = open(self.path, "a+b")  # noqa: SIM115
         try:
+            self._file = open(self.path, "a+b")  # noqa: SIM115
             if _line(header).startswith(self.path.read_bytes()):  # new, or killed within its first line
                 self._file.truncate(0)
                 self._write([header])
@@ -177,6 +178,8 @@ def _refuse_changes(where, theirs, ours, path):
     missing = object()
     for name in {**theirs, **ours}:
         then, now = theirs.get(name, missing), ours.get(name, missing)
+        if name == "logits" and then is not missing and now is not missing and _close(then, now):
+            continue
         if then != now:
             then, now = ("none" if value is missing else repr(value) for value in (then, now))
             raise ValueError(
@@ -184,25 +187,17 @@ def _refuse_changes(where, theirs, ours, path):
             )
 
 
+def _close(then, now):
+    """Whether logits are those of the same network, on another machine perhaps."""
+    if then is None or now is None:
+        return then is now
+    then, now = np.array(then), np.array(now)
+    return then.shape == now.shape and np.max(np.abs(then - now)) <= 0.05 * np.max(np.abs(then))
+
+
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of an attack beside what else is known of it, so that a message names what differs."""
     return {**{name: value for name, value in data.items() if name != "settings"}, **data.get("settings", {})}
-
-
-def fingerprint(tree: PyTree) -> str:
-    """A hash of names, shapes, types and values of a tree of arrays: equal for equal weights, wherever they are.
-
-    Example:
-      >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.zeros(2)}) != fingerprint({"w": np.ones(2)})
-      True
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype.str} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _plain(data: Any) -> Any:
@@ -211,4 +206,4 @@ def _plain(data: Any) -> Any:
 
 
 def _line(data: Any) -> bytes:
-    return json.dumps(data).encode() + b"\n"
+    return json.dumps(data, allow_nan=False).encode() + b"\n"

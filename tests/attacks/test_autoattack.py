@@ -179,7 +179,7 @@ def test_versions_are_the_authors():
         (
             {"version": "rand"},
             ValueError,
-            "function that takes images (N, 4, 4, 1) and a key for each; it raised",
+            "function that takes images (N, 4, 4, 1) and a key for each, in inference mode",
         ),
         ({"epsilon": 8}, ValueError, "epsilon: expected a finite number of at least 0 of at most 1; got 8"),
     ],

@@ -111,6 +111,62 @@ def test_a_model_that_was_changed_in_place_is_attacked_as_it_is_now(compilations
     assert not compiled
 
 
+class Retrained:
+    """Whose prediction is another function after training, with weights that it captured."""
+
+    def train(self, w, sign=1.0):
+        self.predict = jax.jit(lambda images: sign * linear(w, images))
+
+    def __call__(self, images):
+        return self.predict(images)
+
+
+def straight_through(model):
+    """Quantised on the way there; what the gradient is depends on the model's state."""
+
+    @jax.custom_vjp
+    def rounded(x):
+        return jnp.round(4 * x) / 4
+
+    rounded.defvjp(lambda x: (rounded(x), None), lambda _, g: (model.scale * g,))
+    return lambda images: linear(WEIGHTS, rounded(images))
+
+
+WEIGHTS = weights()
+
+
+def test_a_jitted_function_inside_that_was_replaced_counts():
+    model, labels = Retrained(), labels_of(weights(1))
+    for seed in (0, 1):
+        model.train(weights(seed))
+        result = evaluate(model, np.asarray(IMAGES), labels, ["clean"], progress=False)
+        assert (result.summary["worst"]["accuracy"] == 1) == (seed == 1)
+
+
+def test_a_gradient_rule_whose_state_was_changed_counts():
+    model = Model(None)
+    logits_fn, found = straight_through(model), []
+    for model.scale in (1.0, -1.0):
+        found.append(attacks.pgd(logits_fn, KEY, IMAGES, LABELS, num_steps=1, start=IMAGES))
+    assert not np.allclose(*found)
+    np.testing.assert_allclose(found[0] - IMAGES, IMAGES - found[1], atol=0.01)  # but at the walls
+
+
+def test_a_host_callback_that_was_changed_counts():
+    def network(scale):
+        def logits_fn(images):
+            shape = jax.ShapeDtypeStruct((len(images), 4), jnp.float32)
+            return jax.pure_callback(lambda x: np.asarray(scale * linear(WEIGHTS, x)), shape, images)
+
+        return logits_fn
+
+    margins = []
+    for scale in (1.0, 2.0):
+        result = evaluate(network(scale), np.asarray(IMAGES), np.asarray(LABELS), ["clean"], progress=False)
+        margins.append(np.array([record["margin"]["clean"] for record in result.records]))
+    np.testing.assert_allclose(margins[1], 2 * margins[0], rtol=1e-5)
+
+
 def test_numpy_arrays_that_were_changed_in_place_count():
     w = np.array(weights(0))
     logits_fn = lambda images: linear(w, images)  # noqa: E731

@@ -35,7 +35,7 @@ def assert_same_fates(one, other):
     assert one.keys() == other.keys()
     for job, fate in one.items():
         assert fate.step == other[job].step, job
-        assert fate.misclassified == other[job].fallen, job
+        assert fate.misclassified == other[job].misclassified, job
         # Products of differently shaped batches are rounded differently, by 1e-7 of logits of about 1 at each step.
         np.testing.assert_allclose(fate.margin, other[job].margin, atol=1e-5)
         np.testing.assert_allclose(fate.adversarial, other[job].adversarial, atol=1e-6)

@@ -275,6 +275,7 @@ def test_an_attack_that_has_changed_is_refused(tmp_path):
         ({"about": {"split": "train"}}, "split: expected none, as in"),
         ({"logits_fn": make_network(second=np.zeros((64, 10), np.float32))}, "weights: expected"),
         ({"labels": (LABELS + 1) % 10}, "data: expected"),
+        ({"logits_fn": lambda x: -make_network()(x)}, "logits: expected"),
     ],
 )
 def test_a_resume_of_another_evaluation_is_refused(network, tmp_path, change, message):

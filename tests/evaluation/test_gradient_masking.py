@@ -104,7 +104,7 @@ def test_where_pgd_was_not_run_by_itself_the_sweep_says_the_gap():
     check = gradient_masking.checklist(*honest(**alone))[GAP]
     assert check.verdict == "no"
     assert "PGD-20 leaves 65.0%, " in check.why
-    assert check.why.endswith("by 15.0 points; of the images that it leaves, 23% fall to others")
+    assert check.why.endswith("by 15.0 points; of the images that it leaves, others break 23%")
 
 
 def test_what_was_not_run_is_not_judged():

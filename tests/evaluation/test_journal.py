@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fs_jax.attacks.chain import Outcome
-from fs_jax.evaluation.journal import Journal, fingerprint
+from fs_jax.evaluation import Journal, fingerprint
 
 HEADER = {"weights": "1f", "epsilon": 0.1, "shape": [8, 8]}
 HERE = {"device": "cpu", "jax": "0.12"}
