@@ -154,6 +154,8 @@ def count(name: str, value) -> int:
         )
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+    if value >= 2**31:
+        raise ValueError(f"{name}: expected less than 2^31, got {value}")
     return int(value)
 
 
@@ -210,6 +212,9 @@ def _marginal(name: str, weights, cost: jax.Array, axis: int) -> tuple[float | N
             raise ValueError(f"{name}: expected finite weights of at least 0, got {seen[worst]} at index {worst}")
         if seen.sum() == 0:
             raise ValueError(f"{name}: expected some mass, got zeros alone")
+        smallest = float(jnp.finfo(jnp.result_type(weights.dtype, jnp.float32)).tiny)
+        if weights.dtype != bool and seen.max() < smallest:
+            raise ValueError(f"{name}: expected weights of at least {smallest:.2g}, got at most {seen.max():.2g}")
     if weights.dtype == bool:
         return None if seen is None else 1.0, weights
     return None if seen is None else float(seen.sum()), weights
@@ -229,7 +234,9 @@ def _numeric(name: str, value, or_boolean: bool = False) -> tuple[np.ndarray | N
     """
     try:
         seen = None if isinstance(value, jax.core.Tracer) else np.asarray(value)
-        array = jnp.asarray(value)
+        # Integers of 64 bits would wrap around where JAX has none.
+        wide = seen is not None and seen.dtype.kind in "iu" and seen.dtype.itemsize > 4
+        array = jnp.asarray(seen.astype(np.float64) if wide else value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected numbers, got {type(value).__name__}") from error
     kinds = (jnp.floating, jnp.integer, jnp.bool_) if or_boolean else (jnp.floating, jnp.integer)

@@ -6,6 +6,8 @@ from jaxtyping import Array, Float
 
 from fs_jax.ot import _checks
 
+_FEW = 8  # dimensions in which all differences cost no more than a matrix product that is padded to them
+
 
 def cosine_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
     """Cosine distance between all pairs of rows.
@@ -13,7 +15,7 @@ def cosine_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, 
         C_ij = max(0, 1 - ⟨x_i, y_j⟩ / (|x_i| |y_j|))
 
     A row of norm 0 has no direction: its cost to everything is 1 and its gradient 0. Where rounding takes the cosine
-    above 1 the cost is 0, and so is the gradient.
+    above 1 the cost is 0; derivatives of any order are those of the cosine.
 
     Args:
         x: points, one per row, in any unit: the cost is dimensionless, between 0 and 2.
@@ -37,13 +39,17 @@ def cosine_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, 
     """
     x, y = _checks.points(x, y)
     cosine = jnp.matmul(_unit_rows(x), _unit_rows(y).T, precision=lax.Precision.HIGHEST)
-    return jnp.where(cosine >= 1, 0, 1 - cosine)  # NaN stays NaN
+    return _not_below_zero(1 - cosine)
 
 
 def sqeuclidean_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
     """Squared Euclidean distance between all pairs of rows.
 
         C_ij = |x_i - y_j|²
+
+    In up to 8 dimensions differences are taken before they are squared, and each entry is exact to rounding, whatever
+    other points there are. In more it is a matrix product, about the mean of y: the error is that of rounding
+    |x_i - c|² + |y_j - c|². So padded points should lie near the others; repeat one of them, say.
 
     Args:
         x: points, one per row.
@@ -62,12 +68,14 @@ def sqeuclidean_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Ar
          [4.]]
     """
     x, y = _checks.points(x, y)
+    if x.shape[1] <= _FEW:
+        return jnp.sum(jnp.square(x[:, None, :] - y[None, :, :]), -1)
     # |x - y|² = |x|² + |y|² - 2⟨x, y⟩ cancels badly far from the origin, and the distance doesn't know where that is.
     centre = lax.stop_gradient(y.mean(0)) if y.shape[0] else 0
     x, y = x - centre, y - centre
     inner = jnp.matmul(x, y.T, precision=lax.Precision.HIGHEST)
     squared = jnp.sum(x * x, 1)[:, None] + jnp.sum(y * y, 1)[None, :] - 2 * inner
-    return jnp.where(squared <= 0, 0, squared)  # NaN stays NaN
+    return _not_below_zero(squared)
 
 
 def euclidean_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
@@ -103,6 +111,11 @@ def euclidean_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Arra
     scale = jnp.where(apart, largest, 1)
     squared = jnp.sum(jnp.square(differences / scale[:, :, None]), axis=-1)
     return jnp.where(apart, scale * jnp.sqrt(jnp.where(apart, squared, 1)), 0)
+
+
+def _not_below_zero(cost):
+    # What rounding took below zero comes back; derivatives are those of the formula, at its minimum too. NaN stays NaN.
+    return cost + lax.stop_gradient(jnp.where(cost < 0, -cost, 0))
 
 
 def _unit_rows(x: Float[Array, "n d"]) -> Float[Array, "n d"]:

@@ -72,7 +72,8 @@ def ipot(
             "envelope" holds plan and potentials fixed, so that the gradient of `primal_cost` is the plan; "none" gives
             zeros. All are first derivatives. The exact plan is a vertex, and jumps: where beta is small or steps are
             many, "unroll" is the derivative of such a jump, of any size. For the exact cost's own gradient take
-            "envelope".
+            "envelope": in the costs that of `primal_cost` or `reg_cost`, in the weights that of `reg_cost` (a plan that
+            is held fixed leaves `primal_cost` none).
 
     Returns:
         A `Transport`. Its potentials and `reg_cost` are those at the regularisation that the last step had reached,

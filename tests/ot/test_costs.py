@@ -52,6 +52,28 @@ def test_cost_of_a_point_to_itself_is_zero():
     np.testing.assert_allclose(gradient, 0, atol=1e-14)
 
 
+@pytest.mark.parametrize("dimension", [2, 12])
+@pytest.mark.parametrize("cost", [cosine_cost, sqeuclidean_cost])
+def test_second_derivatives_where_points_meet_are_those_of_the_formula(cost, dimension):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, dimension)))
+
+    def formula(z):
+        if cost is sqeuclidean_cost:
+            return jnp.sum(jnp.square(z[:, None] - x[None]))
+        unit_z, unit_x = (v / jnp.linalg.norm(v, axis=1, keepdims=True) for v in (z, x))
+        return jnp.sum(1 - unit_z @ unit_x.T)
+
+    ours, exact = (jax.hessian(f)(x) for f in (lambda z: cost(z, x).sum(), formula))
+    np.testing.assert_allclose(ours, exact, atol=1e-12)  # rounding of O(1) numbers
+
+
+def test_squared_distances_of_few_dimensions_do_not_depend_on_other_points():
+    near = np.float32([[0.0, 1.0], [0.5, 0.25]])
+    far = np.float32([[-9999.0, 9999.0], [1e6, 0.0]])
+    padded = sqeuclidean_cost(np.concatenate([near, far]), np.concatenate([near, far]))
+    np.testing.assert_array_equal(padded[:2, :2], sqeuclidean_cost(near, near))
+
+
 def test_half_precision_is_computed_in_float32():
     assert cosine_cost(jnp.bfloat16(X), jnp.bfloat16(Y)).dtype == jnp.float32
     assert sqeuclidean_cost(jnp.float16(X), jnp.float16(Y)).dtype == jnp.float32

@@ -145,3 +145,24 @@ def test_names_of_other_libraries_are_answered_with_ours():
         sinkhorn(COST, reg=0.1, method="lse")
     with pytest.raises(ValueError, match=r"method: .* got 'auto', which is called 'stabilized' here"):
         sinkhorn(COST, reg=0.1, method="auto")
+
+
+def test_wide_integers_do_not_wrap_around():
+    with jax.enable_x64(False):
+        for cost in (np.array([[0, 2**40], [2**40, 0]]), [[0, 2**40], [2**40, 0]]):
+            plan = sinkhorn(cost, reg=1e11, num_iters=200).plan
+            np.testing.assert_allclose(plan, sinkhorn(np.asarray(cost, float), reg=1e11, num_iters=200).plan, rtol=1e-5)
+            assert plan[0, 0] > 0.49
+        weights = np.array([2**32, 1])
+        plan = sinkhorn([[0.0, 1.0], [1.0, 0.3]], weights, weights, reg=0.1, threshold=1e6).plan
+        np.testing.assert_allclose(plan.sum(1), weights, rtol=1e-5)
+
+
+def test_weights_that_vanish_in_the_dtype_are_refused():
+    with (
+        jax.enable_x64(False),
+        pytest.raises(ValueError, match=r"a: expected weights of at least 1\.2e-38, got at most"),
+    ):
+        sinkhorn([[0.0, 1.0], [1.0, 0.0]], np.full(2, 1e-60), reg=0.1)
+    with pytest.raises(ValueError, match=r"num_iters: expected less than 2\^31, got 3000000000"):
+        sinkhorn([[0.0, 1.0], [1.0, 0.0]], reg=0.1, num_iters=3 * 10**9)
