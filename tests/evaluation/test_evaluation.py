@@ -188,11 +188,10 @@ def test_adversaries_of_another_network_are_made_there_and_judged_here(network):
 LONG = Attack("pgd", 0.01, num_steps=6_000, restarts=2, any_iterate=True)
 CHAIN = [Attack("clean"), LONG, Attack("apgd-t", 0.01, after=("clean", LONG.name))]
 KILLED = """
-import sys
+import pathlib, sys
 import tests.conftest  # its settings, so that this process computes as the tests' does
 from tests.evaluation.test_evaluation import CHAIN, records_of
-with Journal(sys.argv[1], {}) as journal:
-    records_of(journal, CHAIN[:2])
+records_of(pathlib.Path(sys.argv[1]), CHAIN[:2])
 """
 
 
