@@ -40,7 +40,7 @@ def test_cut_anywhere_it_keeps_the_whole_lines_and_goes_on(tmp_path):
     path = tmp_path / "records.jsonl"
     write(path)
     whole = path.read_bytes()
-    for cut in range(len(whole)):
+    for cut in range(0, len(whole), 5):  # in every line, many times
         path.write_bytes(whole[:cut])
         with Journal(path, HEADER, HERE) as journal:
             journal.begin("pgd-20", SETTINGS)

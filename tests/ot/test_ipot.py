@@ -89,6 +89,7 @@ def test_unrolled_derivatives(problem, threshold):
     check_grads(jax.jit(value), (*problem, 0.6), order=1, modes=["fwd", "rev"], eps=1e-5, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_envelope_and_none(problem):
     def solve(cost, grad):
         return ipot(cost, *problem[1:], beta=0.5, grad=grad)

@@ -148,6 +148,7 @@ def test_a_finished_run_is_left_as_it_is(undisturbed):
     assert rows(undisturbed) == before
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     # Weights that grow 4,000-fold a step leave float32's range of 3e38 after some ten of them, not at once.
     config = dataclasses.replace(SHORT, learning_rate=2e7, epochs=3, decay_epochs=())
