@@ -256,15 +256,19 @@ def _run(
                 for job in finished:
                     if worst is not None:
                         worst.offer(job.image, job.margin, job.adversarial)
-                outcomes = [_outcome(job, images, first) for job in finished]
+                outcomes = [_outcome(attack, job, images, first) for job in finished]
                 now = time.monotonic()
                 log.append(attack.name, outcomes, seconds=now - began)
                 began = now
                 bar.show(look.forward, outcomes)
 
 
-def _outcome(job, images, first):
-    change = float(np.max(np.abs(job.adversarial - as_float(images[job.image]))))
+def _outcome(attack, job, images, first):
+    image = as_float(images[job.image])
+    change = float(np.max(np.abs(job.adversarial - image)))
+    # By more than what the images' own type rounds; a perturbation outside of the ball must not count.
+    if attack.specification.norm is not None and change > attack.epsilon + 4 * float(jnp.finfo(image.dtype).eps):
+        raise ValueError(f"{attack.name}: expected images within {attack.epsilon:.6g}; it gave one at {change:.6g}.")
     misclassified_at = job.step if job.misclassified else -1
     return Outcome(first + job.image, job.run, job.step, misclassified_at, job.margin, round(change, 6))  # float32's
 

@@ -51,7 +51,7 @@ def evaluate(
     labels: Int[np.ndarray, "n"],
     attacks: Sequence[str | Attack],
     *,
-    epsilon: float = 8 / 255,
+    epsilon: float | None = None,
     seed: int = 0,
     first: int = 0,
     batch_size: int | None = None,
@@ -72,7 +72,8 @@ def evaluate(
       labels: True classes [N].
       attacks: Words such as "clean", "pgd-20", "cw-100x5", "square" (`fs_jax.attacks.REGISTRY` has them all), each from
         the clean images; or `Attack`s, with settings and orders of one's own; or a `suite`.
-      epsilon: Radius of the attacks that are given as words, in units of [0, 1].
+      epsilon: Radius of the attacks that are given as words, in units of [0, 1]; 8/255 by default. `Attack`s have their
+        own, which must be the same one, but for those apart.
       seed: Of all that is drawn. What happens to an image depends on it, the attack and the image's index.
       first: Index of the first image in its split, if only a part of it is given.
       batch_size: Images at a time, at most; by default 32 on a CPU, else 256.
@@ -107,8 +108,9 @@ def evaluate(
     if isinstance(attacks, str) or isinstance(parts, (str, os.PathLike)):
         name, given = ("attacks", attacks) if isinstance(attacks, str) else ("parts", parts)
         raise TypeError(f"{name}: expected a list; got {given!r}. Write [{given!r}].")
-    attack_list = [parse_attack(attack, epsilon) if isinstance(attack, str) else attack for attack in attacks]
-    check_evaluation(logits_fn, images, labels, attack_list)
+    radius = 8 / 255 if epsilon is None else epsilon
+    attack_list = [parse_attack(attack, radius) if isinstance(attack, str) else attack for attack in attacks]
+    check_evaluation(logits_fn, images, labels, attack_list, epsilon=epsilon)
     check_number("first", first, at_least=0, integer=True)
     if taken := (about or {}).keys() & {"schema", "images", "first", "seed", "precision", "prng", "weights", "data"}:
         raise ValueError(f"about: expected names that a record doesn't have itself; got {', '.join(sorted(taken))}.")
@@ -181,7 +183,12 @@ def evaluate(
 
 
 def check_evaluation(
-    logits_fn: LogitsFn, images: Images, labels: Int[np.ndarray, "n"], attack_list: Sequence[Attack]
+    logits_fn: LogitsFn,
+    images: Images,
+    labels: Int[np.ndarray, "n"],
+    attack_list: Sequence[Attack],
+    *,
+    epsilon: float | None = None,
 ) -> int:
     """Check `evaluate`'s arguments without running it.
 
@@ -198,6 +205,14 @@ def check_evaluation(
     if all(attack.apart for attack in attack_list):
         names = ", ".join(attack.name for attack in attack_list) or "none"
         raise ValueError(f"attacks: expected at least one that isn't apart from the worst case; got {names}.")
+    radii = {a.epsilon for a in attack_list if not a.apart and a.specification.fixed_radius is None}
+    if len(radii | ({epsilon} if radii and epsilon is not None else set())) > 1:
+        got = ", ".join(f"{attack.name} {attack.epsilon:.4g}" for attack in attack_list)
+        asked = "" if epsilon is None else f" (epsilon={epsilon:.4g})"
+        raise ValueError(
+            f"attacks: expected one radius in the worst case{asked}; got {got}. Give each Attack that radius, or "
+            "apart=True."
+        )
     return check_chain(logits_fn, images, labels, attack_list)
 
 

@@ -1,5 +1,6 @@
 """What holds for every attack, run by run: one contract, one test of each clause."""
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -349,3 +350,10 @@ def test_an_attack_of_ones_own_goes_through_evaluate(classifier):
     (_, found) = result.summary["attacks"]
     assert (found["name"], found["settings"], found["uses_gradients"]) == ("fade", {"num_steps": 8}, False)
     assert found["accuracy"] < 1
+
+
+def test_an_attack_that_leaves_the_ball_is_refused(classifier):
+    logits_fn, images, labels = classifier
+    wide = dataclasses.replace(FADE, build=lambda **settings: FADE.build(**{**settings, "epsilon": 0.5}))
+    with pytest.raises(ValueError, match=r"fade: expected images within 0\.1; it gave one at 0\.\d+"):
+        evaluate(logits_fn, np.asarray(images), np.asarray(labels), [attacks.Attack(wide, 0.1)], progress=False)

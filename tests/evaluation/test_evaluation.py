@@ -311,7 +311,7 @@ def test_images_that_an_attack_was_not_meant_for_are_unknown(network):
 
 @pytest.mark.slow
 def test_a_part_of_the_images_fares_as_in_the_whole(network):
-    attacks = [CLEAN, "pgd-3x2", Attack("apgd-t", 0.01, num_steps=5, after=["clean"])]
+    attacks = [CLEAN, "pgd-3x2", Attack("apgd-t", 0.02, num_steps=5, after=["clean"])]
     settings = {"epsilon": 0.02, "batch_size": 10, "progress": False}
     whole = evaluate(network, IMAGES, LABELS, attacks, **settings)
     part = evaluate(network, IMAGES[30:], LABELS[30:], attacks, first=30, **settings)
@@ -332,8 +332,8 @@ def test_parts_merge_into_what_the_whole_gives(network, tmp_path):
         evaluate(network, IMAGES, LABELS, attacks, journal=parts[0], parts=parts, **settings)
     with pytest.raises(ValueError, match=r"data: expected .*40\.jsonl"):
         evaluate(network, IMAGES, LABELS[::-1], attacks, journal=tmp_path / "a", parts=parts[2:], **settings)
-    path, other = tmp_path / "whole.jsonl", [CLEAN, Attack("pgd", 0.03, num_steps=3, restarts=2), few]
-    with pytest.raises(ValueError, match=r"pgd-3x2: epsilon: expected 0\.02, as in .*0\.jsonl; got 0\.03"):
+    path, other = tmp_path / "whole.jsonl", [CLEAN, Attack("pgd", 0.02, num_steps=3, restarts=2, any_iterate=True), few]
+    with pytest.raises(ValueError, match=r"pgd-3x2: any_iterate: expected False, as in .*0\.jsonl; got True"):
         evaluate(network, IMAGES, LABELS, other, journal=path, parts=parts, **settings)
     merged = evaluate(network, IMAGES, LABELS, attacks, journal=path, parts=parts, worst_images=worst, **settings)
     assert not worst.any()  # no attack was run
@@ -410,6 +410,12 @@ def test_words_for_attacks():
         ({"attacks": ["local-search"]}, ValueError, "apart from the worst case; got local-search"),
         ({"attacks": [Attack("fgsm"), Attack("fgsm")]}, ValueError, "attacks: expected each once"),
         ({"attacks": ["clean", Attack("apgd-ce", num_draws=20)]}, ValueError, "attacks: expected num_draws for all"),
+        (
+            {"attacks": ["pgd-2", Attack("cw", 0.1)]},
+            ValueError,
+            "expected one radius in the worst case; got pgd-2",
+        ),
+        ({"attacks": [Attack("cw", 0.1)], "epsilon": 0.2}, ValueError, "(epsilon=0.2); got cw-20 0.1. Give each"),
         ({"first": -1}, ValueError, "first: expected an integer of at least 0"),
         ({"precision": "float16"}, ValueError, "precision: expected one of float32, default"),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer of at least 1"),
