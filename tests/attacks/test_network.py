@@ -84,14 +84,16 @@ def test_a_second_scattering_compiles_nothing(compilations):
 
 JITTED = jax.jit(linear)
 NETWORKS = {
+    "lambda": lambda w: lambda images: linear(w, images),
+    "jit of a lambda": lambda w: jax.jit(lambda images: linear(w, images)),
     "partial": lambda w: functools.partial(linear, w),
     "Partial": lambda w: Partial(linear, w),
     "partial of jit": lambda w: functools.partial(JITTED, w),
 }
 
 
-@pytest.mark.parametrize("name", slow_but(("partial",), NETWORKS))
-def test_other_weights_of_the_same_function_compile_nothing(name, compilations):
+@pytest.mark.parametrize("name", slow_but(("lambda", "jit of a lambda"), NETWORKS))
+def test_other_weights_in_a_function_of_the_same_structure_compile_nothing(name, compilations):
     for seed in (0, 1):
         w = weights(seed)
         with compilations() as compiled:
