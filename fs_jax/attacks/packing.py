@@ -80,8 +80,8 @@ def packed(
 
     Args:
       attack: The attack, such as `pgd_steps(...)` or `apgd_steps(...)`.
-      logits_fn: Network, from images to logits [N, classes]: any function. The next call compiles nothing, with this one
-        or with another that computes the same of other variables.
+      logits_fn: Network, from images to logits [N, classes]: any function. The next call compiles nothing, with this
+        one or with another that computes the same of other variables.
       rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image. Run r of an image draws from
         `fold_in(its key, r)`. Or a key for each image and run.
       images: Images [N, H, W, C] on the host: uint8, or floating point in [0, 1].
