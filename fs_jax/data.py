@@ -3,8 +3,8 @@
     dataset = load("cifar10", data_dir="~/tensorflow_datasets")
     dataset.train_images.shape, dataset.info.num_classes         # (50000, 32, 32, 3), 10
 
-Nothing here needs TensorFlow. `prepare` writes a folder in TFDS's own format, and `load` reads such a folder whoever
-prepared it, in array_record or in tfrecord. CIFAR-10 is 184 MB of pixels: it is decoded once, kept in a cache that is
+Nothing here needs TensorFlow. `prepare` writes a folder in TFDS's own format, and `load` reads such a folder, TFDS's
+own too, in array_record or in tfrecord. CIFAR-10 is 184 MB of pixels: it is decoded once, kept in a cache that is
 checked by its hash, and goes to the device whole. There is no input pipeline.
 """
 

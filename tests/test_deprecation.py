@@ -28,7 +28,7 @@ def test_a_name_that_the_installed_jax_deprecates_is_an_error():
         ("Note:\njax.xla_computation is deprecated", "flax.core.lift"),  # a library's call on our behalf
     ],
 )
-def test_a_deprecation_is_an_error_whoever_it_is_said_to(message, module):
+def test_a_deprecation_is_an_error_whichever_module_it_is_raised_for(message, module):
     with pytest.raises(DeprecationWarning):
         warnings.warn_explicit(message, DeprecationWarning, "file.py", 1, module)
 

@@ -21,7 +21,7 @@ from fs_jax._utils.validation import check_number
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.losses import logit_margin
 from fs_jax.attacks.network import Network
-from fs_jax.attacks.packing import bound, packed
+from fs_jax.attacks.packing import bound, inputs_of, packed
 from fs_jax.attacks.registry import Attack
 from fs_jax.attacks.stepwise import Stepwise
 
@@ -122,16 +122,13 @@ def check_chain(
             "attacks: expected num_draws for all of them, for a randomised network, or for none; got it for "
             f"{', '.join(attack.name for attack in attack_list if randomised(attack))}."
         )
-    image = jax.ShapeDtypeStruct((2, *images.shape[1:]), jnp.float32 if images.dtype == np.uint8 else images.dtype)
-    keys = (
-        [jax.ShapeDtypeStruct((2,), jax.random.key(0, impl=IMPLEMENTATION).dtype)]
-        if any(map(randomised, attack_list))
-        else []
-    )
+    key = jax.random.key(0, impl=IMPLEMENTATION) if any(map(randomised, attack_list)) else None
     try:
-        logits = jax.eval_shape(lambda *inputs: logits_fn(*inputs), image, *keys)
+        logits = jax.eval_shape(lambda *inputs: logits_fn(*inputs), *inputs_of(images, key))
     except Exception as error:  # whatever the network does
-        wanted = f"images {('N', *images.shape[1:])}".replace("'", "") + (" and a key for each" if keys else "")
+        wanted = f"images {('N', *images.shape[1:])}".replace("'", "") + (
+            " and a key for each" if key is not None else ""
+        )
         raise ValueError(
             f"logits_fn: expected a function that takes {wanted}, in inference mode (an NNX module after `eval()`); it "
             f"raised {type(error).__name__}: {error}"

@@ -4,8 +4,8 @@
 identity alone: a module that was trained in the meantime would be attacked as it was. Attacks are called with functions
 of all kinds: `lambda x: model.apply(variables, x)`, an NNX module, a bound method, a partial. So each call traces the
 function anew, takes the arrays out of the trace, and lowers its programs; that takes a fraction of a second. Compiling,
-which takes long, is spared where the lowered program is one that was compiled before: then it does the same, whatever
-function it comes from, and it holds no weights.
+which takes long, is skipped if the same lowered program was compiled before, whatever function it came from; compiled
+programs hold no weights.
 """
 
 import collections

@@ -135,17 +135,27 @@ def bound(
     """
     if isinstance(logits_fn, Network):
         return logits_fn
-    dtype = jnp.float32 if images.dtype == np.uint8 else images.dtype
-    size = size or 2  # of one image, a batch's axis may get lost
-    inputs = [jax.ShapeDtypeStruct((size, *images.shape[1:]), dtype)]
-    inputs += [] if keys is None else [jax.ShapeDtypeStruct((size,), keys.dtype)]
-    network = bind(logits_fn, *inputs)
+    network = bind(logits_fn, *inputs_of(images, keys, size=size or 2))
     if network is None:
         raise TypeError(
             "logits_fn: expected a function of arrays that are known; it captures some that are being traced. Call "
             "this outside of jax.jit and of transformations."
         )
     return network
+
+
+def inputs_of(
+    images: np.ndarray | Array, keys: Key[Array, "..."] | None = None, *, size: int = 2
+) -> list[jax.ShapeDtypeStruct]:
+    """What a network of images like these takes, and of keys if it takes any: by default two, as one may be squeezed.
+
+    Example:
+      >>> inputs_of(np.zeros((9, 2, 2, 3), np.uint8))
+      [ShapeDtypeStruct(shape=(2, 2, 2, 3), dtype=float32)]
+    """
+    dtype = jnp.float32 if images.dtype == np.uint8 else images.dtype
+    inputs = [jax.ShapeDtypeStruct((size, *images.shape[1:]), dtype)]
+    return inputs if keys is None else [*inputs, jax.ShapeDtypeStruct((size,), keys.dtype)]
 
 
 def _keys_of_runs(rng, count, num_runs):

@@ -53,7 +53,7 @@ class Attack:
     Args:
       kind: A name in `REGISTRY`, or a `Specification` of one's own.
       epsilon: Radius, in units of [0, 1]. An attack that has its own (0 for the clean image) keeps it.
-      after: Names of attacks before this one: images that they broke are spared this one, and count as broken.
+      after: Names of attacks before this one: images that they broke are skipped, and count as broken.
       num_images: How many images are attacked, the first ones of the split; by default all.
       apart: Whether it is left out of the worst case, as an attack at another radius. One that keeps to none always is.
       label: Name in records and tables, if not kind, steps and starts.

@@ -36,7 +36,7 @@ def spsa(
     strong attack of the paper has 8192 directions and 100 steps: 1.6 million forward passes for each image.
 
     Args:
-      logits_fn: Network, from images to logits [N, classes]; inference mode. It is asked about images that leave [0, 1]
+      logits_fn: Network, from images to logits [N, classes]; inference mode. It is asked about images outside of [0, 1]
         by up to `delta`.
       rng: A key, from which image i takes `fold_in(rng, i)`, or a key for each image.
       images: Images [N, H, W, C] in [0, 1].

@@ -134,7 +134,7 @@ def evaluate(
             "data": fingerprint([images, labels]),
         }
         if journal is not None:
-            evaluated["logits"] = _probe(network, images, draws)
+            header = {**evaluated, "logits": _probe(network, images, draws), **(about or {})}
         environments = [backend.describe(network.platform)]
         log = Log()
         taken_over = []
@@ -148,9 +148,9 @@ def evaluate(
             for attack in attack_list:
                 images_of_part = None if attack.images is None else attack.images[of_part]
                 settings[attack.name] = attack.replace(images=images_of_part).described()
-            taken_over += Journal.part(part, {**evaluated, **(about or {}), **expected}, settings)
+            taken_over += Journal.part(part, {**header, **expected}, settings)
         if journal is not None:
-            log = stack.enter_context(Journal(journal, {**evaluated, **(about or {})}, environments[0]))
+            log = stack.enter_context(Journal(journal, header, environments[0]))
             log.take_over(taken_over)
             environments = log.environments
         stages = run_chain(
@@ -158,7 +158,6 @@ def evaluate(
             log=log, first=first, batch_size=batch_size, worst_images=worst_images, progress=progress,
         )  # fmt: skip
     worst, robust = _worst_case(stages)
-    evaluated.pop("logits", None)
     summary = {
         **evaluated,
         "environments": environments,

@@ -188,7 +188,10 @@ def _refuse_changes(where, theirs, ours, path):
 
 
 def _close(then, now):
-    """Whether logits are those of the same network, on another machine perhaps."""
+    """Whether logits are those of the same network, on another machine perhaps.
+
+    Another machine, or bfloat16, rounds logits by about a hundredth of the largest; another network does more.
+    """
     if then is None or now is None:
         return then is now
     then, now = np.array(then), np.array(now)

@@ -55,12 +55,12 @@ def train(
     monitor_images: int = 512,
     progress: bool = True,
 ) -> Run:
-    """Train, or go on training, until the configuration's last epoch.
+    """Train, or resume training, until the configuration's last epoch.
 
     A run that is stopped (SIGTERM, SIGINT, `max_minutes`) or killed, and called again, ends in the same weights as one
     left alone: batches, crops and noise are drawn from the seed, the epoch and the step.
 
-    Any number of devices can go on with a run; another number gives other sums, so the same weights to rounding only,
+    Any number of devices can resume a run; another number gives other sums, so the same weights to rounding only,
     and with transport and BatchNorm per device another method.
 
     In `workdir`: `config.json`, `metrics.jsonl` and `tensorboard/` (a row per dispatch, and one per epoch with the
