@@ -3,6 +3,7 @@
 import pathlib
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 STOPPED = 75  # exit status of a run that was stopped before its end: "temporary failure", to job queues
@@ -12,6 +13,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Run `main` on the command line's words; what it says of bad input is printed as one error, with status 2."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:

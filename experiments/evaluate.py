@@ -24,13 +24,12 @@ import fractions
 import json
 import pathlib
 import re
-import sys
 from typing import Any, Literal
 
 import tyro
 
 from experiments import command_line
-from experiments.evaluation_report import LOOKED_AT, SHOWN, draw_adversaries, draw_strength, draw_surfaces, report_text
+from experiments.evaluation_report import SHOWN, draw_adversaries, draw_strength, draw_surfaces, report_text
 from experiments.networks import load_network
 
 SWEPT = 500  # images in the sweep over radii
@@ -148,12 +147,6 @@ def main(argv: list[str]) -> None:
                 batch_size=arguments.batch_size,
             )
         )  # fmt: skip
-    warnings = attacks.sanity_warnings(
-        logits_fn, images[:LOOKED_AT], labels[:LOOKED_AT], batch_size=arguments.batch_size
-    )
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-
     kept = len(labels) if arguments.save_images else min(SHOWN, len(labels))
     about = {
         "network": f"WRN-{model.depth}-{model.width}",
@@ -170,9 +163,7 @@ def main(argv: list[str]) -> None:
         first=chosen.start, journal=output / "records.jsonl", parts=[p / "records.jsonl" for p in arguments.merge],
         about=about, worst_images=adversaries, progress=arguments.progress,
     )  # fmt: skip
-    summary = {
-        **about, **origin, **result.summary, "suite": arguments.suite, "epsilon": epsilon, "warnings": warnings,
-    }  # fmt: skip
+    summary = {**about, **origin, **result.summary, "suite": arguments.suite, "epsilon": epsilon}
     if arguments.transfer_from is not None:
         summary["transfer_from"] = arguments.transfer_from.name
     if arguments.suite is not None:

@@ -30,7 +30,7 @@ def report_text(summary: dict[str, Any], figures: set[str]) -> str:
         f"{report.radius(summary['epsilon'])}, seed {summary['seed']}. Weights {summary['weights']}. On "
         f"{environment['device']}, {environment['cpu_count']} cores, jax {environment['jax']}."
         + (f" Parts of it ran elsewhere, in {len(summary['environments'])} environments." if several else ""),
-        *(f"**Warning.** {warning}" for warning in summary["warnings"]),
+        *(f"**Warning.** {warning}" for warning in summary["warnings"] or ()),
         report.attack_table({"attacks": together, "worst": summary["worst"]}),
         HOW_TO_READ,
     ]

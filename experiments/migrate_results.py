@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         if old.get("schema") == SCHEMA:
             print(f"{path}: is of this schema")
             continue
-        new = migrated(old)
+        new = migrated(old) if "schema" not in old else {**old, "schema": SCHEMA, "warnings": old.get("warnings")}
         write_text(path, json.dumps(new) + "\n")
         if (path.parent / "report.md").exists():
             figures = {figure.stem for figure in path.parent.glob("*.png")}
@@ -79,6 +79,7 @@ def migrated(old: dict[str, Any]) -> dict[str, Any]:
         "prng": IMPLEMENTATION,
         "weights": old.get("weights"),
         "data": old.get("data"),
+        "warnings": old.get("warnings"),
     }
     kept = {name: value for name, value in old.items() if name not in ("environment", "adversaries_kept")}
     return {

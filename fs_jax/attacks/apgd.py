@@ -98,7 +98,8 @@ def apgd_steps(
       loss: "ce", "dlr" or "targeted".
       num_runs: Random starts, 1 by default; targets, 9 by default: fewer than there are classes.
       num_draws: For a randomised network, one that is called with images and a key for each, `logits_fn(images, keys)`:
-        the gradients of so many draws are averaged (expectation over transformation), and the last one is judged.
+        the gradients of so many draws are averaged (expectation over transformation), and so are the logits by which
+        the best iterate is chosen. A run makes all its steps; `packed` judges that iterate by one more draw.
 
     Returns:
       The attack, for `stepwise.run` and `packing.packed`.
@@ -117,17 +118,18 @@ def apgd_steps(
         raise ValueError("num_draws: expected None for the targeted loss, which ranks the targets without a draw.")
     ascended = Partial({"ce": _cross_entropy, "dlr": _dlr, "targeted": targeted_dlr}[loss])
     if num_draws is None:
-        gradient = Partial(_gradient, loss=ascended)
+        start, step, gradient = _targeted_start if targeted else _start, _step, Partial(_gradient, loss=ascended)
     else:
         gradient = Partial(_mean_gradient, loss=ascended, num_draws=num_draws)
+        start, step = _drawn_start, _drawn_step
     bound = {"epsilon": epsilon, "gradient": gradient}
-    draws = num_draws or 1
+    draws, judged_again = num_draws or 1, num_draws is not None
     return Stepwise(
-        Partial(_targeted_start if targeted else _start, **bound),
-        Partial(_step, intervals=_intervals(num_steps), **bound),
+        Partial(start, **bound),
+        Partial(step, intervals=_intervals(num_steps), **bound),
         num_steps,
         num_runs or (9 if targeted else 1),
-        ((draws + targeted, draws), (draws, draws)),
+        ((draws + targeted + judged_again, draws), (draws, draws)),
         draws=num_draws is not None,
     )
 
@@ -181,6 +183,21 @@ def _start(logits_fn, keys, images, labels, run, *, epsilon, gradient, targets=N
         keys=keys,
         progress=first_judged(first, logits, labels),
     )
+
+
+def _drawn_start(logits_fn, keys, images, labels, run, **settings):
+    return _undecided(_start(logits_fn, keys, images, labels, run, **settings))
+
+
+def _drawn_step(logits_fn, state, images, labels, **settings):
+    return _undecided(_step(logits_fn, state, images, labels, **settings))
+
+
+def _undecided(state):
+    """Draws that happened to go wrong end no run, or an image that is robust to most draws would seem broken."""
+    progress = state.progress
+    ended = jnp.where(jnp.isfinite(progress.margin), -1, progress.misclassified_at)  # by what isn't a number
+    return state._replace(progress=progress._replace(misclassified_at=ended))
 
 
 def _noise(key, shape, dtype):
@@ -256,7 +273,7 @@ def _gradient(logits_fn, iterates, labels, targets, keys, step, *, loss):
 
 
 def _mean_gradient(logits_fn, iterates, labels, targets, keys, step, *, loss, num_draws):
-    """Signs of the mean of the gradients of some draws of a randomised network; loss and logits of the last one."""
+    """Signs of the mean gradient of some draws of a randomised network; the last one's loss; the mean of the logits."""
     keys = jax.vmap(jax.random.fold_in)(keys, step)
 
     def total(x, draw):
@@ -265,12 +282,12 @@ def _mean_gradient(logits_fn, iterates, labels, targets, keys, step, *, loss, nu
         return jnp.sum(losses), (losses, logits)
 
     def add(draw, carry):
-        gradient, judged = jax.grad(total, has_aux=True)(iterates, draw)
-        return carry[0] + gradient, judged
+        gradient, (losses, logits) = jax.grad(total, has_aux=True)(iterates, draw)
+        return carry[0] + gradient, losses, carry[2] + logits
 
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(total, iterates, 0)[1])
-    gradient, (losses, logits) = jax.lax.fori_loop(0, num_draws, add, (jnp.zeros_like(iterates), nothing))
-    return jnp.sign(gradient), losses, logits
+    gradient, losses, logits = jax.lax.fori_loop(0, num_draws, add, (jnp.zeros_like(iterates), *nothing))
+    return jnp.sign(gradient), losses, logits / num_draws
 
 
 def _cross_entropy(logits, labels, targets):

@@ -10,11 +10,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from fs_jax._utils.images import Images, as_float
 from fs_jax._utils.keys import threefry
 from fs_jax._utils.validation import check_choice
-from fs_jax.attacks.chain import Log, check_chain, run_chain
+from fs_jax.attacks.chain import Log, check_chain, randomised, run_chain
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.packing import bound
-from fs_jax.attacks.registry import Attack
-from fs_jax.attacks.sanity import sanity_warnings
+from fs_jax.attacks.registry import Attack, parse_attack
+from fs_jax.attacks.sanity import LOOKED_AT, masking_warnings, sanity_warnings
 
 VERSIONS: dict[str, dict[str, dict[str, Any]]] = {
     "standard": {"apgd-ce": {}, "apgd-t": {}, "fab-t": {}, "square": {}},
@@ -33,35 +33,47 @@ VERSIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def autoattack_attacks(
-    version: str | Sequence[str] = "standard", *, epsilon: float = 8 / 255, num_classes: int = 10
+    version: str | Sequence[str | Attack] = "standard", *, epsilon: float = 8 / 255, num_classes: int = 10
 ) -> list[Attack]:
     """The attacks of a version in their order: first the clean images, then each on what those before it left.
 
     Args:
-      version: A key of `VERSIONS`; or a list of attacks by name, with their own settings.
+      version: A key of `VERSIONS`; or a list of words such as "apgd-ce" or "pgd-20", or of `Attack`s of this radius.
       epsilon: Radius, in units of [0, 1].
       num_classes: Classes of the network.
 
     Raises:
-      ValueError: for an unknown version or attack, none, one twice, or too few classes for one.
+      TypeError, ValueError: for an unknown version or attack, none, one twice, one of another radius, or too few
+        classes for one.
 
     Example:
       >>> [attack.name for attack in autoattack_attacks()]
       ['clean', 'apgd-ce', 'apgd-t', 'fab-t', 'square']
     """
+    chain = _chain(version, epsilon)
+    for attack in chain:
+        attack.steps(num_classes)
+    return chain
+
+
+def _chain(version, epsilon) -> list[Attack]:
     if isinstance(version, str):
         check_choice("version", version, VERSIONS)
-        chosen = VERSIONS[version]
+        chosen = [Attack(name, epsilon, **settings) for name, settings in VERSIONS[version].items()]
     else:
-        chosen = {name: {} for name in version}
-        if not chosen or len(chosen) < len(version):
-            raise ValueError(f"version: expected at least one attack, and none twice; got {list(version)}.")
-    draws = {"num_draws": 1} if version == "rand" else {}
-    attacks = [Attack("clean", **draws)]
-    for name, settings in chosen.items():
-        attacks.append(Attack(name, epsilon, after=[attack.name for attack in attacks], **settings))
-        attacks[-1].steps(num_classes)
-    return attacks
+        chosen = [parse_attack(attack, epsilon) if isinstance(attack, str) else attack for attack in version]
+    if wrong := [attack for attack in chosen if not isinstance(attack, Attack)]:
+        raise TypeError(f"version: expected words and Attacks; got {wrong[0]!r}. Of a Specification, write Attack(it).")
+    names = [attack.name for attack in chosen]
+    if not chosen or len({"clean", *names}) <= len(names):
+        raise ValueError(f"version: expected at least one attack besides clean, and none twice; got {names}.")
+    for attack in chosen:
+        if attack.epsilon != epsilon or attack.num_images is not None or attack.apart:
+            raise ValueError(
+                f"version: expected attacks of radius {epsilon:.6g} on all images; got {attack}. Use `evaluate`."
+            )
+    clean = Attack("clean", **({"num_draws": 1} if any(map(randomised, chosen)) else {}))
+    return [clean, *(attack.replace(after=["clean", *names[:place]]) for place, attack in enumerate(chosen))]
 
 
 class AttackRecord(NamedTuple):
@@ -94,7 +106,7 @@ def autoattack(
     labels: Int[np.ndarray, "n"],
     *,
     epsilon: float = 8 / 255,
-    version: str | Sequence[str] = "standard",
+    version: str | Sequence[str | Attack] = "standard",
     batch_size: int | None = None,
     progress: bool = False,
 ) -> AttackRecord:
@@ -113,7 +125,7 @@ def autoattack(
       labels: True classes [N].
       epsilon: Radius, in units of [0, 1].
       version: "standard"; "plus", with five starts, APGD-DLR and untargeted FAB besides; "rand", for networks that draw
-        random numbers; or a list of attacks by name. `VERSIONS` has what they are.
+        random numbers (`VERSIONS` has what they are); or a list of words and `Attack`s, as `evaluate` takes it.
       batch_size: Most images at a time; by default 32 on a CPU, else 256.
       progress: Show a progress bar for each attack.
 
@@ -126,8 +138,8 @@ def autoattack(
       FloatingPointError: if the network gives logits that aren't finite.
 
     Warns:
-      UserWarning: if the logits look like probabilities, if they differ from call to call, if gradients vanish, or if
-        Square, which sees no gradient, breaks images that the attacks before it didn't.
+      UserWarning: what `sanity_warnings` says of the first 100 images; and if Square, which sees no gradient, breaks
+        images that the attacks before it didn't.
 
     Example:
       >>> import jax
@@ -142,11 +154,11 @@ def autoattack(
     attacks", ICML 2020.
     """
     images, labels, rng = np.asarray(images), np.asarray(labels), threefry(rng)
-    draws = {"num_draws": 1} if version == "rand" else {}
-    num_classes = check_chain(logits_fn, images, labels, [Attack("clean", **draws)])
-    attacks = autoattack_attacks(version, epsilon=epsilon, num_classes=num_classes)
-    network = bound(logits_fn, images, rng if draws else None)
-    doubts = sanity_warnings(logits_fn, images, labels, rng=rng if draws else None, batch_size=batch_size)
+    attacks = _chain(version, epsilon)
+    check_chain(logits_fn, images, labels, attacks)
+    drawn_from = rng if randomised(attacks[0]) else None
+    network = bound(logits_fn, images, drawn_from)
+    doubts = sanity_warnings(logits_fn, images[:LOOKED_AT], labels[:LOOKED_AT], rng=drawn_from, batch_size=batch_size)
     found, log = as_float(images).copy(), Log()
     stages = run_chain(
         network, rng, images, labels, attacks, log=log, batch_size=batch_size, worst_images=found, progress=progress
@@ -157,19 +169,18 @@ def autoattack(
             margin[place] = min(margin[place], outcome.margin)
             if outcome.misclassified_at >= 0:
                 broken_by[place], steps[place] = stage.attack.name, outcome.misclassified_at
-    shares = {stage.attack.name: float(stage.robust.mean()) for stage in stages}
-    doubts += _doubts_about_square(shares)
+    doubts += masking_warnings(stages)
     for doubt in doubts:
         warnings.warn(doubt, stacklevel=2)
     settings = {
-        "version": version if isinstance(version, str) else list(version),
+        "version": version if isinstance(version, str) else [attack.name for attack in attacks[1:]],
         "epsilon": epsilon,
         **{stage.attack.name: stage.attack.published(stage.stepwise) for stage in stages[1:]},
     }
     return AttackRecord(
         images=found,
         robust=stages[-1].robust,
-        stages=shares,
+        stages={stage.attack.name: float(stage.robust.mean()) for stage in stages},
         broken_by=broken_by,
         steps=steps,
         margin=margin,
@@ -177,14 +188,3 @@ def autoattack(
         settings=settings,
         warnings=doubts,
     )
-
-
-def _doubts_about_square(stages):
-    others = [share for name, share in stages.items() if name != "square"]
-    if "square" not in stages or len(others) < 2 or stages["square"] >= min(others) - 0.002:
-        return []
-    return [
-        f"Square, which sees no gradient, broke {min(others) - stages['square']:.1%} of the images that survived the "
-        "attacks by gradients: these may be masked, and robustness is likely lower still. Try more queries, or an "
-        "attack made for this defence."
-    ]

@@ -19,13 +19,10 @@ from fs_jax._utils.images import Images, as_float, check_classes, check_images, 
 from fs_jax._utils.keys import IMPLEMENTATION, threefry
 from fs_jax._utils.validation import check_number
 from fs_jax.attacks.linf import LogitsFn
-from fs_jax.attacks.losses import logit_margin
 from fs_jax.attacks.network import Network
 from fs_jax.attacks.packing import bound, inputs_of, packed
 from fs_jax.attacks.registry import Attack
 from fs_jax.attacks.stepwise import Stepwise
-
-_CONFIRMATION = 2**31 - 1  # no run has this number
 
 
 class Outcome(NamedTuple):
@@ -247,13 +244,10 @@ def _run(
                 jobs=jobs,
             )  # fmt: skip
             for look in looks:
-                finished = look.finished
-                if stepwise.draws and stepwise.num_steps:
-                    finished = _confirmed(finished, network, keys, labels, size)
-                for job in finished:
+                for job in look.finished:
                     if worst is not None:
                         worst.offer(job.image, job.margin, job.adversarial)
-                outcomes = [_outcome(attack, job, images, first) for job in finished]
+                outcomes = [_outcome(attack, job, images, first) for job in look.finished]
                 now = time.monotonic()
                 log.append(attack.name, outcomes, seconds=now - began)
                 began = now
@@ -270,29 +264,6 @@ def _outcome(attack, job, images, first):
     return Outcome(first + job.image, job.run, job.step, misclassified_at, job.margin, round(change, 6))  # float32's
 
 
-def _confirmed(finished, network, keys, labels, size):
-    """Of a randomised network, the jobs that one lucky draw broke and another one doesn't aren't broken."""
-    broken = [place for place, job in enumerate(finished) if job.misclassified]
-    finished = list(finished)
-    for begin in range(0, len(broken), size):
-        places = broken[begin : begin + size]
-        rows = np.resize(places, size)  # filled up with repetitions
-        jobs = [finished[row] for row in rows]
-        image, run = np.array([job.image for job in jobs]), np.array([job.run for job in jobs])
-        adversarial = np.stack([job.adversarial for job in jobs])
-        margins = np.asarray(network.compiled(_margins)(keys[image, run], adversarial, labels[image]))
-        if not np.isfinite(margins).all():
-            raise FloatingPointError("logits_fn: expected finite logits; got others for an image under attack.")
-        for place, margin in zip(places, margins.tolist(), strict=False):
-            finished[place] = finished[place]._replace(misclassified=not margin > 0, margin=margin)
-    return finished
-
-
-def _margins(network, keys, images, labels):
-    again = jax.vmap(jax.random.fold_in, (0, None))(keys, _CONFIRMATION)
-    return logit_margin(network(images, again), labels).astype(jnp.float32)
-
-
 def _even(batch_size, count):
     """A size not far below this one that divides the count: where all images end together, no other is compiled."""
     return next((size for size in range(batch_size, batch_size // 2, -1) if count % size == 0), batch_size)
@@ -305,17 +276,14 @@ def _missing(attack, stepwise, attacked, done, first) -> Iterator[list[tuple[int
         # Where all images end together, one start after another; else side by side.
         yield from [[job for of_run in missing for job in of_run]] if attack.any_iterate else missing
         return
-    while True:  # again if a confirmation failed, as then later runs are due
-        # Every image at its first run that is missing; the next ones follow if it survives that.
-        last = {outcome.index - first: outcome for _, outcome in sorted(done.items())}
-        begin = {i: last[i].run + 1 if i in last else 0 for i in attacked}
-        jobs = [
-            (i, run)
-            for i, run in begin.items()
-            if run < stepwise.num_runs and not (i in last and last[i].misclassified_at >= 0)
-        ]
-        if not jobs:
-            return
+    # Every image at its first run that is missing; the next ones follow if it survives that.
+    last = {outcome.index - first: outcome for _, outcome in sorted(done.items())}
+    begin = {i: last[i].run + 1 if i in last else 0 for i in attacked}
+    if jobs := [
+        (i, run)
+        for i, run in begin.items()
+        if run < stepwise.num_runs and not (i in last and last[i].misclassified_at >= 0)
+    ]:
         yield jobs
 
 

@@ -22,11 +22,15 @@ from fs_jax._utils import backend
 from fs_jax._utils.images import as_float
 from fs_jax._utils.keys import image_keys, run_keys
 from fs_jax.attacks.linf import LogitsFn
+from fs_jax.attacks.losses import logit_margin
 from fs_jax.attacks.network import Network, bind
 from fs_jax.attacks.stepwise import Stepwise, unfinished, where
 
 _SHRINKS = 3
 """The batch may halve this many times; the smallest size is also that in which slots are filled again."""
+
+_CONFIRMATION = 2**31 - 1
+"""What is folded into a run's key for its last draw; no step has this number."""
 
 _SECONDS = 2
 """After how long the host looks at the device, within a factor of 2; sooner when there is something to do."""
@@ -248,8 +252,15 @@ class _Batch:
         )
         self._passes += int(steps) * len(busy) * np.array(self._attack.passes[1])
         ended = np.flatnonzero(busy & ((misclassified_at >= 0) | (step >= self._attack.num_steps)))
+        if steps and np.any(busy & (misclassified_at < 0) & (step == 0)):
+            raise ValueError(
+                "attack.step: expected progress.step to be one higher after it; it stayed 0. See `judged`."
+            )
         if not len(ended):
             return []
+        if self._attack.draws and self._attack.num_steps:
+            margin = np.where(np.isfinite(margin), self._drawn_again(progress.adversarial), margin)
+            misclassified_at = np.where(margin > 0, -1, step)
         finished, adversarial = [], np.asarray(progress.adversarial)
         for slot in ended:
             image, run = self.jobs[slot]
@@ -265,6 +276,13 @@ class _Batch:
             finished.append(job)
             self.jobs[slot] = None
         return finished
+
+    def _drawn_again(self, adversarial):
+        """Their margins under one more draw of a randomised network, which no attack has seen."""
+        image, run = np.array([job or (0, 0) for job in self.jobs]).T
+        labels = self._labels[image].astype(np.int32)
+        margins = self._network.compiled(_drawn_margins)(self._keys[image, run], adversarial, labels)
+        return np.asarray(margins)
 
     def take_passes(self) -> tuple[int, int]:
         """Forward and backward passes since this was last asked."""
@@ -292,6 +310,11 @@ class _Slots(NamedTuple):
 def _start(network, attack_start, keys, images, labels, run):
     images = as_float(images)
     return _Slots(attack_start(network, keys, images, labels, run), images, labels)
+
+
+def _drawn_margins(network, keys, images, labels):
+    again = jax.vmap(jax.random.fold_in, (0, None))(keys, _CONFIRMATION)
+    return logit_margin(network(images, again), labels).astype(jnp.float32)
 
 
 def _advance(network, slots, attack_step, busy, num_steps, limit, until_idle):

@@ -1,4 +1,9 @@
-"""What a network's own answers say against any evaluation of it; the checks of AutoAttack's authors."""
+"""Signs that an evaluation misleads, in a network's own answers and in what attacks did; as AutoAttack's authors check.
+
+`autoattack` and `fs_jax.evaluation.evaluate` look for them.
+"""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +14,17 @@ from fs_jax._utils import backend
 from fs_jax._utils.images import Images, as_float, check_images, check_labels
 from fs_jax._utils.keys import image_keys
 from fs_jax._utils.validation import check_number
+from fs_jax.attacks.chain import Stage
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.losses import cross_entropy
-from fs_jax.attacks.network import Network
 from fs_jax.attacks.packing import bound
+
+LOOKED_AT = 100
+"""Images whose answers `autoattack` and `evaluate` check, the first ones; the authors' code takes a batch."""
 
 
 def sanity_warnings(
-    logits_fn: LogitsFn | Network,
+    logits_fn: LogitsFn,
     images: Images,
     labels: Int[np.ndarray, "n"],
     *,
@@ -25,7 +33,8 @@ def sanity_warnings(
 ) -> list[str]:
     """What a network's answers to clean images say against any evaluation of it, in words; nothing where all is well.
 
-    Whether the logits look like probabilities, whether gradients vanish, whether answers differ from call to call.
+    Whether the logits look like probabilities, whether gradients vanish, whether answers differ from call to call or
+    depend on what else is in the batch.
 
     Args:
       logits_fn: Network, from images to logits [N, classes]; with `rng`, from images and a key for each.
@@ -69,7 +78,8 @@ def sanity_warnings(
         raise FloatingPointError(
             f"logits_fn: expected finite logits; got others for {len(bad)} images as they are, the first at {bad[0]}."
         )
-    return _doubts(logits, flat, None if keys is not None else logits_fn, images[:8])
+    doubts = _doubts(logits, flat)
+    return doubts if keys is not None else doubts + _doubts_about_calls(logits_fn, images[:4])
 
 
 def _logits_and_flatness(network, images, labels, *keys):
@@ -81,8 +91,8 @@ def _logits_and_flatness(network, images, labels, *keys):
     return logits, jnp.all(gradient == 0, (1, 2, 3))
 
 
-def _doubts(logits, flat, logits_fn, images):
-    """What the network's answers to clean images say against the evaluation; the authors' checks and thresholds."""
+def _doubts(logits, flat):
+    """The authors' checks, and their thresholds."""
     doubts = []
     if (logits.min() > -1e-5) and (logits.max() < 1 + 1e-5) and np.all(np.abs(logits.sum(-1) - 1) < 1e-5):
         doubts.append(
@@ -94,22 +104,63 @@ def _doubts(logits, flat, logits_fn, images):
             f"{flat.sum()} of {len(flat)} images have a cross-entropy gradient of exactly zero: attacks that follow "
             "gradients may find too little. Compare with Square, and look for saturated or quantised layers."
         )
-    if logits_fn is not None and not isinstance(logits_fn, Network) and _differs(logits_fn, images):
-        doubts.append(
-            "logits_fn gives other logits when called again: for a network that draws random numbers use version "
-            "'rand', and pass the keys it draws from."
-        )
     return doubts
 
 
-def _differs(logits_fn, images):
-    """Whether two calls disagree; each is traced for itself, as a number may be drawn while tracing too."""
-    calls = []
-    for _ in range(2):
-        calls.append(bound(logits_fn, images, size=len(images)).compiled(_logits)(images))
-    one, other = (logits / (jnp.linalg.norm(logits, axis=-1, keepdims=True) + 1e-10) for logits in calls)
-    return bool(jnp.max(jnp.linalg.norm(one - other, axis=-1)) > 1e-4)
+def _doubts_about_calls(logits_fn, images):
+    """Whether an image's logits depend on the call, or on the other images of the batch."""
+
+    def logits_of(images):  # traced for itself, as a number may be drawn while tracing too
+        logits = bound(logits_fn, images, size=len(images)).compiled(_logits)(images)
+        return logits / (jnp.linalg.norm(logits, axis=-1, keepdims=True) + 1e-10)
+
+    def differ(one, other):  # the authors' threshold
+        return bool(jnp.max(jnp.linalg.norm(one - other, axis=-1)) > 1e-4)
+
+    first = logits_of(images)
+    if differ(first, logits_of(images)):
+        return [
+            "logits_fn gives other logits when called again: for a network that draws random numbers use version "
+            "'rand', and pass the keys it draws from."
+        ]
+    if differ(first[:1], logits_of(np.repeat(images[:1], len(images), 0))):
+        return [
+            "logits_fn gives an image other logits among other images, as BatchNorm does in training mode: use its "
+            "inference mode."
+        ]
+    return []
 
 
 def _logits(network, images):
     return network(images)
+
+
+def masking_warnings(stages: Sequence[Stage]) -> list[str]:
+    """Whether attacks that see no gradient broke images that all the others had tried, and didn't.
+
+    More than 0.2% of the images say so, as with the authors. Attacks that are apart don't count.
+
+    Example:
+      >>> masking_warnings([])
+      []
+    """
+    stages = [stage for stage in stages if not stage.attack.apart]
+    others = [stage for stage in stages if stage.attack.specification.uses_gradients]
+    blind = [
+        stage
+        for stage in stages
+        if not stage.attack.specification.uses_gradients and stage.attack.specification.name != "clean"
+    ]
+    if not blind or not others:
+        return []
+    survived = np.all([stage.attacked & stage.robust for stage in others], axis=0)
+    broken = survived & np.any([stage.attacked & ~stage.robust for stage in blind], axis=0)
+    share = broken.sum() / max(1, np.any([stage.covered for stage in blind], axis=0).sum())
+    if share <= 0.002:
+        return []
+    names = " and ".join(stage.attack.name for stage in blind)
+    return [
+        f"{names}, blind to gradients, broke {share:.1%} of the images though all attacks by gradients had failed on "
+        "them: gradients may be masked, and robustness is likely lower still. Try more queries, or an attack made for "
+        "this defence."
+    ]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from fs_jax.attacks.chain import Log, Stage, check_chain, randomised, run_chain
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.packing import bound
 from fs_jax.attacks.registry import Attack, parse_attack
+from fs_jax.attacks.sanity import LOOKED_AT, masking_warnings, sanity_warnings
 from fs_jax.evaluation.journal import SCHEMA, Journal
 from fs_jax.evaluation.statistics import accuracy
 
@@ -36,7 +38,9 @@ class Evaluation(NamedTuple):
     `by_step` (pairs of a step and the accuracy after it, where any iterate decides) and `seconds`.
 
     `worst`: the accuracy over all attacks at once, of the images that all of them were meant for; `unknown`, how many
-    others there are."""
+    others there are.
+
+    `warnings`: why these numbers may mislead, where there is a sign of it."""
     records: list[dict[str, Any]]
     """For each image its `index` in the split, `label`, whether it is `robust` to all (None if some attack wasn't meant
     for it, and no other broke it), and by attack the lowest `margin` (logit of the label less the highest other one:
@@ -85,7 +89,8 @@ def evaluate(
       about: What is to be known of the evaluation, as plain data. It is written to the journal, and a resume with
         something else is refused.
       worst_images: Where each image's adversary of the lowest margin goes, [N, H, W, C] or, of the first k images
-        only, [k, H, W, C]; it may be a file in memory.
+        only, [k, H, W, C]; it may be a file in memory. What the journal or the parts hold isn't attacked again, and
+        its adversaries aren't written: pass the array that has them.
       progress: Show a progress bar for each attack.
 
     Returns:
@@ -96,13 +101,17 @@ def evaluate(
         one twice, or one after an attack that isn't before it, or if the journal is of another evaluation.
       FloatingPointError: if the network gives logits that aren't finite.
 
+    Warns:
+      UserWarning: what `fs_jax.attacks.sanity_warnings` says of the first 100 images, unless the clean ones alone are
+        asked for; and if attacks that see no gradient break images that the others don't.
+
     Example:
       >>> import jax.numpy as jnp
-      >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
+      >>> logits_fn = lambda x: 10 * jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
       >>> images, labels = np.linspace(0.5, 1, 50, dtype=np.float32).reshape(50, 1, 1, 1), np.zeros(50, int)
       >>> result = evaluate(logits_fn, images, labels, ["pgd-20"], epsilon=0.2, progress=False)
       >>> result.summary["attacks"][0]["accuracy"], result.records[0]["margin"]["pgd-20"]
-      (0.6, -0.4)
+      (0.6, -4.0)
     """
     images, labels = np.asarray(images), np.asarray(labels)
     if isinstance(attacks, str) or isinstance(parts, (str, os.PathLike)):
@@ -135,6 +144,12 @@ def evaluate(
         }
         if journal is not None:
             header = {**evaluated, "logits": _probe(network, images, draws), **(about or {})}
+        doubts = []
+        if any(not attack.specification.judges_only for attack in attack_list):
+            few, drawn_from = slice(LOOKED_AT), rng if draws else None
+            doubts = sanity_warnings(logits_fn, images[few], labels[few], rng=drawn_from, batch_size=batch_size)
+        for doubt in doubts:
+            warnings.warn(doubt, stacklevel=2)
         environments = [backend.describe(network.platform)]
         log = Log()
         taken_over = []
@@ -157,12 +172,16 @@ def evaluate(
             network, rng, images, labels, attack_list,
             log=log, first=first, batch_size=batch_size, worst_images=worst_images, progress=progress,
         )  # fmt: skip
+    masking = masking_warnings(stages)
+    for doubt in masking:
+        warnings.warn(doubt, stacklevel=2)
     worst, robust = _worst_case(stages)
     summary = {
         **evaluated,
         "environments": environments,
         "attacks": [_summary(stage, log) for stage in stages],
         "worst": worst,
+        "warnings": doubts + masking,
     }
     records = [
         {

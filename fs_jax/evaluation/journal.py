@@ -18,7 +18,7 @@ import numpy as np
 from fs_jax._utils.files import locked, read_jsonl
 from fs_jax.attacks.chain import Log, Outcome
 
-SCHEMA = "evaluation by fs_jax, version 2"
+SCHEMA = "evaluation by fs_jax, version 3"
 """Version of the journal and of the results: raised when a field changes its name or its meaning."""
 
 

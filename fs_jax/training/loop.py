@@ -19,9 +19,10 @@ from jaxtyping import Array, Int, Key
 
 from fs_jax._utils.files import locked, read_jsonl, write_text
 from fs_jax._utils.validation import check_number
+from fs_jax.attacks.chain import Log, run_chain
+from fs_jax.attacks.registry import Attack, parse_attack
 from fs_jax.config import TrainConfig, from_dict, to_dict
 from fs_jax.data import Dataset
-from fs_jax.evaluation import evaluate
 from fs_jax.models import as_logits_fn
 from fs_jax.training.checkpoint import Checkpoints, check_same_config
 from fs_jax.training.parallel import pmap_train_steps, replicate, share, unreplicate
@@ -257,17 +258,10 @@ def _epoch_order(rng: Key[Array, ""], epoch: int, count: int) -> Int[Array, "k"]
 def _monitor(config: TrainConfig, state: TrainState, monitor: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
     """Accuracies on the monitored images: clean, and under PGD-10 of the training radius."""
     images, labels = monitor
-    epsilon = config.attack.epsilon
-    result = evaluate(
-        as_logits_fn(make_model(config), state.variables),
-        images,
-        labels,
-        ["clean", "pgd-10"],
-        epsilon=epsilon,
-        seed=config.seed,
-        progress=False,
-    )
-    clean, robust = (attack["accuracy"] for attack in result.summary["attacks"])
+    attacks = [Attack("clean"), parse_attack("pgd-10", config.attack.epsilon)]
+    logits_fn = as_logits_fn(make_model(config), state.variables)
+    stages = run_chain(logits_fn, jax.random.key(config.seed), images, labels, attacks, log=Log())
+    clean, robust = (float(stage.robust.mean()) for stage in stages)
     return {"monitor_clean": clean, "monitor_robust": robust}
 
 

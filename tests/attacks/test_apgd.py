@@ -167,7 +167,7 @@ def test_gradients_of_a_randomised_network_are_averaged():
         agreement[draws] = (started(attack, noisy, images, labels).direction == exact).mean()
     # Of the signs: with noise of 3 about 0.6 are right, with 3/10 about 0.9.
     assert agreement[1] < 0.75 < 0.85 < agreement[100]
-    assert attack.passes == ((100, 100), (100, 100))
+    assert attack.passes == ((101, 100), (100, 100))  # one more judges the run
 
 
 @pytest.mark.parametrize(

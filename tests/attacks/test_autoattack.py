@@ -104,22 +104,29 @@ def test_the_same_images_fall_whatever_the_batch_size(problem, record):
     np.testing.assert_allclose(other.images[fallen], record.images[fallen], atol=1e-6)
 
 
-@pytest.mark.slow
-def test_one_lucky_draw_is_not_enough(problem):
-    logits_fn, images, labels = problem
+@pytest.mark.parametrize(
+    ("share_wrong", "least", "most"),
+    [
+        # No attack changes it: in the 5 draws of each of 101 iterates nearly every image is wrong once.
+        (lambda darkness: 0.05, 0.7, 1.0),
+        # Few draws are wrong where a run starts, all are where it ends: who stops at the first one is left with those.
+        (lambda darkness: 0.05 + 0.95 * jnp.clip(2 * darkness, 0, 1), 0.0, 0.0),
+    ],
+    ids=["no attack helps", "the attack wins"],
+)
+def test_a_lucky_draw_neither_breaks_an_image_nor_ends_its_run(share_wrong, least, most):
+    def logits_fn(x, keys):
+        darkness = (0.5 - x.mean((1, 2, 3))) / EPSILON  # 1 where the whole radius is spent
+        right = jax.vmap(jax.random.uniform)(keys) > share_wrong(darkness)
+        margin = jnp.where(right, 1.0, -1.0) - (darkness - jax.lax.stop_gradient(darkness))  # gradients say: darken
+        return jnp.stack([margin, jnp.zeros_like(margin)], -1)
 
-    def mostly_right(x, keys):
-        # Logits that no attack can change, wrong in one draw of 20.
-        wrong = jax.vmap(jax.random.uniform)(keys) < 0.05
-        right = jax.nn.one_hot(labels[-1], 5)
-        return jnp.where(wrong[:, None], -right, right) + 0 * logits_fn(x)
-
-    alike = np.full_like(labels, labels[-1])
-    record = run((mostly_right, images, alike), version="rand", batch_size=1)
-    # In 202 draws nearly every image would fall; in two more, nearly none.
-    assert record.robust.mean() > 0.5
-    assert record.settings["apgd-ce"]["num_draws"] == 20
-    assert record.queries["apgd-ce"][0] % 20 == 0
+    images, drawn = np.full((32, 2, 2, 1), 0.5, np.float32), attacks.Attack("apgd-ce", EPSILON, num_draws=5)
+    record = run((logits_fn, images, np.zeros(32, int)), version=[drawn], batch_size=32)
+    assert least <= record.robust.mean() <= most
+    # Nothing ends early; the draw that decides is one forward pass more.
+    attacked = 32 * record.stages["clean"]
+    assert record.queries["apgd-ce"] == (attacked * (5 * 101 + 1), attacked * 5 * 101)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +135,7 @@ def test_one_lucky_draw_is_not_enough(problem):
         (jax.nn.softmax, "looks like probabilities"),
         (jnp.round, "9 of 9 images have a cross-entropy gradient of exactly zero"),
         (lambda logits: logits + 0.01 * NOISE.normal(size=5), "other logits when called again"),
+        (lambda logits: logits - logits.mean(0), "other logits among other images"),
     ],
 )
 def test_warns_of_networks_that_cannot_be_trusted(problem, network, doubt):
@@ -135,6 +143,15 @@ def test_warns_of_networks_that_cannot_be_trusted(problem, network, doubt):
     all_wrong = (np.asarray(jnp.argmax(logits_fn(images), -1)) + 1) % 5  # so that no attack has to run
     with pytest.warns(UserWarning, match=doubt) as caught:
         record = attacks.autoattack(lambda x: network(logits_fn(x)), KEY, images, all_wrong, version=["square"])
+    with pytest.warns(UserWarning, match=doubt):
+        result = evaluate(
+            lambda x: network(logits_fn(x)),
+            images,
+            all_wrong,
+            attacks.autoattack_attacks(["square"], num_classes=5),
+            progress=False,
+        )
+    assert result.summary["warnings"] == record.warnings
     assert [str(warning.message) for warning in caught] == record.warnings
     assert len(record.warnings) == 1
     assert record.stages == {"clean": 0.0, "square": 0.0}
@@ -150,7 +167,14 @@ def test_warns_where_square_beats_the_gradients(problem):
 
     record = run((masked, images, labels), version=["apgd-ce", "square"], batch_size=1, epsilon=0.08)
     assert record.stages["square"] < record.stages["apgd-ce"]
-    assert any("Square, which sees no gradient, broke" in doubt for doubt in record.warnings)
+    assert any("square, blind to gradients, broke" in doubt for doubt in record.warnings)
+
+
+def test_a_list_may_have_words_and_attacks(problem):
+    record = run(problem, version=["pgd-3", attacks.Attack("square", EPSILON, num_steps=20)], batch_size=9)
+    assert list(record.stages) == ["clean", "pgd-3", "square"]
+    assert record.settings["version"] == ["pgd-3", "square"]
+    assert record.settings["square"]["num_steps"] == 20
 
 
 def test_versions_are_the_authors():
@@ -174,8 +198,18 @@ def test_versions_are_the_authors():
     [
         ({"version": "standart"}, ValueError, "version: expected one of standard, plus, rand; got 'standart'. Did you"),
         ({"version": ["apgd-c"]}, ValueError, "got 'apgd-c'. Did you mean 'apgd-ce'?"),
-        ({"version": ["fab", "fab"]}, ValueError, "version: expected at least one attack, and none twice"),
+        (
+            {"version": ["fab", "fab"]},
+            ValueError,
+            "version: expected at least one attack besides clean, and none twice",
+        ),
         ({"version": []}, ValueError, "version: expected at least one attack"),
+        (
+            {"version": [attacks.REGISTRY["square"]]},
+            TypeError,
+            "version: expected words and Attacks; got Specification",
+        ),
+        ({"version": [attacks.Attack("square", 0.1)]}, ValueError, "version: expected attacks of radius 0.045 on all"),
         (
             {"version": "rand"},
             ValueError,

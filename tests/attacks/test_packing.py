@@ -165,3 +165,11 @@ def test_logits_that_are_not_numbers_stop_the_attack(problem):
         finished((overflows, images, labels), batch_size=4)
     with pytest.raises(ValueError, match="batch_size: expected at least 1; got 0"):
         finished(problem, batch_size=0)
+
+
+def test_an_attack_that_does_not_count_its_steps_is_refused():
+    attack = attacks.pgd_steps(num_steps=3)
+    forgetful = attack._replace(step=lambda logits_fn, state, images, labels: state)
+    images = np.full((2, 2, 2, 1), 0.7, np.float32)
+    with pytest.raises(ValueError, match=r"attack\.step: expected progress\.step to be one higher"):
+        list(attacks.packed(forgetful, lambda x: x.mean((1, 2)) * jnp.array([1, -1]), KEY, images, np.zeros(2, int)))

@@ -434,3 +434,18 @@ def test_a_network_without_finite_logits_is_refused():
     broken = make_network(second=np.full((64, 10), np.nan, np.float32))
     with pytest.raises(FloatingPointError, match="expected finite logits and gradients"):
         evaluate(broken, IMAGES, LABELS, ["clean"], batch_size=50, progress=False)
+
+
+def test_warns_where_attacks_that_see_no_gradient_find_more():
+    def masked(x):
+        return jax.lax.stop_gradient(jnp.stack([x.mean((1, 2, 3)), 0.99 - x.mean((1, 2, 3))], -1))
+
+    images, labels = np.full((4, 4, 4, 1), 0.5, np.float32), np.zeros(4, int)
+    attacks = ["clean", "pgd-2", Attack("square", 0.1, num_steps=50)]
+    with pytest.warns(UserWarning, match="gradient") as caught:
+        result = evaluate(masked, images, labels, attacks, epsilon=0.1, progress=False)
+    flat, beaten = result.summary["warnings"]
+    assert [str(warning.message) for warning in caught] == [flat, beaten]
+    assert flat.startswith("4 of 4 images have a cross-entropy gradient of exactly zero")
+    assert beaten.startswith("square, blind to gradients, broke 100.0% of the images")
+    assert evaluate(masked, images, labels, ["clean"], progress=False).summary["warnings"] == []
