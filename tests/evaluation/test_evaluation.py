@@ -248,7 +248,7 @@ def test_an_evaluation_that_is_killed_and_resumed_ends_in_the_same_numbers(tmp_p
 
 def test_an_evaluation_resumed_from_a_truncated_journal_ends_in_the_same_numbers(tmp_path):
     path = tmp_path / "records.jsonl"
-    chain = [Attack("clean"), Attack("apgd-t", 0.01, after=("clean",))]
+    chain = [Attack("clean"), Attack("apgd-t", 0.01, num_steps=20, targets=3, after=("clean",))]
     whole = records_of(path, chain)
     # Among the targets of the attack.
     text = path.read_bytes()

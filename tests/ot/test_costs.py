@@ -52,8 +52,10 @@ def test_cost_of_a_point_to_itself_is_zero():
     np.testing.assert_allclose(gradient, 0, atol=1e-14)
 
 
-@pytest.mark.parametrize("dimension", [2, 12])
-@pytest.mark.parametrize("cost", [cosine_cost, sqeuclidean_cost])
+@pytest.mark.parametrize(
+    ("cost", "dimension"),
+    [(sqeuclidean_cost, 2), (sqeuclidean_cost, 12), (cosine_cost, 2)],  # the first has two ways
+)
 def test_second_derivatives_where_points_meet_are_those_of_the_formula(cost, dimension):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, dimension)))
 

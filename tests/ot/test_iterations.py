@@ -63,7 +63,8 @@ def narrow(monkeypatch):
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("threshold", mostly_slow([None, 1e-2], 1e-2))
+@pytest.mark.slow
+@pytest.mark.parametrize("threshold", [None, 1e-2])
 def test_out_of_range_runs_are_repeated(threshold):
     costs = np.stack([COSTS["uniform"], COSTS["line"]])
     options = {"reg": 0.05, "num_iters": 23, "threshold": threshold}
