@@ -57,7 +57,7 @@ def compare(
         run = training.train(config, dataset, workdir / folder, devices=device, max_minutes=left, progress=progress)
         if run.stopped or not run.finished:
             return None
-        logits_fn = as_logits_fn(training.make_model(config), run.state.variables)
+        logits_fn = as_logits_fn(training.make_model(config, dataset.info.num_classes), run.variables)
         few = slice(0, attacked_images)
         clean = evaluate(logits_fn, dataset.test_images, dataset.test_labels, attacks[:1], progress=progress)
         attacked = evaluate(logits_fn, dataset.test_images[few], dataset.test_labels[few], attacks, progress=progress)

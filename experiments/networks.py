@@ -24,7 +24,7 @@ def load_network(
     """
     from fs_jax.config import to_dict
     from fs_jax.models import convert
-    from fs_jax.training import Checkpoints, make_model
+    from fs_jax.training import Checkpoints, make_method, make_model
     from fs_jax.training.loop import read_config
 
     if not path.exists():
@@ -36,4 +36,5 @@ def load_network(
         state = checkpoints.restore_best() if checkpoint == "best" else checkpoints.restore_latest()
     if state is None:
         raise ValueError(f"{path}: expected a run with a {checkpoint} checkpoint; it has none.")
-    return make_model(config), state.variables, {"step": int(state.step), "config": to_dict(config)}
+    model = make_model(config, state.params["fc"]["bias"].shape[0])
+    return model, state.evaluated(make_method(config)), {"step": int(state.step), "config": to_dict(config)}

@@ -1,12 +1,12 @@
 """Configurations: frozen dataclasses, validated where they are made, and presets by name."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from fs_jax._utils.validation import check_choice, check_number
 
-Method = Literal["feature_scatter", "pgd", "standard"]
 Solver = Literal["sinkhorn", "ipot", "released_sinkhorn"]
 Scope = Literal["device", "global"]
 DType = Literal["float32", "bfloat16", "float64"]
@@ -40,9 +40,10 @@ class AttackConfig:
     epsilon: float = 8 / 255
     """Radius."""
     step_size: float | None = None
-    """Step; by default the method's own: epsilon for feature scattering, epsilon / 4 for PGD."""
+    """Step; by default the method's own: epsilon for feature scattering, epsilon / 4 for PGD, 7 / 31 epsilon for
+    TRADES."""
     num_steps: int | None = None
-    """Number of steps; by default the method's own: 1 for feature scattering, 7 for PGD."""
+    """Number of steps; by default the method's own: 1 for feature scattering, 7 for PGD, 10 for TRADES."""
 
     def __post_init__(self):
         check_number("attack.epsilon", self.epsilon, at_least=0, at_most=1)
@@ -64,8 +65,8 @@ class TransportConfig:
     """Proximal weight of IPOT."""
     num_iters: int = 50
     """Iterations of Algorithms 1 and 2 (the released variant stops by itself)."""
-    scope: Scope = "device"
-    """One problem per device, or one over the batch of all devices."""
+    scope: Scope = "global"
+    """One problem over the batch of all devices, or one for each device's part of it."""
 
     def __post_init__(self):
         check_choice("transport.solver", self.solver, get_args(Solver))
@@ -83,16 +84,22 @@ class TrainConfig:
     """cifar10, cifar100, svhn_cropped, digits, or the path of an .npz file."""
     train_size: int = 50_000
     """Training images in the data set; a run sets it to what it finds."""
+    data: str | None = None
+    """Fingerprint of the training images and labels; a run sets it, and other data don't resume it."""
     holdout: int = 0
     """Training images that are held out to choose the best checkpoint (0: it is chosen on training images)."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    method: Method = "feature_scatter"
-    """The paper's method, PGD adversarial training (Madry et al.), or training on the images as they are."""
+    method: str = "feature_scatter"
+    """A method of `fs_jax.training.methods.METHODS`: feature_scatter (the paper's), pgd, trades or standard."""
+    method_settings: tuple[tuple[str, float], ...] = ()
+    """Settings that only this method has, such as beta 6.0 of trades."""
     attack: AttackConfig = dataclasses.field(default_factory=AttackConfig)
     transport: TransportConfig = dataclasses.field(default_factory=TransportConfig)
     smoothing: float | None = None
     """Label smoothing, the paper's Delta: the true class has 1 - smoothing. By default the method's own: 0.5 for
     feature scattering, none for the others."""
+    weight_average: float | None = None
+    """Evaluate an exponential moving average of the weights, with this decay, such as 0.999; by default the weights."""
     batch_size: int = 60
     """Images per step, over all devices."""
     epochs: int = 200
@@ -103,12 +110,17 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 2e-4
     """On every parameter, BatchNorm's too."""
-    sync_batch_norm: bool = False
-    """Normalise by the batch of all devices instead of each device's."""
+    sync_batch_norm: bool = True
+    """Normalise by the batch of all devices, or by each device's part of it."""
     seed: int = 0
 
     def __post_init__(self):
-        check_choice("method", self.method, get_args(Method))
+        settings = tuple((str(name), value) for name, value in dict(self.method_settings).items())
+        object.__setattr__(self, "method_settings", settings)  # JSON gives lists
+        for name, value in settings:
+            check_number(f"method_settings: {name}", value)
+        if self.weight_average is not None:
+            check_number("weight_average", self.weight_average, at_least=0, at_most=1)
         check_number("train_size", self.train_size, at_least=1, integer=True)
         check_number("holdout", self.holdout, at_least=0, integer=True)
         if self.smoothing is not None:
@@ -135,23 +147,6 @@ class TrainConfig:
         """Steps of the whole run."""
         return self.epochs * self.steps_per_epoch
 
-    @property
-    def label_smoothing(self) -> float:
-        """Label smoothing: as configured, or the method's own."""
-        own = 0.5 if self.method == "feature_scatter" else 0.0
-        return own if self.smoothing is None else self.smoothing
-
-    @property
-    def attack_steps(self) -> int:
-        """Steps of the attack in training: as configured, or the method's own."""
-        return self.attack.num_steps or {"feature_scatter": 1, "pgd": 7, "standard": 1}[self.method]
-
-    @property
-    def attack_step_size(self) -> float:
-        """Step size of the attack in training: as configured, or the method's own."""
-        own = self.attack.epsilon / 4 if self.method == "pgd" else self.attack.epsilon
-        return self.attack.step_size or own
-
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON data.
@@ -161,8 +156,7 @@ def to_dict(config: Any) -> dict[str, Any]:
       {'depth': 10, 'width': 1, 'dtype': 'float32'}
     """
     # Tuples become lists, as they would on the way through JSON, so that a stored configuration compares equal.
-    plain = dataclasses.asdict(config)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(data: Mapping[str, Any]) -> TrainConfig:

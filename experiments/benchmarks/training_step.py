@@ -121,7 +121,7 @@ def jax_contestants(arguments: Arguments, solver: str):
     keys = jax.random.split(jax.random.key(0), 3)
     images = jax.random.uniform(keys[0], (config.batch_size, 32, 32, 3))
     labels = jax.random.randint(keys[1], (config.batch_size,), 0, 10)
-    model, state = make_model(config), create_state(config, keys[2])
+    model, state = make_model(config, 10), create_state(config, keys[2])
     variables = state.variables
     jit = functools.partial(jax.jit, compiler_options=backend.compiler_options(backend.platform_of([]), training=True))
 
@@ -138,7 +138,7 @@ def jax_contestants(arguments: Arguments, solver: str):
 
     @jit
     def transport(logits, moved):
-        solve = make_transport(config)
+        solve = make_transport(config.transport)
         return jax.value_and_grad(lambda moved: solve(ot.cosine_cost(logits, moved)).primal_cost)(moved)
 
     @jit
@@ -147,7 +147,7 @@ def jax_contestants(arguments: Arguments, solver: str):
             (logits, _), updates = model.apply(
                 {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
             )
-            return jnp.mean(smoothed_cross_entropy(logits, labels, config.label_smoothing)), updates
+            return jnp.mean(smoothed_cross_entropy(logits, labels, 0.5)), updates
 
         return jax.value_and_grad(loss, has_aux=True)(variables["params"])
 

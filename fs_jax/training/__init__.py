@@ -1,20 +1,33 @@
-"""Training: a pure step, the one file that maps it over devices, checkpoints, and the loop that wires them."""
+"""Training: methods, a pure step of any network, checkpoints, the one file that maps it over devices, and the loop."""
 
 from fs_jax.training.checkpoint import Checkpoints
+from fs_jax.training.configured import (
+    create_state,
+    make_method,
+    make_model,
+    make_optimizer,
+    make_transport,
+    pmap_train_step,
+    train_step,
+)
 from fs_jax.training.loop import train
-from fs_jax.training.parallel import pmap_train_step, pmap_train_steps, replicate, unreplicate
-from fs_jax.training.state import TrainState, create_state, make_model, make_optimizer
-from fs_jax.training.step import make_transport, smooth_labels, smoothed_cross_entropy, train_step
+from fs_jax.training.losses import smooth_labels, smoothed_cross_entropy
+from fs_jax.training.parallel import pmapped, replicate, unreplicate
+from fs_jax.training.state import TrainState, init_state
+from fs_jax.training.step import make_train_step
 
 __all__ = [
     "Checkpoints",
     "TrainState",
     "create_state",
+    "init_state",
+    "make_method",
     "make_model",
     "make_optimizer",
+    "make_train_step",
     "make_transport",
     "pmap_train_step",
-    "pmap_train_steps",
+    "pmapped",
     "replicate",
     "smooth_labels",
     "smoothed_cross_entropy",

@@ -10,7 +10,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fs_jax.config import TrainConfig, differences, from_dict, to_dict
-from fs_jax.training.state import TrainState, create_state
+from fs_jax.training.configured import make_method, make_optimizer
+from fs_jax.training.state import TrainState
 
 KEPT = 3
 
@@ -30,6 +31,7 @@ class Checkpoints:
     Example:
       >>> import tempfile
       >>> from fs_jax.config import preset
+      >>> from fs_jax.training import create_state
       >>> config, workdir = preset("digits"), tempfile.mkdtemp()
       >>> with Checkpoints(workdir, config) as checkpoints:
       ...     checkpoints.save(create_state(config, jax.random.key(0)))
@@ -144,16 +146,18 @@ class Checkpoints:
         except Exception as error:
             return _skipped(manager, step, error)
         check_same_config(self._config, from_dict(stored), f"checkpoint {manager.directory / str(step)}")
-        like = jax.eval_shape(lambda: create_state(self._config, jax.random.key(0)))
         try:
-            # NumPy arrays as targets: they come back as such, whatever devices they were saved from.
-            targets = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), _as_dict(like))
-            saved = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets)))["state"]
+            saved = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
         except Exception as error:
             return _skipped(manager, step, error)
-        opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), saved["opt_state"])
-        state = TrainState(saved["params"], saved["batch_stats"], opt_state, saved["step"])
-        return jax.tree.map(np.asarray, state)
+        variables = {"params": saved["params"], "batch_stats": saved.get("batch_stats") or {}}
+
+        def unflattened(like, name):
+            return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(*like)), saved.get(name, []))
+
+        opt_state = unflattened((make_optimizer(self._config).init, variables["params"]), "opt_state")
+        own = unflattened((make_method(self._config).init, variables), "own")
+        return jax.tree.map(np.asarray, TrainState(**variables, opt_state=opt_state, step=saved["step"], own=own))
 
 
 def check_same_config(ours: TrainConfig, theirs: TrainConfig, where: str) -> None:
@@ -181,12 +185,9 @@ def _manager(directory: pathlib.Path, kept: int, read_only: bool) -> ocp.Checkpo
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
     # The optimizer's nested tuples become a flat list: what is on disk doesn't depend on Optax's types.
-    return {
-        "params": state.params,
-        "batch_stats": state.batch_stats,
-        "opt_state": jax.tree.leaves(state.opt_state),
-        "step": state.step,
-    }
+    flat = {"opt_state": jax.tree.leaves(state.opt_state), "own": jax.tree.leaves(state.own)}
+    filled = {name: leaves for name, leaves in flat.items() if leaves}
+    return {"params": state.params, "batch_stats": state.batch_stats, **filled, "step": state.step}
 
 
 def _check_finite(state: TrainState) -> None:

@@ -9,6 +9,7 @@ import pathlib
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from fs_jax._utils.files import locked, read_jsonl, write_text
+from fs_jax._utils.fingerprints import fingerprint
 from fs_jax._utils.validation import check_number
 from fs_jax.attacks.chain import Log, run_chain
 from fs_jax.attacks.registry import Attack, parse_attack
@@ -25,9 +27,18 @@ from fs_jax.config import TrainConfig, from_dict, to_dict
 from fs_jax.data import Dataset
 from fs_jax.models import as_logits_fn
 from fs_jax.training.checkpoint import Checkpoints, check_same_config
-from fs_jax.training.parallel import pmap_train_steps, replicate, share, unreplicate
-from fs_jax.training.state import TrainState, create_state, make_model
-from fs_jax.training.step import train_step
+from fs_jax.training.configured import (
+    create_state,
+    learning_rate_schedule,
+    make_method,
+    make_model,
+    most_devices,
+    pmap_train_steps,
+    train_step,
+)
+from fs_jax.training.methods import METHODS
+from fs_jax.training.parallel import replicate, share, unreplicate
+from fs_jax.training.state import TrainState
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -42,6 +53,8 @@ class Run(NamedTuple):
     """Whether the last epoch is done; otherwise the same call goes on."""
     stopped: bool
     """Whether a signal or the time limit asked for a stop, be it with the last step."""
+    variables: dict[str, Any]
+    """What to evaluate: the network's variables, or their average where the configuration averages them."""
 
 
 def train(
@@ -52,7 +65,7 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     max_minutes: float | None = None,
     checkpoint_minutes: float = 5.0,
-    steps_per_dispatch: int = 25,
+    steps_per_dispatch: int | None = None,
     monitor_images: int = 512,
     progress: bool = True,
 ) -> Run:
@@ -61,8 +74,8 @@ def train(
     A run that is stopped (SIGTERM, SIGINT, `max_minutes`) or killed, and called again, ends in the same weights as one
     left alone: batches, crops and noise are drawn from the seed, the epoch and the step.
 
-    Any number of devices can resume a run; another number gives other sums, so the same weights to rounding only,
-    and with transport and BatchNorm per device another method.
+    Any number of devices can resume a run; another number gives other sums, so the same weights to rounding only. With
+    `transport.scope="device"` or without `sync_batch_norm` it is another method, and a warning says so.
 
     In `workdir`: `config.json`, `metrics.jsonl` and `tensorboard/` (a row per dispatch, and one per epoch with the
     accuracies on the monitored images), `checkpoints/` and `best/`. The monitored images are held-out ones, or
@@ -70,13 +83,14 @@ def train(
     PGD-10 (for standard training, the highest clean accuracy).
 
     Args:
-      config: Configuration. Its `train_size` is set to the data set's.
+      config: Configuration. Its `train_size` and `data` are set to the data set's.
       dataset: The data set, on the host.
       workdir: A new folder, or the one of this run.
-      devices: Devices to use; all local ones by default.
+      devices: Devices to use; by default as many local ones as share the batch evenly.
       max_minutes: Stop cleanly after so many minutes, counted from the call.
       checkpoint_minutes: Minutes between checkpoints; there is one at the end of each epoch and of the run as well.
-      steps_per_dispatch: Steps that run on the devices without the host.
+      steps_per_dispatch: Steps that run on the devices without the host, and make one row of the log. By default as
+        many as take ten seconds, by measurement, and 25 at most: a stop waits for them.
       monitor_images: How many images are monitored, at most; 0 for none.
       progress: Show a progress bar.
 
@@ -104,81 +118,60 @@ def train(
         raise ValueError(f"jax.process_count(): expected 1; got {jax.process_count()}. Train on one host.")
     check_number("max_minutes", 0 if max_minutes is None else max_minutes, at_least=0)
     check_number("checkpoint_minutes", checkpoint_minutes, at_least=0)
-    check_number("steps_per_dispatch", steps_per_dispatch, at_least=1, integer=True)
+    if steps_per_dispatch is not None:
+        check_number("steps_per_dispatch", steps_per_dispatch, at_least=1, integer=True)
     check_number("monitor_images", monitor_images, at_least=0, integer=True)
     deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
-    devices = list(devices or jax.local_devices())
-    config = _fit_to_data(config, dataset)
-    steps = pmap_train_steps(config, dataset.info, devices)  # before anything is written: it checks the batch size
-
-    batch = {"images": jnp.zeros((1, *dataset.info.image_shape)), "labels": jnp.zeros(1, jnp.int32)}
-    rng = jax.random.key(config.seed)
-    jax.eval_shape(lambda: train_step(create_state(config, rng), batch, rng, config=config))  # does it work at all?
+    config, devices = _fit_to_data(config, dataset), _usable(config, devices)
+    for note in _notes(config, len(devices)):
+        warnings.warn(note, stacklevel=2)
+    _try(config, dataset)
+    steps = pmap_train_steps(config, dataset.info, devices)
+    init_rng, order_rng, steps_rng = jax.random.split(jax.random.key(config.seed), 3)
+    learning_rate, method = learning_rate_schedule(config), make_method(config)
 
     workdir = open_workdir(workdir, config)
     with _lock(workdir), Checkpoints(workdir, config) as checkpoints, _stop_signals() as stop:
-        init_rng, order_rng, steps_rng = jax.random.split(rng, 3)
-        restored = checkpoints.restore_latest()
-        state = create_state(config, init_rng) if restored is None else restored
+        state = checkpoints.restore_latest()
+        state = create_state(config, init_rng, dataset.info) if state is None else state
         step = int(state.step)
-        state = replicate(state, devices)
-        best = checkpoints.best_scores()
-
-        kept, monitored = _split(config, monitor_images)
-        images, labels = share((dataset.train_images[kept], dataset.train_labels[kept]), devices)
-        monitor = dataset.train_images[monitored], dataset.train_labels[monitored]
-
         if progress and step:
             print(f"Going on from step {step} of {config.total_steps}.", file=sys.stderr)
-        saved_at, stopping = time.monotonic(), False
-        with _Log(workdir, step) as log, _progress_bar(config, step, progress) as bar:
-            epoch, order = None, None
-            while step < config.total_steps:
-                if step // config.steps_per_epoch != epoch:
-                    epoch = step // config.steps_per_epoch
-                    order = share(_epoch_order(order_rng, epoch, len(labels)), devices)
-                first = step % config.steps_per_epoch
-                count = min(steps_per_dispatch, config.steps_per_epoch - first)
+        kept, monitored = _split(config, monitor_images)
+        images, labels = share((dataset.train_images[kept], dataset.train_labels[kept]), devices)
+        state, ordered, stopping = replicate(state, devices), None, False
+        monitor, pace = (dataset.train_images[monitored], dataset.train_labels[monitored]), _Pace(steps_per_dispatch)
+        with _Log(workdir, step) as log, _progress_bar(config, step, progress) as bar, _say_what_is_kept(checkpoints):
+            keeper = _Keeper(config, checkpoints, log, monitor)
+            while step < config.total_steps and not stopping:
+                epoch, first = divmod(step, config.steps_per_epoch)
+                if epoch != ordered:
+                    order, ordered = share(_epoch_order(order_rng, epoch, len(labels)), devices), epoch
+                count = min(pace.steps, config.steps_per_epoch - first)
 
                 began = time.monotonic()
                 state, sums = steps(state, images, labels, order, steps_rng, jnp.int32(first), jnp.int32(count))
-                metrics = {name: float(total) / count for name, total in unreplicate(sums).items()}
+                metrics = _means(unreplicate(sums), step, count)
                 seconds = time.monotonic() - began
-                wrong = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
-                if wrong:
-                    why = f"Not finite between steps {step} and {step + count}: {', '.join(wrong)}."
-                    raise FloatingPointError(_stopped(why, checkpoints))
+                pace.took(count, seconds)
+                rates = {
+                    "learning_rate": float(learning_rate(step)),
+                    "images_per_second": count * config.batch_size / seconds,
+                }
                 step += count
+                log.write(step, {"epoch": step / config.steps_per_epoch, **metrics, **rates})
                 bar.update(count)
                 bar.set_postfix(epoch=step // config.steps_per_epoch, loss=f"{metrics['loss']:.3f}")
-                log.write(
-                    step,
-                    {
-                        "epoch": step / config.steps_per_epoch,
-                        **metrics,
-                        "images_per_second": count * config.batch_size / seconds,
-                    },
-                )
 
-                ends_epoch = step % config.steps_per_epoch == 0
                 stopping = bool(stop) or time.monotonic() >= deadline
-                try:
-                    if ends_epoch and len(monitor[1]):
-                        scores = _monitor(config, unreplicate(state), monitor)
-                        log.write(step, {"epoch": step / config.steps_per_epoch, **scores})
-                        decisive = "monitor_clean" if config.method == "standard" else "monitor_robust"
-                        if scores[decisive] > best.get(decisive, -1):
-                            best = scores
-                            checkpoints.save_best(unreplicate(state), scores)
-                    # After the best one: a run that is killed in between comes back to before both.
-                    if ends_epoch or stopping or time.monotonic() - saved_at >= 60 * checkpoint_minutes:
-                        checkpoints.save(unreplicate(state))
-                        saved_at = time.monotonic()
-                except FloatingPointError as error:  # the loss was finite, the weights after it aren't
-                    raise FloatingPointError(_stopped(f"Not finite at step {step}: {error}", checkpoints)) from None
-                if stopping:
-                    break
-        return Run(unreplicate(state), step >= config.total_steps, stopping)
+                ends_epoch = step % config.steps_per_epoch == 0
+                if ends_epoch:
+                    keeper.monitor(unreplicate(state))
+                # After the best one: a run that is killed in between comes back to before both.
+                if ends_epoch or stopping or keeper.seconds() >= 60 * checkpoint_minutes:
+                    keeper.save(unreplicate(state))
+        state = unreplicate(state)
+        return Run(state, step >= config.total_steps, stopping, state.evaluated(method))
 
 
 def open_workdir(workdir: str | os.PathLike, config: TrainConfig) -> pathlib.Path:
@@ -228,7 +221,8 @@ def read_config(workdir: str | os.PathLike) -> TrainConfig:
 
 
 def _fit_to_data(config: TrainConfig, dataset: Dataset) -> TrainConfig:
-    config = dataclasses.replace(config, train_size=len(dataset.train_labels))
+    found = fingerprint([dataset.train_images, dataset.train_labels])
+    config = dataclasses.replace(config, train_size=len(dataset.train_labels), data=found)
     check_number("holdout", config.holdout, at_least=0, at_most=config.train_size - 1, integer=True)
     if config.steps_per_epoch < 1:
         raise ValueError(
@@ -236,6 +230,116 @@ def _fit_to_data(config: TrainConfig, dataset: Dataset) -> TrainConfig:
             f"got {config.batch_size}."
         )
     return config
+
+
+def _usable(config: TrainConfig, devices: Sequence[jax.Device] | None) -> tuple[jax.Device, ...]:
+    """The devices that were asked for; else the local ones, but for those that are too many for the batch."""
+    if devices:
+        return tuple(devices)
+    local = jax.local_devices()
+    return tuple(local[: most_devices(config, local)])
+
+
+def _notes(config: TrainConfig, devices: int) -> list[str]:
+    """Where the number of devices changes what is trained, or wastes some."""
+    notes, per_device = [], config.batch_size // devices
+    if devices < jax.local_device_count() and config.batch_size % jax.local_device_count():
+        notes.append(
+            f"{devices} of {jax.local_device_count()} devices are used: more can't share the batch_size of "
+            f"{config.batch_size} images, over all devices, evenly. Set a multiple of their number to use all."
+        )
+    if devices > 1 and config.transport.scope == "device" and "scope" in METHODS[config.method].settings:
+        notes.append(
+            f"transport.scope='device': each of {devices} devices solves a transport problem of its {per_device} "
+            f"images. That is another method than one problem of all {config.batch_size}, for which set "
+            "transport.scope='global'."
+        )
+    if devices > 1 and not config.sync_batch_norm:
+        notes.append(
+            f"sync_batch_norm=False: BatchNorm normalises by each device's {per_device} images. That is another method "
+            f"than by all {config.batch_size}, for which set sync_batch_norm=True."
+        )
+    return notes
+
+
+def _try(config: TrainConfig, dataset: Dataset) -> None:
+    """Trace a step of one image, so that what can't work fails before anything is written."""
+    batch = {"images": jnp.zeros((1, *dataset.info.image_shape)), "labels": jnp.zeros(1, jnp.int32)}
+    rng = jax.random.key(config.seed)
+    jax.eval_shape(lambda: train_step(create_state(config, rng, dataset.info), batch, rng, config=config))
+
+
+class _Pace:
+    """How many steps a dispatch has: as many as were asked for, or as take some ten seconds."""
+
+    def __init__(self, steps: int | None):
+        self.steps = steps or 1
+        self._fixed, self._compiled = steps is not None, False
+
+    def took(self, count: int, seconds: float) -> None:
+        if self._compiled and not self._fixed:  # the first dispatch compiles, which says nothing of the next
+            self.steps = min(25, max(1, int(10 * count / seconds)))
+        self._compiled = True
+
+
+def _means(sums: dict[str, Any], step: int, count: int) -> dict[str, float]:
+    """Of the metrics' sums over the steps of a dispatch."""
+    metrics = {name: float(total) / count for name, total in sums.items()}
+    if wrong := [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]:
+        raise FloatingPointError(f"Not finite between steps {step} and {step + count}: {', '.join(wrong)}.")
+    return metrics
+
+
+class _Keeper:
+    """Monitors the network at the end of each epoch, and keeps checkpoints: the latest, and the best."""
+
+    def __init__(self, config: TrainConfig, checkpoints: Checkpoints, log: "_Log", monitor: tuple):
+        self._config, self._checkpoints, self._log, self._monitor = config, checkpoints, log, monitor
+        self._best, self._saved_at = checkpoints.best_scores(), time.monotonic()
+        self._decisive = f"monitor_{METHODS[config.method].chosen_by}"
+
+    def monitor(self, state: TrainState) -> None:
+        """Accuracies on the monitored images; the state is kept if they are the best so far."""
+        if not len(self._monitor[1]):
+            return
+        step = int(state.step)
+        with _not_finite_at(step):
+            scores = _monitor(self._config, state, self._monitor)
+            self._log.write(step, {"epoch": step / self._config.steps_per_epoch, **scores})
+            if scores[self._decisive] > self._best.get(self._decisive, -1):
+                self._best = scores
+                self._checkpoints.save_best(state, scores)
+
+    def save(self, state: TrainState) -> None:
+        with _not_finite_at(int(state.step)):
+            self._checkpoints.save(state)
+        self._saved_at = time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the last checkpoint."""
+        return time.monotonic() - self._saved_at
+
+
+@contextlib.contextmanager
+def _not_finite_at(step: int) -> Iterator[None]:
+    try:
+        yield
+    except FloatingPointError as error:  # the loss was finite, the weights after it aren't
+        raise FloatingPointError(f"Not finite at step {step}: {error}") from None
+
+
+@contextlib.contextmanager
+def _say_what_is_kept(checkpoints: Checkpoints) -> Iterator[None]:
+    """Where training stops as something isn't finite, say what there is and what to do."""
+    try:
+        yield
+    except FloatingPointError as error:
+        steps = checkpoints.steps()
+        kept = f"The last good checkpoint is of step {steps[-1]}." if steps else "There is no checkpoint yet."
+        raise FloatingPointError(
+            f"{error} The run stops. {kept} Try a lower learning rate, a larger transport.reg, or float32, in a new "
+            "workdir."
+        ) from None
 
 
 def _split(config: TrainConfig, monitor_images: int) -> tuple[np.ndarray | slice, np.ndarray]:
@@ -258,8 +362,9 @@ def _epoch_order(rng: Key[Array, ""], epoch: int, count: int) -> Int[Array, "k"]
 def _monitor(config: TrainConfig, state: TrainState, monitor: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
     """Accuracies on the monitored images: clean, and under PGD-10 of the training radius."""
     images, labels = monitor
+    model = make_model(config, state.params["fc"]["bias"].shape[0])
+    logits_fn = as_logits_fn(model, state.evaluated(make_method(config)))
     attacks = [Attack("clean"), parse_attack("pgd-10", config.attack.epsilon)]
-    logits_fn = as_logits_fn(make_model(config), state.variables)
     stages = run_chain(logits_fn, jax.random.key(config.seed), images, labels, attacks, log=Log())
     clean, robust = (float(stage.robust.mean()) for stage in stages)
     return {"monitor_clean": clean, "monitor_robust": robust}
@@ -336,11 +441,3 @@ def _lock(workdir: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _stopped(why: str, checkpoints: Checkpoints) -> str:
-    steps = checkpoints.steps()
-    kept = f"The last good checkpoint is of step {steps[-1]}." if steps else "There is no checkpoint yet."
-    return (
-        f"{why} The run stops. {kept} Try a lower learning rate, a larger transport.reg, or float32, in a new workdir."
-    )

@@ -3,8 +3,7 @@
 `pmap` is in maintenance mode and today a wrapper over `jit` and `shard_map`; what replaces it replaces this file.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,74 +14,51 @@ from jaxtyping import Array, Int, Key, PyTree, UInt8
 from fs_jax._utils import backend
 from fs_jax._utils.images import as_float
 from fs_jax.augment import augment
-from fs_jax.config import TrainConfig
 from fs_jax.data import DataInfo
 from fs_jax.training.state import TrainState
-from fs_jax.training.step import Batch, Metrics, train_step
+from fs_jax.training.step import Step
 
 AXIS = "devices"
 
 
-def pmap_train_step(
-    config: TrainConfig, devices: Sequence[jax.Device] | None = None
-) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Metrics]]:
-    """`train_step` over devices: gradients, statistics and metrics are averaged, the state's buffers are donated.
+def pmapped(step: Step, devices: Sequence[jax.Device]) -> "Program":
+    """A step over devices, of replicated states and batches with a leading axis of devices; the state is donated.
 
     Args:
-      config: Configuration. Its `batch_size` is that of all devices together.
-      devices: Devices to use; all local ones by default.
-
-    Returns:
-      A function from a replicated state (leaves [D, ...], see `replicate`), a batch (leaves [D, N / D, ...]) and a key
-      to the state after the step and metrics, leaves with the leading axis [D] again.
-
-    Raises:
-      ValueError: if the batch size isn't a multiple of the number of devices.
+      step: Of `make_train_step(..., axis_name=AXIS)`.
+      devices: The devices.
 
     Example:
-      >>> from fs_jax.config import ModelConfig
-      >>> from fs_jax.training import create_state
-      >>> config = TrainConfig(dataset="digits", model=ModelConfig(10, 1), method="standard", batch_size=4)
-      >>> devices = jax.local_devices()[:1]
-      >>> state = replicate(create_state(config, jax.random.key(0)), devices)
+      >>> import optax
+      >>> from fs_jax.models import WideResNet
+      >>> from fs_jax.training import init_state, make_train_step
+      >>> from fs_jax.training.methods import standard
+      >>> parts, devices = (WideResNet(10, 1), optax.sgd(0.1), standard()), jax.local_devices()[:1]
       >>> batch = {"images": jnp.full((1, 4, 8, 8, 1), 0.5), "labels": jnp.arange(4)[None]}
-      >>> state, metrics = pmap_train_step(config, devices)(state, batch, jax.random.key(1))
+      >>> state = replicate(init_state(*parts, jax.random.key(0), batch["images"][0]), devices)
+      >>> state, metrics = pmapped(make_train_step(*parts, axis_name=AXIS), devices)(state, batch, jax.random.key(1))
       >>> int(unreplicate(state).step)
       1
     """
-    devices = _devices(config, devices)
-
-    def step(state, batch, rng):
-        return train_step(state, batch, rng, config=config, axis_name=AXIS)
-
-    return _Program(jax.pmap(step, AXIS, in_axes=(0, 0, None), devices=devices, donate_argnums=0))
+    return Program(jax.pmap(step, AXIS, in_axes=(0, 0, None), devices=list(devices), donate_argnums=0))
 
 
-def pmap_train_steps(
-    config: TrainConfig, info: DataInfo, devices: Sequence[jax.Device] | None = None
-) -> Callable[..., tuple[TrainState, Metrics]]:
+def pmapped_steps(step: Step, info: DataInfo, batch_size: int, devices: Sequence[jax.Device]) -> "Program":
     """Many steps in one dispatch, with the data set on the devices: batches are cut, cropped and flipped there.
 
     Args:
-      config: Configuration.
+      step: Of `make_train_step`, with `axis_name=AXIS` if there are several devices.
       info: The data set's crop and flip.
-      devices: Devices to use; all local ones by default.
+      batch_size: Images per step, over all devices.
+      devices: The devices.
 
     Returns:
       A function (state, images uint8 [M, H, W, C], labels [M], order [M'], rng, first, count) of a replicated state,
       the training set, the epoch's order of its images, the run's key, the number of the first step within the epoch
       and the number of steps. It gives the state after them and the sums of their
       metrics, both replicated. The number is no constant of the program: one serves an epoch's last, shorter call too.
-
-    Raises:
-      ValueError: if the batch size isn't a multiple of the number of devices.
     """
-    return _steps(config, info, tuple(_devices(config, devices)))
-
-
-@functools.lru_cache(maxsize=4)  # a run that goes on in the same process compiles nothing anew
-def _steps(config, info, devices):
-    per_device = config.batch_size // len(devices)
+    per_device = batch_size // len(devices)
 
     def steps(
         state: TrainState,
@@ -97,11 +73,10 @@ def _steps(config, info, devices):
         positions = jax.lax.axis_index(AXIS) * per_device + jnp.arange(per_device)
 
         def one(i, state):
-            chosen = order[(first + i) * config.batch_size + positions]
+            chosen = order[(first + i) * batch_size + positions]
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(augment_rng, state.step), positions)
             pixels = augment(keys, images[chosen], padding=info.crop_padding, flip=info.flip)
-            batch = {"images": as_float(pixels), "labels": labels[chosen]}
-            return train_step(state, batch, noise_rng, config=config, axis_name=AXIS)
+            return step(state, {"images": as_float(pixels), "labels": labels[chosen]}, noise_rng)
 
         def add(i, carry):
             state, sums = carry
@@ -112,7 +87,7 @@ def _steps(config, info, devices):
         return jax.lax.fori_loop(0, count, add, (state, zeros))
 
     in_axes = (0, None, None, None, None, None, None)
-    return _Program(jax.pmap(steps, AXIS, in_axes=in_axes, devices=devices, donate_argnums=0))
+    return Program(jax.pmap(steps, AXIS, in_axes=in_axes, devices=list(devices), donate_argnums=0))
 
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
@@ -153,7 +128,7 @@ def share(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
     return jax.device_put(tree, jax.sharding.NamedSharding(_mesh(devices), jax.sharding.PartitionSpec()))
 
 
-class _Program:
+class Program:
     """A pmapped function, compiled with the backend's options for each set of shapes that it meets."""
 
     def __init__(self, pmapped: Any):
@@ -168,17 +143,6 @@ class _Program:
                 compiler_options=backend.compiler_options(backend.platform_of(args), training=True)
             )
         return self._compiled[key](*args)
-
-
-def _devices(config: TrainConfig, devices: Sequence[jax.Device] | None) -> list[jax.Device]:
-    devices = list(devices or jax.local_devices())
-    if config.batch_size % len(devices):
-        nearest = max(1, round(config.batch_size / len(devices))) * len(devices)
-        raise ValueError(
-            f"batch_size: expected a multiple of the number of devices, {len(devices)}; got {config.batch_size}. "
-            f"Try {nearest}."
-        )
-    return devices
 
 
 def _mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:

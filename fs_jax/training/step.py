@@ -1,187 +1,89 @@
-"""One training step, pure: attack the batch, then descend the loss of the attacked images."""
+"""One training step, pure: the loss of a method, its gradient, and the optimizer's update."""
 
-import functools
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Key
 
-from fs_jax import attacks, ot
-from fs_jax.config import TrainConfig
-from fs_jax.training.state import TrainState, learning_rate_schedule, make_model, make_optimizer
+from fs_jax.training.methods import Method
+from fs_jax.training.methods.method import Apply, Batch, Context, Metrics
+from fs_jax.training.state import TrainState
 
-Batch = dict[str, Array]
-Metrics = dict[str, Float[Array, ""]]
+Step = Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Metrics]]
+
+_DROPOUT = 2**31 - 1  # no image has this position
 
 
-def train_step(
-    state: TrainState, batch: Batch, rng: Key[Array, ""], *, config: TrainConfig, axis_name: str | None = None
-) -> tuple[TrainState, Metrics]:
-    """One step of adversarial training.
-
-    x' = attack(x) against the network in inference mode; then one step of SGD on the mean smoothed cross-entropy of
-    x' alone, in train mode, which moves BatchNorm's running statistics too. For feature scattering the attack
-    ascends the transport cost between the logits of x and x'; for PGD the cross-entropy; for standard training x' = x.
+def make_train_step(
+    model: nn.Module, optimizer: optax.GradientTransformation, method: Method, *, axis_name: str | None = None
+) -> Step:
+    """A step (state, batch, rng) -> (state, metrics) of any network, optimizer and method.
 
     Args:
-      state: State before the step.
-      batch: `images` [N, H, W, C] float in [0, 1], `labels` [N], and for parity tests optionally `start` [N, H, W, C],
-        the attack's first iterate. On a mapped axis, N images of each device.
-      rng: Key of the run: the step's noise is drawn from `fold_in(rng, state.step)`, image by image.
-      config: Configuration.
+      model: A Flax Linen module: `model.apply(variables, images, train=False)` gives logits [N, classes], or a tuple
+        that begins with them. With `train=True` its BatchNorm may move `batch_stats`, and its dropout draws from the
+        stream "dropout". To share BatchNorm's moments over devices, give its BatchNorm the mapped axis's name.
+      optimizer: Any of Optax.
+      method: Such as `fs_jax.training.methods.feature_scatter()`, or one's own `Method`.
       axis_name: Mapped axis over which gradients, statistics and metrics are averaged.
 
     Returns:
-      State after the step, and metrics: `loss` and `accuracy` on the attacked images; for feature scattering also
-      `natural_accuracy` (inference mode), `transport_cost` <T, C> and `marginal_error` (L1) of its transport; and
-      `learning_rate`.
-
-    Raises:
-      TypeError, ValueError: for batches that the attacks reject.
+      The step: a pure function, to be jitted or mapped over devices. It takes a state (see `init_state`); a batch,
+      which is a dictionary of `images` [N, H, W, C] float in [0, 1], `labels` [N], and what the method takes besides;
+      and the run's key, from which each step draws by its number, image by image. On a mapped axis N is each
+      device's. It gives the state after the step and metrics: `loss`, and the method's.
 
     Example:
-      >>> from fs_jax.config import preset
-      >>> from fs_jax.training import create_state
-      >>> config = preset("digits")
-      >>> state = create_state(config, jax.random.key(0))
-      >>> images, labels = jax.random.uniform(jax.random.key(2), (32, 8, 8, 1)), jnp.arange(32) % 10
-      >>> step = jax.jit(functools.partial(train_step, config=config))
-      >>> state, metrics = step(state, {"images": images, "labels": labels}, jax.random.key(1))
+      >>> from fs_jax.training import init_state
+      >>> from fs_jax.training.methods import feature_scatter
+      >>> class Network(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, images, train=False):
+      ...         return nn.Dense(10)(nn.relu(nn.Dense(32)(images.reshape(len(images), -1))))
+      >>> model, optimizer, method = Network(), optax.adam(1e-3), feature_scatter(epsilon=0.1)
+      >>> images, labels = jax.random.uniform(jax.random.key(0), (32, 8, 8, 1)), jnp.arange(32) % 10
+      >>> state = init_state(model, optimizer, method, jax.random.key(1), images)
+      >>> step = jax.jit(make_train_step(model, optimizer, method))
+      >>> state, metrics = step(state, {"images": images, "labels": labels}, jax.random.key(2))
       >>> int(state.step), sorted(metrics)[:3]
-      (1, ['accuracy', 'learning_rate', 'loss'])
-
-    Source: Zhang & Wang, NeurIPS 2019, algorithm 1.
+      (1, ['accuracy', 'loss', 'marginal_error'])
     """
-    labels = batch["labels"]
-    step_rng = jax.random.fold_in(rng, state.step)
-    attacked, metrics = _attack(state, batch, step_rng, config, axis_name)
 
-    def loss_fn(params):
-        (logits, _), updates = make_model(config, axis_name).apply(
-            {"params": params, "batch_stats": state.batch_stats}, attacked, train=True, mutable=["batch_stats"]
-        )
-        loss = jnp.mean(smoothed_cross_entropy(logits, labels, config.label_smoothing))
-        return loss, (_accuracy(logits, labels), updates["batch_stats"])
+    def step(state: TrainState, batch: Batch, rng: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+        # Keyed by the position in the whole batch, so that draws don't depend on the number of devices.
+        count, rng = len(batch["images"]), jax.random.fold_in(rng, state.step)
+        begin = 0 if axis_name is None else jax.lax.axis_index(axis_name) * count
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, begin + jnp.arange(count))
+        apply = _apply(model, jax.random.fold_in(jax.random.fold_in(rng, _DROPOUT), begin))
+        context = Context(keys, state.own, axis_name)
 
-    (loss, (accuracy, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    metrics = {"loss": loss, "accuracy": accuracy, **metrics}
-    if axis_name is not None:
-        gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), axis_name)
-    metrics["learning_rate"] = learning_rate_schedule(config)(state.step)
+        def loss_fn(params):
+            return method.loss(apply, {**state.variables, "params": params}, batch, context)
 
-    updates, opt_state = make_optimizer(config).update(gradients, state.opt_state, state.params)
-    return TrainState(
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
-        opt_state=opt_state,
-        step=state.step + 1,
-    ), metrics
+        (loss, (variables, metrics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        batch_stats, metrics = variables["batch_stats"], {"loss": loss, **metrics}
+        if axis_name is not None:
+            gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), axis_name)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        own = method.update(state.own, {"params": params, "batch_stats": batch_stats})
+        return TrainState(params, batch_stats, opt_state, state.step + 1, own), metrics
+
+    return step
 
 
-def smooth_labels(labels: Int[Array, "n"], num_classes: int, smoothing: float) -> Float[Array, "n classes"]:
-    """Smoothed one-hot labels: 1 - smoothing for the true class, smoothing / (C - 1) for each other.
+def _apply(model: nn.Module, dropout: Key[Array, ""]) -> Apply:
+    def apply(variables, images, *, train):
+        if not train:
+            outputs, moved = model.apply(variables, images, train=False), {}
+        else:
+            outputs, moved = model.apply(
+                variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout}
+            )
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        return logits, {**variables, **moved}
 
-    The paper prints (1 - Delta) y + Delta / (C - 1), which doesn't sum to 1; this is what its code computes. (Optax's
-    `smooth_labels` spreads the smoothing over all C classes instead.)
-
-    Args:
-      labels: True classes [N].
-      num_classes: Number of classes C.
-      smoothing: The paper's Delta, in [0, 1].
-
-    Returns:
-      Probabilities [N, C].
-
-    Example:
-      >>> smooth_labels(jnp.array([0]), 5, 0.5).tolist()
-      [[0.5, 0.125, 0.125, 0.125, 0.125]]
-
-    Source: Zhang & Wang, NeurIPS 2019, section 5.
-    """
-    is_true = jax.nn.one_hot(labels, num_classes, dtype=bool)
-    return jnp.where(is_true, 1 - smoothing, smoothing / max(num_classes - 1, 1))
-
-
-def smoothed_cross_entropy(
-    logits: Float[Array, "n classes"], labels: Int[Array, "n"], smoothing: float
-) -> Float[Array, "n"]:
-    """Cross-entropy to `smooth_labels`: -sum_c p_c log softmax(z)_c, for each image, in nats.
-
-    Example:
-      >>> smoothed_cross_entropy(jnp.zeros((1, 4)), jnp.array([2]), 0.5).round(3).tolist()
-      [1.386]
-    """
-    return optax.softmax_cross_entropy(logits, smooth_labels(labels, logits.shape[-1], smoothing))
-
-
-def _attack(state, batch, rng, config, axis_name):
-    """The images to train on, and what the attack tells about itself."""
-    images, labels, start = batch["images"], batch["labels"], batch.get("start")
-    if config.method == "standard":
-        return images, {}
-
-    def logits_fn(x):  # inference mode: the attack neither uses nor moves the batch's moments
-        return make_model(config).apply(state.variables, x, train=False)[0]
-
-    # Keyed by the position in the whole batch, so that the noise doesn't depend on the number of devices.
-    positions = jnp.arange(len(images)) + _first_position(len(images), axis_name)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, positions)
-    settings = {
-        "epsilon": config.attack.epsilon,
-        "step_size": config.attack_step_size,
-        "num_steps": config.attack_steps,
-        "start": start,
-    }
-    if config.method == "pgd":
-        return attacks.pgd(logits_fn, keys, images, labels, **settings), {}
-    everyone = axis_name if config.transport.scope == "global" else None
-    scattered, natural_logits, solved = attacks.scatter(
-        logits_fn,
-        keys,
-        images,
-        cost=functools.partial(_gathered_cost, axis_name=everyone),
-        transport=make_transport(config),
-        **settings,
-    )
-    return scattered, {
-        "natural_accuracy": _accuracy(natural_logits, labels),
-        "transport_cost": solved.primal_cost,
-        "marginal_error": solved.marginal_error,
-    }
-
-
-def make_transport(config: TrainConfig) -> Callable[[Array], ot.Transport]:
-    """The configuration's transport: a function from a cost matrix to a `Transport`.
-
-    Example:
-      >>> from fs_jax.config import preset
-      >>> make_transport(preset("digits"))(jnp.ones((2, 2))).plan.tolist()
-      [[0.25, 0.25], [0.25, 0.25]]
-    """
-    chosen = config.transport
-    if chosen.solver == "released_sinkhorn":
-        return functools.partial(ot.released_sinkhorn, reg=chosen.reg)
-    if chosen.solver == "ipot":
-        return functools.partial(ot.ipot, beta=chosen.beta, num_iters=chosen.num_iters)
-    return functools.partial(ot.sinkhorn, reg=chosen.reg, num_iters=chosen.num_iters)
-
-
-def _gathered_cost(x, y, axis_name):
-    """Cosine cost between the logits of all devices on `axis_name`, or of this one where that is None.
-
-    The gathered problem is the same on every device, so its gradient to a device's own images, summed over the
-    devices by the transpose of the gathering, is the whole problem's times their number: of the same sign.
-    """
-    if axis_name is not None:
-        x, y = (jax.lax.all_gather(logits, axis_name, tiled=True) for logits in (x, y))
-    return ot.cosine_cost(x, y)
-
-
-def _first_position(count, axis_name):
-    return 0 if axis_name is None else jax.lax.axis_index(axis_name) * count
-
-
-def _accuracy(logits, labels):
-    return jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
+    return apply

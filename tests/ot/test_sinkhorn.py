@@ -139,7 +139,7 @@ def test_threshold_that_is_not_met(problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "threshold"), product(METHODS, (None, 0.05)))
+@pytest.mark.parametrize(("method", "threshold"), list(product(METHODS, (None, 0.05))))
 def test_unrolled_derivatives(problem, method, threshold):
     def value(cost, a, b, reg):
         return functionals(sinkhorn(cost, a, b, reg=reg, num_iters=6, threshold=threshold, method=method))
@@ -212,7 +212,7 @@ def test_envelope_and_none(problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "grad"), product(METHODS, ("unroll", "implicit")))
+@pytest.mark.parametrize(("method", "grad"), list(product(METHODS, ("unroll", "implicit"))))
 def test_zero_weights_leave_points_out(make_problem, method, grad):
     cost, a, b = make_problem(5, 4)
     kept = np.ix_([0, 1, 3, 5, 6], [1, 2, 3, 4])  # of a larger problem, whose other costs are anything

@@ -12,11 +12,11 @@ from fs_jax.config import AttackConfig, TransportConfig, preset
 from fs_jax.training import (
     create_state,
     pmap_train_step,
-    pmap_train_steps,
     replicate,
     train_step,
     unreplicate,
 )
+from fs_jax.training.configured import pmap_train_steps
 from fs_jax.training.parallel import share
 
 pytestmark = pytest.mark.usefixtures("small_programs")
@@ -32,8 +32,6 @@ def configure(method="feature_scatter", dtype="float64", **changes):
         method=method,
         batch_size=16,
         model=model,
-        sync_batch_norm=True,
-        transport=TransportConfig(scope="global"),
         **changes,
     )
 
@@ -54,7 +52,8 @@ def as_type(state, dtype):
 
 
 @pytest.mark.parametrize(
-    "method", ["feature_scatter", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pgd", "standard"))]
+    "method",
+    ["feature_scatter", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pgd", "standard", "trades"))],
 )
 @pytest.mark.usefixtures("float64")
 def test_four_devices_equal_one_on_the_whole_batch(method):
@@ -93,7 +92,7 @@ def test_dispatches_of_any_length_give_the_same_weights_bit_for_bit():
     # Of PGD with one step: crops and noise are drawn as for feature scattering.
     config = configure("pgd", dtype="float32", attack=AttackConfig(epsilon=0.1, num_steps=1))
     device = jax.devices()[:1]
-    steps = pmap_train_steps(config, DIGITS.info, device)
+    steps = pmap_train_steps(config, DIGITS.info, tuple(device))
     images, labels, order = share((DIGITS.train_images, DIGITS.train_labels, np.arange(1437, dtype=np.int32)), device)
 
     def run(*lengths):
@@ -115,7 +114,7 @@ def test_batches_are_the_orders_images_cropped_in_turn():
     state = create_state(config, jax.random.key(0))
     order = np.random.default_rng(0).permutation(1437).astype(np.int32)
     data_on_device = share((DIGITS.train_images, DIGITS.train_labels, order), device)
-    steps = pmap_train_steps(config, info, device)
+    steps = pmap_train_steps(config, info, tuple(device))
     _, sums = steps(replicate(state, device), *data_on_device, jax.random.key(2), jnp.int32(3), jnp.int32(2))
     expected = 0
     for number in (3, 4):
@@ -127,5 +126,5 @@ def test_batches_are_the_orders_images_cropped_in_turn():
 
 def test_a_batch_that_does_not_divide_is_refused():
     config = dataclasses.replace(preset("digits"), batch_size=30)
-    with pytest.raises(ValueError, match="multiple of the number of devices, 4; got 30"):
+    with pytest.raises(ValueError, match=r"multiple of the number of devices, 4; got 30\. Try 32, or 3 devices"):
         pmap_train_step(config)

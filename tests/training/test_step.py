@@ -13,7 +13,7 @@ from fs_jax import data
 from fs_jax.config import ModelConfig, TrainConfig, TransportConfig, preset
 from fs_jax.models import convert
 from fs_jax.training import TrainState, create_state, make_optimizer, smooth_labels, smoothed_cross_entropy, train_step
-from fs_jax.training.state import learning_rate_schedule
+from fs_jax.training.configured import learning_rate_schedule
 from tests.conftest import GOLDEN
 
 
@@ -80,7 +80,7 @@ def digits_step(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["standard", "pgd", "feature_scatter"])
+@pytest.mark.parametrize("method", ["standard", "pgd", "trades", "feature_scatter"])
 def test_a_few_steps_lower_the_loss(method):
     state, batch, step = digits_step(method)
     state, first = step(state, batch, jax.random.key(1))

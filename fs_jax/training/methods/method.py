@@ -1,0 +1,100 @@
+"""What a training method is: the loss that a step descends, and what it keeps from step to step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+Variables = dict[str, PyTree]
+"""`params` and `batch_stats`, as `model.apply` takes them."""
+Apply = Callable[..., tuple[Float[Array, "n classes"], Variables]]
+"""(variables, images, train=...) -> logits, and the variables with BatchNorm's statistics moved where it trains."""
+Batch = dict[str, Array]
+Metrics = dict[str, Float[Array, ""]]
+
+
+class Context(NamedTuple):
+    """What a step tells its method besides the batch."""
+
+    keys: Key[Array, "n"]
+    """One key for each image, by its position in the batch of all devices."""
+    own: PyTree = ()
+    """What the method keeps from step to step (see `Method.init`)."""
+    axis_name: str | None = None
+    """The mapped axis of the devices, None on one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A training method: its loss, and what it keeps from step to step.
+
+    Example:
+      >>> def loss(apply, variables, batch, context):
+      ...     logits, variables = apply(variables, batch["images"], train=True)
+      ...     return jnp.mean(logits[:, 0] ** 2), (variables, {})
+      >>> method = Method(loss)
+    """
+
+    loss: Callable[[Apply, Variables, Batch, Context], tuple[Float[Array, ""], tuple[Variables, Metrics]]]
+    """(apply, variables, batch, context) -> (loss, (variables, metrics)): what is descended, by `params`; the variables
+    with the statistics that the next step has; and scalars to log. `batch` has `images` [N, H, W, C] in [0, 1] and
+    `labels` [N]. Losses and metrics are means over the images, so that their means over devices are those of all."""
+    init: Callable[[Variables], PyTree] = lambda variables: ()
+    """What it keeps from step to step, before the first one."""
+    update: Callable[[PyTree, Variables], PyTree] = lambda own, variables: own
+    """(own, variables after the step) -> own."""
+    evaluated: Callable[[PyTree, Variables], Variables] = lambda own, variables: variables
+    """(own, variables) -> the variables to evaluate: not the last ones, if weights are averaged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A method as the registry has it."""
+
+    name: str
+    """As configurations name it."""
+    summary: str
+    """In a line."""
+    build: Callable[..., Method]
+    """Makes it, from `epsilon` and what a configuration says otherwise; see `of_config`."""
+    settings: frozenset[str] = frozenset()
+    """What it takes of `epsilon`, `step_size`, `num_steps`, `smoothing`, `transport` and `scope`."""
+    own_settings: frozenset[str] = frozenset()
+    """What it takes besides, by `TrainConfig.method_settings`."""
+    chosen_by: str = "robust"
+    """The accuracy that the best checkpoint has the highest of: "robust" or "clean"."""
+
+
+def infer(apply: Apply, variables: Variables) -> Callable[[Float[Array, "n h w c"]], Float[Array, "n classes"]]:
+    """The network in inference mode as a function of images, for attacks: no gradient goes to its variables.
+
+    Example:
+      >>> apply = lambda variables, images, train: (images.sum((1, 2)) * variables["params"], variables)
+      >>> infer(apply, {"params": 2.0})(jnp.ones((1, 2, 2, 3))).tolist()
+      [[8.0, 8.0, 8.0]]
+    """
+    variables = jax.lax.stop_gradient(variables)
+    return lambda images: apply(variables, images, train=False)[0]
+
+
+def accuracy(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) -> Float[Array, ""]:
+    """Share of images that are classified correctly.
+
+    Example:
+      >>> float(accuracy(jnp.eye(4), jnp.array([0, 1, 2, 2])))
+      0.75
+    """
+    return jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
+
+
+def given(**settings: Any) -> dict[str, Any]:
+    """Those of the settings that aren't None: the others keep the defaults of the function that they are passed to.
+
+    Example:
+      >>> given(smoothing=0.5, num_steps=None)
+      {'smoothing': 0.5}
+    """
+    return {name: value for name, value in settings.items() if value is not None}

@@ -1,0 +1,29 @@
+"""Training on the images as they are."""
+
+import jax.numpy as jnp
+
+from fs_jax.training.losses import smoothed_cross_entropy
+from fs_jax.training.methods.method import Entry, Method, accuracy
+
+
+def standard(*, smoothing: float = 0.0) -> Method:
+    """Descend the smoothed cross-entropy of the images as they are.
+
+    Args:
+      smoothing: Label smoothing: the true class has 1 - smoothing.
+
+    Example:
+      >>> method = standard(smoothing=0.1)
+    """
+
+    def loss(apply, variables, batch, context):
+        logits, variables = apply(variables, batch["images"], train=True)
+        value = jnp.mean(smoothed_cross_entropy(logits, batch["labels"], smoothing))
+        return value, (variables, {"accuracy": accuracy(logits, batch["labels"])})
+
+    return Method(loss)
+
+
+STANDARD = Entry(
+    "standard", "training on the images as they are", standard, frozenset({"smoothing"}), chosen_by="clean"
+)

@@ -1,0 +1,96 @@
+"""TRADES: the cross-entropy of the images as they are, and how far attacks can move the answers."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from fs_jax.attacks.linf import LogitsFn, held_fixed, project
+from fs_jax.training.losses import smoothed_cross_entropy
+from fs_jax.training.methods.method import Entry, Method, accuracy, infer
+
+
+def trades(
+    *,
+    epsilon: float = 8 / 255,
+    step_size: float | None = None,
+    num_steps: int = 10,
+    smoothing: float = 0.0,
+    beta: float = 6.0,
+) -> Method:
+    """Descend CE(f(x), y) + beta KL(f(x) || f(x')), where x' is attacked so that the divergence is large.
+
+    x'_0 = x + 0.001 n with n standard normal; x'_{k+1} = project(x'_k + step_size sign(grad KL(f(x) || f(x'_k)))), with
+    the network in inference mode. The loss's gradient goes through both f(x) and f(x'), in training mode.
+
+    BatchNorm as published: f(x) and f(x') are two batches with moments of their own. The authors' code computes f(x)
+    twice, so the running statistics move by the moments of x, then of x', then of x again; so do these.
+
+    Args:
+      epsilon: Radius, in units of [0, 1].
+      step_size: Step, in units of [0, 1]; by default 7/31 of epsilon, as the authors' 0.007 for 0.031.
+      num_steps: Number of steps.
+      smoothing: Label smoothing of the cross-entropy: the true class has 1 - smoothing.
+      beta: Weight of the KL divergence, the authors' 1 / lambda.
+
+    Returns:
+      The method. Its metrics are, besides the accuracy on the attacked images, `natural_accuracy` (training mode) and
+      `divergence`, the mean KL in nats.
+
+    Example:
+      >>> method = trades(epsilon=0.031, beta=1.0)
+
+    Source: Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019, algorithm 1,
+    and their code's `trades_loss`.
+    """
+    step_size = 7 / 31 * epsilon if step_size is None else step_size
+
+    def loss(apply, variables, batch, context):
+        images, labels = batch["images"], batch["labels"]
+        start = _start(context.keys, images) if batch.get("start") is None else batch["start"]
+        attacked = _ascend_divergence(infer(apply, variables), images, start, epsilon, step_size, num_steps)
+        natural, variables = apply(variables, images, train=True)
+        logits, variables = apply(variables, attacked, train=True)
+        _, variables = apply(variables, images, train=True)  # for the statistics; XLA computes it once
+        divergence = jnp.mean(_divergence(natural, logits))
+        value = jnp.mean(smoothed_cross_entropy(natural, labels, smoothing)) + beta * divergence
+        metrics = {
+            "accuracy": accuracy(logits, labels),
+            "natural_accuracy": accuracy(natural, labels),
+            "divergence": divergence,
+        }
+        return value, (variables, metrics)
+
+    return Method(loss)
+
+
+def _start(keys: Key[Array, "n"], images: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:], images.dtype))(keys)
+    return images + 0.001 * noise
+
+
+def _ascend_divergence(
+    logits_fn: LogitsFn, images: Float[Array, "n h w c"], start: Float[Array, "n h w c"], epsilon, step_size, num_steps
+) -> Float[Array, "n h w c"]:
+    logits_fn = held_fixed(logits_fn, images)
+    natural = jax.lax.stop_gradient(logits_fn(images))
+
+    def step(_, x):
+        gradient = jax.grad(lambda x: jnp.sum(_divergence(natural, logits_fn(x))))(x)
+        return project(x + step_size * jnp.sign(gradient), images, epsilon).astype(images.dtype)
+
+    return jax.lax.stop_gradient(jax.lax.fori_loop(0, num_steps, step, start.astype(images.dtype)))
+
+
+def _divergence(natural, logits):
+    """KL(natural || other) in nats, for each image."""
+    log_p, log_q = jax.nn.log_softmax(natural), jax.nn.log_softmax(logits)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
+
+
+TRADES = Entry(
+    "trades",
+    "TRADES (Zhang et al. 2019): cross-entropy, and beta times the divergence under attack; 10 steps by default",
+    trades,
+    frozenset({"epsilon", "step_size", "num_steps", "smoothing"}),
+    own_settings=frozenset({"beta"}),
+)

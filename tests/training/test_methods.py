@@ -1,0 +1,243 @@
+"""Training methods: TRADES as published, averages of weights, one's own network and method, and the registry."""
+
+import dataclasses
+import inspect
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fs_jax.config import TrainConfig
+from fs_jax.training import TrainState, init_state, make_method, make_train_step
+from fs_jax.training.methods import METHODS, Method, averaged, feature_scatter, pgd, standard, trades
+
+pytestmark = pytest.mark.usefixtures("small_programs")
+
+RNG = np.random.default_rng(0)
+IMAGES, LABELS = RNG.uniform(size=(5, 2, 2, 1)), np.array([0, 3, 1, 2, 0])
+
+
+class Network(nn.Module):
+    """With what a network may have: BatchNorm, dropout, and features besides the logits."""
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.Dense(3, name="first", param_dtype=images.dtype)(images.reshape(len(images), -1))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn", param_dtype=images.dtype)(x)
+        features = nn.Dropout(self.dropout, deterministic=not train)(jnp.tanh(x))
+        return nn.Dense(4, name="second", param_dtype=images.dtype)(features), features
+
+
+def batch(dtype=jnp.float32, **more):
+    return {"images": jnp.asarray(IMAGES, dtype), "labels": jnp.asarray(LABELS), **more}
+
+
+# TRADES again, in NumPy and without its derivatives: these are differences.
+
+
+def forward(params, stats, images, train):
+    x = images.reshape(len(images), -1) @ params["first"]["kernel"] + params["first"]["bias"]
+    mean, var = (x.mean(0), x.var(0)) if train else (stats["mean"], stats["var"])
+    x = (x - mean) / np.sqrt(var + 1e-5) * params["bn"]["scale"] + params["bn"]["bias"]
+    moved = {"mean": 0.9 * stats["mean"] + 0.1 * mean, "var": 0.9 * stats["var"] + 0.1 * var} if train else stats
+    return np.tanh(x) @ params["second"]["kernel"] + params["second"]["bias"], moved
+
+
+def log_softmax(z):
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def divergence(natural, other):
+    p, q = log_softmax(natural), log_softmax(other)
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def differences(function, x, step=1e-6):
+    gradient = np.zeros_like(x)
+    for place in np.ndindex(x.shape):
+        shift = np.zeros_like(x)
+        shift[place] = step
+        gradient[place] = (function(x + shift) - function(x - shift)) / (2 * step)
+    return gradient
+
+
+def trades_by_hand(params, stats, start, epsilon, step_size, num_steps, beta, rate):
+    """Parameters and statistics after one step of SGD, and the loss before it."""
+    attacked, natural = start, forward(params, stats, IMAGES, train=False)[0]
+    for _ in range(num_steps):
+        gradient = differences(lambda x: divergence(natural, forward(params, stats, x, train=False)[0]).sum(), attacked)
+        attacked = np.clip(attacked + step_size * np.sign(gradient), IMAGES - epsilon, IMAGES + epsilon).clip(0, 1)
+
+    def loss(params):
+        natural, other = (forward(params, stats, x, train=True)[0] for x in (IMAGES, attacked))
+        cross_entropy = -log_softmax(natural)[np.arange(5), LABELS]
+        return cross_entropy.mean() + beta * divergence(natural, other).mean()
+
+    stepped = {}
+    for layer, leaves in params.items():
+        stepped[layer] = {}
+        for name, leaf in leaves.items():
+
+            def at(value, layer=layer, name=name):
+                return loss({**params, layer: {**params[layer], name: value}})
+
+            stepped[layer][name] = leaf - rate * differences(at, leaf)
+    for images in (IMAGES, attacked, IMAGES):  # as the authors' code calls the network
+        stats = forward(params, stats, images, train=True)[1]
+    return stepped, stats, loss(params)
+
+
+@pytest.mark.usefixtures("float64")
+def test_trades_is_the_published_one_step_by_step():
+    settings = {"epsilon": 0.05, "step_size": 0.02, "num_steps": 4, "beta": 6.0}
+    model, optimizer, method = Network(), optax.sgd(0.1), trades(**settings)
+    state = init_state(model, optimizer, method, jax.random.key(0), jnp.asarray(IMAGES))
+    step = jax.jit(make_train_step(model, optimizer, method))
+    params, stats = jax.tree.map(np.asarray, (state.params, state.batch_stats["bn"]))
+    for number in range(3):
+        start = IMAGES + 0.001 * np.random.default_rng(number).normal(size=IMAGES.shape)
+        state, metrics = step(state, batch(jnp.float64, start=jnp.asarray(start)), jax.random.key(1))
+        params, stats, loss = trades_by_hand(params, stats, start, **settings, rate=0.1)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-7)
+        # Central differences of 1e-6: rounding of 1e-10, times the rate and the steps.
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-8), state.params, params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-8), state.batch_stats["bn"], stats)
+
+
+def test_trades_starts_from_small_noise_of_each_image():
+    seen = []
+
+    def spy(apply, variables, batch, context):
+        seen.append(trades_start(context.keys, batch["images"]))
+        return jnp.zeros(()), (variables, {})
+
+    from fs_jax.training.methods.trades import _start as trades_start
+
+    model, optimizer, method = Network(), optax.sgd(0.1), Method(spy)
+    state = init_state(model, optimizer, method, jax.random.key(0), batch()["images"])
+    make_train_step(model, optimizer, method)(state, batch(), jax.random.key(1))
+    noise = (np.asarray(seen[0]) - IMAGES).ravel() / 0.001
+    assert len(set(noise.round(3))) == noise.size
+    assert 0.5 < noise.std() < 1.7  # of 20 normal numbers: within 4.5 standard errors of 1
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
+def test_the_average_is_that_of_the_weights_along_the_way(decay):
+    model, optimizer = Network(), optax.sgd(0.5)
+    method = averaged(standard(), decay=decay)
+    plain = jax.jit(make_train_step(model, optimizer, standard()))
+    step = jax.jit(make_train_step(model, optimizer, method))
+    first = init_state(model, optimizer, standard(), jax.random.key(0), batch()["images"])
+    state = init_state(model, optimizer, method, jax.random.key(0), batch()["images"])
+    average = jax.tree.map(np.asarray, first.variables)
+    for number in range(4):
+        first, _ = plain(first, batch(), jax.random.key(1))
+        state, _ = step(state, batch(), jax.random.key(1))
+        rate = min(decay, (1 + number) / (10 + number))
+        average = jax.tree.map(
+            lambda old, new, rate=rate: rate * old + (1 - rate) * np.asarray(new), average, first.variables
+        )
+    # float32's rounding, in another program.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), state.variables, first.variables)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), state.evaluated(method), average)
+
+
+def trained(model, method, steps=12, **more):
+    optimizer = optax.adam(0.05)
+    state = init_state(model, optimizer, method, jax.random.key(0), batch()["images"])
+    step, losses = jax.jit(make_train_step(model, optimizer, method)), []
+    for _ in range(steps):
+        state, metrics = step(state, batch(**more), jax.random.key(1))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_ones_own_network(name):
+    state, losses = trained(Network(), METHODS[name].build())
+    assert losses[-1] < losses[0]
+    assert int(state.step) == len(losses)
+    assert not np.allclose(state.batch_stats["bn"]["mean"], 0)
+
+
+def test_ones_own_method_owns_a_state_and_takes_more_of_the_batch():
+    def loss(apply, variables, batch, context):
+        logits, variables = apply(variables, batch["images"], train=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+        return jnp.sum(batch["weights"] * losses), (variables, {"calls": context.own.astype(jnp.float32)})
+
+    counted = Method(loss, init=lambda variables: jnp.int32(0), update=lambda own, variables: own + 1)
+    state, losses = trained(Network(dropout=0.2), counted, weights=jnp.array([1.0, 0, 0, 0, 0]))
+    assert int(state.own) == 12
+    assert losses[-1] < losses[0]
+
+
+def test_dropout_draws_anew_at_each_step():
+    frozen = optax.sgd(0.0)
+    model, method = Network(dropout=0.5), standard()
+    state = init_state(model, frozen, method, jax.random.key(0), batch()["images"])
+    step = jax.jit(make_train_step(model, frozen, method))
+    state, first = step(state, batch(), jax.random.key(1))
+    _, second = step(state, batch(), jax.random.key(1))
+    assert float(first["loss"]) != float(second["loss"])
+
+
+def test_a_network_without_batch_norm_trains_and_one_with_other_collections_is_refused():
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            return nn.Dense(4)(images.reshape(len(images), -1))
+
+    state, losses = trained(Plain(), feature_scatter(epsilon=0.1))
+    assert losses[-1] < losses[0]
+    assert state.batch_stats == {}
+
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            self.variable("calls", "number", lambda: jnp.zeros(()))
+            return nn.Dense(4)(images.reshape(len(images), -1))
+
+    with pytest.raises(ValueError, match="it has calls too"):
+        trained(Counting(), standard())
+
+
+def test_a_method_has_its_own_defaults_and_configurations_change_them():
+    def default(function, name):
+        return inspect.signature(function).parameters[name].default
+
+    assert (default(feature_scatter, "smoothing"), default(feature_scatter, "num_steps")) == (0.5, 1)
+    assert (default(pgd, "smoothing"), default(pgd, "num_steps")) == (0.0, 7)
+    assert (default(trades, "num_steps"), default(trades, "beta")) == (10, 6.0)
+    seen = {}
+    entry = dataclasses.replace(METHODS["trades"], build=lambda **settings: seen.update(settings) or standard())
+    METHODS["spied"] = dataclasses.replace(entry, name="spied")
+    try:
+        make_method(TrainConfig(method="spied", smoothing=0.1, method_settings={"beta": 3.0}))
+    finally:
+        del METHODS["spied"]
+    assert seen == {"epsilon": 8 / 255, "smoothing": 0.1, "beta": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "pdg"}, "method: .*Did you mean 'pgd'"),
+        ({"method": "trades", "method_settings": {"bta": 3.0}}, "setting of trades: .*Did you mean 'beta'"),
+        ({"method": "pgd", "method_settings": {"beta": 3.0}}, "setting of pgd: expected .*; got 'beta'"),
+        ({"weight_average": 1.0}, "decay: expected .* got 1.0"),
+    ],
+)
+def test_methods_that_there_are_not_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_method(TrainConfig(**settings))
+
+
+def test_states_of_methods_without_one_are_as_before():
+    assert TrainState({}, {}, (), jnp.int32(0)).own == ()
