@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import autoattack_reference, command_line, evaluate
+from experiments import autoattack_reference, command_line, evaluate, quickstart
 from experiments.evaluation_report import report_text
 from fs_jax.evaluation import Evaluation, accuracy
 from fs_jax.models import WideResNet, convert
@@ -31,11 +31,11 @@ def script(*words):
     )
 
 
-def evaluate_here(monkeypatch, capsys, *words):
-    """The evaluation's command in this process: its exit status, output and errors."""
+def evaluate_here(monkeypatch, capsys, *words, main=evaluate.main):
+    """The evaluation's command, or another, in this process: its exit status, output and errors."""
     monkeypatch.setattr(sys, "argv", ["evaluate", *words])
     with pytest.raises(SystemExit) as stopped:
-        command_line.run(evaluate.main)
+        command_line.run(main)
     return stopped.value.code or 0, *capsys.readouterr()
 
 
@@ -44,11 +44,11 @@ METHODS = {"standard": "standard", "pgd": "PGD training", "feature_scatter": "fe
 
 @pytest.mark.parametrize("methods", [["standard"], pytest.param(list(METHODS), marks=pytest.mark.slow)])
 def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(methods, tmp_path, monkeypatch, capsys):
-    words = ("experiments.quickstart", "--workdir", str(tmp_path), "--epochs", "1", "--attacked-images", "32")
-    done = script(*words, "--methods", *methods, "--no-progress")
-    assert done.returncode == 0, done.stderr
+    words = ("--workdir", str(tmp_path), "--epochs", "1", "--attacked-images", "32", "--methods", *methods)
+    status, out, err = evaluate_here(monkeypatch, capsys, *words, "--no-progress", main=quickstart.main)
+    assert status == 0, err
     table = (tmp_path / "table.md").read_text()
-    assert table.strip() in done.stdout
+    assert table.strip() in out
     for word in (*(METHODS[method] for method in methods), "clean", "fgsm", "pgd-20", "cw-20", "worst case"):
         assert word in table
     for figure in ("training", "accuracy", "attacks"):

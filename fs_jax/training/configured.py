@@ -175,14 +175,14 @@ def train_step(
       TypeError, ValueError: for batches that the attacks reject.
 
     Example:
-      >>> from fs_jax.config import preset
-      >>> config = preset("digits")
+      >>> from fs_jax.config import ModelConfig
+      >>> config = TrainConfig(dataset="digits", model=ModelConfig(10, 1), method="standard")
       >>> state = create_state(config, jax.random.key(0))
       >>> images, labels = jax.random.uniform(jax.random.key(2), (32, 8, 8, 1)), jnp.arange(32) % 10
       >>> step = jax.jit(functools.partial(train_step, config=config))
       >>> state, metrics = step(state, {"images": images, "labels": labels}, jax.random.key(1))
       >>> int(state.step), sorted(metrics)[:3]
-      (1, ['accuracy', 'loss', 'marginal_error'])
+      (1, ['accuracy', 'loss'])
 
     Source: Zhang & Wang, NeurIPS 2019, algorithm 1.
     """

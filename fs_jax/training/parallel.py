@@ -29,11 +29,15 @@ def pmapped(step: Step, devices: Sequence[jax.Device]) -> "Program":
       devices: The devices.
 
     Example:
+      >>> import flax.linen as nn
       >>> import optax
-      >>> from fs_jax.models import WideResNet
       >>> from fs_jax.training import init_state, make_train_step
       >>> from fs_jax.training.methods import standard
-      >>> parts, devices = (WideResNet(10, 1), optax.sgd(0.1), standard()), jax.local_devices()[:1]
+      >>> class Network(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, images, train=False):
+      ...         return nn.Dense(10)(images.reshape(len(images), -1))
+      >>> parts, devices = (Network(), optax.sgd(0.1), standard()), jax.local_devices()[:1]
       >>> batch = {"images": jnp.full((1, 4, 8, 8, 1), 0.5), "labels": jnp.arange(4)[None]}
       >>> state = replicate(init_state(*parts, jax.random.key(0), batch["images"][0]), devices)
       >>> state, metrics = pmapped(make_train_step(*parts, axis_name=AXIS), devices)(state, batch, jax.random.key(1))

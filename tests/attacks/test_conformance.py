@@ -41,7 +41,7 @@ ATTACKS = {
     "feature_scatter ipot": functools.partial(scatter, transport=functools.partial(ipot, beta=0.5)),
     "feature_scatter released": functools.partial(scatter, transport=released_sinkhorn, cost=sqeuclidean_cost),
 }
-SLOW_WITHOUT_JIT = ("feature_scatter", "feature_scatter ipot", "feature_scatter released")
+SLOW_WITHOUT_JIT = ("feature_scatter", "feature_scatter 3 steps", "feature_scatter ipot", "feature_scatter released")
 KEY = jax.random.key(3)
 EPSILON = 0.08
 

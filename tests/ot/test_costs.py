@@ -54,7 +54,7 @@ def test_cost_of_a_point_to_itself_is_zero():
 
 @pytest.mark.parametrize(
     ("cost", "dimension"),
-    [(sqeuclidean_cost, 2), (sqeuclidean_cost, 12), (cosine_cost, 2)],  # the first has two ways
+    [(sqeuclidean_cost, 2), (sqeuclidean_cost, 12), pytest.param(cosine_cost, 2, marks=pytest.mark.slow)],
 )
 def test_second_derivatives_where_points_meet_are_those_of_the_formula(cost, dimension):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, dimension)))

@@ -78,6 +78,7 @@ def test_out_of_range_runs_are_repeated(threshold):
         assert results.num_iters[i] == result.num_iters
 
 
+@pytest.mark.slow
 def test_in_range_runs_are_not_repeated(monkeypatch):
     monkeypatch.setattr(_iterations, "log_sum_exp", lambda terms, axis: jnp.full(terms.shape[1 - axis], jnp.nan))
     jax.clear_caches()

@@ -155,6 +155,7 @@ def test_a_plan_that_the_kernel_wrongly_believes_in_is_solved_again(monkeypatch)
     assert abs(result.num_iters - right.num_iters) <= 1  # rounding may decide the last
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_a_threshold_below_rounding_stalls_as_without_a_kernel():
     cost, a, b = (jnp.float32(x[0]) for x in draw((7, 5), 1))

@@ -32,7 +32,7 @@ SHORT = TrainConfig(
 # Its noise is drawn as feature scattering's, and it compiles sooner.
 WORDS = [
     "digits", "--batch-size", "128", "--epochs", "2", "--decay-epochs", "1", "--holdout", "256",
-    "--monitor-images", "128", "--steps-per-dispatch", "3", "--checkpoint-minutes", "0", "--devices", "1",
+    "--monitor-images", "32", "--steps-per-dispatch", "3", "--checkpoint-minutes", "0", "--devices", "1",
     "--method", "pgd", "--attack.num-steps", "1",
 ]  # fmt: skip
 ROOT = pathlib.Path(__file__).parents[2]
