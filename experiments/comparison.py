@@ -12,7 +12,7 @@ import numpy as np
 
 from fs_jax import report, training
 from fs_jax._utils import backend
-from fs_jax._utils.files import read_jsonl, write_text
+from fs_jax._utils.files import local_path, read_jsonl, write_text
 from fs_jax.config import TrainConfig, to_dict
 from fs_jax.data import Dataset
 from fs_jax.evaluation import Attack, as_float, evaluate
@@ -47,6 +47,7 @@ def compare(
     Returns:
       The table and its caption; None if training was stopped, and the same call goes on.
     """
+    workdir, results = local_path("workdir", workdir), local_path("results", results)
     results.mkdir(parents=True, exist_ok=True)
     deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
     evaluations, metrics = {}, {}
@@ -79,8 +80,12 @@ def compare(
     write_text(results / "table.md", table)
     report.training_curves(metrics, results / "training.png")
     report.accuracy_bars(evaluations, results / "accuracy.png", title=title)
-    # A whole batch of the usual size, for which programs are there; the first 8 are shown.
-    whole, first, shown = slice(0, backend.batch_size(backend.platform_of([]))), slice(0, 8), attacks[-2]
+    # As many as a batch of the attacks above had, for which programs are there; the first 8 are shown.
+    whole, first, shown = (
+        slice(0, min(backend.batch_size(backend.platform_of([])), len(records))),
+        slice(0, 8),
+        attacks[-2],
+    )
     images, labels = dataset.test_images[whole], dataset.test_labels[whole]
     adversaries = np.empty(images[first].shape, np.float32)
     evaluate(logits_fn, images, labels, [shown], worst_images=adversaries, progress=False)

@@ -31,6 +31,7 @@ import tyro
 from experiments import command_line
 from experiments.evaluation_report import SHOWN, draw_adversaries, draw_strength, draw_surfaces, report_text
 from experiments.networks import load_network
+from fs_jax._utils.files import local_path
 
 SWEPT = 500  # images in the sweep over radii
 
@@ -277,7 +278,7 @@ def chosen_attacks(arguments: Arguments, epsilon: float, num_classes: int = 10) 
 def output_folder(arguments: Arguments) -> pathlib.Path:
     """A new folder, or one of an evaluation; the journal in it knows of which."""
     name = arguments.name or arguments.suite or "attacks"
-    output = arguments.output or arguments.workdir / "evaluations" / name
+    output = local_path("output", arguments.output or arguments.workdir / "evaluations" / name)
     if output.exists() and not (output / "records.jsonl").exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output: expected a new folder, or one of an evaluation; got {output}. Choose another.")
     return output

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from fs_jax._utils.files import cache_home, replacing
+from fs_jax._utils.files import cache_home, local_path, replacing
 from fs_jax._utils.validation import check_choice
 
 # --- What there is ---------------------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ _CACHE_FORMAT = 1  # raise it when the decoded arrays or their order change
 
 def _tfds_dir(data_dir: str | os.PathLike | None) -> Path:
     """The folder of TFDS's folders: TFDS's own default, without importing TFDS."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return local_path("data_dir", data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def _prepared_folder(name: str, data_dir: Path) -> Path:

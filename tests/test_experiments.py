@@ -44,7 +44,7 @@ METHODS = {"standard": "standard", "pgd": "PGD training", "feature_scatter": "fe
 
 @pytest.mark.parametrize("methods", [["standard"], pytest.param(list(METHODS), marks=pytest.mark.slow)])
 def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(methods, tmp_path, monkeypatch, capsys):
-    words = ("--workdir", str(tmp_path), "--epochs", "1", "--attacked-images", "32", "--methods", *methods)
+    words = ("--workdir", str(tmp_path), "--epochs", "1", "--attacked-images", "8", "--methods", *methods)
     status, out, err = evaluate_here(monkeypatch, capsys, *words, "--no-progress", main=quickstart.main)
     assert status == 0, err
     table = (tmp_path / "table.md").read_text()
@@ -57,19 +57,19 @@ def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(
         result = json.loads((tmp_path / f"{run}.json").read_text())
         assert result["config"]["method"] == run
         # Clean accuracy is always of all images.
-        assert [attack["total"] for attack in result["attacks"]] == [360, 32, 32, 32]
-        assert len(result["records"]) == 32
+        assert [attack["total"] for attack in result["attacks"]] == [360, 8, 8, 8]
+        assert len(result["records"]) == 8
         assert list((tmp_path / run / "tensorboard").iterdir())
         assert json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0])["loss"] > 0
 
     run = tmp_path / methods[0]
-    words = ("--workdir", str(run), "--attacks", "clean", "pgd-2", "--num-images", "32", "--batch-size", "32")
+    words = ("--workdir", str(run), "--attacks", "clean", "pgd-2", "--num-images", "8", "--batch-size", "1")
     words = (*words, "--restarts", "2", "--no-progress", "--save-images")
     status, out, err = evaluate_here(monkeypatch, capsys, *words, "--epsilon", "0.05")
     assert status == 0, err
     folder = run / "evaluations" / "attacks"
     result = json.loads((folder / "result.json").read_text())
-    assert result["images"] == len(result["records"]) == 32
+    assert result["images"] == len(result["records"]) == 8
     assert [attack["name"] for attack in result["attacks"]] == ["clean", "pgd-2x2"]
     assert result["attacks"][1]["epsilon"] == 0.05
     assert "| pgd-2x2 " in (folder / "report.md").read_text()
@@ -77,7 +77,7 @@ def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(
     for figure in ("strength", "examples"):
         assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
     with np.load(folder / "adversarial.npz") as saved:
-        assert saved["images"].shape == (32, 8, 8, 1)
+        assert saved["images"].shape == (8, 8, 8, 1)
         assert list(saved["robust"]) == [record["robust"] for record in result["records"]]
     # With another radius that is another evaluation; the first is left as it is.
     records = (folder / "records.jsonl").read_bytes()

@@ -4,12 +4,33 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import uuid
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import filelock
 import platformdirs
+
+
+def local_path(argument: str, path: str | os.PathLike) -> pathlib.Path:
+    """The path, with ~ expanded, unless it is the address of something elsewhere.
+
+    Locks, logs that are appended to and files that are replaced whole need a file system. (`pathlib` would make a local
+    folder named `gs:` of a bucket.)
+
+    Example:
+      >>> local_path("workdir", "gs://bucket/run")
+      Traceback (most recent call last):
+      ValueError: workdir: expected a local folder; got the address gs://bucket/run. Mount it, or use a local...
+    """
+    if address := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", os.fspath(path)):  # of two letters at least: not a drive
+        rest = os.fspath(path)[address.end() :]
+        raise ValueError(
+            f"{argument}: expected a local folder; got the address {address[1]}://{rest}. Mount it, or use a local "
+            "folder and copy that; nothing was written."
+        )
+    return pathlib.Path(path).expanduser()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Signs that an evaluation misleads, in a network's own answers and in what attacks did; as AutoAttack's authors check.
 
-`autoattack` and `fs_jax.evaluation.evaluate` look for them.
+`autoattack` and `fs_jax.evaluation.evaluate` look for them. The longer checklist, which follows a suite, is
+`fs_jax.evaluation.gradient_masking`.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fs_jax._utils.validation import check_number
 from fs_jax.attacks.stepwise import Stepwise
@@ -80,8 +80,9 @@ class Specification:
     settings: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
     """What may be set besides the radius. `restarts` counts its random starts, `num_draws` the draws of a randomised
     network in each of its gradients; `any_iterate` says whether a misclassified iterate counts whenever it occurs."""
-    norm: str | None = "linf"
-    """The norm that its radius is of; None for an attack that keeps to none, and is no part of a worst case."""
+    norm: Literal["linf"] | None = "linf"
+    """The norm that its radius is of; None for an attack that keeps to none, and is no part of a worst case. (Other
+    norms would need more: the chain measures perturbations in L-infinity, and a worst case is over one ball.)"""
     fixed_radius: float | None = None
     """The radius that it has whatever is asked for."""
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -96,3 +97,10 @@ class Specification:
     """Whether images that one random start breaks make the others too, for the accuracy after each start alone."""
     least_classes: int = 2
     """With fewer classes it means nothing."""
+
+    def __post_init__(self):
+        if self.norm not in ("linf", None):
+            raise ValueError(
+                f"norm: expected 'linf' or None; got {self.norm!r}. Perturbations are measured in L-infinity, so those "
+                "of another norm can't be in a worst case: give None, and they are reported apart."
+            )

@@ -6,6 +6,7 @@ from jax.tree_util import Partial
 from jaxtyping import Int
 
 from fs_jax._utils.images import Images, as_float, check_images, check_labels
+from fs_jax._utils.keys import IMPLEMENTATION
 from fs_jax._utils.validation import check_number
 from fs_jax.attacks.clean import judge, whole
 from fs_jax.attacks.linf import LogitsFn
@@ -61,7 +62,7 @@ def transfer(
     check_images(images, uint8_too=True)
     check_labels(labels, images)
     check_number("epsilon", epsilon, at_least=0, at_most=1)
-    rng = jax.random.key(seed, impl="threefry2x32")
+    rng = jax.random.key(seed, impl=IMPLEMENTATION)
     attack = Attack(TRANSFER, epsilon, apart=True, source=source)
     stepwise = pgd_steps(epsilon=epsilon, step_size=epsilon / 4, last_only=True)
     adversaries = np.array(as_float(np.asarray(images)))

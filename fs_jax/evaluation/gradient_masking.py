@@ -2,6 +2,7 @@
 
 A defence whose gradients mislead white-box attacks looks robust and isn't. It gives itself away where an attack does
 worse than it should: with more steps, with a larger radius, or than an attack that doesn't look at gradients at all.
+(The warnings that every evaluation gives are those of `fs_jax.attacks.sanity`.)
 
 Source: Athalye et al., "Obfuscated gradients give a false sense of security", ICML 2018; Carlini et al., "On evaluating
 adversarial robustness", 2019.

@@ -5,17 +5,19 @@ precision. Each process that writes adds a line about itself: versions and devic
 settings, followed, in the order in which they are finished, by a line for each image and run (a random start, or a
 target), and by lines with the seconds spent. A line is whole or, where a process was killed within it, cut off by the
 next one. A resume with another network, other data or settings is refused, and the message says which field differs.
+
+What these lines hold is said where it is made: the first in `fs_jax.evaluation.driver`, settings by `Attack.described`,
+those of images by `fs_jax.attacks.chain.Outcome`.
 """
 
 import json
 import os
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from fs_jax._utils.files import locked, read_jsonl
+from fs_jax._utils.files import local_path, locked, read_jsonl
 from fs_jax.attacks.chain import Log, Outcome
 
 SCHEMA = "evaluation by fs_jax, version 3"
@@ -52,7 +54,7 @@ class Journal(Log):
     def __init__(self, path: str | os.PathLike, header: Mapping[str, Any], environment: Mapping[str, Any]):
         super().__init__()
         self.environments: list[dict[str, Any]] = []
-        self.path = pathlib.Path(path)
+        self.path = local_path("journal", path)
         self._settings: dict[str, Mapping[str, Any]] = {}
         self._file = None
         self._open({"schema": SCHEMA, **_plain(header)}, _plain(environment))

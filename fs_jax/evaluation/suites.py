@@ -4,6 +4,7 @@ from fs_jax._utils.validation import check_choice
 from fs_jax.attacks.autoattack import autoattack_attacks
 from fs_jax.attacks.registry import Attack
 
+# The command line has these names once more, in `experiments.evaluate.Arguments`.
 SUITES = ("paper", "autoattack", "gradient-free", "all")
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from fs_jax._utils.files import locked, read_jsonl, write_text
+from fs_jax._utils.files import local_path, locked, read_jsonl, write_text
 from fs_jax._utils.fingerprints import fingerprint
 from fs_jax._utils.validation import check_number
 from fs_jax.attacks.chain import Log, run_chain
@@ -178,10 +178,10 @@ def open_workdir(workdir: str | os.PathLike, config: TrainConfig) -> pathlib.Pat
     """The folder of a run: a new one with the configuration in it, or the one that has this configuration.
 
     Raises:
-      ValueError: if the folder holds files but no run, or a run of another configuration.
+      ValueError: if the folder holds files but no run, or a run of another configuration, or isn't a local one.
       PermissionError, NotADirectoryError, FileExistsError: if it can't be made or written to.
     """
-    workdir = pathlib.Path(workdir).expanduser()
+    workdir = local_path("workdir", workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -206,7 +206,7 @@ def read_config(workdir: str | os.PathLike) -> TrainConfig:
     Raises:
       FileNotFoundError: if there is no run in it.
     """
-    path = pathlib.Path(workdir) / CONFIG_FILE
+    path = local_path("workdir", workdir) / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(
             f"workdir: expected the folder of a run, with {CONFIG_FILE}; got {workdir}. "

@@ -1,5 +1,6 @@
 """Every image counts once, restarts and attacks are worst cases, and the batch size changes nothing."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -9,16 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.evaluate import Arguments
 from fs_jax import data
 from fs_jax.attacks import REGISTRY, cross_entropy, logit_margin, transfer
 from fs_jax.attacks.chain import Outcome
 from fs_jax.evaluation import Attack, accuracy, evaluate, parse_attack, suite
+from fs_jax.evaluation.suites import SUITES
 
 pytestmark = pytest.mark.usefixtures("small_programs")
 
@@ -207,7 +211,7 @@ def outcomes_of(path, attack):
 
 
 def records_of(journal, attacks):
-    return evaluate(make_network(), IMAGES, LABELS, attacks, batch_size=16, journal=journal, progress=False).records
+    return evaluate(make_network(), IMAGES, LABELS, attacks, batch_size=2, journal=journal, progress=False).records
 
 
 def assert_same_records(ours, theirs):
@@ -321,7 +325,7 @@ def test_a_part_of_the_images_fares_as_in_the_whole(network):
 def test_parts_merge_into_what_the_whole_gives(network, tmp_path):
     few = Attack("square", 0.02, num_steps=20, num_images=30, after=["clean"])  # 30 of all, not of each part
     attacks = [CLEAN, Attack("pgd", 0.02, num_steps=3, restarts=2), few]
-    settings = {"batch_size": 5, "progress": False, "about": {"split": "test"}}
+    settings = {"batch_size": 2, "progress": False, "about": {"split": "test"}}
     whole = evaluate(network, IMAGES, LABELS, attacks, **settings)
     parts = [tmp_path / f"{first}.jsonl" for first in (0, 20, 40)]
     for path, first in zip(parts, (0, 20, 40), strict=True):
@@ -449,3 +453,13 @@ def test_warns_where_attacks_that_see_no_gradient_find_more():
     assert flat.startswith("4 of 4 images have a cross-entropy gradient of exactly zero")
     assert beaten.startswith("square, blind to gradients, broke 100.0% of the images")
     assert evaluate(masked, images, labels, ["clean"], progress=False).summary["warnings"] == []
+
+
+def test_the_command_line_offers_the_suites_that_there_are():
+    offered = typing.get_type_hints(Arguments)["suite"]
+    assert set(typing.get_args(typing.get_args(offered)[0])) == set(SUITES)
+
+
+def test_a_norm_that_nothing_measures_is_refused():
+    with pytest.raises(ValueError, match="norm: expected 'linf' or None; got 'l2'"):
+        dataclasses.replace(REGISTRY["pgd"], norm="l2")

@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import train as train_script
+from experiments.networks import load_network
 from fs_jax import data
-from fs_jax.config import ModelConfig, TrainConfig
-from fs_jax.training import Checkpoints, train
+from fs_jax.config import ModelConfig, TrainConfig, TransportConfig
+from fs_jax.training import Checkpoints, loop, make_method, train
 from fs_jax.training.loop import read_config
 
 DIGITS = data.load("digits")
@@ -32,7 +34,7 @@ SHORT = TrainConfig(
 # Its noise is drawn as feature scattering's, and it compiles sooner.
 WORDS = [
     "digits", "--batch-size", "128", "--epochs", "2", "--decay-epochs", "1", "--holdout", "256",
-    "--monitor-images", "32", "--steps-per-dispatch", "3", "--checkpoint-minutes", "0", "--devices", "1",
+    "--monitor-images", "4", "--steps-per-dispatch", "3", "--checkpoint-minutes", "0", "--devices", "1",
     "--method", "pgd", "--attack.num-steps", "1",
 ]  # fmt: skip
 ROOT = pathlib.Path(__file__).parents[2]
@@ -224,3 +226,95 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(tmp_
     with pytest.raises(ValueError, match="batch_size: expected at most the 1437 training images; got 2000"):
         train(dataclasses.replace(SHORT, batch_size=2000), DIGITS, tmp_path / "run", devices=jax.devices()[:1])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "file:///tmp/run", pathlib.Path("s3://bucket/run")])
+def test_addresses_are_no_folders(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"workdir: expected a local folder; got the address \w+://.*Mount it"):
+        train(SHORT, DIGITS, address, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_data_do_not_resume_a_run(undisturbed):
+    images = DIGITS.train_images.copy()
+    images[0, 0, 0] ^= 1
+    with pytest.raises(ValueError, match=r"data: '\w+' here, '\w+' there"):
+        train(read_config(undisturbed), dataclasses.replace(DIGITS, train_images=images), undisturbed, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"batch_size": 62}, r"2 of 4 devices are used: more can't share the batch_size of 62"),
+        (
+            {"transport": TransportConfig(scope="device"), "method": "feature_scatter"},
+            "4 devices solves a transport problem",
+        ),
+        ({"sync_batch_norm": False}, "BatchNorm normalises by each device's 32 images"),
+    ],
+)
+def test_what_the_number_of_devices_changes_is_said_before_anything_starts(changes, note, tmp_path):
+    (tmp_path / "other").touch()
+    config = dataclasses.replace(SHORT, **changes)
+    with pytest.warns(UserWarning, match=note), pytest.raises(ValueError, match="workdir: expected a new folder"):
+        train(config, DIGITS, tmp_path, progress=False)
+
+
+def test_several_devices_that_change_nothing_say_nothing(tmp_path):
+    (tmp_path / "other").touch()
+    config = dataclasses.replace(SHORT, method="feature_scatter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="workdir: expected a new folder"):
+            train(config, DIGITS, tmp_path, progress=False)
+
+
+def test_dispatches_take_some_ten_seconds():
+    pace = loop._Pace(None)
+    lengths = []
+    for seconds in (60.0, 10.6, 4.0, 0.1, 50.0):  # the first one compiles
+        lengths.append(pace.steps)
+        pace.took(pace.steps, seconds)
+    assert [*lengths, pace.steps] == [1, 1, 1, 2, 25, 5]
+    fixed = loop._Pace(3)
+    fixed.took(3, 99.0)
+    fixed.took(3, 99.0)
+    assert fixed.steps == 3
+
+
+PAPER = """
+import dataclasses, sys, numpy as np, jax
+from fs_jax import data
+from fs_jax.config import preset
+from fs_jax.training import train
+rng = np.random.default_rng(0)
+images, labels = rng.integers(0, 256, (120, 32, 32, 3), np.uint8), np.arange(120, dtype=np.int32) % 10
+dataset = data.Dataset(data.info("cifar10"), images, labels, images[:2], labels[:2])
+run = train(preset("cifar10_wrn28_10"), dataset, sys.argv[1], max_minutes=0, monitor_images=0, progress=False)
+print(int(run.state.step), jax.local_device_count())
+"""
+
+
+@pytest.mark.slow  # and of some 4 GB
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_the_papers_preset_takes_a_step_on_any_number_of_devices(devices, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PAPER, str(tmp_path / "run")],
+        cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["1", str(devices)], done.stderr
+    assert ("6 of 8 devices are used" in done.stderr) == (devices == 8)
+    assert "another method" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_average_of_the_weights_is_what_is_monitored_kept_and_given_back(tmp_path):
+    config = dataclasses.replace(SHORT, epochs=2, decay_epochs=(1,), weight_average=0.9)
+    run = train(config, DIGITS, tmp_path / "run", devices=jax.devices()[:1], monitor_images=64, progress=False)
+    method = make_method(config)
+    jax.tree.map(np.testing.assert_array_equal, run.variables, run.state.own["average"])
+    assert not np.array_equal(run.variables["params"]["fc"]["bias"], run.state.params["fc"]["bias"])
+    jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path / "run").evaluated(method), run.variables)
+    _, variables, _ = load_network(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, variables, run.variables)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -241,3 +242,15 @@ def test_methods_that_there_are_not_are_refused(settings, message):
 
 def test_states_of_methods_without_one_are_as_before():
     assert TrainState({}, {}, (), jnp.int32(0)).own == ()
+
+
+def test_the_readmes_lines_train_ones_own_network():
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = [
+        part.split("```")[0] for part in readme.split("```python\n") if "make_train_step" in part.split("```")[0]
+    ]
+    images = np.random.default_rng(0).uniform(size=(256, 2, 2, 1)).astype(np.float32)
+    names = {"model": Network(), "images": images, "labels": np.arange(256) % 4}
+    exec(block, names)
+    assert int(names["state"].step) == 2
+    assert names["logits_fn"](images)[0].shape == (256, 4)
