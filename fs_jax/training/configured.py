@@ -216,15 +216,20 @@ def pmap_train_step(config: TrainConfig, devices: Sequence[jax.Device] | None = 
       1
     """
     devices = check_devices(config, devices)
-    return pmapped(functools.partial(train_step, config=config, axis_name=AXIS), devices)
+    return pmapped(functools.partial(train_step, config=config, axis_name=_axis(devices)), devices)
 
 
 @functools.lru_cache(maxsize=4)  # a run that is resumed in the same process compiles nothing anew
 def pmap_train_steps(config: TrainConfig, info: DataInfo, devices: tuple[jax.Device, ...]) -> Program:
     """Many steps of the configuration's training in one dispatch: see `parallel.pmapped_steps`."""
-    axis_name = AXIS if len(devices) > 1 else None
+    axis_name = _axis(check_devices(config, devices))
     step = make_train_step(*parts(config, info.num_classes, axis_name=axis_name), axis_name=axis_name)
-    return pmapped_steps(step, info, config.batch_size, check_devices(config, devices))
+    return pmapped_steps(step, info, config.batch_size, devices)
+
+
+def _axis(devices: Sequence[jax.Device]) -> str | None:
+    """What is averaged over: nothing, on one device."""
+    return AXIS if len(devices) > 1 else None
 
 
 def check_devices(config: TrainConfig, devices: Sequence[jax.Device] | None) -> tuple[jax.Device, ...]:

@@ -68,6 +68,7 @@ def test_falls_where_the_margin_says(searched):
     assert [int(state.progress.misclassified_at[0]) for state in searched] == [-1, -1, 2, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing(searched):
     others = states(3, logits_fn, IMAGE, chunk_size=3)
     for state, other in zip(searched, others, strict=False):

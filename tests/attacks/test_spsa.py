@@ -86,6 +86,7 @@ def test_descends_as_adam_does():
         np.testing.assert_allclose(state.iterate[:, 0, 0, 0], x, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_is_as_strong_as_pgd_without_its_gradients(classifier):
     smooth, images, _ = classifier
     labels = smooth(images).argmax(-1)

@@ -100,6 +100,7 @@ def test_gradient_where_a_scaling_starts_below_the_smallest_number():
     np.testing.assert_allclose(*gradients, atol=1e-4)  # exponents of 100 are rounded at 6e-6
 
 
+@pytest.mark.slow
 def test_starts_far_from_the_solution():
     # Potentials of nothing: rows that nobody wants at first, 1e4 exponents away.
     cost, init = COSTS["uniform"], (rng.uniform(-500, 500, 20), np.zeros(30))
