@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def conv2d(x: Float[Array, "n h w c"], kernel: Float[Array, "size size c d"], stride: int) -> Float[Array, "n h2 w2 d"]:
     """Cross-correlation of images with an odd square kernel, padded by half its size on all sides, as PyTorch pads.
 
@@ -20,8 +20,7 @@ def conv2d(x: Float[Array, "n h w c"], kernel: Float[Array, "size size c d"], st
     The derivative is the same on every platform; how it is computed is not. XLA's CPU backend is fast on convolutions
     of one layout only, channels last, which the derivatives that JAX writes down don't have: there they are written
     as convolutions of that layout, between barriers that keep XLA from folding the transpositions in again. It matters
-    most inside a loop, where the others are far slower (jax issue 12868). Being a
-    `custom_vjp` it has no forward-mode derivative.
+    most inside a loop, where the others are far slower (jax issue 12868). Both modes and all orders work.
 
     Args:
       x: Images or feature maps [N, H, W, C].
@@ -35,6 +34,15 @@ def conv2d(x: Float[Array, "n h w c"], kernel: Float[Array, "size size c d"], st
       >>> conv2d(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 2)), 2).shape
       (1, 2, 2, 2)
     """
+    if jax.sharding.get_abstract_mesh().manual_axes:  # inside `shard_map` they must vary over the same axes
+        x, kernel = (
+            a + jnp.sum(lax.stop_gradient(b).ravel()[:0]).astype(a.dtype) for a, b in ((x, kernel), (kernel, x))
+        )
+    return _conv2d_by_ways(x, kernel, stride)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _conv2d_by_ways(x, kernel, stride):
     return _conv2d(x, kernel, stride)
 
 
@@ -43,42 +51,59 @@ def _conv2d(x, kernel, stride):
     return lax.conv_general_dilated(x, kernel, (stride, stride), [(half, half)] * 2, dimension_numbers=_LAYOUT)
 
 
-def _forward(x, kernel, stride):
-    return conv2d(x, kernel, stride), (x, kernel)
-
-
-def _backward(stride, saved, g):
-    return lax.platform_dependent(
-        *saved,
-        g,
-        cpu=functools.partial(_channels_last_derivatives, stride),
-        default=functools.partial(_derivatives, stride),
+@functools.partial(_conv2d_by_ways.defjvp, symbolic_zeros=True)
+def _jvp(stride, primals, tangents):
+    """The tangent, written as the transpose of what reverse mode shall compute, which JAX's own transposition gives."""
+    (x, kernel), y = primals, _conv2d_by_ways(*primals, stride)
+    transposes = (
+        functools.partial(_of_images, x, stride, kernel),
+        functools.partial(_of_kernel, kernel, stride, x),
     )
+    terms = [
+        jax.linear_transpose(transpose, y)(tangent)[0]
+        for transpose, tangent in zip(transposes, tangents, strict=True)
+        if not isinstance(tangent, SymbolicZero)
+    ]
+    return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
 
 
-conv2d.defvjp(_forward, _backward)
+def _of_images(like, stride, kernel, g):
+    """The transpose in the images: of y's cotangent g."""
+    own, jaxs = (functools.partial(way, like, stride) for way in (_channels_last_of_images, _jaxs_of_images))
+    return lax.platform_dependent(kernel, g, cpu=own, default=jaxs)
 
 
-def _derivatives(stride, x, kernel, g):
-    """The derivatives as JAX writes them down."""
-    _, pullback = jax.vjp(lambda x, kernel: _conv2d(x, kernel, stride), x, kernel)
-    return pullback(g)
+def _of_kernel(like, stride, x, g):
+    """The transpose in the kernel."""
+    own, jaxs = (functools.partial(way, like, stride) for way in (_channels_last_of_kernel, _jaxs_of_kernel))
+    return lax.platform_dependent(x, g, cpu=own, default=jaxs)
 
 
-def _channels_last_derivatives(stride, x, kernel, g):
-    """The derivatives as convolutions of layout NHWC, HWIO, NHWC."""
+def _jaxs_of_images(like, stride, kernel, g):
+    return jax.linear_transpose(lambda x: _conv2d(x, kernel, stride), like)(g)[0]
+
+
+def _jaxs_of_kernel(like, stride, x, g):
+    return jax.linear_transpose(lambda kernel: _conv2d(x, kernel, stride), like)(g)[0]
+
+
+def _channels_last_of_images(like, stride, kernel, g):
+    """g, dilated by the stride, with the kernel turned and its channels exchanged; NHWC, HWIO, NHWC."""
     size, half = kernel.shape[0], kernel.shape[0] // 2
-    # With respect to the input: g, dilated by the stride, with the kernel turned and its channels exchanged.
     turned = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
     low = size - 1 - half
     high = [
         length + 2 * half - size - stride * (steps - 1) + low
-        for length, steps in zip(x.shape[1:3], g.shape[1:3], strict=True)
+        for length, steps in zip(like.shape[1:3], g.shape[1:3], strict=True)
     ]
-    dx = lax.conv_general_dilated(
+    return lax.conv_general_dilated(
         g, turned, (1, 1), [(low, h) for h in high], lhs_dilation=(stride, stride), dimension_numbers=_LAYOUT
     )
-    # With respect to the kernel: images and channels change places, and g, dilated by the stride, is the kernel.
+
+
+def _channels_last_of_kernel(like, stride, x, g):
+    """Images and channels change places, and g, dilated by the stride, is the kernel; NHWC, HWIO, NHWC."""
+    size, half = like.shape[0], like.shape[0] // 2
     images = lax.optimization_barrier(x.transpose(3, 1, 2, 0))
     weights = lax.optimization_barrier(g.transpose(1, 2, 0, 3))
     high = [
@@ -87,4 +112,4 @@ def _channels_last_derivatives(stride, x, kernel, g):
     dkernel = lax.conv_general_dilated(
         images, weights, (1, 1), [(half, h) for h in high], rhs_dilation=(stride, stride), dimension_numbers=_LAYOUT
     )
-    return dx, lax.optimization_barrier(dkernel).transpose(1, 2, 0, 3)
+    return lax.optimization_barrier(dkernel).transpose(1, 2, 0, 3)

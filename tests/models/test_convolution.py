@@ -44,7 +44,62 @@ def test_derivatives_equal_those_that_jax_derives(size, stride):
 def test_second_derivatives_and_vmap():
     rng = np.random.default_rng(1)
     x, kernel = jnp.asarray(rng.normal(size=(1, 4, 4, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 2)))
-    check_grads(jax.jit(lambda x, kernel: conv2d(jnp.tanh(x), kernel, 2)), (x, kernel), order=2, modes=["rev"])
+    check_grads(jax.jit(lambda x, kernel: conv2d(jnp.tanh(x), kernel, 2)), (x, kernel), order=2, modes=["fwd", "rev"])
     many = jnp.stack([x, 2 * x])
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(conv2d(x, kernel, 1)))))
     np.testing.assert_allclose(jax.vmap(gradient)(many), jnp.stack([gradient(one) for one in many]), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda f, x, v: jax.jvp(jax.grad(f), (x,), (v,))[1],
+        lambda f, x, v: jax.grad(lambda x: jax.jvp(f, (x,), (v,))[1])(x),
+        lambda f, x, v: jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), v))(x),
+        lambda f, x, v: jax.jvp(lambda x: jax.jvp(f, (x,), (v,))[1], (x,), (jnp.eye(x.size)[0].reshape(x.shape),))[1],
+    ],
+    ids=["forward over reverse", "reverse over forward", "reverse over reverse", "forward over forward"],
+)
+@pytest.mark.parametrize("of", ["images", "kernel"])
+@pytest.mark.usefixtures("float64")
+def test_hessian_products_in_each_order_are_those_of_jaxs_convolution(product, of):
+    rng = np.random.default_rng(2)
+    x, kernel = jnp.asarray(rng.normal(size=(2, 5, 4, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 3)))
+    at = x if of == "images" else kernel
+    v = jnp.asarray(rng.normal(size=at.shape))
+
+    def total(convolution, at):
+        inputs = (at, kernel) if of == "images" else (x, at)
+        return jnp.sum(jnp.tanh(convolution(*inputs, 2)))
+
+    ours, theirs = (
+        jax.jit(functools.partial(product, functools.partial(total, convolution)))(at, v)
+        for convolution in (conv2d, reference)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_derivative_that_nobody_asks_for_is_not_computed():
+    x, kernel = jnp.ones((2, 4, 4, 1)), jnp.ones((3, 3, 1, 2))
+
+    def convolutions(of):
+        gradient = jax.grad(lambda x, kernel: jnp.sum(jnp.sin(conv2d(x, kernel, 1))), of)
+        return str(jax.make_jaxpr(gradient)(x, kernel)).count("conv_general_dilated[")
+
+    both = convolutions((0, 1))
+    assert convolutions(0) < both
+    assert convolutions(1) < both
+
+
+@pytest.mark.usefixtures("float64")
+def test_under_shard_map_a_shared_kernels_gradient_is_the_sum_over_devices():
+    mesh, spec = jax.sharding.Mesh(np.array(jax.devices()), ("d",)), jax.sharding.PartitionSpec
+    rng = np.random.default_rng(3)
+    x, kernel = jnp.asarray(rng.normal(size=(4, 3, 3, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 2)))
+
+    def gradient(x, kernel):
+        return jax.grad(lambda kernel: jnp.sum(jnp.square(conv2d(x, kernel, 1))))(kernel)
+
+    parts = jax.shard_map(gradient, mesh=mesh, in_specs=(spec("d"), spec()), out_specs=spec())
+    np.testing.assert_allclose(jax.jit(parts)(x, kernel), jax.jit(gradient)(x, kernel), atol=1e-12)
