@@ -127,7 +127,7 @@ def draw_surfaces(logits_fn, images, labels, records, class_names, epsilon, outp
     return losses
 
 
-LOOKED_AT = 100  # images in the checks that no attack is needed for
+LOOKED_AT = 100  # images that loss surfaces are drawn around
 
 
 SHOWN = 8  # images in figures

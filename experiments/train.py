@@ -18,7 +18,7 @@ from fs_jax.config import PRESETS, TrainConfig, preset
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to run. None of these changes the weights."""
+    """How to run. But for `batch_per_device`, none of these changes the weights."""
 
     workdir: pathlib.Path
     """Folder of the run: a new one, or the one to resume."""
@@ -27,7 +27,8 @@ class Options:
     devices: int | None = None
     """How many devices to use; by default as many as share the batch evenly."""
     batch_per_device: int | None = None
-    """Images per step on each device: the batch size is then this times the number of devices."""
+    """Images per step on each device. The batch size is then this times the number of devices, whatever --batch-size
+    says, and only as many devices resume the run."""
     max_minutes: float | None = None
     """Stop cleanly after so many minutes, with exit status 75; the same command goes on."""
     checkpoint_minutes: float = 5.0

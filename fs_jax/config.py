@@ -120,7 +120,7 @@ class TrainConfig:
         for name, value in settings:
             check_number(f"method_settings: {name}", value)
         if self.weight_average is not None:
-            check_number("weight_average", self.weight_average, at_least=0, at_most=1)
+            check_number("weight_average", self.weight_average, at_least=0, below=1)
         check_number("train_size", self.train_size, at_least=1, integer=True)
         check_number("holdout", self.holdout, at_least=0, integer=True)
         if self.smoothing is not None:

@@ -40,7 +40,7 @@ def test_presets_are_the_papers():
         (lambda: TransportConfig(reg=0), ValueError, "transport.reg: expected a finite number above 0; got 0"),
         (lambda: TransportConfig(solver="sinkhron"), ValueError, "transport.solver: .*Did you mean 'sinkhorn'"),
         (lambda: TrainConfig(method_settings={"beta": "6"}), TypeError, "method_settings: beta: expected a finite"),
-        (lambda: TrainConfig(weight_average=1.5), ValueError, "weight_average: .* at most 1; got 1.5"),
+        (lambda: TrainConfig(weight_average=1.5), ValueError, "weight_average: .* below 1; got 1.5"),
         (lambda: TrainConfig(smoothing=1.5), ValueError, "smoothing: .* at most 1; got 1.5"),
         (lambda: TrainConfig(learning_rate=float("nan")), ValueError, "learning_rate: expected a finite number"),
         (lambda: TrainConfig(decay_epochs=(90, 60)), ValueError, "decay_epochs: expected increasing"),

@@ -23,6 +23,7 @@ def check_number(
     above: float | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
+    below: float | None = None,
     integer: bool = False,
 ) -> None:
     """Raise an error that names argument, expected and got unless `value` is a finite number in the range."""
@@ -30,6 +31,7 @@ def check_number(
     words += [f"above {above}"] if above is not None else []
     words += [f"of at least {at_least}"] if at_least is not None else []
     words += [f"of at most {at_most}"] if at_most is not None else []
+    words += [f"below {below}"] if below is not None else []
     expected = " ".join(words)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral if integer else numbers.Real):
         raise TypeError(f"{argument}: expected {expected}; got {value!r} ({type(value).__name__}).")
@@ -38,6 +40,7 @@ def check_number(
         and (above is None or value > above)
         and (at_least is None or value >= at_least)
         and (at_most is None or value <= at_most)
+        and (below is None or value < below)
     )
     if not inside:
         raise ValueError(f"{argument}: expected {expected}; got {value!r}.")

@@ -44,9 +44,11 @@ class Finished(NamedTuple):
     run: int
     misclassified: bool
     step: int
-    """The step at which it was misclassified, 0 being the start; else all of the run's."""
+    """The step at which it was misclassified, 0 being the start; else all of the run's. (A randomised network is judged
+    at the run's end.)"""
     margin: float
-    """Lowest z_y - max_{i != y} z_i found; above 0 where it is classified correctly."""
+    """Lowest z_y - max_{i != y} z_i found; above 0 where it is classified correctly. Of a randomised network, that of
+    one draw for the iterate of the lowest mean margin."""
     adversarial: Float[np.ndarray, "h w c"]
     """The image in the ball that has it."""
 

@@ -147,7 +147,10 @@ def evaluate(
         doubts = []
         if any(not attack.specification.judges_only for attack in attack_list):
             few, drawn_from = slice(LOOKED_AT), rng if draws else None
-            doubts = sanity_warnings(logits_fn, images[few], labels[few], rng=drawn_from, batch_size=batch_size)
+            doubts = sanity_warnings(
+                logits_fn, images[few], labels[few], rng=drawn_from, batch_size=batch_size,
+                gradients=any(attack.specification.uses_gradients for attack in attack_list),
+            )  # fmt: skip
         for doubt in doubts:
             warnings.warn(doubt, stacklevel=2)
         environments = [backend.describe(network.platform)]
@@ -286,7 +289,7 @@ def _strength(stage, outcomes):
             broken[outcome.index] = min(step, broken.get(outcome.index, step))
     single = every_run and stepwise.num_runs > 1
     result = {"lowest_single_run": float(attacked - by_run.max()) / total if single and total else None}
-    if attack.any_iterate and stepwise.num_steps and total:
+    if attack.any_iterate and stepwise.num_steps and total and not stepwise.draws:  # else the last draw alone decides
         last = stepwise.num_steps * (1 if every_run else stepwise.num_runs)
         looked_at = [*(n for n in (k * 10**e for e in range(8) for k in (1, 2, 5)) if n < last), last]
         looked_at = looked_at if every_run else [0, *looked_at]  # of these, the start isn't judged

@@ -212,7 +212,7 @@ def as_logits_fn(model: Any, variables: PyTree) -> Callable[[Float[Array, "n h w
     """A network as attacks see it: `logits_fn(images)`, in inference mode. Of other variables it compiles nothing anew.
 
     Args:
-      model: Flax module whose `apply(variables, images, train=False)` gives logits and features.
+      model: Flax module whose `apply(variables, images, train=False)` gives logits, or a tuple that begins with them.
       variables: Its variables; they are put on the device once.
 
     Returns:
@@ -228,4 +228,5 @@ def as_logits_fn(model: Any, variables: PyTree) -> Callable[[Float[Array, "n h w
 
 
 def _logits(model, variables, images):
-    return model.apply(variables, images, train=False)[0]
+    outputs = model.apply(variables, images, train=False)
+    return outputs[0] if isinstance(outputs, tuple) else outputs

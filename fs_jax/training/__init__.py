@@ -12,11 +12,12 @@ from fs_jax.training.configured import (
 )
 from fs_jax.training.loop import train
 from fs_jax.training.losses import smooth_labels, smoothed_cross_entropy
-from fs_jax.training.parallel import pmapped, replicate, unreplicate
+from fs_jax.training.parallel import AXIS, pmapped, replicate, unreplicate
 from fs_jax.training.state import TrainState, init_state
 from fs_jax.training.step import make_train_step
 
 __all__ = [
+    "AXIS",
     "Checkpoints",
     "TrainState",
     "create_state",

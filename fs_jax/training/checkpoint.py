@@ -6,9 +6,11 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fs_jax._utils.files import local_path
 from fs_jax.config import TrainConfig, differences, from_dict, to_dict
 from fs_jax.training.configured import make_method, make_optimizer
 from fs_jax.training.state import TrainState
@@ -43,7 +45,7 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, config: TrainConfig, *, read_only: bool = False):
         self._config, self._read_only = config, read_only
         # An absolute path is what Orbax asks for.
-        root = pathlib.Path(workdir).absolute()
+        root = local_path("workdir", workdir).absolute()
         self._latest = _manager(root / "checkpoints", KEPT, read_only)
         self._best = _manager(root / "best", 1, read_only)
 
@@ -153,7 +155,15 @@ class Checkpoints:
         variables = {"params": saved["params"], "batch_stats": saved.get("batch_stats") or {}}
 
         def unflattened(like, name):
-            return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(*like)), saved.get(name, []))
+            leaves, structure = jax.tree.flatten(jax.eval_shape(*like))
+            ours, theirs = ([(x.shape, x.dtype) for x in arrays] for arrays in (leaves, saved.get(name, [])))
+            if ours != theirs:
+                raise ValueError(
+                    f"workdir: expected a checkpoint of this code; {manager.directory / str(step)} has an {name} of "
+                    f"{len(theirs)} arrays, where there are {len(ours)} now, or of other shapes. Take the version of "
+                    "the code that wrote it, or another workdir."
+                )
+            return jax.tree.unflatten(structure, saved.get(name, []))
 
         opt_state = unflattened((make_optimizer(self._config).init, variables["params"]), "opt_state")
         own = unflattened((make_method(self._config).init, variables), "own")
@@ -192,7 +202,7 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
 
 def _check_finite(state: TrainState) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if np.issubdtype(leaf.dtype, np.inexact) and not np.isfinite(leaf).all():
+        if jnp.issubdtype(leaf.dtype, np.inexact) and not np.isfinite(leaf.astype(np.float64)).all():
             raise FloatingPointError(f"state: expected finite arrays; {jax.tree_util.keystr(path)} isn't. Not saved.")
 
 

@@ -1,4 +1,4 @@
-"""From a configuration to what trains: network, optimizer, method, state and step. No other file reads settings."""
+"""From a configuration to what trains: network, optimizer, method, state and step."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from fs_jax.data import DataInfo
 from fs_jax.models import WideResNet
 from fs_jax.training.methods import METHODS, Method, averaged
 from fs_jax.training.methods.method import Batch, Metrics, given
-from fs_jax.training.parallel import AXIS, Program, pmapped, pmapped_steps
+from fs_jax.training.parallel import Program, axis_of, pmapped, pmapped_steps
 from fs_jax.training.state import TrainState, init_state
 from fs_jax.training.step import make_train_step
 
@@ -112,6 +112,8 @@ def make_method(config: TrainConfig) -> Method:
         scope=config.transport.scope,
     )
     for name, _ in config.method_settings:
+        if not entry.own_settings:
+            raise ValueError(f"method_settings: expected none, as {entry.name} has none of its own; got {name}.")
         check_choice(f"setting of {entry.name}", name, entry.own_settings)
     settings = {name: value for name, value in settings.items() if name in entry.settings}
     method = entry.build(**settings, **dict(config.method_settings))
@@ -216,20 +218,16 @@ def pmap_train_step(config: TrainConfig, devices: Sequence[jax.Device] | None = 
       1
     """
     devices = check_devices(config, devices)
-    return pmapped(functools.partial(train_step, config=config, axis_name=_axis(devices)), devices)
+    num_classes = data.info(config.dataset).num_classes
+    return pmapped(*parts(config, num_classes, axis_name=axis_of(devices)), devices)
 
 
 @functools.lru_cache(maxsize=4)  # a run that is resumed in the same process compiles nothing anew
 def pmap_train_steps(config: TrainConfig, info: DataInfo, devices: tuple[jax.Device, ...]) -> Program:
     """Many steps of the configuration's training in one dispatch: see `parallel.pmapped_steps`."""
-    axis_name = _axis(check_devices(config, devices))
+    axis_name = axis_of(check_devices(config, devices))
     step = make_train_step(*parts(config, info.num_classes, axis_name=axis_name), axis_name=axis_name)
     return pmapped_steps(step, info, config.batch_size, devices)
-
-
-def _axis(devices: Sequence[jax.Device]) -> str | None:
-    """What is averaged over: nothing, on one device."""
-    return AXIS if len(devices) > 1 else None
 
 
 def check_devices(config: TrainConfig, devices: Sequence[jax.Device] | None) -> tuple[jax.Device, ...]:

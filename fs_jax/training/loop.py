@@ -122,8 +122,9 @@ def train(
         check_number("steps_per_dispatch", steps_per_dispatch, at_least=1, integer=True)
     check_number("monitor_images", monitor_images, at_least=0, integer=True)
     deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
-    config, devices = _fit_to_data(config, dataset), _usable(config, devices)
-    for note in _notes(config, len(devices)):
+    config, chosen = _fit_to_data(config, dataset), devices is not None
+    devices = _usable(config, devices)
+    for note in _notes(config, len(devices), chosen=chosen):
         warnings.warn(note, stacklevel=2)
     _try(config, dataset)
     steps = pmap_train_steps(config, dataset.info, devices)
@@ -240,10 +241,10 @@ def _usable(config: TrainConfig, devices: Sequence[jax.Device] | None) -> tuple[
     return tuple(local[: most_devices(config, local)])
 
 
-def _notes(config: TrainConfig, devices: int) -> list[str]:
-    """Where the number of devices changes what is trained, or wastes some."""
+def _notes(config: TrainConfig, devices: int, *, chosen: bool) -> list[str]:
+    """Where the number of devices changes what is trained, or, if nobody chose it, wastes some."""
     notes, per_device = [], config.batch_size // devices
-    if devices < jax.local_device_count() and config.batch_size % jax.local_device_count():
+    if not chosen and devices < jax.local_device_count():
         notes.append(
             f"{devices} of {jax.local_device_count()} devices are used: more can't share the batch_size of "
             f"{config.batch_size} images, over all devices, evenly. Set a multiple of their number to use all."
@@ -278,7 +279,7 @@ class _Pace:
 
     def took(self, count: int, seconds: float) -> None:
         if self._compiled and not self._fixed:  # the first dispatch compiles, which says nothing of the next
-            self.steps = min(25, max(1, int(10 * count / seconds)))
+            self.steps = min(25, max(1, int(10 * count / max(seconds, 1e-3))))
         self._compiled = True
 
 

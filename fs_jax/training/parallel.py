@@ -6,32 +6,47 @@
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Int, Key, PyTree, UInt8
 
 from fs_jax._utils import backend
 from fs_jax._utils.images import as_float
 from fs_jax.augment import augment
 from fs_jax.data import DataInfo
+from fs_jax.training.methods import Method
 from fs_jax.training.state import TrainState
-from fs_jax.training.step import Step
+from fs_jax.training.step import Step, make_train_step
 
 AXIS = "devices"
+"""The mapped axis: the `axis_name` of a BatchNorm that normalises by the images of all devices."""
 
 
-def pmapped(step: Step, devices: Sequence[jax.Device]) -> "Program":
-    """A step over devices, of replicated states and batches with a leading axis of devices; the state is donated.
+def pmapped(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    method: Method,
+    devices: Sequence[jax.Device] | None = None,
+) -> "Program":
+    """The step of `make_train_step` over devices; the state's buffers are donated.
 
     Args:
-      step: Of `make_train_step(..., axis_name=AXIS)`.
-      devices: The devices.
+      model: As `make_train_step` takes it. BatchNorm normalises by each device's images, unless it has the axis `AXIS`.
+      optimizer: The optimizer.
+      method: The training method.
+      devices: Devices to use; all local ones by default.
+
+    Returns:
+      A function from a replicated state (leaves [D, ...], see `replicate`), a batch (leaves [D, N / D, ...]) and a key
+      to the state after the step and metrics, leaves with the leading axis [D] again.
 
     Example:
       >>> import flax.linen as nn
       >>> import optax
-      >>> from fs_jax.training import init_state, make_train_step
+      >>> from fs_jax.training import init_state
       >>> from fs_jax.training.methods import standard
       >>> class Network(nn.Module):
       ...     @nn.compact
@@ -40,11 +55,22 @@ def pmapped(step: Step, devices: Sequence[jax.Device]) -> "Program":
       >>> parts, devices = (Network(), optax.sgd(0.1), standard()), jax.local_devices()[:1]
       >>> batch = {"images": jnp.full((1, 4, 8, 8, 1), 0.5), "labels": jnp.arange(4)[None]}
       >>> state = replicate(init_state(*parts, jax.random.key(0), batch["images"][0]), devices)
-      >>> state, metrics = pmapped(make_train_step(*parts, axis_name=AXIS), devices)(state, batch, jax.random.key(1))
+      >>> state, metrics = pmapped(*parts, devices)(state, batch, jax.random.key(1))
       >>> int(unreplicate(state).step)
       1
     """
-    return Program(jax.pmap(step, AXIS, in_axes=(0, 0, None), devices=list(devices), donate_argnums=0))
+    devices = list(devices or jax.local_devices())
+    step = make_train_step(model, optimizer, method, axis_name=axis_of(devices))
+    return Program(jax.pmap(step, AXIS, in_axes=(0, 0, None), devices=devices, donate_argnums=0))
+
+
+def axis_of(devices: Sequence[jax.Device]) -> str | None:
+    """What is averaged over: `AXIS`, or on one device nothing.
+
+    Example:
+      >>> axis_of(jax.local_devices()[:1])
+    """
+    return AXIS if len(devices) > 1 else None
 
 
 def pmapped_steps(step: Step, info: DataInfo, batch_size: int, devices: Sequence[jax.Device]) -> "Program":

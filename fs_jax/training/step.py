@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
+from fs_jax._utils.images import check_images, check_labels
 from fs_jax.training.methods import Method
 from fs_jax.training.methods.method import Apply, Batch, Context, Metrics
 from fs_jax.training.state import TrainState
@@ -25,7 +26,8 @@ def make_train_step(
     Args:
       model: A Flax Linen module: `model.apply(variables, images, train=False)` gives logits [N, classes], or a tuple
         that begins with them. With `train=True` its BatchNorm may move `batch_stats`, and its dropout draws from the
-        stream "dropout". To share BatchNorm's moments over devices, give its BatchNorm the mapped axis's name.
+        stream "dropout", once for each step and device. To share BatchNorm's moments over devices, give its BatchNorm
+        the mapped axis's name.
       optimizer: Any of Optax.
       method: Such as `fs_jax.training.methods.feature_scatter()`, or one's own `Method`.
       axis_name: Mapped axis over which gradients, statistics and metrics are averaged.
@@ -35,6 +37,10 @@ def make_train_step(
       which is a dictionary of `images` [N, H, W, C] float in [0, 1], `labels` [N], and what the method takes besides;
       and the run's key, from which each step draws by its number, image by image. On a mapped axis N is each
       device's. It gives the state after the step and metrics: `loss`, and the method's.
+
+    Raises:
+      TypeError, ValueError: by the step, for images that aren't float or not in [0, 1], or labels of another shape or
+        type. (Values are looked at where they are known, so not under jit.)
 
     Example:
       >>> from fs_jax.training import init_state
@@ -53,7 +59,9 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: Batch, rng: Key[Array, ""]) -> tuple[TrainState, Metrics]:
-        # Keyed by the position in the whole batch, so that draws don't depend on the number of devices.
+        check_images(batch["images"])
+        check_labels(batch["labels"], batch["images"])
+        # Keyed by the position in the whole batch, so that attacks don't depend on the number of devices.
         count, rng = len(batch["images"]), jax.random.fold_in(rng, state.step)
         begin = 0 if axis_name is None else jax.lax.axis_index(axis_name) * count
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, begin + jnp.arange(count))

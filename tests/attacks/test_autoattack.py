@@ -139,19 +139,19 @@ def test_warns_of_networks_that_cannot_be_trusted(problem, network, doubt):
     logits_fn, images, _ = problem
     all_wrong = (np.asarray(jnp.argmax(logits_fn(images), -1)) + 1) % 5  # so that no attack has to run
     with pytest.warns(UserWarning, match=doubt) as caught:
-        record = attacks.autoattack(lambda x: network(logits_fn(x)), KEY, images, all_wrong, version=["square"])
+        record = attacks.autoattack(lambda x: network(logits_fn(x)), KEY, images, all_wrong, version=["apgd-ce"])
     with pytest.warns(UserWarning, match=doubt):
         result = evaluate(
             lambda x: network(logits_fn(x)),
             images,
             all_wrong,
-            attacks.autoattack_attacks(["square"], num_classes=5),
+            attacks.autoattack_attacks(["apgd-ce"], num_classes=5),
             progress=False,
         )
     assert result.summary["warnings"] == record.warnings
     assert [str(warning.message) for warning in caught] == record.warnings
     assert len(record.warnings) == 1
-    assert record.stages == {"clean": 0.0, "square": 0.0}
+    assert record.stages == {"clean": 0.0, "apgd-ce": 0.0}
 
 
 @pytest.mark.slow
@@ -201,9 +201,9 @@ def test_versions_are_the_authors():
         (
             {"version": ["fab", "fab"]},
             ValueError,
-            "version: expected at least one attack besides clean, and none twice",
+            "version: expected one attack at least, and none twice",
         ),
-        ({"version": []}, ValueError, "version: expected at least one attack"),
+        ({"version": []}, ValueError, "version: expected one attack at least"),
         (
             {"version": [attacks.REGISTRY["square"]]},
             TypeError,

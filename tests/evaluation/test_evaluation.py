@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import typing
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -442,10 +443,10 @@ def test_a_network_without_finite_logits_is_refused():
 
 def test_warns_where_attacks_that_see_no_gradient_find_more():
     def masked(x):
-        return jax.lax.stop_gradient(jnp.stack([x.mean((1, 2, 3)), 0.99 - x.mean((1, 2, 3))], -1))
+        return jax.lax.stop_gradient(jnp.stack([x.mean((1, 2, 3)), 0.95 - x.mean((1, 2, 3))], -1))
 
-    images, labels = np.full((4, 4, 4, 1), 0.5, np.float32), np.zeros(4, int)
-    attacks = ["clean", "pgd-2", Attack("square", 0.1, num_steps=50)]
+    images, labels = np.full((4, 8, 8, 1), 0.5, np.float32), np.zeros(4, int)
+    attacks = ["clean", Attack("apgd-ce", 0.1, num_steps=3), Attack("square", 0.1, num_steps=100)]
     with pytest.warns(UserWarning, match="gradient") as caught:
         result = evaluate(masked, images, labels, attacks, epsilon=0.1, progress=False)
     flat, beaten = result.summary["warnings"]
@@ -453,6 +454,23 @@ def test_warns_where_attacks_that_see_no_gradient_find_more():
     assert flat.startswith("4 of 4 images have a cross-entropy gradient of exactly zero")
     assert beaten.startswith("square, blind to gradients, broke 100.0% of the images")
     assert evaluate(masked, images, labels, ["clean"], progress=False).summary["warnings"] == []
+    # That a weak attack finds less says nothing.
+    weak = ["clean", "pgd-2", attacks[2]]
+    with pytest.warns(UserWarning, match="gradient"):
+        assert evaluate(masked, images, labels, weak, epsilon=0.1, progress=False).summary["warnings"] == [flat]
+
+
+def test_a_network_without_gradients_goes_through_attacks_that_need_none():
+    def outside(x):  # no derivative is defined
+        margin = jax.pure_callback(lambda x: np.mean(x, (1, 2, 3)) - 0.5, jax.ShapeDtypeStruct(x.shape[:1], x.dtype), x)
+        return jnp.stack([margin, -margin], -1)
+
+    images, labels = np.full((3, 4, 4, 1), 0.55, np.float32), np.zeros(3, int)
+    attacks = ["clean", Attack("square", 0.1, num_steps=50)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = evaluate(outside, images, labels, attacks, progress=False)
+    assert result.summary["worst"]["correct"] == 0
 
 
 def test_the_command_line_offers_the_suites_that_there_are():

@@ -231,8 +231,10 @@ def test_a_method_has_its_own_defaults_and_configurations_change_them():
     [
         ({"method": "pdg"}, "method: .*Did you mean 'pgd'"),
         ({"method": "trades", "method_settings": {"bta": 3.0}}, "setting of trades: .*Did you mean 'beta'"),
-        ({"method": "pgd", "method_settings": {"beta": 3.0}}, "setting of pgd: expected .*; got 'beta'"),
-        ({"weight_average": 1.0}, "decay: expected .* got 1.0"),
+        (
+            {"method": "pgd", "method_settings": {"beta": 3.0}},
+            "method_settings: expected none, as pgd has none of its own; got beta",
+        ),
     ],
 )
 def test_methods_that_there_are_not_are_refused(settings, message):
@@ -253,4 +255,47 @@ def test_the_readmes_lines_train_ones_own_network():
     names = {"model": Network(), "images": images, "labels": np.arange(256) % 4}
     exec(block, names)
     assert int(names["state"].step) == 2
-    assert names["logits_fn"](images)[0].shape == (256, 4)
+    assert names["logits_fn"](images).shape == (256, 4)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: feature_scatter(scope="globl"), "scope: expected one of device, global; got 'globl'"),
+        (lambda: feature_scatter(smoothing=7.0), "smoothing: expected .* of at most 1; got 7.0"),
+        (lambda: trades(epsilon=-1.0), "epsilon: expected .* of at least 0"),
+        (lambda: trades(beta=-1.0), "beta: expected .* of at least 0"),
+        (lambda: pgd(num_steps=0), "num_steps: expected .* of at least 1"),
+        (lambda: averaged(standard(), decay=1.0), "decay: expected .* below 1; got 1.0"),
+    ],
+)
+def test_settings_that_no_method_can_have_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "error", "message"),
+    [
+        (np.zeros((5, 2, 2, 1), np.uint8), LABELS, TypeError, "images: expected float"),
+        (255 * IMAGES, LABELS, ValueError, "images: expected values in"),
+        (IMAGES, LABELS[:, None], ValueError, "labels: expected"),
+        (IMAGES, np.eye(5), (TypeError, ValueError), "labels: expected"),
+    ],
+)
+def test_batches_that_no_method_can_take_are_refused(images, labels, error, message):
+    model, optimizer, method = Network(), optax.sgd(0.1), standard()
+    state = init_state(model, optimizer, method, jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
+    with pytest.raises(error, match=message):
+        make_train_step(model, optimizer, method)(state, {"images": images, "labels": labels}, jax.random.key(1))
+
+
+def test_an_average_of_bfloat16_moves():
+    method = averaged(standard(), decay=0.999)
+    own, variables = method.init({"w": jnp.zeros(1, jnp.bfloat16)}), {"w": jnp.ones(1, jnp.bfloat16)}
+    own = {**own, "steps": jnp.int32(100_000)}
+    for _ in range(1000):
+        own = method.update(own, variables)
+    # 1 - 0.999^1000 = 0.632, where bfloat16 has steps of 0.004.
+    np.testing.assert_allclose(method.evaluated(own, variables)["w"].astype(np.float32), 0.632, atol=0.003)
+    assert method.evaluated(own, variables)["w"].dtype == jnp.bfloat16

@@ -74,7 +74,7 @@ def test_four_devices_equal_one_with_ones_own_network(method):
     others = optax.sgd(0.1), METHODS[method].build(epsilon=0.1)
     start = as_type(init_state(Network(), *others, jax.random.key(0), batch["images"]), jnp.float64)
     one = jax.jit(make_train_step(Network(), *others))
-    step = pmapped(make_train_step(Network(AXIS), *others, axis_name=AXIS), jax.devices())
+    step = pmapped(Network(AXIS), *others)
     check_four_devices(start, one, step, batch, rng)
 
 

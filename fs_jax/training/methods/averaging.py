@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fs_jax._utils.validation import check_number
 from fs_jax.training.methods.method import Method
@@ -29,26 +28,27 @@ def averaged(method: Method, *, decay: float = 0.999) -> Method:
       >>> method.evaluated(own, {"params": jnp.ones(1)})["params"].tolist()
       [0.8999999761581421]
 
-    Source: Izmailov et al., "Averaging weights leads to wider optima and better generalization", UAI 2018, for the
-    idea; the rising decay is TensorFlow's `ExponentialMovingAverage`.
+    Source: Polyak & Juditsky, "Acceleration of stochastic approximation by averaging", 1992; the exponential average
+    with a decay that rises is TensorFlow's `ExponentialMovingAverage`.
     """
-    check_number("decay", decay, at_least=0, at_most=np.nextafter(1, 0))
+    check_number("decay", decay, at_least=0, below=1)
 
     def init(variables):
-        average = jax.tree.map(jnp.array, variables)  # copies: the step donates its buffers
+        # In float32 at least: bfloat16 rounds most decays to 1. And copies, as the step donates its buffers.
+        average = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), variables)
         return {"average": average, "steps": jnp.zeros((), jnp.int32), "method": method.init(variables)}
 
     def update(own, variables):
         steps = own["steps"].astype(jnp.float32)
         rate = jnp.minimum(decay, (1 + steps) / (10 + steps))
-        average = jax.tree.map(lambda old, new: _mixed(old, new, rate), own["average"], variables)
+        average = jax.tree.map(lambda old, new: new + rate.astype(old.dtype) * (old - new), own["average"], variables)
         return {"average": average, "steps": own["steps"] + 1, "method": method.update(own["method"], variables)}
 
     def loss(apply, variables, batch, context):
         return method.loss(apply, variables, batch, context._replace(own=context.own["method"]))
 
-    return Method(loss, init, update, evaluated=lambda own, variables: own["average"])
+    def evaluated(own, variables):
+        average = jax.tree.map(lambda mean, x: mean.astype(x.dtype), own["average"], variables)
+        return method.evaluated(own["method"], average)
 
-
-def _mixed(old, new, rate):
-    return (new + rate.astype(new.dtype) * (old - new)).astype(new.dtype)
+    return Method(loss, init, update, evaluated)

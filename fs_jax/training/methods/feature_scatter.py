@@ -1,15 +1,16 @@
 """The paper's method: train on images whose features were scattered."""
 
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from fs_jax import attacks, ot
+from fs_jax._utils.validation import check_choice
 from fs_jax.attacks.scatter import TransportFn
 from fs_jax.training.losses import smoothed_cross_entropy
-from fs_jax.training.methods.method import Entry, Method, accuracy, infer
+from fs_jax.training.methods.method import Entry, Method, accuracy, check_settings, infer
 
 Scope = Literal["device", "global"]
 
@@ -49,6 +50,8 @@ def feature_scatter(
     Source: Zhang & Wang, NeurIPS 2019, algorithm 1.
     """
     step_size = epsilon if step_size is None else step_size
+    check_settings(smoothing=smoothing, epsilon=epsilon, step_size=step_size, num_steps=num_steps)
+    check_choice("scope", scope, get_args(Scope))
 
     def loss(apply, variables, batch, context):
         images, labels = batch["images"], batch["labels"]

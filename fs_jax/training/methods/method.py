@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from fs_jax._utils.validation import check_number
+
 Variables = dict[str, PyTree]
 """`params` and `batch_stats`, as `model.apply` takes them."""
 Apply = Callable[..., tuple[Float[Array, "n classes"], Variables]]
-"""(variables, images, train=...) -> logits, and the variables with BatchNorm's statistics moved where it trains."""
+"""(variables, images, train=...) -> logits, and the variables with BatchNorm's statistics moved where it trains.
+Dropout draws once for each step and device: every pass of a step has the same mask."""
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
 
@@ -43,7 +46,7 @@ class Method:
     with the statistics that the next step has; and scalars to log. `batch` has `images` [N, H, W, C] in [0, 1] and
     `labels` [N]. Losses and metrics are means over the images, so that their means over devices are those of all."""
     init: Callable[[Variables], PyTree] = lambda variables: ()
-    """What it keeps from step to step, before the first one."""
+    """What it keeps from step to step, before the first one: arrays, in any pytree. Checkpoints have it too."""
     update: Callable[[PyTree, Variables], PyTree] = lambda own, variables: own
     """(own, variables after the step) -> own."""
     evaluated: Callable[[PyTree, Variables], Variables] = lambda own, variables: variables
@@ -88,6 +91,29 @@ def accuracy(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) -> Floa
       0.75
     """
     return jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
+
+
+def check_settings(
+    *,
+    smoothing: float,
+    epsilon: float = 0.0,
+    step_size: float = 0.0,
+    num_steps: int = 1,
+) -> None:
+    """Refuse settings that no method can have.
+
+    Raises:
+      TypeError, ValueError: naming the setting, what was expected and what was given.
+
+    Example:
+      >>> check_settings(smoothing=1.5)
+      Traceback (most recent call last):
+      ValueError: smoothing: expected a finite number of at least 0 of at most 1; got 1.5.
+    """
+    check_number("smoothing", smoothing, at_least=0, at_most=1)
+    check_number("epsilon", epsilon, at_least=0, at_most=1)
+    check_number("step_size", step_size, at_least=0, at_most=1)
+    check_number("num_steps", num_steps, at_least=1, integer=True)
 
 
 def given(**settings: Any) -> dict[str, Any]:

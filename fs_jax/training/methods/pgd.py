@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from fs_jax import attacks
 from fs_jax.training.losses import smoothed_cross_entropy
-from fs_jax.training.methods.method import Entry, Method, accuracy, infer
+from fs_jax.training.methods.method import Entry, Method, accuracy, check_settings, infer
 
 
 def pgd(
@@ -26,6 +26,7 @@ def pgd(
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks", ICLR 2018.
     """
     step_size = epsilon / 4 if step_size is None else step_size
+    check_settings(smoothing=smoothing, epsilon=epsilon, step_size=step_size, num_steps=num_steps)
 
     def loss(apply, variables, batch, context):
         images, labels = batch["images"], batch["labels"]

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from fs_jax.training.losses import smoothed_cross_entropy
-from fs_jax.training.methods.method import Entry, Method, accuracy
+from fs_jax.training.methods.method import Entry, Method, accuracy, check_settings
 
 
 def standard(*, smoothing: float = 0.0) -> Method:
@@ -15,6 +15,7 @@ def standard(*, smoothing: float = 0.0) -> Method:
     Example:
       >>> method = standard(smoothing=0.1)
     """
+    check_settings(smoothing=smoothing)
 
     def loss(apply, variables, batch, context):
         logits, variables = apply(variables, batch["images"], train=True)

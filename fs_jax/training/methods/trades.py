@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from fs_jax._utils.validation import check_number
 from fs_jax.attacks.linf import LogitsFn, held_fixed, project
 from fs_jax.training.losses import smoothed_cross_entropy
-from fs_jax.training.methods.method import Entry, Method, accuracy, infer
+from fs_jax.training.methods.method import Entry, Method, accuracy, check_settings, infer
 
 
 def trades(
@@ -43,6 +44,8 @@ def trades(
     and their code's `trades_loss`.
     """
     step_size = 7 / 31 * epsilon if step_size is None else step_size
+    check_settings(smoothing=smoothing, epsilon=epsilon, step_size=step_size, num_steps=num_steps)
+    check_number("beta", beta, at_least=0)
 
     def loss(apply, variables, batch, context):
         images, labels = batch["images"], batch["labels"]
