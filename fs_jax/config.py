@@ -112,6 +112,9 @@ class TrainConfig:
     """On every parameter, BatchNorm's too."""
     sync_batch_norm: bool = True
     """Normalise by the batch of all devices, or by each device's part of it."""
+    parts: int = 1
+    """Into how many parts a batch is split, if devices have transport problems or BatchNorms of their own; a run sets
+    it to the number of its devices, and another number doesn't resume it."""
     seed: int = 0
 
     def __post_init__(self):
@@ -126,6 +129,7 @@ class TrainConfig:
         if self.smoothing is not None:
             check_number("smoothing", self.smoothing, at_least=0, at_most=1)
         check_number("batch_size", self.batch_size, at_least=1, integer=True)
+        check_number("parts", self.parts, at_least=1, integer=True)
         check_number("epochs", self.epochs, at_least=1, integer=True)
         check_number("learning_rate", self.learning_rate, above=0)
         check_number("decay_factor", self.decay_factor, above=0, at_most=1)

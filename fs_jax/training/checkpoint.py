@@ -23,7 +23,7 @@ class Checkpoints:
 
     Saving is asynchronous: arrays are copied, then written in the background, and a checkpoint appears under its name
     only when it is whole. Each holds the unreplicated state, so that any number of devices can go on from it, and the
-    configuration.
+    configuration. (They are of configured runs; for a network of one's own, save the state's arrays by Orbax itself.)
 
     Args:
       workdir: The run's folder.
@@ -59,9 +59,17 @@ class Checkpoints:
         """Save `state` under its step, unless that is there. The state must be finite.
 
         Raises:
+          ValueError: if it isn't a state of this configuration's optimizer and method.
           FloatingPointError: if a parameter or statistic isn't finite; nothing is written then.
         """
         state = jax.tree.map(np.asarray, state)
+        for name, like in _like(self._config, state.variables).items():
+            ours, theirs = map(jax.tree.structure, (like, getattr(state, name)))
+            if ours != theirs:
+                raise ValueError(
+                    f"state: expected the {name} of the configuration's training, {ours}; got {theirs}. Nothing was "
+                    "saved."
+                )
         _check_finite(state)
         if int(state.step) not in self._latest.all_steps():
             self._latest.save(int(state.step), args=self._args(state))
@@ -154,8 +162,8 @@ class Checkpoints:
             return _skipped(manager, step, error)
         variables = {"params": saved["params"], "batch_stats": saved.get("batch_stats") or {}}
 
-        def unflattened(like, name):
-            leaves, structure = jax.tree.flatten(jax.eval_shape(*like))
+        def unflattened(name, like):
+            leaves, structure = jax.tree.flatten(like)
             ours, theirs = ([(x.shape, x.dtype) for x in arrays] for arrays in (leaves, saved.get(name, [])))
             if ours != theirs:
                 raise ValueError(
@@ -165,9 +173,8 @@ class Checkpoints:
                 )
             return jax.tree.unflatten(structure, saved.get(name, []))
 
-        opt_state = unflattened((make_optimizer(self._config).init, variables["params"]), "opt_state")
-        own = unflattened((make_method(self._config).init, variables), "own")
-        return jax.tree.map(np.asarray, TrainState(**variables, opt_state=opt_state, step=saved["step"], own=own))
+        rest = {name: unflattened(name, like) for name, like in _like(self._config, variables).items()}
+        return jax.tree.map(np.asarray, TrainState(**variables, step=saved["step"], **rest))
 
 
 def check_same_config(ours: TrainConfig, theirs: TrainConfig, where: str) -> None:
@@ -175,6 +182,10 @@ def check_same_config(ours: TrainConfig, theirs: TrainConfig, where: str) -> Non
     differing = differences(ours, theirs)
     if differing:
         listed = "; ".join(f"{name}: {mine!r} here, {other!r} there" for name, (mine, other) in differing.items())
+        if "data" in differing:
+            listed += " (the training images or labels are others)"
+        if "parts" in differing:
+            listed += " (parts: devices with transport or BatchNorm of their own)"
         raise ValueError(
             f"workdir: expected a run of this configuration; {where} is of another one: {listed}. "
             "Give the same options, or another workdir."
@@ -198,6 +209,14 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
     flat = {"opt_state": jax.tree.leaves(state.opt_state), "own": jax.tree.leaves(state.own)}
     filled = {name: leaves for name, leaves in flat.items() if leaves}
     return {"params": state.params, "batch_stats": state.batch_stats, **filled, "step": state.step}
+
+
+def _like(config: TrainConfig, variables: dict[str, Any]) -> dict[str, Any]:
+    """Structure and shapes of what a configuration's optimizer and method keep."""
+    return {
+        "opt_state": jax.eval_shape(make_optimizer(config).init, variables["params"]),
+        "own": jax.eval_shape(make_method(config).init, variables),
+    }
 
 
 def _check_finite(state: TrainState) -> None:

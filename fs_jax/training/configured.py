@@ -18,7 +18,7 @@ from fs_jax.training.methods import METHODS, Method, averaged
 from fs_jax.training.methods.method import Batch, Metrics, given
 from fs_jax.training.parallel import Program, axis_of, pmapped, pmapped_steps
 from fs_jax.training.state import TrainState, init_state
-from fs_jax.training.step import make_train_step
+from fs_jax.training.step import Step, make_train_step
 
 
 class Parts(NamedTuple):
@@ -192,7 +192,7 @@ def train_step(
     return make_train_step(*parts(config, num_classes, axis_name=axis_name), axis_name=axis_name)(state, batch, rng)
 
 
-def pmap_train_step(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Program:
+def pmap_train_step(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Step:
     """`train_step` over devices: gradients, statistics and metrics are averaged, the state's buffers are donated.
 
     Args:

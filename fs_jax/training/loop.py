@@ -75,7 +75,7 @@ def train(
     left alone: batches, crops and noise are drawn from the seed, the epoch and the step.
 
     Any number of devices can resume a run; another number gives other sums, so the same weights to rounding only. With
-    `transport.scope="device"` or without `sync_batch_norm` it is another method, and a warning says so.
+    `transport.scope="device"` or without `sync_batch_norm` it would be another method, and is refused.
 
     In `workdir`: `config.json`, `metrics.jsonl` and `tensorboard/` (a row per dispatch, and one per epoch with the
     accuracies on the monitored images), `checkpoints/` and `best/`. The monitored images are held-out ones, or
@@ -83,7 +83,7 @@ def train(
     PGD-10 (for standard training, the highest clean accuracy).
 
     Args:
-      config: Configuration. Its `train_size` and `data` are set to the data set's.
+      config: Configuration. Its `train_size` and `data` are set to the data set's, its `parts` to what devices do.
       dataset: The data set, on the host.
       workdir: A new folder, or the one of this run.
       devices: Devices to use; by default as many local ones as share the batch evenly.
@@ -126,6 +126,7 @@ def train(
     devices = _usable(config, devices)
     for note in _notes(config, len(devices), chosen=chosen):
         warnings.warn(note, stacklevel=2)
+    config = dataclasses.replace(config, parts=len(devices) if _splits(config) else 1)
     _try(config, dataset)
     steps = pmap_train_steps(config, dataset.info, devices)
     init_rng, order_rng, steps_rng = jax.random.split(jax.random.key(config.seed), 3)
@@ -239,6 +240,12 @@ def _usable(config: TrainConfig, devices: Sequence[jax.Device] | None) -> tuple[
         return tuple(devices)
     local = jax.local_devices()
     return tuple(local[: most_devices(config, local)])
+
+
+def _splits(config: TrainConfig) -> bool:
+    """Whether devices solve transport problems, or normalise, by themselves."""
+    own_transport = config.transport.scope == "device" and "scope" in METHODS[config.method].settings
+    return own_transport or not config.sync_batch_norm
 
 
 def _notes(config: TrainConfig, devices: int, *, chosen: bool) -> list[str]:

@@ -18,6 +18,7 @@ from fs_jax._utils.images import as_float
 from fs_jax.augment import augment
 from fs_jax.data import DataInfo
 from fs_jax.training.methods import Method
+from fs_jax.training.methods.method import Batch, Metrics
 from fs_jax.training.state import TrainState
 from fs_jax.training.step import Step, make_train_step
 
@@ -30,7 +31,7 @@ def pmapped(
     optimizer: optax.GradientTransformation,
     method: Method,
     devices: Sequence[jax.Device] | None = None,
-) -> "Program":
+) -> Step:
     """The step of `make_train_step` over devices; the state's buffers are donated.
 
     Args:
@@ -61,7 +62,18 @@ def pmapped(
     """
     devices = list(devices or jax.local_devices())
     step = make_train_step(model, optimizer, method, axis_name=axis_of(devices))
-    return Program(jax.pmap(step, AXIS, in_axes=(0, 0, None), devices=devices, donate_argnums=0))
+    program = Program(jax.pmap(step, AXIS, in_axes=(0, 0, None), devices=devices, donate_argnums=0))
+
+    def mapped(state: TrainState, batch: Batch, rng: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+        for name, leaf, how in (("state", state.step, "See `replicate`"), ("batch", batch["images"], "Reshape it")):
+            if jnp.shape(leaf)[:1] != (len(devices),):
+                raise ValueError(
+                    f"{name}: expected arrays with a leading axis of {len(devices)} devices; got {jnp.shape(leaf)}. "
+                    f"{how}."
+                )
+        return program(state, batch, rng)
+
+    return mapped
 
 
 def axis_of(devices: Sequence[jax.Device]) -> str | None:

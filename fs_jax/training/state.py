@@ -68,6 +68,7 @@ def init_state(
       >>> int(state.step), state.params["conv1"]["kernel"].shape
       (0, (3, 3, 1, 16))
     """
+    check_parts(model, method)
     variables = _init(model, rng, jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype))
     if other := set(variables) - {"params", "batch_stats"}:
         raise ValueError(
@@ -80,6 +81,25 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         own=method.init(variables),
     )
+
+
+def check_parts(model: nn.Module, method: Method) -> None:
+    """Refuse what is no Linen module, and what is no method.
+
+    Raises:
+      TypeError: saying what to pass.
+
+    Example:
+      >>> from fs_jax.training.methods import standard
+      >>> check_parts(nn.Dense(3), standard)
+      Traceback (most recent call last):
+      TypeError: method: expected a Method, such as standard(); got the function standard. Call it, with its settings.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a Flax Linen module; got {type(model).__name__}.")
+    if not isinstance(method, Method):
+        got = f"the function {method.__name__}. Call it, with its settings" if callable(method) else repr(method)
+        raise TypeError(f"method: expected a Method, such as standard(); got {got}.")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "like"))  # compiled once for each network

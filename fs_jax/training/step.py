@@ -11,7 +11,7 @@ from jaxtyping import Array, Key
 from fs_jax._utils.images import check_images, check_labels
 from fs_jax.training.methods import Method
 from fs_jax.training.methods.method import Apply, Batch, Context, Metrics
-from fs_jax.training.state import TrainState
+from fs_jax.training.state import TrainState, check_parts
 
 Step = Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Metrics]]
 
@@ -57,8 +57,11 @@ def make_train_step(
       >>> int(state.step), sorted(metrics)[:3]
       (1, ['accuracy', 'loss', 'marginal_error'])
     """
+    check_parts(model, method)
 
     def step(state: TrainState, batch: Batch, rng: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+        if missing := {"images", "labels"} - set(batch):
+            raise ValueError(f"batch: expected images and labels; {' and '.join(sorted(missing))} is missing.")
         check_images(batch["images"])
         check_labels(batch["labels"], batch["images"])
         # Keyed by the position in the whole batch, so that attacks don't depend on the number of devices.
@@ -69,7 +72,7 @@ def make_train_step(
         context = Context(keys, state.own, axis_name)
 
         def loss_fn(params):
-            return method.loss(apply, {**state.variables, "params": params}, batch, context)
+            return _checked(method.loss(apply, {**state.variables, "params": params}, batch, context))
 
         (loss, (variables, metrics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         batch_stats, metrics = variables["batch_stats"], {"loss": loss, **metrics}
@@ -81,6 +84,21 @@ def make_train_step(
         return TrainState(params, batch_stats, opt_state, state.step + 1, own), metrics
 
     return step
+
+
+def _checked(result):
+    """What the loss gave, if that is what a loss gives."""
+    try:
+        loss, (variables, metrics) = result
+        named = set(variables), set(metrics)
+    except (TypeError, ValueError):
+        raise TypeError(f"method.loss: expected (loss, (variables, metrics)); got {type(result).__name__}.") from None
+    if named[0] != {"params", "batch_stats"} or "loss" in named[1]:
+        raise ValueError(
+            "method.loss: expected variables of params and batch_stats, as `apply` gives them, and metrics of which "
+            f"none is named loss; got {sorted(named[0])} and {sorted(named[1])}."
+        )
+    return loss, (variables, metrics)
 
 
 def _apply(model: nn.Module, dropout: Key[Array, ""]) -> Apply:

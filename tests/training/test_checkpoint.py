@@ -145,3 +145,12 @@ def test_a_state_that_is_not_finite_is_not_saved(state, tmp_path, part):
         with pytest.raises(FloatingPointError, match=f"expected finite arrays; .{part}.* isn't. Not saved"):
             checkpoints.save(state.replace(**{part: broken}, step=jnp.int32(3)))
         assert checkpoints.steps() == [2]
+
+
+def test_a_state_of_another_optimizer_is_not_saved(tmp_path):
+    import optax
+
+    state = create_state(CONFIG, jax.random.key(0))
+    other = state.replace(opt_state=optax.adam(1e-3).init(state.params))
+    with Checkpoints(tmp_path, CONFIG) as checkpoints, pytest.raises(ValueError, match="state: expected the opt_state"):
+        checkpoints.save(other)

@@ -318,3 +318,10 @@ def test_an_average_of_the_weights_is_what_is_monitored_kept_and_given_back(tmp_
     jax.tree.map(np.testing.assert_array_equal, last_state(tmp_path / "run").evaluated(method), run.variables)
     _, variables, _ = load_network(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, variables, run.variables)
+
+
+def test_another_number_of_devices_does_not_resume_a_run_whose_method_it_would_change(tmp_path):
+    config = dataclasses.replace(SHORT, sync_batch_norm=False)
+    loop.open_workdir(tmp_path / "run", loop._fit_to_data(dataclasses.replace(config, parts=4), DIGITS))
+    with pytest.raises(ValueError, match=r"parts: 1 here, 4 there \(parts: devices with transport or BatchNorm"):
+        train(config, DIGITS, tmp_path / "run", devices=jax.devices()[:1], progress=False)

@@ -299,3 +299,34 @@ def test_an_average_of_bfloat16_moves():
     # 1 - 0.999^1000 = 0.632, where bfloat16 has steps of 0.004.
     np.testing.assert_allclose(method.evaluated(own, variables)["w"].astype(np.float32), 0.632, atol=0.003)
     assert method.evaluated(own, variables)["w"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"method": standard}, TypeError, "got the function standard. Call it"),
+        ({"model": lambda x: x}, TypeError, "model: expected a Flax Linen module; got function"),
+        ({"loss": lambda *_: jnp.zeros(())}, TypeError, r"method.loss: expected \(loss, \(variables, metrics\)\)"),
+        ({"loss": lambda _, v, *__: (0.0, ({**v, "delta": 0}, {}))}, ValueError, "got .*'delta'"),
+        ({"loss": lambda _, v, *__: (0.0, (v, {"loss": 0.0}))}, ValueError, "none is named loss"),
+        ({"batch": {"images": IMAGES}}, ValueError, "batch: expected images and labels; labels is missing"),
+    ],
+)
+def test_what_is_no_method_network_or_batch_is_refused(change, error, message):
+    model, optimizer = Network(), optax.sgd(0.1)
+    state = init_state(model, optimizer, standard(), jax.random.key(0), batch()["images"])
+    method = Method(change["loss"]) if "loss" in change else change.get("method", standard())
+    inputs = state, change.get("batch", batch()), jax.random.key(1)
+    with pytest.raises(error, match=message):
+        make_train_step(change.get("model", model), optimizer, method)(*inputs)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", METHODS)
+def test_strict_promotion_is_enough(name):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        optimizer, method = optax.sgd(0.1), METHODS[name].build()
+        state = init_state(Network(), optimizer, method, jax.random.key(0), batch()["images"])
+        step = make_train_step(Network(), optimizer, method)
+        labels = batch()["labels"].astype(jnp.int32)
+        jax.eval_shape(step, state, {**batch(), "labels": labels}, jax.random.key(1))

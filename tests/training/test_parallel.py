@@ -157,3 +157,12 @@ def test_a_batch_that_does_not_divide_is_refused():
     config = dataclasses.replace(preset("digits"), batch_size=30)
     with pytest.raises(ValueError, match=r"multiple of the number of devices, 4; got 30\. Try 32, or 3 devices"):
         pmap_train_step(config)
+
+
+def test_arrays_without_the_axis_of_devices_are_refused():
+    config = configure("standard", dtype="float32")
+    step, state = pmap_train_step(config), create_state(config, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"state: expected arrays with a leading axis of 4 .*See `replicate`"):
+        step(state, split(batch_of(16, jnp.float32), 4), jax.random.key(1))
+    with pytest.raises(ValueError, match=r"batch: expected arrays with a leading axis of 4 devices; got \(16, 8,"):
+        step(replicate(state), batch_of(16, jnp.float32), jax.random.key(1))

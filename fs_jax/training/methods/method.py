@@ -46,7 +46,8 @@ class Method:
     with the statistics that the next step has; and scalars to log. `batch` has `images` [N, H, W, C] in [0, 1] and
     `labels` [N]. Losses and metrics are means over the images, so that their means over devices are those of all."""
     init: Callable[[Variables], PyTree] = lambda variables: ()
-    """What it keeps from step to step, before the first one: arrays, in any pytree. Checkpoints have it too."""
+    """What it keeps from step to step, before the first one: arrays, in any pytree. It follows from the variables
+    alone, so that it is the same on all devices; what the loss computes can't be kept."""
     update: Callable[[PyTree, Variables], PyTree] = lambda own, variables: own
     """(own, variables after the step) -> own."""
     evaluated: Callable[[PyTree, Variables], Variables] = lambda own, variables: variables
@@ -90,7 +91,7 @@ def accuracy(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) -> Floa
       >>> float(accuracy(jnp.eye(4), jnp.array([0, 1, 2, 2])))
       0.75
     """
-    return jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
+    return jnp.mean(jnp.argmax(logits, -1).astype(labels.dtype) == labels, dtype=jnp.float32)
 
 
 def check_settings(
