@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fs_jax.ot import Status, ipot, sinkhorn
-from tests.parameters import mostly_slow
+from tests.parameters import exact, mostly_slow
 
 ITERATIONS = 30
 SHAPES = [(1, 1), (4, 1), (6, 4)]  # few, since each is compiled
@@ -150,6 +150,7 @@ def exponents(problem, result, reg):
     return 1 + (problem.size + sum(potentials)) / reg
 
 
+@exact
 @pytest.mark.parametrize(
     ("solver", "dtype"),
     mostly_slow(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fs_jax.ot import Status, ipot, sinkhorn
-from tests.parameters import mostly_slow
+from tests.parameters import exact, mostly_slow
 
 SHAPE = (9, 13)
 
@@ -31,6 +31,7 @@ def errors_of(plan, a, b):
     return np.abs(plan.sum(2) - a).sum(1) + np.abs(plan.sum(1) - b).sum(1)
 
 
+@exact
 @pytest.mark.parametrize("solver", mostly_slow(["stabilized", "log", "kernel", "ipot"], "stabilized", "ipot"))
 def test_converged_means_that_the_plan_meets_the_threshold(solver):
     def solve(cost, a, b, reg, threshold):
