@@ -5,6 +5,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 # Also of the processes that tests start; before JAX is imported.
@@ -34,6 +35,19 @@ disturb.if_asked()
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+# On the oldest Python these and the examples in docstrings are slow tests: there they are the same programs as other
+# tests', and the newest JAX is what breaks them first.
+NEWEST_ONLY = ("test_quickstart_writes_its_table", "test_a_run_that_is_stopped_and_resumed_equals")
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+def pytest_collection_modifyitems(items):
+    if sys.version_info < (3, 12):
+        for item in items:
+            if isinstance(item, pytest.DoctestItem) or item.name.startswith(NEWEST_ONLY):
+                item.add_marker(pytest.mark.slow)
 
 
 class Recorded:
@@ -84,6 +98,14 @@ def small_programs():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def one_batch_size(monkeypatch):
+    """Attacks compile their step for one size of the batch, not for smaller ones too, which `test_packing` tests."""
+    from fs_jax.attacks import packing
+
+    monkeypatch.setattr(packing, "_SHRINKS", 0)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from experiments.evaluation_report import report_text
 from fs_jax.evaluation import Evaluation, accuracy
 from fs_jax.models import WideResNet, convert
 
+pytestmark = pytest.mark.usefixtures("one_batch_size")
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 

@@ -18,7 +18,7 @@ from fs_jax.attacks.stepwise import adversaries, first_judged, judged
 from fs_jax.evaluation import evaluate
 from fs_jax.ot import ipot, released_sinkhorn, sqeuclidean_cost
 
-pytestmark = pytest.mark.usefixtures("small_programs")
+pytestmark = pytest.mark.usefixtures("small_programs", "one_batch_size")
 
 
 def unlabelled(attack):

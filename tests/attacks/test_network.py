@@ -16,7 +16,7 @@ from fs_jax import attacks
 from fs_jax.evaluation import evaluate
 from fs_jax.ot import ipot
 
-pytestmark = pytest.mark.usefixtures("small_programs")
+pytestmark = pytest.mark.usefixtures("small_programs", "one_batch_size")
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)

@@ -25,7 +25,7 @@ from fs_jax.attacks.chain import Outcome
 from fs_jax.evaluation import Attack, accuracy, evaluate, parse_attack, suite
 from fs_jax.evaluation.suites import SUITES
 
-pytestmark = pytest.mark.usefixtures("small_programs")
+pytestmark = pytest.mark.usefixtures("small_programs", "one_batch_size")
 
 ROOT = pathlib.Path(__file__).parents[2]
 DIGITS = data.load("digits")

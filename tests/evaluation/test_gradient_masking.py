@@ -7,7 +7,7 @@ import pytest
 
 from fs_jax.evaluation import accuracy, gradient_masking
 
-pytestmark = pytest.mark.usefixtures("small_programs")
+pytestmark = pytest.mark.usefixtures("small_programs", "one_batch_size")
 
 TOTAL = 40
 UNBOUNDED, RADII, STEPS, BLACK_BOX, TRANSFER, SURFACE, GAP = range(7)

@@ -10,6 +10,7 @@ from jax import lax
 from jax.test_util import check_grads
 
 from fs_jax.models.convolution import conv2d
+from tests.parameters import mostly_slow
 
 
 def reference(x, kernel, stride):
@@ -60,7 +61,7 @@ def test_second_derivatives_and_vmap():
     ],
     ids=["forward over reverse", "reverse over forward", "reverse over reverse", "forward over forward"],
 )
-@pytest.mark.parametrize("of", ["images", "kernel"])
+@pytest.mark.parametrize("of", mostly_slow(["images", "kernel"], "kernel"))
 @pytest.mark.usefixtures("float64")
 def test_hessian_products_in_each_order_are_those_of_jaxs_convolution(product, of):
     rng = np.random.default_rng(2)

@@ -21,6 +21,8 @@ from fs_jax.config import ModelConfig, TrainConfig, TransportConfig
 from fs_jax.training import Checkpoints, loop, make_method, train
 from fs_jax.training.loop import read_config
 
+pytestmark = pytest.mark.usefixtures("one_batch_size")
+
 DIGITS = data.load("digits")
 SHORT = TrainConfig(
     dataset="digits",

@@ -25,6 +25,7 @@ from fs_jax.training import (
 from fs_jax.training.configured import pmap_train_steps
 from fs_jax.training.methods import METHODS
 from fs_jax.training.parallel import AXIS, share
+from tests.parameters import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("small_programs")
 
@@ -58,7 +59,7 @@ def as_type(state, dtype):
     )
 
 
-@pytest.mark.parametrize("method", ["feature_scatter", "trades"])
+@pytest.mark.parametrize("method", mostly_slow(["feature_scatter", "trades"], "feature_scatter"))
 @pytest.mark.usefixtures("float64")
 def test_four_devices_equal_one_with_ones_own_network(method):
     class Network(nn.Module):
