@@ -14,7 +14,7 @@ from fs_jax.attacks.chain import Log, check_chain, randomised, run_chain
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.packing import bound
 from fs_jax.attacks.registry import Attack, parse_attack
-from fs_jax.attacks.sanity import LOOKED_AT, masking_warnings, sanity_warnings
+from fs_jax.attacks.sanity import answers_warnings, masking_warnings
 
 VERSIONS: dict[str, dict[str, dict[str, Any]]] = {
     "standard": {"apgd-ce": {}, "apgd-t": {}, "fab-t": {}, "square": {}},
@@ -160,10 +160,7 @@ def autoattack(
     check_chain(logits_fn, images, labels, attacks)
     drawn_from = rng if randomised(attacks[0]) else None
     network = bound(logits_fn, images, drawn_from)
-    doubts = sanity_warnings(
-        logits_fn, images[:LOOKED_AT], labels[:LOOKED_AT], rng=drawn_from, batch_size=batch_size,
-        gradients=any(attack.specification.uses_gradients for attack in attacks),
-    )  # fmt: skip
+    doubts = answers_warnings(logits_fn, images, labels, attacks, rng=drawn_from, batch_size=batch_size)
     found, log = as_float(images).copy(), Log()
     stages = run_chain(
         network, rng, images, labels, attacks, log=log, batch_size=batch_size, worst_images=found, progress=progress

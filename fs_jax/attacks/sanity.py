@@ -19,6 +19,7 @@ from fs_jax.attacks.chain import Stage
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.losses import cross_entropy
 from fs_jax.attacks.packing import bound
+from fs_jax.attacks.registry import Attack
 
 LOOKED_AT = 100
 """Images whose answers `autoattack` and `evaluate` check, the first ones; the authors' code takes a batch."""
@@ -84,6 +85,29 @@ def sanity_warnings(
         )
     doubts = _doubts(logits, flat)
     return doubts if keys is not None else doubts + _doubts_about_calls(logits_fn, images[:4])
+
+
+def answers_warnings(
+    logits_fn: LogitsFn,
+    images: Images,
+    labels: Int[np.ndarray, "n"],
+    attack_list: Sequence[Attack],
+    *,
+    rng: Key[Array, ""] | None,
+    batch_size: int | None,
+) -> list[str]:
+    """`sanity_warnings` of the first images, as far as these attacks ask for it.
+
+    Example:
+      >>> images, labels = np.ones((1, 2, 2, 1)), np.zeros(1, int)
+      >>> answers_warnings(jnp.ravel, images, labels, [Attack("clean")], rng=None, batch_size=1)
+      []
+    """
+    if all(attack.specification.judges_only for attack in attack_list):
+        return []
+    gradients = any(attack.specification.uses_gradients for attack in attack_list)
+    few = slice(LOOKED_AT)
+    return sanity_warnings(logits_fn, images[few], labels[few], rng=rng, batch_size=batch_size, gradients=gradients)
 
 
 def _logits_alone(network, images, labels, *keys):

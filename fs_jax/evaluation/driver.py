@@ -19,7 +19,7 @@ from fs_jax.attacks.chain import Log, Stage, check_chain, randomised, run_chain
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.packing import bound
 from fs_jax.attacks.registry import Attack, parse_attack
-from fs_jax.attacks.sanity import LOOKED_AT, masking_warnings, sanity_warnings
+from fs_jax.attacks.sanity import answers_warnings, masking_warnings
 from fs_jax.evaluation.journal import SCHEMA, Journal
 from fs_jax.evaluation.statistics import accuracy
 
@@ -144,13 +144,8 @@ def evaluate(
         }
         if journal is not None:
             header = {**evaluated, "logits": _probe(network, images, draws), **(about or {})}
-        doubts = []
-        if any(not attack.specification.judges_only for attack in attack_list):
-            few, drawn_from = slice(LOOKED_AT), rng if draws else None
-            doubts = sanity_warnings(
-                logits_fn, images[few], labels[few], rng=drawn_from, batch_size=batch_size,
-                gradients=any(attack.specification.uses_gradients for attack in attack_list),
-            )  # fmt: skip
+        drawn_from = rng if draws else None
+        doubts = answers_warnings(logits_fn, images, labels, attack_list, rng=drawn_from, batch_size=batch_size)
         for doubt in doubts:
             warnings.warn(doubt, stacklevel=2)
         environments = [backend.describe(network.platform)]

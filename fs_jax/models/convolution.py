@@ -34,15 +34,16 @@ def conv2d(x: Float[Array, "n h w c"], kernel: Float[Array, "size size c d"], st
       >>> conv2d(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 2)), 2).shape
       (1, 2, 2, 2)
     """
-    if jax.sharding.get_abstract_mesh().manual_axes:  # inside `shard_map` they must vary over the same axes
+    if jax.sharding.get_abstract_mesh().manual_axes:  # in `shard_map` operands vary over the same axes
+        # The sum of nothing is 0, and varies as the array does.
         x, kernel = (
             a + jnp.sum(lax.stop_gradient(b).ravel()[:0]).astype(a.dtype) for a, b in ((x, kernel), (kernel, x))
         )
-    return _conv2d_by_ways(x, kernel, stride)
+    return _differentiable(x, kernel, stride)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _conv2d_by_ways(x, kernel, stride):
+def _differentiable(x, kernel, stride):
     return _conv2d(x, kernel, stride)
 
 
@@ -51,10 +52,10 @@ def _conv2d(x, kernel, stride):
     return lax.conv_general_dilated(x, kernel, (stride, stride), [(half, half)] * 2, dimension_numbers=_LAYOUT)
 
 
-@functools.partial(_conv2d_by_ways.defjvp, symbolic_zeros=True)
+@functools.partial(_differentiable.defjvp, symbolic_zeros=True)
 def _jvp(stride, primals, tangents):
     """The tangent, written as the transpose of what reverse mode shall compute, which JAX's own transposition gives."""
-    (x, kernel), y = primals, _conv2d_by_ways(*primals, stride)
+    (x, kernel), y = primals, _differentiable(*primals, stride)
     transposes = (
         functools.partial(_of_images, x, stride, kernel),
         functools.partial(_of_kernel, kernel, stride, x),

@@ -15,7 +15,7 @@ from fs_jax.config import TrainConfig, TransportConfig
 from fs_jax.data import DataInfo
 from fs_jax.models import WideResNet
 from fs_jax.training.methods import METHODS, Method, averaged
-from fs_jax.training.methods.method import Batch, Metrics, given
+from fs_jax.training.methods.method import Batch, Metrics
 from fs_jax.training.parallel import Program, axis_of, pmapped, pmapped_steps
 from fs_jax.training.state import TrainState, init_state
 from fs_jax.training.step import Step, make_train_step
@@ -103,7 +103,7 @@ def make_method(config: TrainConfig) -> Method:
     """
     check_choice("method", config.method, METHODS)
     entry = METHODS[config.method]
-    settings = given(
+    common = dict(
         epsilon=config.attack.epsilon,
         step_size=config.attack.step_size,
         num_steps=config.attack.num_steps,
@@ -111,11 +111,13 @@ def make_method(config: TrainConfig) -> Method:
         transport=make_transport(config.transport),
         scope=config.transport.scope,
     )
+    own = sorted(entry.settings - common.keys())
     for name, _ in config.method_settings:
-        if not entry.own_settings:
+        if not own:
             raise ValueError(f"method_settings: expected none, as {entry.name} has none of its own; got {name}.")
-        check_choice(f"setting of {entry.name}", name, entry.own_settings)
-    settings = {name: value for name, value in settings.items() if name in entry.settings}
+        check_choice(f"setting of {entry.name}", name, own)
+    # What the configuration leaves open has the method's own default.
+    settings = {name: value for name, value in common.items() if name in entry.settings and value is not None}
     method = entry.build(**settings, **dict(config.method_settings))
     return method if config.weight_average is None else averaged(method, decay=config.weight_average)
 

@@ -119,7 +119,7 @@ def test_a_lucky_draw_neither_breaks_an_image_nor_ends_its_run():
     images, drawn = np.full((64, 2, 2, 2), 0.5, np.float32), attacks.Attack("apgd-ce", EPSILON, num_draws=5)
     images[:32, ..., 1], images[32:, ..., 1] = 0, 1
     record = run((logits_fn, images, np.zeros(64, int)), version=[drawn], batch_size=64)
-    assert record.robust[:32].mean() > 0.7
+    assert record.robust[:32].mean() > 0.7  # 0.95 of the clean ones, 0.95 again; 32 images spread by 0.05
     assert record.robust[32:].mean() == 0
     # Nothing ends early; the draw that decides is one forward pass more.
     attacked = 64 * record.stages["clean"]

@@ -77,7 +77,7 @@ def test_hessian_products_in_each_order_are_those_of_jaxs_convolution(product, o
         jax.jit(functools.partial(product, functools.partial(total, convolution)))(at, v)
         for convolution in (conv2d, reference)
     )
-    np.testing.assert_allclose(ours, theirs, atol=1e-12)
+    np.testing.assert_allclose(ours, theirs, atol=1e-12)  # the same products summed in another order, in float64
 
 
 @pytest.mark.usefixtures("float64")
@@ -103,4 +103,4 @@ def test_under_shard_map_a_shared_kernels_gradient_is_the_sum_over_devices():
         return jax.grad(lambda kernel: jnp.sum(jnp.square(conv2d(x, kernel, 1))))(kernel)
 
     parts = jax.shard_map(gradient, mesh=mesh, in_specs=(spec("d"), spec()), out_specs=spec())
-    np.testing.assert_allclose(jax.jit(parts)(x, kernel), jax.jit(gradient)(x, kernel), atol=1e-12)
+    np.testing.assert_allclose(jax.jit(parts)(x, kernel), jax.jit(gradient)(x, kernel), atol=1e-12)  # as above

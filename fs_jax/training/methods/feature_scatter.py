@@ -88,5 +88,4 @@ FEATURE_SCATTER = Entry(
     "feature_scatter",
     "the paper's: attacks that scatter the features of a batch, 1 step by default",
     feature_scatter,
-    frozenset({"epsilon", "step_size", "num_steps", "smoothing", "transport", "scope"}),
 )

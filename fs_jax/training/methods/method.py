@@ -1,8 +1,9 @@
 """What a training method is: the loss that a step descends, and what it keeps from step to step."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,13 +64,15 @@ class Entry:
     summary: str
     """In a line."""
     build: Callable[..., Method]
-    """Makes it, from `epsilon` and what a configuration says otherwise; see `of_config`."""
-    settings: frozenset[str] = frozenset()
-    """What it takes of `epsilon`, `step_size`, `num_steps`, `smoothing`, `transport` and `scope`."""
-    own_settings: frozenset[str] = frozenset()
-    """What it takes besides, by `TrainConfig.method_settings`."""
+    """Makes it. Of its arguments, `epsilon`, `step_size`, `num_steps`, `smoothing`, `transport` and `scope` are what
+    every configuration has; the others are `TrainConfig.method_settings`."""
     chosen_by: str = "robust"
     """The accuracy that the best checkpoint has the highest of: "robust" or "clean"."""
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """What can be set: the arguments of `build`."""
+        return frozenset(inspect.signature(self.build).parameters)
 
 
 def infer(apply: Apply, variables: Variables) -> Callable[[Float[Array, "n h w c"]], Float[Array, "n classes"]]:
@@ -115,13 +118,3 @@ def check_settings(
     check_number("epsilon", epsilon, at_least=0, at_most=1)
     check_number("step_size", step_size, at_least=0, at_most=1)
     check_number("num_steps", num_steps, at_least=1, integer=True)
-
-
-def given(**settings: Any) -> dict[str, Any]:
-    """Those of the settings that aren't None: the others keep the defaults of the function that they are passed to.
-
-    Example:
-      >>> given(smoothing=0.5, num_steps=None)
-      {'smoothing': 0.5}
-    """
-    return {name: value for name, value in settings.items() if value is not None}

@@ -41,9 +41,4 @@ def pgd(
     return Method(loss)
 
 
-PGD = Entry(
-    "pgd",
-    "PGD adversarial training (Madry et al.), 7 steps by default",
-    pgd,
-    frozenset({"epsilon", "step_size", "num_steps", "smoothing"}),
-)
+PGD = Entry("pgd", "PGD adversarial training (Madry et al.), 7 steps by default", pgd)

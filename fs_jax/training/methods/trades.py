@@ -94,6 +94,4 @@ TRADES = Entry(
     "trades",
     "TRADES (Zhang et al. 2019): cross-entropy, and beta times the divergence under attack; 10 steps by default",
     trades,
-    frozenset({"epsilon", "step_size", "num_steps", "smoothing"}),
-    own_settings=frozenset({"beta"}),
 )
