@@ -224,7 +224,10 @@ def test_shards_merge_into_the_whole(tmp_path, monkeypatch, capsys):
         (("experiments.train", "digits", "--workdir", "x", "--model.depth", "17"), "depth: expected 6n + 4"),
         (("experiments.train", "digits", "--workdir", "x", "--smoothing", "2"), "smoothing: expected a finite number"),
         (("experiments.train", "digits", "--workdir", "x", "--dataset", "digts"), "'digits'"),
-        (("experiments.train", "cifar10_wrn10_2", "--workdir", "x", "--data-dir", "/nowhere"), "prepare_data cifar10"),
+        (
+            ("experiments.train", "cifar10_wrn10_2", "--workdir", "x", "--data-dir", "/nowhere"),
+            "data.prepare('cifar10', '/nowhere')",
+        ),
         (("experiments.evaluate", "--workdir", "nowhere"), "expected the folder of a run"),
         (("experiments.evaluate", "--workdir", "nowhere", "--epsilom", "1"), "--epsilon"),
         (("experiments.evaluate",), "workdir, weights: expected one of them"),

@@ -14,13 +14,12 @@ ARROWS = {
     "_utils": set(),
     "ot": set(),
     "config": set(),
-    "augment": {"config"},
-    "data": {"config"},
+    "data": set(),
     "attacks": {"ot"},
     "models": {"config"},
     "evaluation": {"attacks"},
     "report": set(),
-    "training": {"config", "data", "augment", "models", "ot", "attacks", "evaluation"},
+    "training": {"config", "data", "models", "ot", "attacks", "evaluation"},
 }
 
 

@@ -15,8 +15,8 @@ from jaxtyping import Array, Int, Key, PyTree, UInt8
 
 from fs_jax._utils import backend
 from fs_jax._utils.images import as_float
-from fs_jax.augment import augment
 from fs_jax.data import DataInfo
+from fs_jax.data.augmentation import augment
 from fs_jax.training.methods import Method
 from fs_jax.training.methods.method import Batch, Metrics
 from fs_jax.training.state import TrainState

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import fs_jax.augment
+from fs_jax.data import augmentation
 
 pytestmark = pytest.mark.usefixtures("small_programs")
 
 # Compiled, as they are used; one test compares with the functions as they are.
-augment = jax.jit(fs_jax.augment.augment, static_argnames=("padding", "flip"))
-random_crop = jax.jit(fs_jax.augment.random_crop, static_argnames="padding")
-random_flip = jax.jit(fs_jax.augment.random_flip)
+augment = jax.jit(augmentation.augment, static_argnames=("padding", "flip"))
+random_crop = jax.jit(augmentation.random_crop, static_argnames="padding")
+random_flip = jax.jit(augmentation.random_flip)
 
 KEY = jax.random.key(0)
 
@@ -102,7 +102,7 @@ def test_an_image_draws_the_same_in_any_batch_and_on_any_number_of_devices():
 
 def test_a_loop_under_pmap_changes_nothing():
     images = distinct(6, 8, 8)
-    function = functools.partial(fs_jax.augment.augment, padding=1, flip=True)
+    function = functools.partial(augmentation.augment, padding=1, flip=True)
 
     def steps(key, images):
         return jax.lax.fori_loop(0, 3, lambda i, _: function(jax.random.fold_in(key, i), images), images)
@@ -126,4 +126,4 @@ def test_no_padding_and_no_flip_is_the_identity():
 ])  # fmt: skip
 def test_bad_input_is_named(images, rng, padding, error, message):
     with pytest.raises(error, match=message):
-        fs_jax.augment.augment(rng, images, padding=padding, flip=True)
+        augmentation.augment(rng, images, padding=padding, flip=True)

@@ -1,0 +1,25 @@
+"""The 1,797 digits of 8 x 8 pixels that come with scikit-learn."""
+
+import numpy as np
+
+from fs_jax.data.types import Bundled, DataInfo
+
+
+def _read_digits() -> dict[str, np.ndarray]:
+    from sklearn.datasets import load_digits  # a second to import, for those who want digits only
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    test = np.zeros(len(images), bool)
+    test[np.argsort(digits.target, kind="stable")[::5]] = True
+    return {
+        "train_images": images[~test],
+        "train_labels": digits.target[~test],
+        "test_images": images[test],
+        "test_labels": digits.target[test],
+    }
+
+
+DIGITS = Bundled(
+    DataInfo("digits", (8, 8, 1), 10, flip=False, crop_padding=1, class_names=tuple("0123456789")), _read_digits
+)

@@ -1,0 +1,133 @@
+"""Arrays in an `.npz`: what users bring, and what the cache keeps."""
+
+import contextlib
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fs_jax._utils.files import replacing
+from fs_jax.data.types import ARRAYS, DataInfo, check_images, check_labels
+
+
+def _open_npz(path: str | os.PathLike) -> np.lib.npyio.NpzFile:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{path}: expected an .npz with {', '.join(ARRAYS)}; got no file there. "
+            "Check the path, or write it with np.savez."
+        )
+    try:
+        data = np.load(path, allow_pickle=False)
+        members = data.files  # a .npy under another name has none
+    except Exception as error:
+        raise ValueError(
+            f"{path}: expected an .npz; got another kind of file ({error}). Save it with np.savez."
+        ) from error
+    if missing := [key for key in ARRAYS if key not in members]:
+        data.close()
+        raise ValueError(
+            f"{path}: expected the arrays {', '.join(ARRAYS)}; got {', '.join(members) or 'none'}. "
+            f"Add {', '.join(missing)}."
+        )
+    return data
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike, key: str) -> Iterator[None]:
+    """Errors of any kind, while an array is read, as one that says which."""
+    try:
+        yield
+    except Exception as error:  # truncated, damaged, or pickled (which could run code)
+        raise ValueError(
+            f"{path}: {key}: expected a plain array; got one that can't be read ({error}). Save it again with np.savez."
+        ) from error
+
+
+def npz_info(path: str) -> DataInfo:
+    """Read one header and the labels: kilobytes, whatever the images weigh."""
+    with _open_npz(path) as data:
+        with _reading(path, "train_images"), data.zip.open("train_images.npy") as member:
+            version = np.lib.format.read_magic(member)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(member)
+        with _reading(path, "train_labels"):
+            labels = data["train_labels"]
+        optional = {}
+        for key, default in (("class_names", None), ("flip", False), ("crop_padding", 0)):
+            with _reading(path, key):
+                optional[key] = data[key] if key in data.files else default
+
+    check_images(f"{path}: train_images", dtype, shape)
+    names, flip, padding = optional["class_names"], np.asarray(optional["flip"]), np.asarray(optional["crop_padding"])
+    if flip.shape or flip.dtype != bool:
+        raise ValueError(f"{path}: flip: expected True or False; got {flip.dtype} of shape {flip.shape}.")
+    if padding.shape or not np.issubdtype(padding.dtype, np.integer) or padding < 0:
+        raise ValueError(f"{path}: crop_padding: expected an integer of 0 or more; got {optional['crop_padding']}.")
+    if names is None:
+        check_labels(f"{path}: train_labels", labels)
+        present = np.unique(labels)
+        # Labels 1 to 10 would otherwise make a network with an eleventh output that is never right.
+        if not np.array_equal(present, np.arange(len(present))):
+            raise ValueError(
+                f"{path}: train_labels: expected every class from 0 to the largest label; got {len(present)} classes "
+                f"between {present[0]} and {present[-1]}. Number the classes from 0, or save class_names for all."
+            )
+        names = present
+    return DataInfo(
+        path,
+        tuple(shape[1:]),
+        len(names),
+        flip=bool(flip),
+        crop_padding=int(padding),
+        class_names=tuple(str(n) for n in names),
+    )
+
+
+def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz`, and "sha256" if it has one, which then is that of the others.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: anything else that is wrong with it.
+    """
+    with _open_npz(path) as data:
+        arrays = {}
+        for key in (*ARRAYS, "sha256") if "sha256" in data.files else ARRAYS:
+            with _reading(path, key):
+                arrays[key] = data[key]
+    if "sha256" in arrays and str(arrays["sha256"]) != sha256(arrays):
+        raise ValueError(f"{path}: expected arrays of the SHA-256 saved with them; got others. Save them again.")
+    return arrays
+
+
+def sha256(arrays: Mapping[str, np.ndarray]) -> str:
+    """A hash of the images and labels, their shapes and types."""
+    digest = hashlib.sha256()
+    for key in ARRAYS:
+        array = np.ascontiguousarray(arrays[key])
+        digest.update(f"{key} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def cached(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays saved at `path`; if they aren't there, made and saved. Where nothing can be saved, made each time."""
+    if path.exists():
+        try:
+            arrays = read_npz(path)
+            if "sha256" not in arrays:
+                raise ValueError(f"{path}: expected a SHA-256 with the arrays; got none.")
+            return arrays
+        except ValueError as error:
+            warnings.warn(f"The cached data set is damaged and is decoded anew: {error}", stacklevel=3)
+    arrays = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            np.savez(file, **arrays, sha256=np.array(sha256(arrays)))
+    except OSError as error:
+        warnings.warn(f"The decoded data set can't be kept at {path}: {error}; pass another cache_dir", stacklevel=3)
+    return arrays

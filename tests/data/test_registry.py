@@ -1,0 +1,50 @@
+"""Names and what is known of them; scikit-learn's digits."""
+
+import numpy as np
+import pytest
+
+from fs_jax import data
+
+
+def test_info_needs_no_data():
+    about = {name: data.info(name) for name in ("cifar10", "cifar100", "svhn_cropped", "digits")}
+    assert {name: (i.flip, i.crop_padding) for name, i in about.items()} == {
+        "cifar10": (True, 4), "cifar100": (True, 4), "svhn_cropped": (False, 4), "digits": (False, 1),
+    }  # fmt: skip
+    for name, i in about.items():
+        assert i.name == name
+        assert len(set(i.class_names)) == i.num_classes
+    assert list(about["cifar100"].class_names) == sorted(about["cifar100"].class_names)  # as CIFAR-100 numbers them
+
+
+def test_an_unknown_name_gets_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"name: expected one of cifar10, .*, FILE.npz; got 'svhn'. Did you mean 'svhn_"
+    ):
+        data.load("svhn")
+
+
+def test_digits_are_split_in_proportion():
+    digits = data.load("digits")
+    assert digits.train_images.shape == (1437, 8, 8, 1)
+    assert digits.test_images.shape == (360, 8, 8, 1)
+    train, test = np.bincount(digits.train_labels), np.bincount(digits.test_labels)
+    # Every fifth of the images sorted by class: a class of n has n/5 test images, rounded up or down.
+    assert (np.abs(test - (train + test) / 5) < 1).all()
+    assert digits.train_images.dtype == np.uint8
+    assert digits.train_labels.dtype == np.int32
+
+
+def test_digits_are_scikit_learns_in_0_to_255():
+    from sklearn.datasets import load_digits
+
+    digits, source = data.load("digits"), load_digits()
+    images = np.concatenate([digits.train_images, digits.test_images])[..., 0]
+    # Sixteen steps of 255/16 = 15.9, far enough apart to be told again.
+    grey = np.rint(images * (16 / 255))
+    assert np.abs(images - grey * 255 / 16).max() <= 0.5
+    key = lambda pixels, label: (label, pixels.astype(int).tobytes())  # noqa: E731
+    labels = np.concatenate([digits.train_labels, digits.test_labels])
+    ours = sorted(key(g, int(y)) for g, y in zip(grey, labels, strict=True))
+    theirs = sorted(key(g, int(y)) for g, y in zip(source.images, source.target, strict=True))
+    assert ours == theirs
