@@ -14,6 +14,8 @@ _ROOT = pathlib.Path(__file__).parents[1]
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Run `main` on the command line's words; what it says of bad input is printed as one error, with status 2."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a τ or ∞ is no reason to fail where the system's encoding has none
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:

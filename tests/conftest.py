@@ -10,6 +10,10 @@ import tempfile
 
 # Also of the processes that tests start; before JAX is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What careful users set: nothing here may rest on JAX's promotion of ranks and types. Tests of that promotion itself,
+# and of other libraries that rest on it, ask for the fixture `standard_promotion`.
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 # Most of the tests' time is compilation, and most of that LLVM's: at a lower level it takes half as long, of random
 # numbers a quarter. What XLA itself makes of a program is the same.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
@@ -101,6 +105,13 @@ def small_programs():
 
 
 @pytest.fixture
+def standard_promotion():
+    """JAX's default promotion of ranks and types."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def one_batch_size(monkeypatch):
     """Attacks compile their step for one size of the batch, not for smaller ones too, which `test_packing` tests."""
     from fs_jax.attacks import packing
@@ -142,7 +153,8 @@ def classifier():
     first, second = rng.normal(size=(16, 12)).astype(np.float32), rng.normal(size=(12, 5)).astype(np.float32)
 
     def logits_fn(images):
-        return jnp.tanh(images.reshape(len(images), -1) @ first) @ second
+        weights = first.astype(images.dtype), second.astype(images.dtype)
+        return jnp.tanh(images.reshape(len(images), -1) @ weights[0]) @ weights[1]
 
     images = jnp.asarray(rng.uniform(size=(6, 4, 4, 1)).astype(np.float32))
     return logits_fn, images, jnp.asarray(rng.integers(0, 5, 6))

@@ -49,20 +49,20 @@ def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(
     words = ("--workdir", str(tmp_path), "--epochs", "1", "--attacked-images", "8", "--methods", *methods)
     status, out, err = evaluate_here(monkeypatch, capsys, *words, "--no-progress", main=quickstart.main)
     assert status == 0, err
-    table = (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table.strip() in out
     for word in (*(METHODS[method] for method in methods), "clean", "fgsm", "pgd-20", "cw-20", "worst case"):
         assert word in table
     for figure in ("training", "accuracy", "attacks"):
         assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
     for run in methods:
-        result = json.loads((tmp_path / f"{run}.json").read_text())
+        result = json.loads((tmp_path / f"{run}.json").read_text(encoding="utf-8"))
         assert result["config"]["method"] == run
         # Clean accuracy is always of all images.
         assert [attack["total"] for attack in result["attacks"]] == [360, 8, 8, 8]
         assert len(result["records"]) == 8
         assert list((tmp_path / run / "tensorboard").iterdir())
-        assert json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0])["loss"] > 0
+        assert json.loads((tmp_path / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])["loss"] > 0
 
     run = tmp_path / methods[0]
     words = ("--workdir", str(run), "--attacks", "clean", "pgd-2", "--num-images", "8", "--batch-size", "1")
@@ -70,12 +70,12 @@ def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(
     status, out, err = evaluate_here(monkeypatch, capsys, *words, "--epsilon", "0.05")
     assert status == 0, err
     folder = run / "evaluations" / "attacks"
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert result["images"] == len(result["records"]) == 8
     assert [attack["name"] for attack in result["attacks"]] == ["clean", "pgd-2x2"]
     assert result["attacks"][1]["epsilon"] == 0.05
-    assert "| pgd-2x2 " in (folder / "report.md").read_text()
-    assert (folder / "report.md").read_text() in out
+    assert "| pgd-2x2 " in (folder / "report.md").read_text(encoding="utf-8")
+    assert (folder / "report.md").read_text(encoding="utf-8") in out
     for figure in ("strength", "examples"):
         assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
     with np.load(folder / "adversarial.npz") as saved:
@@ -170,7 +170,7 @@ def test_every_suite_runs_on_weights_from_a_file(tmp_path):
     for suite in ("paper", "autoattack", "gradient-free", "all"):
         done = script(*words, "--suite", suite, "--output", str(tmp_path / suite), "--epsilon", "0.05", "--no-progress")
         assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "all" / "result.json").read_text())
+    result = json.loads((tmp_path / "all" / "result.json").read_text(encoding="utf-8"))
     accuracies = {attack["name"]: attack["accuracy"] for attack in result["attacks"]}
     assert accuracies["pgd-1000x5"] <= accuracies["pgd-20"] <= accuracies["clean"]
     assert accuracies["square"] <= accuracies["fab-t"] <= accuracies["apgd-t"] <= accuracies["apgd-ce"]
@@ -178,7 +178,7 @@ def test_every_suite_runs_on_weights_from_a_file(tmp_path):
     assert len(result["masking"]) == 7
     # The suites by themselves found the same.
     for suite in ("paper", "autoattack", "gradient-free"):
-        alone = json.loads((tmp_path / suite / "result.json").read_text())
+        alone = json.loads((tmp_path / suite / "result.json").read_text(encoding="utf-8"))
         assert {a["name"]: a["accuracy"] for a in alone["attacks"]}.items() <= accuracies.items()
 
 
@@ -198,7 +198,9 @@ def test_shards_merge_into_the_whole(tmp_path, monkeypatch, capsys):
     ):
         status, _, err = evaluate_here(monkeypatch, capsys, *words, *more)
         assert status == 0, err
-    whole, merged = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "merged"))
+    whole, merged = (
+        json.loads((tmp_path / name / "result.json").read_text(encoding="utf-8")) for name in ("whole", "merged")
+    )
     assert [record["index"] for record in merged["records"]] == list(range(5, 26))
     assert merged["worst"] == whole["worst"]
     for one, other in zip(merged["records"], whole["records"], strict=True):

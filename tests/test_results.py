@@ -13,7 +13,9 @@ from fs_jax.evaluation.journal import SCHEMA
 
 RESULTS = pathlib.Path(__file__).parents[1] / "experiments" / "results"
 EVALUATIONS = [
-    path for path in sorted(RESULTS.rglob("*.json")) if {"attacks", "records"} <= json.loads(path.read_text()).keys()
+    path
+    for path in sorted(RESULTS.rglob("*.json"))
+    if {"attacks", "records"} <= json.loads(path.read_text(encoding="utf-8")).keys()
 ]
 
 
@@ -21,12 +23,14 @@ EVALUATIONS = [
 def fresh():
     """What `evaluate` gives today."""
     images, labels = np.full((3, 2, 2, 1), 0.5, np.float32), np.zeros(3, int)
-    return evaluate(lambda x: x.mean((1, 2)) * jnp.array([1, -1]), images, labels, ["clean", "pgd-2"], progress=False)
+    return evaluate(
+        lambda x: x.mean((1, 2)) * jnp.array([[1.0, -1.0]]), images, labels, ["clean", "pgd-2"], progress=False
+    )
 
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: str(path.relative_to(RESULTS)))
 def test_a_committed_result_has_the_schema_and_agrees_with_its_records(path, fresh):
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text(encoding="utf-8"))
     assert result["schema"] == SCHEMA
     assert result.keys() >= fresh.summary.keys()
     assert len(result["records"]) > 0

@@ -11,7 +11,7 @@ from fs_jax import ot
 
 pytestmark = pytest.mark.usefixtures("small_programs")
 
-PAGE = pathlib.Path(ot.__file__).with_name("README.md").read_text()
+PAGE = pathlib.Path(ot.__file__).with_name("README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -26,17 +26,20 @@ def test_all_examples_are_tested():
     assert len(BLOCKS) == 4
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_first_example():
     result = run(0)["result"]
     np.testing.assert_allclose(result.plan, [[0, 0.5], [0.5, 0]], atol=1e-3)  # each to its own direction
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
 def test_generator():
     losses = run(1)["losses"]
     assert losses[-1] < 0.2 * losses[0]
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_batch():
     names = run(2)
     result, alone = names["result"], names["alone"]
@@ -47,6 +50,7 @@ def test_batch():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
 def test_learned_metric():
     # 300 steps of Adam come this near; the smallest weight matters least to the plan, and is learned last.
     np.testing.assert_allclose(jnp.exp(run(3)["learned"]), [2, 0.5, 0.1], atol=0.02)

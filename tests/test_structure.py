@@ -54,3 +54,26 @@ def test_imports_go_one_way(room):
 @pytest.mark.parametrize("forbidden", ["default_backend(", "import fcntl", "import jax._src", "from jax._src"])
 def test_nothing_asks_what_only_the_scripts_may(forbidden):
     assert [path for path in ROOT.rglob("*.py") if forbidden in path.read_text(encoding="utf-8")] == []
+
+
+def opens_text(call):
+    """Whether a call opens a text file, as far as its words tell."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", None))
+    is_method = isinstance(call.func, ast.Attribute)
+    modes = [
+        word.value for word in call.args if isinstance(word, ast.Constant) and set(str(word.value)) <= set("rwax+bt")
+    ]
+    if name == "open":  # of pathlib, whose first word is the mode, but not of Pillow or tarfile, which have a path
+        return (bool(modes) or not is_method) and not any("b" in mode for mode in modes)
+    return is_method and name in ("read_text", "write_text")
+
+
+@pytest.mark.parametrize("folder", ["fs_jax", "experiments", "tests"])
+def test_text_has_an_encoding(folder):
+    # By default it is the system's own, which on Windows has no τ.
+    for path in (ROOT.parent / folder).rglob("*.py"):
+        calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+        silent = [
+            call.lineno for call in calls if opens_text(call) and "encoding" not in [word.arg for word in call.keywords]
+        ]
+        assert silent == [], path

@@ -64,7 +64,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
       >>> import tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "table.md"
       >>> write_text(path, "| a |")
-      >>> path.read_text()
+      >>> path.read_text(encoding="utf-8")
       '| a |'
     """
     with replacing(path) as file:
@@ -86,7 +86,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     Example:
       >>> import pathlib, tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
-      >>> _ = path.write_text('{"step": 1, "loss": 2.3}\n{"step": 2, "lo')
+      >>> _ = path.write_text('{"step": 1, "loss": 2.3}\n{"step": 2, "lo', encoding="utf-8")
       >>> read_jsonl(path)
       [{'step': 1, 'loss': 2.3}]
     """

@@ -222,10 +222,12 @@ def _step(logits_fn, state, images, labels, *, epsilon, gradient, intervals):
     best, best_direction, best_loss = where(
         improved, (iterate, direction, loss), (s.best, s.best_direction, s.best_loss)
     )
-    rises = s.rises + (loss > s.loss)
+    rises = s.rises + (loss > s.loss).astype(jnp.int32)
     interval = jnp.asarray(intervals)[done]
     at_checkpoint = interval > 0
-    stuck = (rises <= RISES * interval) | (~s.halved & (best_loss <= s.checked_loss))
+    stuck = (rises.astype(jnp.float32) <= RISES * interval.astype(jnp.float32)) | (
+        ~s.halved & (best_loss <= s.checked_loss)
+    )
     halve = at_checkpoint & stuck
     return _State(
         iterate=where(halve, best, iterate),

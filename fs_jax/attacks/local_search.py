@@ -111,7 +111,7 @@ def _step(logits_fn, state, images, labels, *, epsilon, chunk):
     probability = _probability_when_pushed(logits_fn, state.iterate, state.candidates, labels, chunk)
     changed = jax.vmap(_lowest)(probability)
     grown = _GROWTH * (state.iterate - 0.5)
-    cyclic = grown - (grown > 0.5) + (grown < -0.5) + 0.5
+    cyclic = grown - jnp.where(grown > 0.5, 1, 0) + jnp.where(grown < -0.5, 1, 0) + 0.5
     moved = jnp.where(changed[..., None], cyclic, state.iterate)
     iterate = project(moved, images, epsilon).astype(images.dtype)
     progress = judged(state.progress, iterate, logits_fn(iterate), labels)
@@ -131,7 +131,7 @@ def _probability_when_pushed(logits_fn, images, candidates, labels, chunk):
 
     def score(turn, scores):
         positions = jax.lax.dynamic_slice_in_dim(order, turn * size, size, axis=1)
-        here = (jnp.arange(pixels) == positions[..., None]).reshape(count, size, height, width, 1)
+        here = (jnp.arange(pixels)[None, None] == positions[..., None]).reshape(count, size, height, width, 1)
         variants = jnp.where(here, pushed[:, None], images[:, None]).reshape(-1, height, width, channels)
         probabilities = jax.nn.softmax(logits_fn(variants).astype(jnp.float32)).reshape(count, size, -1)
         of_true = jnp.take_along_axis(probabilities, labels[:, None, None], -1)[..., 0]

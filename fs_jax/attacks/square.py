@@ -117,7 +117,7 @@ def _random_square(key, step, num_steps, shape):
         first = jax.random.randint(key, (), 0, length - side + 1)
         return (jnp.arange(length) >= first) & (jnp.arange(length) < first + side)
 
-    inside = interval(row_key, height)[:, None] & interval(column_key, width)
+    inside = interval(row_key, height)[:, None] & interval(column_key, width)[None]
     return inside[..., None], jax.random.rademacher(sign_key, (1, 1, channels), jnp.float32)
 
 

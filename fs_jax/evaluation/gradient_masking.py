@@ -118,7 +118,7 @@ def _planes(logits_fn, images, keys, labels, epsilon, side):
         across = epsilon * jax.random.rademacher(key, image.shape, image.dtype)
 
         def row(t):
-            logits = logits_fn(jnp.clip(image + steps * along + t * across, 0, 1))
+            logits = logits_fn(jnp.clip(image[None] + steps * along + t * across[None], 0, 1))
             return cross_entropy(logits, same), logit_margin(logits, same)
 
         return jax.lax.map(row, side)

@@ -87,7 +87,8 @@ class WideResNet(nn.Module):
             if np.size(value) not in (1, images.shape[-1]):
                 raise ValueError(f"{name}: expected one number, or {images.shape[-1]}, one per channel; got {value}.")
         dtype = jnp.result_type(images.dtype, float)
-        normalised = (images - jnp.asarray(self.mean, dtype)) / jnp.asarray(self.std, dtype)
+        mean, std = (_per_channel(jnp.asarray(value, dtype), images.ndim) for value in (self.mean, self.std))
+        normalised = (images.astype(dtype) - mean) / std
         x = _Conv(16, 3, 1, self.dtype, name="conv1")(normalised)
         for group, stride in ((1, 1), (2, 2), (3, 2)):
             channels = 16 * self.width * 2 ** (group - 1)
@@ -169,7 +170,7 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
 
-        wide = _wide(x)
+        wide = x.astype(np.promote_types(_wide(x).dtype, scale.dtype))
         if train:
             mean, var, count = self._moments(wide, running_mean.value)
             if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
@@ -180,7 +181,8 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         factor = scale * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
-        return (wide * factor + (bias - mean * factor)).astype(x.dtype)
+        factor, shift = (_per_channel(value, x.ndim) for value in (factor, bias - mean * factor))
+        return (wide * factor + shift).astype(x.dtype)
 
     def _moments(self, x, shift):
         """Mean, biased variance and number of values per channel, in one pass over the batch.
@@ -190,12 +192,17 @@ class BatchNorm(nn.Module):
         """
         axes = tuple(range(x.ndim - 1))
         count = math.prod(x.shape[:-1])
-        centred = x - jax.lax.stop_gradient(shift)
+        centred = x - _per_channel(jax.lax.stop_gradient(shift), x.ndim)
         first, second = jnp.mean(centred, axes), jnp.mean(jnp.square(centred), axes)
         if self.axis_name is not None:
             first, second = jax.lax.pmean((first, second), self.axis_name)
             count = count * jax.lax.axis_size(self.axis_name)
         return shift + first, jnp.maximum(second - jnp.square(first), 0), count
+
+
+def _per_channel(values, ndim):
+    """Values of the last axis, of a rank to compute with `ndim` axes."""
+    return values.reshape((1,) * (ndim - 1) + (-1,))
 
 
 def _wide(x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
@@ -205,7 +212,7 @@ def _wide(x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
     after it. But XLA's CPU backend (jaxlib 0.12.0) gives NaN for a reduction whose fusion has two ReLUs in bfloat16:
     `jnp.sum(relu(relu(x) * y - 1).astype(float32))` is enough. In float32 the same is right.
     """
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(np.promote_types(x.dtype, np.float32))
 
 
 def as_logits_fn(model: Any, variables: PyTree) -> Callable[[Float[Array, "n h w c"]], Float[Array, "n classes"]]:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fs_jax.ot._numerics import result_type
+
 # How far apart the total masses may be, relative to them: well above the rounding of normalised weights in the
 # caller's dtype, well below any difference that somebody means.
 _MASS_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
@@ -103,8 +105,8 @@ def problem(cost, a, b) -> tuple[jax.Array, jax.Array, jax.Array, str]:
     # A mask and a list of numbers have no dtype of their own to promote the result with.
     listed = [isinstance(w, list | tuple) for w in weights]
     given = [w.dtype for w, no in zip((a, b), listed, strict=True) if w is not None and w.dtype != bool and not no]
-    narrow = jnp.result_type(narrow, *given)
-    dtype = jnp.result_type(narrow, jnp.float32)
+    narrow = result_type(narrow, *given)
+    dtype = result_type(narrow, jnp.float32)
     tolerance = max(_MASS_TOLERANCE.get(str(of), 0) for of in [*given, dtype])
     if mass_a is not None and mass_b is not None and abs(mass_a - mass_b) > tolerance * max(mass_a, mass_b):
         raise ValueError(f"b: expected the total mass of a, {mass_a:.6g}, got {mass_b:.6g}; divide each by its sum")
@@ -117,7 +119,7 @@ def _weights(given, size, dtype):
     if given is None:
         return jnp.full(size, 1 / size, dtype)
     if given.dtype == bool:
-        return given / jnp.maximum(given.sum(), 1).astype(dtype)
+        return given.astype(dtype) / jnp.maximum(given.sum(), 1).astype(dtype)
     return given.astype(dtype)
 
 
@@ -190,7 +192,7 @@ def points(x, y) -> tuple[jax.Array, jax.Array]:
             raise ValueError(f"{name}: expected one point per row, shape [n, d], got shape {value.shape}")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"y: expected as many columns as x, {x.shape[1]}, got {y.shape[1]}")
-    dtype = jnp.result_type(x, y, jnp.float32)
+    dtype = result_type(x, y, jnp.float32)
     return x.astype(dtype), y.astype(dtype)
 
 
@@ -212,7 +214,7 @@ def _marginal(name: str, weights, cost: jax.Array, axis: int) -> tuple[float | N
             raise ValueError(f"{name}: expected finite weights of at least 0, got {seen[worst]} at index {worst}")
         if seen.sum() == 0:
             raise ValueError(f"{name}: expected some mass, got zeros alone")
-        smallest = float(jnp.finfo(jnp.result_type(weights.dtype, jnp.float32)).tiny)
+        smallest = float(jnp.finfo(result_type(weights.dtype, jnp.float32)).tiny)
         if weights.dtype != bool and seen.max() < smallest:
             raise ValueError(f"{name}: expected weights of at least {smallest:.2g}, got at most {seen.max():.2g}")
     if weights.dtype == bool:

@@ -321,7 +321,9 @@ def _iterate(iteration, error, b, limit, room, length, pair, counts):
             still = counts.still | ((counts.done > 0) & (off <= limit.off))
             idle = still | (counts.done >= limit.done)
             new = jax.tree.map(lambda x, y: jnp.where(idle, x, y), pair, new)
-            counts = Counts(counts.done + ~idle, still, jnp.where(counts.still, counts.off, off), counts.bound)
+            counts = Counts(
+                counts.done + jnp.where(idle, 0, 1), still, jnp.where(counts.still, counts.off, off), counts.bound
+            )
         if rows is not None:
             u, v, active = rows
             active = None if active is None else active.at[i].set(~idle)

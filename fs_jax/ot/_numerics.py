@@ -1,5 +1,6 @@
 """Weights and sums as logarithms, products and means."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -7,6 +8,12 @@ from jaxtyping import Array, Float
 # Far enough below zero that exp underflows whatever is added to it, and far enough from the end of float32 that two of
 # them and a cost still have a finite sum: unlike -inf it never makes NaN, in values or in gradients.
 MASKED = -1e30
+
+
+def result_type(*types):
+    """The type that JAX's own rules of promotion give, also where the user has made them strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*types)
 
 
 def log_weights(weights: Float[Array, " n"]) -> Float[Array, " n"]:

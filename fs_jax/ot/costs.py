@@ -71,7 +71,7 @@ def sqeuclidean_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Ar
     if x.shape[1] <= _FEW:
         return jnp.sum(jnp.square(x[:, None, :] - y[None, :, :]), -1)
     # |x - y|² = |x|² + |y|² - 2⟨x, y⟩ cancels badly far from the origin, and the distance doesn't know where that is.
-    centre = lax.stop_gradient(y.mean(0)) if y.shape[0] else 0
+    centre = lax.stop_gradient(y.mean(0, keepdims=True)) if y.shape[0] else 0
     x, y = x - centre, y - centre
     inner = jnp.matmul(x, y.T, precision=lax.Precision.HIGHEST)
     squared = jnp.sum(x * x, 1)[:, None] + jnp.sum(y * y, 1)[None, :] - 2 * inner

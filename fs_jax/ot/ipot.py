@@ -293,7 +293,8 @@ def _run(points, inner_iters, room, length, before, state):
     _, ((x, y, d_delta, d_sigma), (rows, columns), _) = once_if(~end[2], again, (start, end))
     # The plan is computed of this log T twice, to be judged and to be returned: it should be the same number.
     log_plan = lax.optimization_barrier(_at(run, length, x, y))
-    phi, gamma = (p + (length * d + v) for p, d, v in ((state.phi, delta, x), (state.gamma, sigma, y)))
+    steps_done = jnp.asarray(length, delta.dtype)
+    phi, gamma = (p + (steps_done * d + v) for p, d, v in ((state.phi, delta, x), (state.gamma, sigma, y)))
     new = State(log_plan, delta + d_delta, sigma + d_sigma, phi, gamma)
     return new, run._replace(rows=rows, columns=columns)
 
@@ -314,8 +315,9 @@ def _by_products(points, run, k, inner_iters, x, y):
         return v, (u, v)
 
     _, (us, vs) = lax.scan(inner_iteration, jnp.ones_like(b), length=inner_iters)
-    xs, ys = jnp.where(present_a, x + jnp.log(us), 0), jnp.where(present_b, y + jnp.log(vs), 0)
-    is_positive = jnp.all((us > 0) | ~present_a) & jnp.all((vs > 0) | ~present_b)
+    xs = jnp.where(present_a[None], x[None] + jnp.log(us), 0)
+    ys = jnp.where(present_b[None], y[None] + jnp.log(vs), 0)
+    is_positive = jnp.all((us > 0) | ~present_a[None]) & jnp.all((vs > 0) | ~present_b[None])
     return xs, jnp.concatenate([y[None], ys]), within(largest(kernel, 0.37), us, vs) & is_positive
 
 

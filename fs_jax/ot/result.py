@@ -132,7 +132,7 @@ def judged_error(plan, a, b, dtype):
 
 def rounding_floor(shape, mass, dtype):
     """An error that rounding alone may leave in the plan: some units in the last place, more of more points."""
-    return (8 + math.sqrt(sum(shape))) * jnp.finfo(dtype).eps * mass
+    return (8 + math.sqrt(sum(shape))) * float(jnp.finfo(dtype).eps) * mass
 
 
 def has_stalled(error, waited, looks, floor):
@@ -188,7 +188,7 @@ def transport(problem: Problem, outcome: Outcome, threshold, dtype, *, gauge=0, 
 
 def _narrowed(x, dtype):
     """The same in the caller's dtype; below the lowest number of it (`MASKED` in float16) is that number."""
-    return x if x.dtype == dtype else jnp.maximum(x, jnp.finfo(dtype).min).astype(dtype)
+    return x if x.dtype == dtype else jnp.maximum(x, float(jnp.finfo(dtype).min)).astype(dtype)
 
 
 def _costs(problem, fixed_plan, plan, phi, gamma):

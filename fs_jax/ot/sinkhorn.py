@@ -132,5 +132,7 @@ def _held(gauge, phi, problem):
     The fixed point's equations don't say where the constant is.
     """
     there = problem.a != 0
-    mean = jnp.sum(jnp.where(there, problem.reg * phi + problem.rows, 0)) / jnp.maximum(there.sum(), 1)
+    mean = jnp.sum(jnp.where(there, problem.reg * phi + problem.rows, 0)) / jnp.maximum(there.sum(), 1).astype(
+        phi.dtype
+    )
     return lax.stop_gradient(mean + gauge) - mean

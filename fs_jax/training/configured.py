@@ -88,7 +88,13 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
       [0.1, 0.1, 0.01]
     """
     decays = {epoch * config.steps_per_epoch: config.decay_factor for epoch in config.decay_epochs}
-    return optax.piecewise_constant_schedule(config.learning_rate, decays)
+    constant_pieces = optax.piecewise_constant_schedule(config.learning_rate, decays)
+
+    def schedule(step):
+        with jax.numpy_dtype_promotion("standard"):  # Optax's compares the step's integer with a float
+            return constant_pieces(step)
+
+    return schedule
 
 
 def make_method(config: TrainConfig) -> Method:

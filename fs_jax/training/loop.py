@@ -215,7 +215,7 @@ def read_config(workdir: str | os.PathLike) -> TrainConfig:
             "Make one with: python -m experiments.train PRESET --workdir DIR"
         )
     try:
-        return from_dict(json.loads(path.read_text()))
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"workdir: expected the folder of a run; {path} is no configuration of one: {error} Choose another."
@@ -388,7 +388,7 @@ class _Log:
         if path.exists():
             rows = read_jsonl(path)  # without the line that a kill cut short
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self):

@@ -78,7 +78,8 @@ def make_train_step(
         batch_stats, metrics = variables["batch_stats"], {"loss": loss, **metrics}
         if axis_name is not None:
             gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), axis_name)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # which Optax's own arithmetic, Adam's for one, rests on
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         own = method.update(state.own, {"params": params, "batch_stats": batch_stats})
         return TrainState(params, batch_stats, opt_state, state.step + 1, own), metrics

@@ -111,7 +111,7 @@ def test_a_lucky_draw_neither_breaks_an_image_nor_ends_its_run():
         # image is wrong once. Where it is bright, few draws are wrong where a run starts, and all are where it ends:
         # if it ended at the first one, these would be left.
         can_win = x[..., 1].mean((1, 2)) > 0.5
-        share_wrong = 0.05 + 0.95 * can_win * jnp.clip(2 * darkness, 0, 1)
+        share_wrong = 0.05 + 0.95 * jnp.where(can_win, jnp.clip(2 * darkness, 0, 1), 0)
         right = jax.vmap(jax.random.uniform)(keys) > share_wrong
         margin = jnp.where(right, 1.0, -1.0) - (darkness - jax.lax.stop_gradient(darkness))  # gradients say: darken
         return jnp.stack([margin, jnp.zeros_like(margin)], -1)
@@ -131,8 +131,8 @@ def test_a_lucky_draw_neither_breaks_an_image_nor_ends_its_run():
     [
         (jax.nn.softmax, "looks like probabilities"),
         (jnp.round, "9 of 9 images have a cross-entropy gradient of exactly zero"),
-        (lambda logits: logits + 0.01 * NOISE.normal(size=5), "other logits when called again"),
-        (lambda logits: logits - logits.mean(0), "other logits among other images"),
+        (lambda logits: logits + np.float32(0.01 * NOISE.normal(size=(1, 5))), "other logits when called again"),
+        (lambda logits: logits - logits.mean(0, keepdims=True), "other logits among other images"),
     ],
 )
 def test_warns_of_networks_that_cannot_be_trusted(problem, network, doubt):

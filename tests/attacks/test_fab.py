@@ -127,7 +127,7 @@ def test_runs_begin_at_the_image_and_then_at_half_the_radius(linear):
     )
     firsts = [start(run_keys(keys, jnp.full(8, run)), images, labels, jnp.full(8, run)).iterate for run in range(3)]
     np.testing.assert_array_equal(firsts[0], images)
-    noise = np.stack(firsts[1:]) - images
+    noise = np.stack(firsts[1:]) - images[None]
     # No pixel meets a wall; 6e-8 is what float32 rounds.
     np.testing.assert_allclose(np.abs(noise).max((2, 3, 4)), 0.05, atol=1e-7)
     assert (np.abs(noise[0] - noise[1]).max((1, 2, 3)) > 0.01).all()

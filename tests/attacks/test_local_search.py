@@ -18,7 +18,7 @@ LABEL = jnp.array([0])
 
 def logits_fn(images):
     """The true class, 0, leads by <weights, x - 1/2> + 12.5. Pushed to 10, pixels of low weights harm it most."""
-    margin = jnp.sum((images - 0.5) * WEIGHTS, (1, 2, 3)) + 12.5
+    margin = jnp.sum((images - 0.5) * WEIGHTS[None], (1, 2, 3)) + 12.5
     # A temperature, as a margin of 100 would be a probability of exactly 1 in float32.
     return jnp.stack([margin, jnp.zeros_like(margin)], -1) / 20
 
@@ -105,6 +105,6 @@ def test_candidates_are_a_tenth_then_the_neighbourhoods():
 
 def test_of_large_images_it_starts_with_128_pixels():
     start = jax.jit(
-        lambda image: local_search_steps().start(lambda x: x[:, 0, 0] * jnp.eye(2)[0], KEY[None], image, LABEL, LABEL)
+        lambda image: local_search_steps().start(lambda x: x[:, 0, 0] * jnp.eye(2)[:1], KEY[None], image, LABEL, LABEL)
     )
     assert start(jnp.full((1, 40, 40, 1), 0.5)).candidates.sum() == 128

@@ -172,4 +172,8 @@ def test_an_attack_that_does_not_count_its_steps_is_refused():
     forgetful = attack._replace(step=lambda logits_fn, state, images, labels: state)
     images = np.full((2, 2, 2, 1), 0.7, np.float32)
     with pytest.raises(ValueError, match=r"attack\.step: expected progress\.step to be one higher"):
-        list(attacks.packed(forgetful, lambda x: x.mean((1, 2)) * jnp.array([1, -1]), KEY, images, np.zeros(2, int)))
+        list(
+            attacks.packed(
+                forgetful, lambda x: x.mean((1, 2)) * jnp.array([[1.0, -1.0]]), KEY, images, np.zeros(2, int)
+            )
+        )

@@ -59,6 +59,7 @@ def test_the_estimate_does_not_depend_on_the_chunk(estimates):
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.usefixtures("standard_promotion")
 def test_descends_as_adam_does():
     # Of one pixel the estimate isn't random: whatever the sign, the slope times its square. At its end the radius would
     # bind; it doesn't here, as 12 steps of at most 0.01 are no 0.2.

@@ -88,7 +88,7 @@ def test_a_file_that_is_no_npz_is_refused(write_npz, tmp_path):
         FileNotFoundError, match=r"nothing.npz: expected an .npz with train_images, .*; got no file there"
     ):
         data.load(tmp_path / "nothing.npz")
-    (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "text.npz").write_text("hello", encoding="utf-8")
     with pytest.raises(ValueError, match=r"text.npz: expected an .npz; got another kind of file"):
         data.load(tmp_path / "text.npz")
     with open(tmp_path / "array.npz", "wb") as file:

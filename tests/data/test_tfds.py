@@ -39,8 +39,8 @@ def tfrecord_dir(prepared, tmp_path):
     builder = tfds.builder_from_directory(prepared[0] / "cifar10" / "3.0.2")
     folder = tmp_path / "cifar10" / "3.0.2"
     folder.mkdir(parents=True)
-    about = json.loads((builder.data_path / "dataset_info.json").read_text())
-    (folder / "dataset_info.json").write_text(json.dumps({**about, "fileFormat": "tfrecord"}))
+    about = json.loads((builder.data_path / "dataset_info.json").read_text(encoding="utf-8"))
+    (folder / "dataset_info.json").write_text(json.dumps({**about, "fileFormat": "tfrecord"}), encoding="utf-8")
     shutil.copy(builder.data_path / "features.json", folder)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     for split in ("train", "test"):

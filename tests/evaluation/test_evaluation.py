@@ -202,7 +202,7 @@ records_of(pathlib.Path(sys.argv[1]), CHAIN[:2])
 
 def outcomes_of(path, attack):
     """What a journal holds of an attack, by image and run."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()[1:] if line.endswith("}")]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.endswith("}")]
     outcomes = [
         Outcome(**{name: line[name] for name in Outcome._fields})
         for line in lines

@@ -135,10 +135,10 @@ def test_loss_surfaces_are_the_loss_where_they_say():
     images, labels = jnp.array([[[[0.5, 0.4, 0.6]]], [[[0.02, 0.5, 0.5]]]]), jnp.array([0, 1])
     losses, margins = gradient_masking.loss_surface(logits_fn, jax.random.key(0), images, labels, epsilon=0.05, size=5)
     # With two classes the loss's gradient has the sign of the wrong class's weights less the true one's.
-    direction = jnp.sign(weights[1] - weights[0])[0, 0] * jnp.array([1, -1])[:, None]
+    direction = jnp.sign(weights[1] - weights[0])[0] * jnp.array([[1.0], [-1.0]])
     for i in range(2):
         for column, s in enumerate(np.linspace(-1, 1, 5)):
-            logits = logits_fn(jnp.clip(images[i] + 0.05 * s * direction[i], 0, 1)[None])[0]
+            logits = logits_fn(jnp.clip(images[i] + 0.05 * s * direction[i][None, None], 0, 1)[None])[0]
             own, other = logits[labels[i]], logits[1 - labels[i]]
             np.testing.assert_allclose(margins[i, 2, column], own - other, atol=1e-6)  # float32
             np.testing.assert_allclose(losses[i, 2, column], jnp.log1p(jnp.exp(other - own)), atol=1e-6)

@@ -45,7 +45,7 @@ def test_cut_anywhere_it_keeps_the_whole_lines_and_goes_on(tmp_path):
         with Journal(path, HEADER, HERE) as journal:
             journal.begin("pgd-20", SETTINGS)
             journal.append("pgd-20", OUTCOMES, seconds=1)
-        assert all(json.loads(line) for line in path.read_text().splitlines())
+        assert all(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
         # The lines before the cut, word for word; but for the first, without which nothing follows.
         kept = whole[:cut].rfind(b"\n") + 1
         assert path.read_bytes().startswith(whole[:kept])
@@ -74,10 +74,10 @@ def test_another_evaluation_is_refused_and_nothing_is_changed(tmp_path, header, 
 @pytest.mark.parametrize("content", ['{"step": 1}\n{"step": 2}\n', "no JSON", "[1]\n"])
 def test_another_file_is_refused_and_left_as_it_is(tmp_path, content):
     path = tmp_path / "records.jsonl"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"records\.jsonl.*: expected"):
         Journal(path, HEADER, HERE)
-    assert path.read_text() == content
+    assert path.read_text(encoding="utf-8") == content
 
 
 def test_every_machine_that_took_part_is_recorded_once(tmp_path):

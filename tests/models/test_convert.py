@@ -133,7 +133,7 @@ def test_the_script_writes_the_network_of_a_run(tmp_path, digits_state):
     config, state = digits_state
     with Checkpoints(tmp_path, config) as checkpoints:
         checkpoints.save(state)
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)), encoding="utf-8")
     convert_weights.main([str(tmp_path), str(tmp_path / "digits.npz")])
     model, variables = convert.load_weights(tmp_path / "digits.npz")
     assert model == WideResNet(10, 1)

@@ -149,10 +149,11 @@ def test_batch_norm_moments_survive_a_large_mean():
     # The naive E[x^2] - E[x]^2 loses all of a variance of 1 beside a mean of 1e4 in float32.
     x = jnp.asarray(np.random.default_rng(0).normal(1e4, 1, (4096, 2)), jnp.float32)
     norm = BatchNorm()
-    variables = norm.init(jax.random.key(0), x)
+    variables = jax.tree.map(jnp.float32, norm.init(jax.random.key(0), x))
     variables["batch_stats"]["mean"] = jnp.full(2, 9_990.0, jnp.float32)
     y = norm.apply(variables, x, train=True, mutable=["batch_stats"])[0]
-    exact = (np.asarray(x, np.float64) - np.mean(x, 0, np.float64)) / np.std(x, 0, dtype=np.float64)
+    wide = np.asarray(x, np.float64)
+    exact = (wide - wide.mean(0)) / wide.std(0)
     # Inputs of 1e4 are 1e-3 apart in float32, and y is x times a factor less a product of that size.
     np.testing.assert_allclose(y, exact, atol=5e-3)
 

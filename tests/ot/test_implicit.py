@@ -30,7 +30,7 @@ def outputs(line):
     def numbers(t):
         cost, a, b, reg = at(t)
         result = sinkhorn(cost, a, b, reg=reg, num_iters=400, grad="implicit")
-        sums = result.f[:, None] + result.g  # of the potentials alone a constant is free
+        sums = result.f[:, None] + result.g[None]  # of the potentials alone a constant is free
         return jnp.stack([result.primal_cost, result.reg_cost, jnp.sum(w * result.plan), jnp.sum(w * sums)])
 
     return numbers

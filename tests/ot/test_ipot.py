@@ -20,7 +20,7 @@ def algorithm_2(cost, a, b, beta, num_iters, inner_iters=1):
         for _ in range(inner_iters):
             delta = a / (q @ sigma)
             sigma = b / (q.T @ delta)
-        plan = delta[:, None] * q * sigma
+        plan = delta[:, None] * q * sigma[None]
     return plan
 
 
@@ -44,7 +44,7 @@ def test_is_algorithm_2(problem, inner_iters):
         result = solve(*problem, beta=0.5, num_iters=num_iters, inner_iters=inner_iters)
         expected = jax.jit(algorithm_2, static_argnums=(3, 4, 5))(*problem, 0.5, num_iters, inner_iters)
         np.testing.assert_allclose(result.plan, expected, atol=1e-14)  # float64, exponents up to 12 · 2 / 0.5
-        potentials = (result.f[:, None] + result.g - problem[0]) / (0.5 / num_iters)
+        potentials = (result.f[:, None] + result.g[None] - problem[0]) / (0.5 / num_iters)
         np.testing.assert_allclose(np.exp(potentials), result.plan, rtol=1e-12)
 
 

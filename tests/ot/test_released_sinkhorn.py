@@ -12,12 +12,13 @@ def plain_potentials(cost, reg, iterations):
     n, m = cost.shape
     f, g = jnp.zeros(n), jnp.zeros(m)
     for _ in range(iterations):
-        f = f + reg * (-jnp.log(n) - jnp.log(jnp.exp((f[:, None] + g - cost) / reg).sum(1) + 1e-6))
-        g = g + reg * (-jnp.log(m) - jnp.log(jnp.exp((f[:, None] + g - cost) / reg).sum(0) + 1e-6))
+        f = f + reg * (-jnp.log(n) - jnp.log(jnp.exp((f[:, None] + g[None] - cost) / reg).sum(1) + 1e-6))
+        g = g + reg * (-jnp.log(m) - jnp.log(jnp.exp((f[:, None] + g[None] - cost) / reg).sum(0) + 1e-6))
     return f, g
 
 
 @pytest.mark.parametrize("reg", mostly_slow([0.01, 0.05, 0.5], 0.05))
+@pytest.mark.usefixtures("standard_promotion")
 def test_parity(golden, reg):
     @jax.jit
     @jax.value_and_grad
@@ -56,7 +57,7 @@ def test_gradient_is_autodiffs(problem, reg, change):
 
     def plain(cost, reg):
         f, g = plain_potentials(cost, reg, done)
-        return jnp.sum(w_plan * jnp.exp((f[:, None] + g - cost) / reg)) + w_f @ f + w_g @ g
+        return jnp.sum(w_plan * jnp.exp((f[:, None] + g[None] - cost) / reg)) + w_f @ f + w_g @ g
 
     # The same sums in another order, in float64, over up to 30 iterations that amplify little.
     expected = jax.jit(jax.grad(plain, (0, 1)))(cost, reg)

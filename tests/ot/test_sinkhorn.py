@@ -45,6 +45,7 @@ def functionals(result, seed=0):
 
 
 @pytest.mark.parametrize("method", mostly_slow(METHODS, "stabilized"))
+@pytest.mark.usefixtures("standard_promotion")
 def test_every_iteration_is_ott_jaxs(problem, method):
     cost, a, b = problem
     theirs = ott_sinkhorn.Sinkhorn(inner_iterations=1, max_iterations=20)
@@ -66,6 +67,7 @@ def test_every_iteration_is_ott_jaxs(problem, method):
             np.testing.assert_allclose(ours.plan, np.exp((state.fu[:, None] + state.gv - cost) / 0.1), atol=1e-14)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_costs_are_ott_jaxs(problem):
     ours = sinkhorn(*problem, reg=0.1, num_iters=3)
     theirs = jax.jit(lambda *p: ott(*p, 0.1, 3))(*problem)
@@ -77,7 +79,7 @@ def test_costs_are_ott_jaxs(problem):
 def test_plan_of_the_potentials(problem, method):
     cost, a, b = problem
     result = sinkhorn(cost, a, b, reg=0.2, num_iters=200, method=method)
-    np.testing.assert_allclose(result.plan, np.exp((result.f[:, None] + result.g - cost) / 0.2), rtol=1e-13)
+    np.testing.assert_allclose(result.plan, np.exp((result.f[:, None] + result.g[None] - cost) / 0.2), rtol=1e-13)
     # 200 iterations at reg = 0.2 contract the error below rounding.
     np.testing.assert_allclose(result.plan.sum(1), a, atol=1e-14)
     np.testing.assert_allclose(result.plan.sum(0), b, atol=1e-14)
@@ -148,6 +150,7 @@ def test_unrolled_derivatives(problem, method, threshold):
     check_grads(jax.jit(value), (*problem, 0.3), order=1, modes=["fwd", "rev"], eps=1e-5, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_unrolled_gradient_is_autodiff_of_ott_jax(problem):
     def theirs(cost):
         return ott(cost, *problem[1:], 0.1, 10).primal_cost

@@ -65,7 +65,7 @@ def start(workdir):
 
 def rows(workdir):
     path = workdir / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
@@ -185,7 +185,7 @@ def test_a_run_of_another_configuration_is_refused(undisturbed):
 
 
 def test_a_foreign_folder_is_refused_and_left_as_it_is(tmp_path):
-    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match=r"holds no config.json but thesis.tex.*nothing was changed"):
         train(SHORT, DIGITS, tmp_path, devices=jax.devices()[:1])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -193,10 +193,10 @@ def test_a_foreign_folder_is_refused_and_left_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("below", ["", "below"])
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path, below):
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     with pytest.raises(OSError, match=r"workdir: expected a folder that can be made; got .*file"):
         train(SHORT, DIGITS, tmp_path / "file" / below, devices=jax.devices()[:1])
-    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
@@ -207,7 +207,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ['{"name": "a web page"}', "[1, 2]", '{"dataset": "dig'])
 def test_a_foreign_configuration_is_refused(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"workdir: expected the folder of a run; .*config.json is no configuration"):
         train(SHORT, DIGITS, tmp_path, devices=jax.devices()[:1])
 

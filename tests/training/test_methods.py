@@ -96,6 +96,7 @@ def trades_by_hand(params, stats, start, epsilon, step_size, num_steps, beta, ra
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.usefixtures("standard_promotion")
 def test_trades_is_the_published_one_step_by_step():
     settings = {"epsilon": 0.05, "step_size": 0.02, "num_steps": 4, "beta": 6.0}
     model, optimizer, method = Network(), optax.sgd(0.1), trades(**settings)

@@ -61,6 +61,7 @@ def as_type(state, dtype):
 
 @pytest.mark.parametrize("method", mostly_slow(["feature_scatter", "trades"], "feature_scatter"))
 @pytest.mark.usefixtures("float64")
+@pytest.mark.usefixtures("standard_promotion")
 def test_four_devices_equal_one_with_ones_own_network(method):
     class Network(nn.Module):
         axis_name: str | None = None

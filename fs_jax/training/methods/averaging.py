@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fs_jax._utils.validation import check_number
 from fs_jax.training.methods.method import Method
@@ -35,13 +36,18 @@ def averaged(method: Method, *, decay: float = 0.999) -> Method:
 
     def init(variables):
         # In float32 at least: bfloat16 rounds most decays to 1. And copies, as the step donates its buffers.
-        average = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), variables)
+        average = jax.tree.map(lambda x: jnp.array(x, np.promote_types(x.dtype, np.float32)), variables)
         return {"average": average, "steps": jnp.zeros((), jnp.int32), "method": method.init(variables)}
 
     def update(own, variables):
         steps = own["steps"].astype(jnp.float32)
         rate = jnp.minimum(decay, (1 + steps) / (10 + steps))
-        average = jax.tree.map(lambda old, new: new + rate.astype(old.dtype) * (old - new), own["average"], variables)
+
+        def mixed(old, new):
+            new = new.astype(old.dtype)
+            return new + rate.astype(old.dtype) * (old - new)
+
+        average = jax.tree.map(mixed, own["average"], variables)
         return {"average": average, "steps": own["steps"] + 1, "method": method.update(own["method"], variables)}
 
     def loss(apply, variables, batch, context):
