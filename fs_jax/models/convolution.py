@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -103,10 +104,15 @@ def _channels_last_of_images(like, stride, kernel, g):
 
 
 def _channels_last_of_kernel(like, stride, x, g):
-    """Images and channels change places, and g, dilated by the stride, is the kernel; NHWC, HWIO, NHWC."""
+    """Images and channels change places, and g, dilated by the stride, is the kernel; NHWC, HWIO, NHWC.
+
+    Of a kernel of one pixel it is a product, and faster as one.
+    """
     size, half = like.shape[0], like.shape[0] // 2
-    images = lax.optimization_barrier(x.transpose(3, 1, 2, 0))
-    weights = lax.optimization_barrier(g.transpose(1, 2, 0, 3))
+    if size == 1:
+        pixels = lax.optimization_barrier(x[:, ::stride, ::stride]).reshape(-1, x.shape[-1])
+        return (pixels.T @ g.reshape(-1, g.shape[-1]))[None, None]
+    images, weights = _transposed(x, (3, 1, 2, 0)), _transposed(g, (1, 2, 0, 3))
     high = [
         (steps - 1) * stride + size - length - half for length, steps in zip(x.shape[1:3], g.shape[1:3], strict=True)
     ]
@@ -114,3 +120,11 @@ def _channels_last_of_kernel(like, stride, x, g):
         images, weights, (1, 1), [(half, h) for h in high], rhs_dilation=(stride, stride), dimension_numbers=_LAYOUT
     )
     return lax.optimization_barrier(dkernel).transpose(1, 2, 0, 3)
+
+
+def _transposed(x, axes):
+    """The transposition as one pass over memory, and nothing else in it.
+
+    XLA would compute what it is of inside of that pass, whose order suits nothing else, or copy it as it lies first.
+    """
+    return with_layout_constraint(lax.optimization_barrier(x).transpose(axes), Layout(tuple(range(x.ndim))))
