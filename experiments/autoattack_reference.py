@@ -14,13 +14,13 @@ command goes on.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 import tyro
 
 from experiments import command_line
+from experiments.output import made_on, write_files
 
 STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
 PAPER = {
@@ -56,7 +56,6 @@ def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.autoattack_reference")
 
     from fs_jax._utils import backend
-    from fs_jax._utils.files import write_text
     from fs_jax.evaluation import evaluate
     from fs_jax.models import as_logits_fn
 
@@ -78,10 +77,8 @@ def main(argv: list[str]) -> None:
         **result.summary,
     }
     folder = arguments.results / name
-    folder.mkdir(parents=True, exist_ok=True)
     text = table(summary, f"WRN-{model.depth}-{model.width}")
-    write_text(folder / "table.md", text)
-    write_text(folder / "result.json", json.dumps({**summary, "records": result.records}) + "\n")
+    write_files(folder, {"result.json": {**summary, "records": result.records}, "table.md": text})
     print(f"{text}\nWritten: {folder}")
 
 
@@ -179,11 +176,7 @@ def table(summary: dict[str, Any], network: str) -> str:
             f"AutoAttack stage by stage: at most {apart:.1f} points apart ({MOST_POINTS} are allowed), and in the end "
             f"{agree:.1f}% of the images agree ({LEAST_AGREEMENT}% are asked for): **{verdict} the authors' own.**"
         )
-    environment = summary["environments"][-1]
-    said.append(
-        f"{network}, radius 8/255. Ours on {environment['device']}, {environment['cpu_count']} cores, jax "
-        f"{environment['jax']}."
-    )
+    said.append(f"{network}, radius 8/255. Ours on {made_on(summary['environments'][-1])}.")
     body = tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
     return f"{body}\n\n" + "\n\n".join(said) + "\n"
 

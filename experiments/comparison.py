@@ -1,6 +1,5 @@
 """Train several networks on one data set, evaluate them under the same attacks, and write tables and figures."""
 
-import json
 import math
 import pathlib
 import time
@@ -10,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.output import made_on, write_files
 from fs_jax import report, training
 from fs_jax._utils import backend
-from fs_jax._utils.files import local_path, read_jsonl, write_text
+from fs_jax._utils.files import local_path, read_jsonl
 from fs_jax.config import TrainConfig, to_dict
 from fs_jax.data import Dataset
 from fs_jax.evaluation import Attack, as_float, evaluate
@@ -48,7 +48,6 @@ def compare(
       The table and its caption; None if training was stopped, and the same call goes on.
     """
     workdir, results = local_path("workdir", workdir), local_path("results", results)
-    results.mkdir(parents=True, exist_ok=True)
     deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
     evaluations, metrics = {}, {}
     for folder, (name, config) in runs.items():
@@ -74,10 +73,11 @@ def compare(
         }  # fmt: skip
         metrics[name] = rows
         records = [{**record, "network": name} for record in attacked.records]
-        write_text(results / f"{folder}.json", json.dumps({**evaluations[name], "records": records}) + "\n")
+        write_files(results, {f"{folder}.json": {**evaluations[name], "records": records}})
 
-    table = f"{report.accuracy_table(evaluations)}\n\n{report.caption(evaluations)}.\n"
-    write_text(results / "table.md", table)
+    caption = f"{report.caption(evaluations)}. On {made_on(backend.describe())}."
+    table = f"{report.accuracy_table(evaluations)}\n\n{caption}\n"
+    write_files(results, {"table.md": table})
     report.training_curves(metrics, results / "training.png")
     report.accuracy_bars(evaluations, results / "accuracy.png", title=title)
     # As many as a batch of the attacks above had, for which programs are there; the first 8 are shown.

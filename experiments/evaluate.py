@@ -21,7 +21,6 @@ Parts of the images can be evaluated anywhere, and merged:
 
 import dataclasses
 import fractions
-import json
 import pathlib
 import re
 from typing import Any, Literal
@@ -111,7 +110,6 @@ def main(argv: list[str]) -> None:
 
     from fs_jax import attacks, data
     from fs_jax._utils import backend
-    from fs_jax._utils.files import write_text
     from fs_jax.evaluation import check_evaluation, evaluate, fingerprint, gradient_masking
     from fs_jax.models import as_logits_fn
     from fs_jax.training.loop import read_config
@@ -178,9 +176,8 @@ def main(argv: list[str]) -> None:
     draw_adversaries(logits_fn, images, labels, adversaries, dataset.info.class_names, epsilon, output)
     if arguments.save_images:
         save_images(output / "adversarial.npz", adversaries, labels, result.records)
-    write_text(output / "result.json", json.dumps({**summary, "records": result.records}) + "\n")
     text = report_text(summary, {path.stem for path in output.glob("*.png")})
-    write_text(output / "report.md", text)
+    write_files(output, {"result.json": {**summary, "records": result.records}, "report.md": text})
     print(f"{text}\nWritten: {output}")
 
 

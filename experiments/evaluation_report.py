@@ -3,6 +3,8 @@
 import pathlib
 from typing import Any
 
+from experiments.output import made_on
+
 HOW_TO_READ = """\
 Accuracy in % with 95% intervals. *Decides*: where the last iterate decides, the attack is judged as the paper's code
 judges its own, so that the numbers compare; where any iterate does, it is stronger, and an image is dropped as soon as
@@ -23,12 +25,12 @@ def report_text(summary: dict[str, Any], figures: set[str]) -> str:
     origin = f"{config['method']}, step {summary['step']:,}" if config else summary["file"]
     together = [attack for attack in summary["attacks"] if not attack["apart"]]
     apart = [attack for attack in summary["attacks"] if attack["apart"]]
-    environment, several = summary["environments"][-1], len(summary["environments"]) > 1
+    several = len(summary["environments"]) > 1
     parts = [
         f"# {summary['network']} ({origin}) under attack",
         f"{summary['dataset']}, {summary['images']:,} {summary['split']} images, L∞ radius "
         f"{report.radius(summary['epsilon'])}, seed {summary['seed']}. Weights {summary['weights']}. On "
-        f"{environment['device']}, {environment['cpu_count']} cores, jax {environment['jax']}."
+        f"{made_on(summary['environments'][-1])}."
         + (f" Parts of it ran elsewhere, in {len(summary['environments'])} environments." if several else ""),
         *(f"**Warning.** {warning}" for warning in summary["warnings"] or ()),
         report.attack_table({"attacks": together, "worst": summary["worst"]}),

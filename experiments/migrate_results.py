@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import command_line
+from experiments.output import write_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,6 @@ def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.migrate_results")
 
     from experiments.evaluation_report import report_text
-    from fs_jax._utils.files import write_text
     from fs_jax.evaluation.journal import SCHEMA
 
     for path in arguments.files:
@@ -44,10 +44,10 @@ def main(argv: list[str]) -> None:
             print(f"{path}: is of this schema")
             continue
         new = migrated(old) if "schema" not in old else {**old, "schema": SCHEMA, "warnings": old.get("warnings")}
-        write_text(path, json.dumps(new) + "\n")
+        write_files(path.parent, {path.name: new})
         if (path.parent / "report.md").exists():
             figures = {figure.stem for figure in path.parent.glob("*.png")}
-            write_text(path.parent / "report.md", report_text(new, figures))
+            write_files(path.parent, {"report.md": report_text(new, figures)})
         print(f"{path}: migrated")
 
 

@@ -6,12 +6,12 @@ digits, as pixels, of which the median and the middle half are drawn. In float64
 """
 
 import dataclasses
-import json
 import pathlib
 
 import tyro
 
 from experiments import command_line
+from experiments.output import write_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,6 @@ def main(argv: list[str]) -> None:
     from tqdm import tqdm
 
     from fs_jax._utils import backend
-    from fs_jax._utils.files import write_text
     from fs_jax._utils.validation import check_number
     from fs_jax.data import load
     from fs_jax.ot import cosine_cost, ipot, sinkhorn
@@ -80,8 +79,7 @@ def main(argv: list[str]) -> None:
         "quartiles": curves,
         "environment": backend.describe(),
     }
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    write_text(arguments.results / "convergence.json", json.dumps(result, indent=1) + "\n")
+    write_files(arguments.results, {"convergence.json": result})
     draw(result, arguments.results / "convergence.png")
     print(f"Written: {arguments.results}")
 

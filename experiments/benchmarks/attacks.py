@@ -19,14 +19,14 @@ Writes `attacks.json` and `attacks.md` to the results folder.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
-import time
 
 import tyro
 
 from experiments import command_line
+from experiments.benchmarks.timing import seconds_in_turn, timed
+from experiments.output import made_on, write_files
 
 EPSILON, STEP = 8 / 255, 2 / 255
 PEER_BATCHES = (32, 100)
@@ -58,7 +58,6 @@ def main(argv: list[str]) -> None:
 
     from experiments import autoattack_reference
     from fs_jax._utils import backend
-    from fs_jax._utils.files import write_text
     from fs_jax.evaluation import as_float
     from fs_jax.models import as_logits_fn
 
@@ -81,9 +80,7 @@ def main(argv: list[str]) -> None:
         },
     }
     text = table(summary, f"WRN-{model.depth}-{model.width}")
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    write_text(arguments.results / "attacks.json", json.dumps(summary, indent=1, default=str) + "\n")
-    write_text(arguments.results / "attacks.md", text)
+    write_files(arguments.results, {"attacks.json": summary, "attacks.md": text})
     print(text)
 
 
@@ -111,7 +108,6 @@ def torch_network(model, variables):
 def race_pgd(logits_fn, net, images, labels, arguments: Arguments) -> list[dict]:
     """PGD-20's contestants: name, seconds, and the share of images that stand."""
     import numpy as np
-    from tqdm import tqdm
 
     places = np.resize(np.arange(len(labels)), arguments.pgd_images)
     images, labels = images[places], labels[places]
@@ -124,13 +120,13 @@ def race_pgd(logits_fn, net, images, labels, arguments: Arguments) -> list[dict]
             contestants[f"{name}, batches of {size}"] = functools.partial(
                 in_batches, functools.partial(attack, net), net, images, labels, size
             )
-    standing = {name: run() for name, run in contestants.items()}
-    times = {name: [] for name in contestants}
-    for _ in tqdm(range(arguments.rounds), desc="PGD-20", unit="round"):
-        for name, run in contestants.items():
-            began = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - began)
+    standing = {}
+
+    def noting(name, run):
+        standing[name] = run()
+
+    programs = {name: functools.partial(noting, name, run) for name, run in contestants.items()}
+    times = seconds_in_turn(programs, arguments.rounds, title="PGD-20")
     return [
         {"name": name, "seconds": statistics.median(times[name]), "all": times[name], "standing": standing[name]}
         for name in contestants
@@ -201,25 +197,30 @@ def race_autoattack(logits_fn, net, images, labels, arguments: Arguments, record
 
     images, labels = images[: arguments.autoattack_images], labels[: arguments.autoattack_images]
     rows = []
+    our_chain = functools.partial(
+        attacks.autoattack, logits_fn, jax.random.key(0), images, labels, epsilon=EPSILON, progress=True
+    )
     for name in ("ours, compilation included", "ours"):
-        began = time.perf_counter()
-        record = attacks.autoattack(logits_fn, jax.random.key(0), images, labels, epsilon=EPSILON, progress=True)
-        rows.append({"name": name, "seconds": time.perf_counter() - began, "stages": record.stages})
+        seconds, record = timed(our_chain)
+        rows.append({"name": name, "seconds": seconds, "stages": record.stages})
 
-    began = time.perf_counter()
-    x, y = torch.tensor(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
-    stages = {}
-    for name, attack in {"clean": None, **torchattacks_chain(net)}.items():
-        standing = []
-        for begin in range(0, len(y), PEER_BATCHES[-1]):
-            part, of_part = x[begin : begin + PEER_BATCHES[-1]], y[begin : begin + PEER_BATCHES[-1]]
-            adversarial = part if attack is None else attack(part, of_part)
-            with torch.no_grad():
-                standing.append(net(adversarial).argmax(1) == of_part)
-        standing = torch.cat([torch.zeros(0, dtype=torch.bool), *standing])
-        x, y = x[standing], y[standing]
-        stages[name] = len(y) / len(labels)
-    rows.append({"name": "torchattacks", "seconds": time.perf_counter() - began, "stages": stages})
+    def their_chain():
+        x, y = torch.tensor(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+        stages = {}
+        for name, attack in {"clean": None, **torchattacks_chain(net)}.items():
+            standing = []
+            for begin in range(0, len(y), PEER_BATCHES[-1]):
+                part, of_part = x[begin : begin + PEER_BATCHES[-1]], y[begin : begin + PEER_BATCHES[-1]]
+                adversarial = part if attack is None else attack(part, of_part)
+                with torch.no_grad():
+                    standing.append(net(adversarial).argmax(1) == of_part)
+            standing = torch.cat([torch.zeros(0, dtype=torch.bool), *standing])
+            x, y = x[standing], y[standing]
+            stages[name] = len(y) / len(labels)
+        return stages
+
+    seconds, stages = timed(their_chain)
+    rows.append({"name": "torchattacks", "seconds": seconds, "stages": stages})
     rows.append({"name": "authors' code, as recorded", "seconds": recorded * len(labels), "stages": {}})
     return rows
 
@@ -243,9 +244,8 @@ def with_and_without_leaving(logits_fn, images, labels, arguments: Arguments) ->
     for name, last_only in (("fallen images leave", False), ("no image leaves", True)):
         attack = functools.partial(our_pgd, logits_fn, images, labels, last_only=last_only, num_runs=5)
         spent = []
-        began = time.perf_counter()
-        standing = attack(num_steps=1000, spent=spent)
-        rows.append({"name": name, "seconds": time.perf_counter() - began, "passes": sum(spent), "standing": standing})
+        seconds, standing = timed(functools.partial(attack, num_steps=1000, spent=spent))
+        rows.append({"name": name, "seconds": seconds, "passes": sum(spent), "standing": standing})
     return rows
 
 
@@ -309,9 +309,7 @@ def table(summary, network: str) -> str:
         f"## PGD-1000 from 5 starts, {arguments['leaving_images']} images",
         "Every start is made of every image; where no image leaves, the last iterate decides.",
         markdown(leaving, ["", "seconds", "ratio", "backward passes", "stand, %"]),
-        f"{network}, radius 8/255, ours in batches of {environment['batch_size']}. {environment['device']}, "
-        f"{environment['cpu_count']} cores, jax {environment['jax']}, torch {environment['torch']}, torchattacks "
-        f"{environment['torchattacks']}.",
+        f"{network}, radius 8/255, ours in batches of {environment['batch_size']}. {made_on(environment)}.",
     ]
     return "\n\n".join(parts) + "\n"
 

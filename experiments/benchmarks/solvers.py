@@ -16,13 +16,10 @@ Writes solvers.json, solvers.md and solvers.png to the results folder.
 """
 
 import dataclasses
-import json
-import os
-import platform
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -35,8 +32,10 @@ from ott.problems.linear.linear_problem import LinearProblem
 from ott.solvers.linear import implicit_differentiation
 from ott.solvers.linear.sinkhorn import Sinkhorn
 
+from experiments.benchmarks.timing import seconds_in_turn
 from experiments.command_line import run
-from fs_jax._utils.files import write_text
+from experiments.output import made_on, write_files
+from fs_jax._utils import backend
 from fs_jax.ot import sinkhorn
 
 ITERATIONS = 50
@@ -116,15 +115,9 @@ def ott_to_threshold(cost, reg) -> tuple:
     return result.primal_cost, (result.n_iters, rows + columns)
 
 
-def interleaved(programs: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each program, after one run that isn't counted."""
-    times = {name: [] for name in programs}
-    for _ in range(rounds + 1):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program())
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(of[1:]) for name, of in times.items()}
+def milliseconds(programs: dict[Hashable, Callable], rounds: int) -> dict[Hashable, float]:
+    """Medians over the rounds."""
+    return {name: 1e3 * statistics.median(of) for name, of in seconds_in_turn(programs, rounds).items()}
 
 
 @lru_cache
@@ -157,7 +150,7 @@ def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
     if costs.shape[0] <= POT_PROBLEMS and reg >= 0.01:
         programs["value", "POT"] = partial(pot_value, np.asarray(costs, np.float64), reg)
     programs["value", PRODUCTS] = partial(batched(products, False, False, costs.shape)[0], costs, reg)
-    times = interleaved(programs, rounds)
+    times = milliseconds(programs, rounds)
 
     rows = []
     for name in [*values, "POT", PRODUCTS]:
@@ -187,7 +180,7 @@ def equal_error(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
         for name, solver in solvers.items()
         for what in ("value", "gradient")
     }
-    times = interleaved(programs, rounds)
+    times = milliseconds(programs, rounds)
     rows = []
     for name in solvers:
         iterations, error = programs["value", name]()[1]
@@ -273,10 +266,9 @@ def write(result: dict, out: Path) -> None:
     converged = {"iterations": "iterations (mean)", "marginal_error": "marginal error (worst)"}
     speed = {"shape": "[B, n, n]", "reg": "τ"} | {k: k for k in ("value", "gradient", "gradient / value")}
     speed |= {"products": "products' share of the value"}
-    machine = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
     text = [
         "# Sinkhorn solvers",
-        f"`python -m experiments.benchmarks.solvers` on {machine}. The script says how it is measured.",
+        f"`python -m experiments.benchmarks.solvers` on {made_on(result['environment'])}. The script says how.",
         "## How many times faster than ott-jax in the log domain",
         table(result["ratios"], speed),
         HOW_TO_READ,
@@ -286,9 +278,7 @@ def write(result: dict, out: Path) -> None:
         f"## Until the marginal error is below {THRESHOLD:g}; the gradient by the implicit rule",
         table(result["equal_error"], times | converged),
     ]
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "solvers.json", json.dumps(result, indent=1) + "\n")
-    write_text(out / "solvers.md", "\n\n".join(text) + "\n")
+    write_files(out, {"solvers.json": result, "solvers.md": "\n\n".join(text) + "\n"})
     figure(result, out / "solvers.png")
 
 
@@ -302,12 +292,7 @@ def main(arguments: list[str]) -> None:
             f"--largest: expected at least {SHAPES[0][1] ** 2}, the smallest shape, got {options.largest:g}"
         )
     result = {
-        "machine": {
-            "device": jax.devices()[0].device_kind,
-            "cores": len(os.sched_getaffinity(0)),
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-        },
+        "environment": {**backend.describe(), "ott-jax": metadata.version("ott-jax"), "POT": metadata.version("pot")},
         "equal_iterations": [],
         "equal_error": [],
     }

@@ -13,14 +13,14 @@ fastest in on a CPU. (The released code also runs clean images through the netwo
 
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
-import time
 
 import tyro
 
 from experiments import command_line
+from experiments.benchmarks.timing import seconds_in_turn
+from experiments.output import made_on, write_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,9 @@ def main(argv: list[str]) -> None:
         contestants |= {f"{solver}: {name}": run for name, run in jax_contestants(arguments, solver).items()}
         for name, run in torch_contestants(arguments, solver).items():
             contestants[f"{solver}: {name}"] = run
-    medians = race(contestants, arguments.rounds)
+    # PyTorch's threads spin for a while after its turn, on the cores of whoever is next.
+    times = seconds_in_turn(contestants, arguments.rounds, pause=0.1, title="Training steps")
+    medians = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
 
     rows, summary = [], {}
     for solver in ("released_sinkhorn", "sinkhorn"):
@@ -70,7 +72,6 @@ def main(argv: list[str]) -> None:
     import torch
 
     from fs_jax._utils import backend
-    from fs_jax._utils.files import write_text
 
     environment = {**backend.describe(), "torch": torch.__version__, "torch_threads": torch.get_num_threads()}
     table = tabulate.tabulate(
@@ -78,35 +79,15 @@ def main(argv: list[str]) -> None:
     )
     caption = (
         f"WRN-{arguments.depth}-{arguments.width}, batch {arguments.batch_size}, {arguments.rounds} rounds, "
-        f"{environment['device']}, {environment['cpu_count']} cores, "
-        f"jax {environment['jax']}, torch {torch.__version__}."
+        f"{made_on(environment)}."
     )
-    arguments.results.mkdir(parents=True, exist_ok=True)
     results = {"arguments": dataclasses.asdict(arguments), "environment": environment, **summary}
-    write_text(arguments.results / "table.md", f"{table}\n\n{caption}\n")
-    write_text(arguments.results / "times.json", json.dumps(results, indent=1, default=str) + "\n")
+    write_files(arguments.results, {"times.json": results, "table.md": f"{table}\n\n{caption}\n"})
     print(f"{table}\n\n{caption}")
 
 
-def race(contestants, rounds: int) -> dict[str, float]:
-    """Milliseconds of each, the median over the rounds; in every round each runs once."""
-    from tqdm import tqdm
-
-    for run in contestants.values():  # compile and warm up
-        run()
-        run()
-    times = {name: [] for name in contestants}
-    for _ in tqdm(range(rounds), unit="round"):
-        for name, run in contestants.items():
-            time.sleep(0.1)  # until PyTorch's threads sleep too: after its turn they spin, on the cores of who is next
-            began = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - began))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def jax_contestants(arguments: Arguments, solver: str):
-    """Our step as training runs it, and its parts, each a function of nothing that waits for its result."""
+    """Our step as training runs it, and its parts, each a function of nothing."""
     import jax
     import jax.numpy as jnp
 
@@ -166,16 +147,13 @@ def jax_contestants(arguments: Arguments, solver: str):
 
     def run_step():
         carried[0], metrics = step(carried[0], batch, keys[2])
-        jax.block_until_ready(metrics)
-
-    def waiting(run, *inputs):
-        return lambda: jax.block_until_ready(run(*inputs))
+        return metrics
 
     return {
-        "natural forward pass": waiting(natural, variables, images),
-        "forward and backward to the images": waiting(to_images, variables, images),
-        "transport": waiting(transport, logits, moved),
-        "forward and backward to the weights": waiting(to_weights, variables, images, labels),
+        "natural forward pass": functools.partial(natural, variables, images),
+        "forward and backward to the images": functools.partial(to_images, variables, images),
+        "transport": functools.partial(transport, logits, moved),
+        "forward and backward to the weights": functools.partial(to_weights, variables, images, labels),
         "step": run_step,
     }
 

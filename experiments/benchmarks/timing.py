@@ -1,0 +1,36 @@
+"""Times that can be compared: programs take turns in one process, so that noise falls on all alike."""
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+
+def seconds_in_turn(
+    programs: Mapping[Hashable, Callable[[], Any]], rounds: int, *, pause: float = 0.0, title: str | None = None
+) -> dict[Hashable, list[float]]:
+    """Seconds of each program in each round; in every round each runs once, after one round that isn't counted.
+
+    Args:
+      programs: Functions of nothing. What they return is waited for.
+      rounds: How many are counted.
+      pause: Seconds between two runs, for the threads of the one before to go to sleep.
+      title: Of a progress bar; None for none.
+    """
+    times = {name: [] for name in programs}
+    for number in tqdm(range(rounds + 1), title, unit="round", disable=title is None):
+        for name, program in programs.items():
+            time.sleep(pause)
+            seconds, _ = timed(program)
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def timed(program: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of one run, and what it returned."""
+    began = time.perf_counter()
+    result = jax.block_until_ready(program())
+    return time.perf_counter() - began, result
