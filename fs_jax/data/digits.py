@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from fs_jax._utils.extras import require
 from fs_jax.data.types import Bundled, DataInfo
 
 
 def _read_digits() -> dict[str, np.ndarray]:
+    require("sklearn")
     from sklearn.datasets import load_digits  # a second to import, for those who want digits only
 
     digits = load_digits()

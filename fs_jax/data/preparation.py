@@ -5,6 +5,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from fs_jax._utils.extras import require
 from fs_jax._utils.files import replacing
 from fs_jax._utils.validation import check_choice
 from fs_jax.data import tfds
@@ -41,6 +42,7 @@ def prepare(name: str, data_dir: str | os.PathLike, *, archive: str | os.PathLik
         raise ValueError("name: expected a data set to prepare; got 'digits', which comes with scikit-learn. Load it.")
     published = {name: source for name, source in DATASETS.items() if isinstance(source, Published)}
     check_choice("name", name, published)
+    require("tensorflow_datasets", "PIL", "requests")
     origin, data_dir = published[name], Path(data_dir).expanduser()
     if data_dir.exists() and not data_dir.is_dir():
         raise NotADirectoryError(f"data_dir: expected a folder; got the file {data_dir}. Name another.")

@@ -1,5 +1,9 @@
 """Networks in Flax Linen: `model.apply(variables, images, train=...) -> (logits, features)`."""
 
+from fs_jax._utils.extras import require
+
+require("flax", "safetensors")
+
 from fs_jax.models.wide_resnet import BatchNorm, WideResNet, as_logits_fn
 
 __all__ = ["BatchNorm", "WideResNet", "as_logits_fn"]

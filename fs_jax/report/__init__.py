@@ -1,6 +1,10 @@
 """From recorded numbers to Markdown tables and PNG figures. Pure functions: data in, a string or a file out."""
 
+from fs_jax._utils.extras import require
 from fs_jax._utils.text import radius
+
+require("matplotlib", "tabulate")
+
 from fs_jax.report.examples import attack_examples
 from fs_jax.report.figures import accuracy_bars, attack_strength, loss_surfaces, training_curves
 from fs_jax.report.tables import accuracy_table, attack_table, caption

@@ -1,5 +1,9 @@
 """Training: methods, a pure step of any network, checkpoints, the one file that maps it over devices, and the loop."""
 
+from fs_jax._utils.extras import require
+
+require("flax", "optax", "orbax", "tensorboardX", "tqdm")
+
 from fs_jax.training.checkpoint import Checkpoints
 from fs_jax.training.configured import (
     create_state,

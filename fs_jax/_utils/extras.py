@@ -1,0 +1,17 @@
+"""Libraries that a part of the package needs, and that a plain `pip install fs_jax` leaves out."""
+
+import importlib.util
+
+
+def require(*modules: str) -> None:
+    """Raise a `ModuleNotFoundError` that says what to install, if one of these can't be imported.
+
+    Example:
+      >>> require("numpy")
+      >>> require("numpy", "flax_of_tomorrow")
+      Traceback (most recent call last):
+      ModuleNotFoundError: flax_of_tomorrow is not installed. This needs: pip install "fs_jax[train]"
+    """
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f'{name} is not installed. This needs: pip install "fs_jax[train]"', name=name)
