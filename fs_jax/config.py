@@ -122,6 +122,9 @@ class TrainConfig:
         object.__setattr__(self, "method_settings", settings)  # JSON gives lists
         for name, value in settings:
             check_number(f"method_settings: {name}", value)
+        for name, kind in (("model", ModelConfig), ("attack", AttackConfig), ("transport", TransportConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name}: expected a {kind.__name__}; got {getattr(self, name)!r}.")
         if self.weight_average is not None:
             check_number("weight_average", self.weight_average, at_least=0, below=1)
         check_number("train_size", self.train_size, at_least=1, integer=True)
@@ -167,23 +170,21 @@ def from_dict(data: Mapping[str, Any]) -> TrainConfig:
     """The training configuration that `to_dict` wrote.
 
     Raises:
-      ValueError: for fields that a configuration doesn't have, with the nearest name.
+      ValueError: for fields that a configuration doesn't have, with the nearest name, and where `TrainConfig` refuses.
+      TypeError: for what is no mapping, and where `TrainConfig` refuses.
     """
-    sections = {"model": ModelConfig, "attack": AttackConfig, "transport": TransportConfig}
+    import dacite  # not above: command lines that build no configuration from data need not wait for it
 
-    def build(cls, values, prefix=""):
-        fields = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            check_choice(f"configuration field {prefix}{name}", name, fields)
-        return cls(**values)
-
-    values = dict(data)
-    for name, cls in sections.items():
-        if name in values:
-            values[name] = build(cls, values[name], f"{name}.")
-    if "decay_epochs" in values:
-        values["decay_epochs"] = tuple(values["decay_epochs"])
-    return build(TrainConfig, values)
+    if not isinstance(data, Mapping):
+        raise TypeError(f"configuration: expected its fields by name; got {data!r:.60}.")
+    try:
+        return dacite.from_dict(TrainConfig, data, dacite.Config(strict=True, check_types=False, cast=[tuple]))
+    except dacite.UnexpectedDataError as error:
+        sections = (TrainConfig, ModelConfig, AttackConfig, TransportConfig)
+        known = [field.name for section in sections for field in dataclasses.fields(section)]
+        for name in sorted(error.keys):
+            check_choice(f"configuration field {name}", name, known)
+        raise ValueError(f"configuration: {error}.") from error  # known, but in another section
 
 
 def differences(ours: TrainConfig, theirs: TrainConfig) -> dict[str, tuple[Any, Any]]:

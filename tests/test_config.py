@@ -47,7 +47,10 @@ def test_presets_are_the_papers():
         (lambda: TrainConfig(seed=2**70), ValueError, "seed: expected an integer of at least 0 of at most 4294967295"),
         (lambda: TrainConfig(decay_epochs=(1.5,)), TypeError, "decay_epochs: expected an integer"),
         (lambda: configs.from_dict({"modle": {}}), ValueError, "field modle: .*Did you mean 'model'"),
-        (lambda: configs.from_dict({"model": {"deph": 10}}), ValueError, "field model.deph: .*Did you mean 'depth'"),
+        (lambda: configs.from_dict({"depth": 10}), ValueError, 'configuration: can not match "depth"'),
+        (lambda: configs.from_dict([]), TypeError, "configuration: expected its fields by name; got \\[\\]"),
+        (lambda: configs.from_dict({"model": 3}), TypeError, "model: expected a ModelConfig; got 3"),
+        (lambda: configs.from_dict({"model": {"deph": 10}}), ValueError, "field deph: .*Did you mean 'depth'"),
     ],
 )
 def test_what_cannot_be_is_refused_with_argument_expected_and_got(make, error, message):

@@ -13,6 +13,7 @@ from fs_jax._utils.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 
 # Okabe and Ito's palette, which people with any common colour blindness can tell apart (yellow left out: too pale).
@@ -20,7 +21,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 RIGHT, WRONG = "#00724F", "#C24A00"  # its green and vermilion, darkened for text
 GREY = "#555555"
 DASHED = (0, (3.5, 1.6))  # dashes
-_STYLE = {
+_STYLE: "dict[RcKeyType, Any]" = {
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,

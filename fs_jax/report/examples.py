@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import scipy.special
 from jaxtyping import Float, Int
 
 from fs_jax.report._canvas import RIGHT, WRONG, new_figure, png_path, save
@@ -123,9 +124,7 @@ def _predictions(
     if given.shape == (count,) and given.dtype.kind in "iu":
         return [(int(label), _class_name(label, class_names)) for label in given]
     if given.ndim == 2 and len(given) == count and given.dtype.kind == "f":
-        exponentials = np.exp(given.astype(np.float64) - given.max(1, keepdims=True))
-        probabilities = exponentials / exponentials.sum(1, keepdims=True)
-        classes = given.argmax(1)
+        probabilities, classes = scipy.special.softmax(given.astype(np.float64), axis=1), given.argmax(1)
         return [
             (int(label), f"{_class_name(label, class_names)} {100 * row[label]:.0f}%")
             for label, row in zip(classes, probabilities, strict=True)

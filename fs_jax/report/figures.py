@@ -112,7 +112,7 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: st
             smoothed |= _curve(training, rows, "natural_accuracy", colour, scale=100, linestyle=DASHED)
             smoothed |= _curve(training, rows, "accuracy", colour, scale=100)
             for axes in held_out:
-                marks = {"scale": 100, "marker": "o", "markersize": 3.5, "smooth": False}
+                marks: dict[str, Any] = {"scale": 100, "marker": "o", "markersize": 3.5, "smooth": False}
                 _curve(axes, rows, "monitor_clean", colour, linestyle=DASHED, **marks)
                 _curve(axes, rows, "monitor_robust", colour, **marks)
         loss.set_title("training loss")
@@ -308,7 +308,7 @@ def _line_style_legend(axes: "Axes", solid: str) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=GREY, linewidth=1.4, linestyle=style, label=label)
-        for style, label in ((DASHED, "clean"), ("-", solid))
+        Line2D([], [], color=GREY, linewidth=1.4, linestyle=DASHED, label="clean"),
+        Line2D([], [], color=GREY, linewidth=1.4, linestyle="-", label=solid),
     ]
     axes.legend(handles=handles, loc="best", fontsize=8, handlelength=2.4)
