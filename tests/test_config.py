@@ -38,7 +38,6 @@ def test_presets_are_the_papers():
         (lambda: AttackConfig(epsilon=8), ValueError, "attack.epsilon: .* of at most 1; got 8"),
         (lambda: AttackConfig(num_steps=0), ValueError, "attack.num_steps: .* at least 1; got 0"),
         (lambda: TransportConfig(reg=0), ValueError, "transport.reg: expected a finite number above 0; got 0"),
-        (lambda: TransportConfig(solver="sinkhron"), ValueError, "transport.solver: .*Did you mean 'sinkhorn'"),
         (lambda: TrainConfig(method_settings={"beta": "6"}), TypeError, "method_settings: beta: expected a finite"),
         (lambda: TrainConfig(weight_average=1.5), ValueError, "weight_average: .* below 1; got 1.5"),
         (lambda: TrainConfig(smoothing=1.5), ValueError, "smoothing: .* at most 1; got 1.5"),

@@ -125,9 +125,10 @@ def locked(path: str | os.PathLike) -> filelock.BaseFileLock:
     path = pathlib.Path(path)
     lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
     try:
-        return lock.acquire() and lock
+        lock.acquire()
     except filelock.Timeout:
         raise BlockingIOError(f"{path}: another process is writing it. Wait for its end.") from None
+    return lock
 
 
 def cache_home() -> pathlib.Path:

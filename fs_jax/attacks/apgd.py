@@ -8,7 +8,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fs_jax.attacks.linf import LogitsFn, check_attack, project
+from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack, project
 from fs_jax.attacks.losses import cross_entropy, dlr, targeted_dlr, wrong_class
 from fs_jax.attacks.specification import Specification, count
 from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, judged, where
@@ -25,7 +25,7 @@ def apgd(
     images: Float[Array, "n h w c"],
     labels: Int[Array, "n"],
     *,
-    epsilon: float = 8 / 255,
+    epsilon: Scalar = 8 / 255,
     num_steps: int = 100,
     loss: Loss = "ce",
     num_runs: int | None = None,
@@ -84,7 +84,7 @@ def apgd(
 
 def apgd_steps(
     *,
-    epsilon: float = 8 / 255,
+    epsilon: Scalar = 8 / 255,
     num_steps: int = 100,
     loss: Loss = "ce",
     num_runs: int | None = None,

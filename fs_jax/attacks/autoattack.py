@@ -74,7 +74,7 @@ def _chain(version, epsilon) -> list[Attack]:
             raise ValueError(
                 f"version: expected attacks of radius {epsilon:.6g} on all images; got {attack}. Use `evaluate`."
             )
-    clean = Attack("clean", **({"num_draws": 1} if any(map(randomised, chosen)) else {}))
+    clean = Attack("clean", num_draws=1 if any(map(randomised, chosen)) else None)
     return [clean, *(attack.replace(after=["clean", *names[:place]]) for place, attack in enumerate(chosen))]
 
 
@@ -161,7 +161,7 @@ def autoattack(
     drawn_from = rng if randomised(attacks[0]) else None
     network = bound(logits_fn, images, drawn_from)
     doubts = answers_warnings(logits_fn, images, labels, attacks, rng=drawn_from, batch_size=batch_size)
-    found, log = as_float(images).copy(), Log()
+    found, log = np.array(as_float(images)), Log()
     stages = run_chain(
         network, rng, images, labels, attacks, log=log, batch_size=batch_size, worst_images=found, progress=progress
     )

@@ -28,7 +28,7 @@ from fs_jax.attacks.stepwise import Stepwise
 class Outcome(NamedTuple):
     """What one run of an attack did to one image."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's own `index` looks for values: of no use here
     """Of the image in the split."""
     run: int
     """Random start, or target."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
-from fs_jax.attacks.linf import LogitsFn, check_attack
+from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack
 from fs_jax.attacks.losses import logit_margin, wrong_class
 from fs_jax.attacks.specification import Specification, count
 from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, where
@@ -24,7 +24,7 @@ def fab(
     images: Float[Array, "n h w c"],
     labels: Int[Array, "n"],
     *,
-    epsilon: float = 8 / 255,
+    epsilon: Scalar = 8 / 255,
     num_steps: int = 100,
     targeted: bool = False,
     num_runs: int | None = None,
@@ -88,7 +88,7 @@ def fab(
 
 def fab_steps(
     *,
-    epsilon: float = 8 / 255,
+    epsilon: Scalar = 8 / 255,
     num_steps: int = 100,
     targeted: bool = False,
     num_runs: int | None = None,
@@ -206,15 +206,16 @@ def _nearest_boundary(logits_fn, iterates, labels):
 
     def nearer(best, offset):
         other = (labels + offset) % num_classes
-        value = _lead(logits, other, labels)
+        value = _lead(logits, other, labels).astype(iterates.dtype)
         (normal,) = vjp(one_hot(other) - one_hot(labels))
         distance = jnp.abs(value) / (1e-12 + jnp.sum(jnp.abs(normal), (1, 2, 3)))  # finite where gradients vanish
         return where(distance < best[0], (distance, value, normal), best), None
 
     # One class after the other, so that one gradient and the best so far are all that is held.
     # Where no distance is a number, nor is the value.
-    none = jnp.full(len(labels), jnp.inf), jnp.full(len(labels), jnp.nan), jnp.zeros_like(iterates)
-    (_, value, normal), _ = jax.lax.scan(nearer, none, jnp.arange(1, num_classes))
+    inf, nan = (jnp.full(len(labels), number, iterates.dtype) for number in (jnp.inf, jnp.nan))
+    none = inf, nan, jnp.zeros_like(iterates)
+    (_, value, normal), _ = jax.lax.scan(nearer, none, jnp.arange(1, num_classes, dtype=labels.dtype))
     return value, normal
 
 

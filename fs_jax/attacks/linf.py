@@ -11,10 +11,11 @@ from fs_jax._utils.images import check_classes, check_images, check_labels, know
 from fs_jax._utils.keys import image_keys
 
 LogitsFn = Callable[[Float[Array, "n h w c"]], Float[Array, "n classes"]]
+Scalar = float | Float[Array, ""]  # a number, or one that a program is traced with
 
 
 def project(
-    images: Float[Array, "n h w c"], center: Float[Array, "n h w c"], epsilon: float
+    images: Float[Array, "n h w c"], center: Float[Array, "n h w c"], epsilon: Scalar
 ) -> Float[Array, "n h w c"]:
     """The nearest images in the ball around `center` and in [0, 1].
 
@@ -36,7 +37,7 @@ def project(
 
 
 def random_start(
-    rng: Key[Array, ""] | Key[Array, "n"], images: Float[Array, "n h w c"], epsilon: float
+    rng: Key[Array, ""] | Key[Array, "n"], images: Float[Array, "n h w c"], epsilon: Scalar
 ) -> Float[Array, "n h w c"]:
     """Images plus noise uniform in [-epsilon, epsilon]; not clipped to [0, 1], as the released code starts.
 
@@ -82,9 +83,9 @@ def check_attack(
     images: Float[Array, "n h w c"],
     labels: Int[Array, "n"] | None,
     *,
-    epsilon: float,
+    epsilon: Scalar,
     num_steps: int,
-    step_size: float | None = None,
+    step_size: Scalar | None = None,
     start: Float[Array, "n h w c"] | None = None,
 ) -> None:
     """Reject what no attack can work on. Values are looked at where they are known, so not under jit.

@@ -8,7 +8,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fs_jax.attacks.linf import LogitsFn, check_attack, project
+from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack, project
 from fs_jax.attacks.specification import Specification, count
 from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, judged
 
@@ -26,7 +26,7 @@ def local_search(
     images: Float[Array, "n h w c"],
     labels: Int[Array, "n"],
     *,
-    epsilon: float = 1.0,
+    epsilon: Scalar = 1.0,
     num_steps: int = 150,
     chunk_size: int = 32,
 ) -> Float[Array, "n h w c"]:
@@ -73,7 +73,7 @@ def local_search(
     return adversaries(attack, logits_fn, rng, images, labels, uses_gradients=False)
 
 
-def local_search_steps(*, epsilon: float = 1.0, num_steps: int = 150, chunk_size: int = 32) -> Stepwise:
+def local_search_steps(*, epsilon: Scalar = 1.0, num_steps: int = 150, chunk_size: int = 32) -> Stepwise:
     """`local_search` in rounds, with the same arguments and errors.
 
     Returns:

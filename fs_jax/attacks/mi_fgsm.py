@@ -8,7 +8,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
 from fs_jax._utils.validation import check_number
-from fs_jax.attacks.linf import LogitsFn, check_attack, project
+from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack, project
 from fs_jax.attacks.losses import cross_entropy
 from fs_jax.attacks.specification import Setting, Specification, count
 from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, judged
@@ -20,7 +20,7 @@ def mi_fgsm(
     images: Float[Array, "n h w c"],
     labels: Int[Array, "n"],
     *,
-    epsilon: float = 8 / 255,
+    epsilon: Scalar = 8 / 255,
     num_steps: int = 10,
     decay: float = 1.0,
 ) -> Float[Array, "n h w c"]:
@@ -64,7 +64,7 @@ def mi_fgsm(
     return adversaries(attack, logits_fn, rng, images, labels, uses_gradients=True)
 
 
-def mi_fgsm_steps(*, epsilon: float = 8 / 255, num_steps: int = 10, decay: float = 1.0) -> Stepwise:
+def mi_fgsm_steps(*, epsilon: Scalar = 8 / 255, num_steps: int = 10, decay: float = 1.0) -> Stepwise:
     """`mi_fgsm` cut in steps, with the same arguments.
 
     Returns:

@@ -14,7 +14,7 @@ import hashlib
 import threading
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +141,8 @@ def hashable(function: Callable) -> Callable:
     if not isinstance(function, functools.partial):
         return function
     bound = _Bound(hashable(function.func), function.args, tuple(sorted(function.keywords.items())))
-    return bound if _hashable(bound) else function
+    # A cast, because mypy doesn't see that a NamedTuple can be called.
+    return cast(Callable, bound) if _hashable(bound) else function
 
 
 class _Bound(NamedTuple):

@@ -10,7 +10,7 @@ import collections
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -265,7 +265,7 @@ class _Batch:
             misclassified_at = np.where(margin > 0, -1, step)
         finished, adversarial = [], np.asarray(progress.adversarial)
         for slot in ended:
-            image, run = self.jobs[slot]
+            image, run = cast(tuple[int, int], self.jobs[slot])  # no free slot has ended
             if not np.isfinite(margin[slot]):
                 raise FloatingPointError(
                     f"logits_fn: expected finite logits and gradients; got others for image {image} under attack, "

@@ -9,7 +9,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
 from fs_jax._utils.keys import image_keys
-from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed, project, random_start
+from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack, held_fixed, project, random_start
 from fs_jax.attacks.losses import cross_entropy, cw_margin
 from fs_jax.attacks.network import on_network
 from fs_jax.attacks.specification import Specification, count, flag, length
@@ -22,8 +22,8 @@ def pgd(
     images: Float[Array, "n h w c"],
     labels: Int[Array, "n"],
     *,
-    epsilon: float = 8 / 255,
-    step_size: float = 2 / 255,
+    epsilon: Scalar = 8 / 255,
+    step_size: Scalar = 2 / 255,
     num_steps: int = 20,
     loss: Callable[[Array, Array], Array] = cross_entropy,
     start: Float[Array, "n h w c"] | None = None,
@@ -82,8 +82,8 @@ def fgsm(
     images: Float[Array, "n h w c"],
     labels: Int[Array, "n"],
     *,
-    epsilon: float = 8 / 255,
-    step_size: float | None = None,
+    epsilon: Scalar = 8 / 255,
+    step_size: Scalar | None = None,
     start: Float[Array, "n h w c"] | None = None,
 ) -> Float[Array, "n h w c"]:
     """The paper's "FGSM": one signed step of the size of the radius, from a uniform random start.
@@ -109,8 +109,8 @@ def cw(
     images: Float[Array, "n h w c"],
     labels: Int[Array, "n"],
     *,
-    epsilon: float = 8 / 255,
-    step_size: float = 2 / 255,
+    epsilon: Scalar = 8 / 255,
+    step_size: Scalar = 2 / 255,
     num_steps: int = 20,
     start: Float[Array, "n h w c"] | None = None,
 ) -> Float[Array, "n h w c"]:
@@ -141,8 +141,8 @@ def cw(
 
 def pgd_steps(
     *,
-    epsilon: float = 8 / 255,
-    step_size: float = 2 / 255,
+    epsilon: Scalar = 8 / 255,
+    step_size: Scalar = 2 / 255,
     num_steps: int = 20,
     num_runs: int = 1,
     loss: Callable[[Array, Array], Array] = cross_entropy,

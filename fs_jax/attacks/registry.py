@@ -4,7 +4,7 @@ import dataclasses
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +147,7 @@ class Attack:
             )
         return self.specification.build(epsilon=self.epsilon, num_classes=num_classes, **self.settings)
 
-    def keys(self, rng: Key[Array, ""], indices: Int[Array, "n"], num_runs: int) -> Key[Array, "n runs"]:
+    def keys(self, rng: Key[Array, ""], indices: Int[np.ndarray | Array, "n"], num_runs: int) -> Key[Array, "n runs"]:
         """What the images of these indices draw from in each run: whatever the batch, and whatever is run besides.
 
         More starts begin with those of fewer, so they can only find more.
@@ -174,7 +174,7 @@ class Attack:
     def published(self, stepwise: Stepwise) -> dict[str, Any]:
         """Its settings and constants under its authors' names, with the runs that the network's classes allow."""
         settings = {name: value for name, value in self.settings.items() if value is not None}
-        runs = {name: stepwise.num_runs for name in ("restarts", "targets") if name in settings}
+        runs: dict[str, int] = {name: stepwise.num_runs for name in ("restarts", "targets") if name in settings}
         return {**settings, **runs, **self.specification.constants}
 
     def replace(self, **changes: Any) -> "Attack":
@@ -222,6 +222,7 @@ def parse_attack(text: str, epsilon: float = 8 / 255, **settings: Any) -> Attack
         # With 20 for any number of steps, so that a typo meets its neighbour.
         words = [name + ("-20" if other.steps_in_name else "") for name, other in REGISTRY.items()]
         check_choice("attack", text, words)
+    specification = cast(Specification, specification)  # None is refused by now
     free = {name: value for name, value in settings.items() if name in specification.settings}
     if not specification.every_run:  # AutoAttack's attacks have their own number of starts
         free.pop("restarts", None)

@@ -188,7 +188,7 @@ def masking_warnings(stages: Sequence[Stage]) -> list[str]:
         return []  # weaker attacks by gradients say nothing of gradients
     survived = np.all([stage.attacked & stage.robust for stage in others], axis=0)
     broken = survived & np.any([stage.attacked & ~stage.robust for stage in blind], axis=0)
-    share = broken.sum() / max(1, np.any([stage.covered for stage in blind], axis=0).sum())
+    share = broken.sum() / max(1, int(np.any([stage.covered for stage in blind], axis=0).sum()))
     if share <= 0.002 or broken.sum() <= 2:
         return []
     names = " and ".join(stage.attack.name for stage in blind)

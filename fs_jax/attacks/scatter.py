@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from fs_jax._utils.keys import image_keys
-from fs_jax.attacks.linf import LogitsFn, check_attack, held_fixed, project, random_start
+from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack, held_fixed, project, random_start
 from fs_jax.attacks.network import hashable, on_network
 from fs_jax.ot import Transport, cosine_cost, sinkhorn
 
@@ -36,8 +36,8 @@ def feature_scatter(
     rng: Key[Array, ""] | Key[Array, "n"],
     images: Float[Array, "n h w c"],
     *,
-    epsilon: float = 8 / 255,
-    step_size: float = 8 / 255,
+    epsilon: Scalar = 8 / 255,
+    step_size: Scalar = 8 / 255,
     num_steps: int = 1,
     cost: CostFn = cosine_cost,
     transport: TransportFn = _paper_transport,
@@ -94,8 +94,8 @@ def scatter(
     rng: Key[Array, ""] | Key[Array, "n"],
     images: Float[Array, "n h w c"],
     *,
-    epsilon: float = 8 / 255,
-    step_size: float = 8 / 255,
+    epsilon: Scalar = 8 / 255,
+    step_size: Scalar = 8 / 255,
     num_steps: int = 1,
     cost: CostFn = cosine_cost,
     transport: TransportFn = _paper_transport,

@@ -8,7 +8,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
-from fs_jax.attacks.linf import LogitsFn, check_attack, project, random_start
+from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack, project, random_start
 from fs_jax.attacks.losses import logit_margin
 from fs_jax.attacks.specification import Specification, count
 from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, judged
@@ -22,11 +22,11 @@ def spsa(
     images: Float[Array, "n h w c"],
     labels: Int[Array, "n"],
     *,
-    epsilon: float = 8 / 255,
+    epsilon: Scalar = 8 / 255,
     num_steps: int = 100,
     num_directions: int = 128,
     delta: float = 0.01,
-    learning_rate: float = 0.01,
+    learning_rate: Scalar = 0.01,
     chunk_size: int = 8,
 ) -> Float[Array, "n h w c"]:
     """Simultaneous perturbation stochastic approximation: no gradients are used, only many forward passes.
@@ -78,11 +78,11 @@ def spsa(
 
 def spsa_steps(
     *,
-    epsilon: float = 8 / 255,
+    epsilon: Scalar = 8 / 255,
     num_steps: int = 100,
     num_directions: int = 128,
     delta: float = 0.01,
-    learning_rate: float = 0.01,
+    learning_rate: Scalar = 0.01,
     chunk_size: int = 8,
 ) -> Stepwise:
     """`spsa` in steps, with the same arguments and errors.
@@ -116,8 +116,8 @@ def estimated_gradient(
     images: Float[Array, "n h w c"],
     labels: Int[Array, "n"],
     *,
-    num_directions: int,
-    delta: float,
+    num_directions: int | Array,
+    delta: Scalar,
     chunk: Int[Array, "k"],
 ) -> Float[Array, "n h w c"]:
     """Estimate of the gradient of each image's margin, by differences along random signs.

@@ -8,7 +8,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
-from fs_jax.attacks.linf import LogitsFn, check_attack
+from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack
 from fs_jax.attacks.specification import Specification, count
 from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, judged
 
@@ -24,7 +24,7 @@ def square(
     images: Float[Array, "n h w c"],
     labels: Int[Array, "n"],
     *,
-    epsilon: float = 8 / 255,
+    epsilon: Scalar = 8 / 255,
     num_steps: int = 5000,
 ) -> Float[Array, "n h w c"]:
     """Square attack: a random square of the perturbation is set to +-epsilon per channel, and kept where that helps.
@@ -64,7 +64,7 @@ def square(
     return adversaries(attack, logits_fn, rng, images, labels, uses_gradients=False)
 
 
-def square_steps(*, epsilon: float = 8 / 255, num_steps: int = 5000) -> Stepwise:
+def square_steps(*, epsilon: Scalar = 8 / 255, num_steps: int = 5000) -> Stepwise:
     """`square` cut in steps of one query each.
 
     Args:
@@ -110,7 +110,7 @@ def _random_square(key, step, num_steps, shape):
     row_key, column_key, sign_key = jax.random.split(jax.random.fold_in(key, step + 1), 3)
     shares = SHARE / 2.0 ** np.arange(len(HALVED_AFTER) + 1)
     sides = np.clip(np.round(np.sqrt(shares * height * width)).astype(int), 1, min(height, width))
-    side = jnp.asarray(sides)[jnp.sum(step * _OF > np.array(HALVED_AFTER) * num_steps)]
+    side = jnp.asarray(sides)[jnp.sum(step * _OF > np.array(HALVED_AFTER, np.int32) * num_steps)]
 
     def interval(key, length):
         # The last place included, as the paper has it: then every pixel can be reached.
@@ -122,7 +122,7 @@ def _random_square(key, step, num_steps, shape):
 
 
 def _painted(images, signs, epsilon):
-    return jnp.clip(images + epsilon * signs, 0, 1).astype(images.dtype)
+    return jnp.clip(images + epsilon * signs.astype(images.dtype), 0, 1).astype(images.dtype)
 
 
 def _build(*, epsilon, num_classes, num_steps):

@@ -105,7 +105,7 @@ def judged(
     )
 
 
-def unfinished(progress: Progress, num_steps: int) -> Bool[Array, "n"]:
+def unfinished(progress: Progress, num_steps: int | Array) -> Bool[Array, "n"]:
     """Which images are neither misclassified nor done with all their steps.
 
     Example:

@@ -65,7 +65,8 @@ def transfer(
     rng = jax.random.key(seed, impl=IMPLEMENTATION)
     attack = Attack(TRANSFER, epsilon, apart=True, source=source)
     stepwise = pgd_steps(epsilon=epsilon, step_size=epsilon / 4, last_only=True)
-    adversaries = np.array(as_float(np.asarray(images)))
+    images = np.asarray(images)
+    adversaries = np.array(as_float(images))
     keys = attack.keys(rng, first + np.arange(len(labels)), 1)
     for look in packed(stepwise, source_logits_fn, keys, images, labels, batch_size=batch_size, every_run=True):
         for job in look.finished:

@@ -44,11 +44,9 @@ def _read_archive(
             "Take the binary version, whose name ends in -binary.tar.gz."
         )
     row = len(labels) + 3072
-    for member, data in found.items():
+    for name, data in found.items():
         if len(data) % row or not len(data):
-            raise ValueError(
-                f"{path}: {member}: expected rows of {row} bytes; got {len(data)} bytes. Download it again."
-            )
+            raise ValueError(f"{path}: {name}: expected rows of {row} bytes; got {len(data)} bytes. Download it again.")
 
     def features(members):
         rows = np.concatenate([found[f"{folder}/{member}"] for member in members]).reshape(-1, row)

@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import os
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -49,18 +51,20 @@ def _reading(path: str | os.PathLike, key: str) -> Iterator[None]:
 def npz_info(path: str) -> DataInfo:
     """Read one header and the labels: kilobytes, whatever the images weigh."""
     with _open_npz(path) as data:
-        with _reading(path, "train_images"), data.zip.open("train_images.npy") as member:
+        archive = cast(zipfile.ZipFile, data.zip)  # None once it is closed
+        with _reading(path, "train_images"), archive.open("train_images.npy") as member:
             version = np.lib.format.read_magic(member)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(member)
         with _reading(path, "train_labels"):
             labels = data["train_labels"]
-        optional = {}
+        optional: dict[str, Any] = {}  # arrays, or the defaults
         for key, default in (("class_names", None), ("flip", False), ("crop_padding", 0)):
             with _reading(path, key):
                 optional[key] = data[key] if key in data.files else default
 
     check_images(f"{path}: train_images", dtype, shape)
+    _, height, width, channels = shape
     names, flip, padding = optional["class_names"], np.asarray(optional["flip"]), np.asarray(optional["crop_padding"])
     if flip.shape or flip.dtype != bool:
         raise ValueError(f"{path}: flip: expected True or False; got {flip.dtype} of shape {flip.shape}.")
@@ -78,7 +82,7 @@ def npz_info(path: str) -> DataInfo:
         names = present
     return DataInfo(
         path,
-        tuple(shape[1:]),
+        (height, width, channels),
         len(names),
         flip=bool(flip),
         crop_padding=int(padding),
@@ -126,8 +130,10 @@ def cached(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
     arrays = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Any, because savez has a flag among its keywords: none of these names is its name.
+        members: dict[str, Any] = {**arrays, "sha256": np.array(sha256(arrays))}
         with replacing(path) as file:
-            np.savez(file, **arrays, sha256=np.array(sha256(arrays)))
+            np.savez(file, **members)
     except OSError as error:
         warnings.warn(f"The decoded data set can't be kept at {path}: {error}; pass another cache_dir", stacklevel=3)
     return arrays

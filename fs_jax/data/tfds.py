@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fs_jax._utils.extras import require
 from fs_jax._utils.files import cache_home, local_path
 from fs_jax.data.npz import cached
 from fs_jax.data.types import DataInfo
@@ -66,6 +67,7 @@ def _fingerprint(folder: Path) -> str:
 
 def _decode(about: DataInfo, folder: Path) -> dict[str, np.ndarray]:
     """Decode a folder that TFDS prepared."""
+    require("tensorflow_datasets", "PIL")
     import tensorflow_datasets as tfds  # half a second, and not needed once the cache is there
     from PIL import Image
     from tqdm import tqdm
@@ -73,7 +75,8 @@ def _decode(about: DataInfo, folder: Path) -> dict[str, np.ndarray]:
     builder = tfds.builder_from_directory(folder)
     # TFDS's own decoder is slower, and advises to install OpenCV.
     as_bytes = {"image": tfds.decode.SkipDecoding()}
-    arrays, ids = {}, []
+    arrays: dict[str, np.ndarray] = {}
+    ids: list[str] = []
     try:
         for split in ("train", "test"):
             count = builder.info.splits[split].num_examples
@@ -160,7 +163,9 @@ def write(about: DataInfo, splits: Mapping[str, Mapping[str, np.ndarray]], id_fo
     import tensorflow_datasets as tfds
     from PIL import Image
 
-    class Builder(tfds.builder_cls(about.name), skip_registration=True):
+    base: Any = tfds.builder_cls(about.name)  # known when it runs
+
+    class Builder(base, skip_registration=True):  # type: ignore[call-arg]  # a keyword that TFDS's class takes
         """TFDS's own description of the data set, with these images."""
 
         name = about.name

@@ -53,7 +53,7 @@ def radius_attacks(num_images: int, epsilon: float) -> list[Attack]:
       >>> [attack.name for attack in radius_attacks(100, 0.1)][-3:]
       ['pgd-20 at 16/255', 'pgd-20 at 0.1', 'pgd-100 at radius 1']
     """
-    shared = {"any_iterate": True, "apart": True, "after": ("clean",), "num_images": num_images}
+    shared: dict[str, Any] = {"any_iterate": True, "apart": True, "after": ("clean",), "num_images": num_images}
     radii = sorted({*RADII, *(() if any(abs(epsilon - eps) < 1e-6 for eps in RADII) else (epsilon,))} - {0})
     sweep = [Attack("pgd", eps, num_steps=20, label=f"{SWEEP}{radius(eps)}", **shared) for eps in radii]
     return [*sweep, Attack("pgd", 1.0, step_size=0.1, num_steps=100, label=UNBOUNDED, **shared)]

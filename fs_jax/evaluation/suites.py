@@ -1,5 +1,7 @@
 """Suites: attacks that are run together, in their order."""
 
+from typing import Any
+
 from fs_jax._utils.validation import check_choice
 from fs_jax.attacks.autoattack import autoattack_attacks
 from fs_jax.attacks.registry import Attack
@@ -45,7 +47,7 @@ def suite(
       ['clean', 'apgd-ce', 'apgd-t', 'fab-t', 'square']
     """
     check_choice("suite", name, SUITES)
-    few = {"num_images": gradient_free_images, "after": ("clean",)}
+    few: dict[str, Any] = {"num_images": gradient_free_images, "after": ("clean",)}
     chosen = {
         "paper": [
             Attack("fgsm", epsilon),

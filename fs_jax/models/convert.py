@@ -69,7 +69,7 @@ def load_weights(
         raise ValueError(
             f"mean, std: expected them, as {path} doesn't say how its network's images are normalised. "
             "Give 0 and 1 for images as they are (most of RobustBench's), 0.5 and 0.5 for [-1, 1] (the paper's); "
-            "or make a file that says it, by experiments.convert_weights."
+            "or make a file that says it, with save_weights of what this returns."
         )
     wide = jax.tree.map(lambda x: x.astype(np.promote_types(x.dtype, np.float32)), variables)
     return model.clone(mean=_per_channel(mean), std=_per_channel(std)), wide
@@ -382,11 +382,9 @@ def _import_torch():
         import torch
     except ImportError as error:
         raise ImportError(
-            f"{needed}. Where it is installed, experiments.convert_weights turns one into another."
+            f"{needed}. Where it is installed, load_weights and save_weights turn one into another."
         ) from error
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (
-        2,
-        6,
-    ):  # older ones could be made to run code: CVE-2025-32434
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if version < (2, 6):  # older ones could be made to run code: CVE-2025-32434
         raise ImportError(f"{needed}; got {torch.__version__}.")
     return torch

@@ -8,12 +8,15 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fs_jax.ot._numerics import result_type
+
+_Name = TypeVar("_Name", bound=str)  # a `Literal`, or any string
 
 # How far apart the total masses may be, relative to them: well above the rounding of normalised weights in the
 # caller's dtype, well below any difference that somebody means.
@@ -161,7 +164,7 @@ def count(name: str, value) -> int:
     return int(value)
 
 
-def choice(name: str, value, options: Sequence[str]) -> str:
+def choice(name: str, value: _Name, options: Sequence[str]) -> _Name:
     """One of a few names; the nearest is offered for a typo, and ours for another library's."""
     if value in options:
         return value
@@ -181,7 +184,8 @@ def potentials(init, n: int, m: int, dtype) -> tuple[jax.Array, jax.Array]:
         if seen is not None and not np.isfinite(seen).all():
             raise ValueError(f"init[{i}]: expected finite potentials, got NaN or infinity")
         checked.append(value.astype(dtype))
-    return tuple(checked)
+    f, g = checked
+    return f, g
 
 
 def points(x, y) -> tuple[jax.Array, jax.Array]:
@@ -237,8 +241,10 @@ def _numeric(name: str, value, or_boolean: bool = False) -> tuple[np.ndarray | N
     try:
         seen = None if isinstance(value, jax.core.Tracer) else np.asarray(value)
         # Integers of 64 bits would wrap around where JAX has none.
-        wide = seen is not None and seen.dtype.kind in "iu" and seen.dtype.itemsize > 4
-        array = jnp.asarray(seen.astype(np.float64) if wide else value)
+        if seen is not None and seen.dtype.kind in "iu" and seen.dtype.itemsize > 4:
+            array = jnp.asarray(seen.astype(np.float64))
+        else:
+            array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected numbers, got {type(value).__name__}") from error
     kinds = (jnp.floating, jnp.integer, jnp.bool_) if or_boolean else (jnp.floating, jnp.integer)

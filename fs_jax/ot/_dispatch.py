@@ -4,6 +4,8 @@ Decided by the platform that a program is compiled for, and by what is known whe
 process has.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -18,7 +20,7 @@ def solve(scaled, a, b, start, threshold, options: Options):
     return _by_platform(
         _has_kernel(scaled, options),
         lambda *problem: _iterations.walk(options, False)(*problem)[0],
-        lambda interpret: lambda *problem: _triton.solve(*problem, options, interpret),
+        lambda interpret: partial(_triton.solve, options=options, interpret=interpret),
         (scaled, a, b, start, threshold),
     )
 

@@ -49,7 +49,7 @@ from fs_jax.ot.result import (
 try:
     from jax.experimental.pallas import triton
 except ImportError:  # a JAX that has dropped it
-    triton = None
+    triton = None  # type: ignore[assignment]
 
 IS_HERE = triton is not None
 LARGEST = 256  # points on a side

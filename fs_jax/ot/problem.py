@@ -60,13 +60,13 @@ def make_problem(cost, a, b, reg, *others, centred: bool = True) -> tuple[Proble
     """
     operands = (cost, a, b, reg, *others)
     nothing = sum(jnp.zeros_like(x, shape=(), dtype=cost.dtype) for x in operands if x is not None)
-    cost, a, b, reg, *others = (None if x is None else x.astype(cost.dtype) + nothing for x in operands)
+    cost, a, b, reg, *rest = (None if x is None else x.astype(cost.dtype) + nothing for x in operands)
     a, b = (jnp.where(w >= 0, w, jnp.nan) for w in (a, b))
     if centred:
         rows, columns = _minima(*lax.stop_gradient((cost, a, b)))
     else:
         rows, columns = jnp.zeros_like(a), jnp.zeros_like(b)
-    return Problem(cost, a, b, reg, rows, columns), tuple(others)
+    return Problem(cost, a, b, reg, rows, columns), tuple(rest)
 
 
 class Points(NamedTuple):

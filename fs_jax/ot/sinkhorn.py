@@ -100,7 +100,8 @@ def sinkhorn(
     threshold = _checks.threshold(threshold, cost.dtype)
     method = _checks.choice("method", method, METHODS)
     grad = _checks.choice("grad", grad, tuple(GRADS))
-    f = None if init is None else _checks.potentials(init, *cost.shape, cost.dtype)[0]
+    n, m = cost.shape
+    f = None if init is None else _checks.potentials(init, n, m, cost.dtype)[0]
     return _solve(cost, a, b, reg, threshold, f, Options(num_iters, method, bool(fused), dtype), grad)
 
 

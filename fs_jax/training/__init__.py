@@ -10,7 +10,6 @@ from fs_jax.training.configured import (
     make_method,
     make_model,
     make_optimizer,
-    make_transport,
     pmap_train_step,
     train_step,
 )
@@ -19,6 +18,7 @@ from fs_jax.training.losses import smooth_labels, smoothed_cross_entropy
 from fs_jax.training.parallel import AXIS, pmapped, replicate, unreplicate
 from fs_jax.training.state import TrainState, init_state
 from fs_jax.training.step import make_train_step
+from fs_jax.training.transports import make_transport
 
 __all__ = [
     "AXIS",

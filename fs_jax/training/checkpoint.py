@@ -64,7 +64,8 @@ class Checkpoints:
         """
         state = jax.tree.map(np.asarray, state)
         for name, like in _like(self._config, state.variables).items():
-            ours, theirs = map(jax.tree.structure, (like, getattr(state, name)))
+            ours: object = jax.tree.structure(like)
+            theirs: object = jax.tree.structure(getattr(state, name))
             if ours != theirs:
                 raise ValueError(
                     f"state: expected the {name} of the configuration's training, {ours}; got {theirs}. Nothing was "
@@ -102,7 +103,7 @@ class Checkpoints:
           ValueError: if a checkpoint is of another configuration, naming the fields that differ; or if there are
             checkpoints and none can be read. Nothing is changed then.
         """
-        damaged = []
+        damaged: list[int] = []
         for step in sorted(self._latest.all_steps(), reverse=True):
             state = self._restore(self._latest, step)
             if state is not None:
@@ -154,12 +155,14 @@ class Checkpoints:
         try:
             stored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
         except Exception as error:
-            return _skipped(manager, step, error)
+            _skipped(manager, step, error)
+            return None
         check_same_config(self._config, from_dict(stored), f"checkpoint {manager.directory / str(step)}")
         try:
             saved = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
         except Exception as error:
-            return _skipped(manager, step, error)
+            _skipped(manager, step, error)
+            return None
         variables = {"params": saved["params"], "batch_stats": saved.get("batch_stats") or {}}
 
         def unflattened(name, like):

@@ -1,7 +1,7 @@
 """From a configuration to what trains: network, optimizer, method, state and step."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
-from fs_jax import data, ot
+from fs_jax import data
 from fs_jax._utils.validation import check_choice
-from fs_jax.config import TrainConfig, TransportConfig
+from fs_jax.config import TrainConfig
 from fs_jax.data import DataInfo
 from fs_jax.models import WideResNet
 from fs_jax.training.methods import METHODS, Method, averaged
@@ -19,6 +19,7 @@ from fs_jax.training.methods.method import Batch, Metrics
 from fs_jax.training.parallel import Program, axis_of, pmapped, pmapped_steps
 from fs_jax.training.state import TrainState, init_state
 from fs_jax.training.step import Step, make_train_step
+from fs_jax.training.transports import make_transport
 
 
 class Parts(NamedTuple):
@@ -101,7 +102,8 @@ def make_method(config: TrainConfig) -> Method:
     """The configuration's training method, with its own defaults where the configuration says nothing.
 
     Raises:
-      ValueError: for a method that the registry doesn't have, with the nearest name, or a setting that it doesn't have.
+      ValueError: for a method or a transport that its registry doesn't have, with the nearest name, or a setting that
+        the method doesn't have.
 
     Example:
       >>> from fs_jax.config import preset
@@ -126,20 +128,6 @@ def make_method(config: TrainConfig) -> Method:
     settings = {name: value for name, value in common.items() if name in entry.settings and value is not None}
     method = entry.build(**settings, **dict(config.method_settings))
     return method if config.weight_average is None else averaged(method, decay=config.weight_average)
-
-
-def make_transport(config: TransportConfig) -> Callable[[Array], ot.Transport]:
-    """The configuration's transport: a function from a cost matrix to a `Transport`.
-
-    Example:
-      >>> make_transport(TransportConfig())(jnp.ones((2, 2))).plan.tolist()
-      [[0.25, 0.25], [0.25, 0.25]]
-    """
-    if config.solver == "released_sinkhorn":
-        return functools.partial(ot.released_sinkhorn, reg=config.reg)
-    if config.solver == "ipot":
-        return functools.partial(ot.ipot, beta=config.beta, num_iters=config.num_iters)
-    return functools.partial(ot.sinkhorn, reg=config.reg, num_iters=config.num_iters)
 
 
 def create_state(config: TrainConfig, rng: Key[Array, ""], info: DataInfo | None = None) -> TrainState:

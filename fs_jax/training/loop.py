@@ -212,7 +212,7 @@ def read_config(workdir: str | os.PathLike) -> TrainConfig:
     if not path.exists():
         raise FileNotFoundError(
             f"workdir: expected the folder of a run, with {CONFIG_FILE}; got {workdir}. "
-            "Make one with: python -m experiments.train PRESET --workdir DIR"
+            "Make one with fs_jax.training.train, or in a clone: python -m experiments.train PRESET --workdir DIR"
         )
     try:
         return from_dict(json.loads(path.read_text(encoding="utf-8")))

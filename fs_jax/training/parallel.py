@@ -112,7 +112,7 @@ def pmapped_steps(step: Step, info: DataInfo, batch_size: int, devices: Sequence
         count: Int[Array, ""],
     ):
         noise_rng, augment_rng = jax.random.split(rng)
-        positions = jax.lax.axis_index(AXIS) * per_device + jnp.arange(per_device)
+        positions = jax.lax.axis_index(AXIS) * per_device + jnp.arange(per_device, dtype=jnp.int32)
 
         def one(i, state):
             chosen = order[(first + i) * batch_size + positions]

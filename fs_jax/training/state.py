@@ -43,7 +43,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     method: Method,
     rng: Key[Array, ""],
-    images: Float[Array, "n h w c"],
+    images: Float[Array, "n h w c"] | jax.ShapeDtypeStruct,
 ) -> TrainState:
     """The state before the first step: a fresh network, step 0.
 

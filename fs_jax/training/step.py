@@ -67,7 +67,7 @@ def make_train_step(
         # Keyed by the position in the whole batch, so that attacks don't depend on the number of devices.
         count, rng = len(batch["images"]), jax.random.fold_in(rng, state.step)
         begin = 0 if axis_name is None else jax.lax.axis_index(axis_name) * count
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, begin + jnp.arange(count))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, begin + jnp.arange(count, dtype=jnp.int32))
         apply = _apply(model, jax.random.fold_in(jax.random.fold_in(rng, _DROPOUT), begin))
         context = Context(keys, state.own, axis_name)
 

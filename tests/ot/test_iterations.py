@@ -30,6 +30,7 @@ def gradient(cost, method, reg, **options):
 
 
 @pytest.mark.parametrize("reg", mostly_slow([0.05, 1e-3, 1e-4]))
+@pytest.mark.usefixtures("standard_promotion")
 def test_float32_is_as_good_as_in_the_log_domain(reg):
     costs = jnp.float32(np.stack(list(COSTS.values())))
 

@@ -175,6 +175,7 @@ def test_implicit_derivatives(problem):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
 def test_implicit_gradient_is_ott_jaxs(problem):
     theirs = jax.grad(lambda cost: ott(cost, *problem[1:], 0.2, 300, implicit=True).primal_cost)(problem[0])
     ours = jax.grad(lambda cost: sinkhorn(cost, *problem[1:], reg=0.2, num_iters=300, grad="implicit").primal_cost)

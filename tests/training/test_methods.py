@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from fs_jax.config import TrainConfig
+from fs_jax.config import TrainConfig, TransportConfig
 from fs_jax.training import init_state, make_method, make_train_step
 from fs_jax.training.methods import METHODS, Method, averaged, feature_scatter, pgd, standard, trades
 
@@ -234,6 +234,7 @@ def test_a_method_has_its_own_defaults_and_configurations_change_them():
     ("settings", "message"),
     [
         ({"method": "pdg"}, "method: .*Did you mean 'pgd'"),
+        ({"transport": TransportConfig(solver="sinkhron")}, "transport.solver: .*Did you mean 'sinkhorn'"),
         ({"method": "trades", "method_settings": {"bta": 3.0}}, "setting of trades: .*Did you mean 'beta'"),
         (
             {"method": "pgd", "method_settings": {"beta": 3.0}},

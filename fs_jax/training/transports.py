@@ -1,0 +1,33 @@
+"""The transports that configurations can name. A new one is its solver in `fs_jax.ot`, and a line here."""
+
+import functools
+from collections.abc import Callable
+
+from jaxtyping import Array
+
+from fs_jax import ot
+from fs_jax._utils.validation import check_choice
+from fs_jax.config import TransportConfig
+
+Solve = Callable[[Array], ot.Transport]
+
+TRANSPORTS: dict[str, Callable[[TransportConfig], Solve]] = {
+    "sinkhorn": lambda c: functools.partial(ot.sinkhorn, reg=c.reg, num_iters=c.num_iters),
+    "ipot": lambda c: functools.partial(ot.ipot, beta=c.beta, num_iters=c.num_iters),
+    "released_sinkhorn": lambda c: functools.partial(ot.released_sinkhorn, reg=c.reg),
+}
+
+
+def make_transport(config: TransportConfig) -> Solve:
+    """The configuration's transport: a function from a cost matrix to a `Transport`.
+
+    Raises:
+      ValueError: for a solver that isn't in `TRANSPORTS`, with the nearest name.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> make_transport(TransportConfig())(jnp.ones((2, 2))).plan.tolist()
+      [[0.25, 0.25], [0.25, 0.25]]
+    """
+    check_choice("transport.solver", config.solver, TRANSPORTS)
+    return TRANSPORTS[config.solver](config)
