@@ -109,7 +109,7 @@ def rivals(reference) -> list[tuple[str, Any]]:
 
     pairs = [("clean_correct", Attack("clean"))]
     pairs += [(f"paper/{theirs}_robust", parse_attack(ours)) for theirs, ours in PAPER.items()]
-    before = ("clean",)
+    before: tuple[str, ...] = ("clean",)
     for kind in STAGES:
         pairs.append((f"standard/{kind}_robust", Attack(kind, after=before)))
         before = (*before, kind)
@@ -129,8 +129,8 @@ def compare(reference, result) -> list[dict[str, Any]]:
         theirs = reference[name].astype(bool)
         # An image that an earlier attack broke has no record of this one.
         chain = (*attack.after, attack.name)
-        ours = [all(record["misclassified_at"].get(link, 0) < 0 for link in chain) for record in result.records]
-        ours = np.array(ours[: len(theirs)])
+        robust = [all(record["misclassified_at"].get(link, 0) < 0 for link in chain) for record in result.records]
+        ours = np.array(robust[: len(theirs)])
         rows.append(
             {
                 "attack": attack.name,

@@ -1,5 +1,6 @@
 """What the scripts' command lines share. tyro makes them from dataclasses, with help, types and the nearest name."""
 
+import io
 import pathlib
 import sys
 import traceback
@@ -15,7 +16,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """Run `main` on the command line's words; what it says of bad input is printed as one error, with status 2."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a τ or ∞ is no reason to fail where the system's encoding has none
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a τ or ∞ is no reason to fail where the system's encoding has none
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:

@@ -99,13 +99,8 @@ def compare(
 def draw_examples(logits_fn, images, adversaries, labels, class_names, path, *, epsilon, title) -> None:
     """Draw images, what an attack has added to them, and what the network says before and after."""
     images, predict = as_float(images), jax.jit(logits_fn)
+    before, after = (np.asarray(predict(jnp.asarray(shown))) for shown in (images, adversaries))
     report.attack_examples(
-        images,
-        adversaries,
-        labels,
-        *(np.asarray(predict(jnp.asarray(shown))) for shown in (images, adversaries)),
-        path,
-        class_names=class_names,
-        epsilon=epsilon,
-        title=f"{title}, radius {report.radius(epsilon)}",
-    )
+        images, adversaries, labels, before, after, path,
+        class_names=class_names, epsilon=epsilon, title=f"{title}, radius {report.radius(epsilon)}",
+    )  # fmt: skip

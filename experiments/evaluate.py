@@ -23,13 +23,14 @@ import dataclasses
 import fractions
 import pathlib
 import re
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import tyro
 
 from experiments import command_line
 from experiments.evaluation_report import SHOWN, draw_adversaries, draw_strength, draw_surfaces, report_text
 from experiments.networks import load_network
+from experiments.output import write_files
 from fs_jax._utils.files import local_path
 
 SWEPT = 500  # images in the sweep over radii
@@ -123,7 +124,10 @@ def main(argv: list[str]) -> None:
     output = output_folder(arguments)
     backend.enable_compilation_cache()
     model, variables, origin = load_network(
-        arguments.workdir or arguments.weights, checkpoint=arguments.checkpoint, mean=arguments.mean, std=arguments.std
+        cast(pathlib.Path, arguments.workdir or arguments.weights),  # one of them is given
+        checkpoint=arguments.checkpoint,
+        mean=arguments.mean,
+        std=arguments.std,
     )
     dataset = data.load(
         arguments.dataset or "cifar10" if config is None else config.dataset, data_dir=arguments.data_dir
@@ -275,7 +279,8 @@ def chosen_attacks(arguments: Arguments, epsilon: float, num_classes: int = 10) 
 def output_folder(arguments: Arguments) -> pathlib.Path:
     """A new folder, or one of an evaluation; the journal in it knows of which."""
     name = arguments.name or arguments.suite or "attacks"
-    output = local_path("output", arguments.output or arguments.workdir / "evaluations" / name)
+    # Without an output, which --weights needs, there is a run.
+    output = local_path("output", arguments.output or cast(pathlib.Path, arguments.workdir) / "evaluations" / name)
     if output.exists() and not (output / "records.jsonl").exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output: expected a new folder, or one of an evaluation; got {output}. Choose another.")
     return output

@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.solver_convergence")
 
     import jax
+    import jax.numpy as jnp
     import numpy as np
     import ot as pot
     from tqdm import tqdm
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
     sides = [rng.permutation(len(images))[: 2 * arguments.points] for _ in range(arguments.problems)]
     iterations = np.unique(np.geomspace(1, arguments.largest, 20).astype(int))
     with jax.enable_x64(True):
-        costs = jax.vmap(cosine_cost)(*np.split(np.stack([images[side] for side in sides]), 2, axis=1))
+        costs = jax.vmap(cosine_cost)(*jnp.split(np.stack([images[side] for side in sides]), 2, axis=1))
         weights = np.full(arguments.points, 1 / arguments.points)
         exact = np.array([pot.emd2(weights, weights, cost) for cost in np.asarray(costs)])
 
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
 
         solvers = {f"Sinkhorn, τ = {tau:g}": (sinkhorn, tau) for tau in TAUS}
         solvers |= {f"IPOT, β = {beta:g}": (ipot, beta) for beta in BETAS}
-        curves = {name: {"marginal_error": [], "cost_error": []} for name in solvers}
+        curves: dict[str, dict[str, list]] = {name: {"marginal_error": [], "cost_error": []} for name in solvers}
         for num_iters in tqdm(iterations.tolist(), desc="iterations"):
             for name, chosen in solvers.items():
                 for errors, error in zip(curves[name].values(), solve(*chosen, num_iters), strict=True):

@@ -243,7 +243,7 @@ def with_and_without_leaving(logits_fn, images, labels, arguments: Arguments) ->
     rows = []
     for name, last_only in (("fallen images leave", False), ("no image leaves", True)):
         attack = functools.partial(our_pgd, logits_fn, images, labels, last_only=last_only, num_runs=5)
-        spent = []
+        spent: list[int] = []
         seconds, standing = timed(functools.partial(attack, num_steps=1000, spent=spent))
         rows.append({"name": name, "seconds": seconds, "passes": sum(spent), "standing": standing})
     return rows

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import pathlib
 import statistics
+from typing import Any
 
 import tyro
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
 
     from fs_jax._utils import backend
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for layer in LAYERS:
         programs = {(who, of): run for who, make in WHO.items() for of, run in make(arguments.batch_size, *layer)}
         times = seconds_in_turn(programs, arguments.rounds, pause=0.05, title=words(layer))

@@ -17,10 +17,11 @@ Writes solvers.json, solvers.md and solvers.png to the results folder.
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from ott.problems.linear.linear_problem import LinearProblem
 from ott.solvers.linear import implicit_differentiation
 from ott.solvers.linear.sinkhorn import Sinkhorn
 
-from experiments.benchmarks.timing import seconds_in_turn
+from experiments.benchmarks.timing import Name, seconds_in_turn
 from experiments.command_line import run
 from experiments.output import made_on, write_files
 from fs_jax._utils import backend
@@ -115,7 +116,7 @@ def ott_to_threshold(cost, reg) -> tuple:
     return result.primal_cost, (result.n_iters, rows + columns)
 
 
-def milliseconds(programs: dict[Hashable, Callable], rounds: int) -> dict[Hashable, float]:
+def milliseconds(programs: Mapping[Name, Callable], rounds: int) -> dict[Name, float]:
     """Medians over the rounds."""
     return {name: 1e3 * statistics.median(of) for name, of in seconds_in_turn(programs, rounds).items()}
 
@@ -125,7 +126,7 @@ def batched(function: Callable, gradient: bool, has_aux: bool, shape: tuple[int,
     """The compiled function of a batch and reg (or its value and gradient), and the megabytes that it works in."""
     function = jax.value_and_grad(function, has_aux=has_aux) if gradient else function
     compiled = jax.jit(jax.vmap(function, in_axes=(0, None))).lower(jnp.zeros(shape), 0.1).compile()
-    return compiled, compiled.memory_analysis().temp_size_in_bytes / 1e6
+    return compiled, compiled.memory_analysis().temp_size_in_bytes / 1e6  # type: ignore[union-attr]  # never None here
 
 
 def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
@@ -291,7 +292,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError(
             f"--largest: expected at least {SHAPES[0][1] ** 2}, the smallest shape, got {options.largest:g}"
         )
-    result = {
+    result: dict[str, Any] = {
         "environment": {**backend.describe(), "ott-jax": metadata.version("ott-jax"), "POT": metadata.version("pot")},
         "equal_iterations": [],
         "equal_error": [],

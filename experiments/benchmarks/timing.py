@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from tqdm import tqdm
 
+Name = TypeVar("Name", bound=Hashable)
+
 
 def seconds_in_turn(
-    programs: Mapping[Hashable, Callable[[], Any]], rounds: int, *, pause: float = 0.0, title: str | None = None
-) -> dict[Hashable, list[float]]:
+    programs: Mapping[Name, Callable[[], Any]], rounds: int, *, pause: float = 0.0, title: str | None = None
+) -> dict[Name, list[float]]:
     """Seconds of each program in each round; in every round each runs once, after one round that isn't counted.
 
     Args:
@@ -19,7 +21,7 @@ def seconds_in_turn(
       pause: Seconds between two runs, for the threads of the one before to go to sleep.
       title: Of a progress bar; None for none.
     """
-    times = {name: [] for name in programs}
+    times: dict[Name, list[float]] = {name: [] for name in programs}
     for number in tqdm(range(rounds + 1), title, unit="round", disable=title is None):
         for name, program in programs.items():
             time.sleep(pause)

@@ -15,6 +15,8 @@ import dataclasses
 import functools
 import pathlib
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import tyro
 
@@ -42,14 +44,14 @@ MINIMAL = "PyTorch, minimal, channels last"
 
 def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.benchmarks.training_step")
-    contestants = {}
+    contestants: dict[str, Callable[[], Any]] = {}
     for solver in ("released_sinkhorn", "sinkhorn"):
         contestants |= {f"{solver}: {name}": run for name, run in jax_contestants(arguments, solver).items()}
         for name, run in torch_contestants(arguments, solver).items():
             contestants[f"{solver}: {name}"] = run
     # PyTorch's threads spin for a while after its turn, on the cores of whoever is next.
-    times = seconds_in_turn(contestants, arguments.rounds, pause=0.1, title="Training steps")
-    medians = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+    seconds = seconds_in_turn(contestants, arguments.rounds, pause=0.1, title="Training steps")
+    medians = {name: 1e3 * statistics.median(of) for name, of in seconds.items()}
 
     rows, summary = [], {}
     for solver in ("released_sinkhorn", "sinkhorn"):

@@ -246,5 +246,5 @@ def test_what_pytorch_saved_with_other_things(tmp_path, weights):
 def test_without_pytorch_its_files_are_refused_with_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it weren't installed
     (tmp_path / "weights.pt").touch()
-    with pytest.raises(ImportError, match=r"PyTorch files need PyTorch 2\.6 .*experiments\.convert_weights"):
+    with pytest.raises(ImportError, match=r"PyTorch files need PyTorch 2\.6 .*load_weights and save_weights"):
         convert.load_weights(tmp_path / "weights.pt")
