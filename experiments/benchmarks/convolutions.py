@@ -4,7 +4,7 @@
 
 Needs PyTorch (`pip install -e ".[bench]"`). The layers are those of a WRN-10-2 on 32 x 32 images in a batch of 60. For
 each: the convolution, its derivative to the images, and that to the kernel; ours as `conv2d` computes them, alone in a
-program; PyTorch's channels last. All take turns in one process, with a pause for PyTorch's threads to sleep in.
+program; PyTorch's channels last. All take turns in one process.
 
 Writes `convolutions.json` and `convolutions.md` to the results folder.
 """

@@ -49,7 +49,6 @@ def main(argv: list[str]) -> None:
         contestants |= {f"{solver}: {name}": run for name, run in jax_contestants(arguments, solver).items()}
         for name, run in torch_contestants(arguments, solver).items():
             contestants[f"{solver}: {name}"] = run
-    # PyTorch's threads spin for a while after its turn, on the cores of whoever is next.
     seconds = seconds_in_turn(contestants, arguments.rounds, pause=0.1, title="Training steps")
     medians = {name: 1e3 * statistics.median(of) for name, of in seconds.items()}
 
