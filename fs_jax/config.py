@@ -58,7 +58,7 @@ class TransportConfig:
 
     solver: str = "sinkhorn"
     """A transport of `fs_jax.training.transports.TRANSPORTS`: sinkhorn (Algorithm 1), ipot (Algorithm 2) or
-    released_sinkhorn (the released code's variant of Algorithm 1)."""
+    released_sinkhorn (the released code's variant of Algorithm 1); to compare with, identity or independent."""
     reg: float = 0.01
     """Entropic weight of both Sinkhorns, the paper's tau."""
     beta: float = 1.0
@@ -89,7 +89,8 @@ class TrainConfig:
     """Training images that are held out to choose the best checkpoint (0: it is chosen on training images)."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     method: str = "feature_scatter"
-    """A method of `fs_jax.training.methods.METHODS`: feature_scatter (the paper's), pgd, trades or standard."""
+    """A method of `fs_jax.training.methods.METHODS`: feature_scatter (the paper's), pgd, trades, noise or
+    standard."""
     method_settings: tuple[tuple[str, float], ...] = ()
     """Settings that only this method has, such as beta 6.0 of trades."""
     attack: AttackConfig = dataclasses.field(default_factory=AttackConfig)

@@ -11,6 +11,6 @@ device, inside the step.
 
 from fs_jax.data.preparation import prepare
 from fs_jax.data.registry import DATASETS, info, load
-from fs_jax.data.types import Bundled, DataInfo, Dataset, Published
+from fs_jax.data.types import Bundled, DataInfo, Dataset, Derived, Published
 
-__all__ = ["DATASETS", "Bundled", "DataInfo", "Dataset", "Published", "info", "load", "prepare"]
+__all__ = ["DATASETS", "Bundled", "DataInfo", "Dataset", "Derived", "Published", "info", "load", "prepare"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fs_jax.data.types import DataInfo, Published
+from fs_jax.data.types import DataInfo, Derived, Published
 
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _CIFAR100 = tuple(
@@ -84,4 +84,17 @@ CIFAR100 = Published(
         splits={"train": ["train.bin"], "test": ["test.bin"]},
         labels=["coarse_label", "label"],
     ),
+)
+
+
+def _halved(images):
+    """Means of 2 x 2 pixels, rounded."""
+    count, height, width, channels = images.shape
+    blocks = images.reshape(count, height // 2, 2, width // 2, 2, channels).astype(np.uint16)
+    return ((blocks.sum((2, 4)) + 2) // 4).astype(np.uint8)
+
+
+# For experiments on a CPU: a step takes a quarter of the time.
+CIFAR10_16X16 = Derived(
+    DataInfo("cifar10_16x16", (16, 16, 3), 10, flip=True, crop_padding=2, class_names=_CIFAR10), "cifar10", _halved
 )

@@ -1,18 +1,20 @@
 """The data sets by name: a new one is one file beside this one, and its line here."""
 
+import dataclasses
 import os
 
 from fs_jax._utils.validation import check_choice
 from fs_jax.data import tfds
-from fs_jax.data.cifar import CIFAR10, CIFAR100
-from fs_jax.data.digits import DIGITS
+from fs_jax.data.cifar import CIFAR10, CIFAR10_16X16, CIFAR100
+from fs_jax.data.digits import DIGITS_FOLDS
 from fs_jax.data.npz import npz_info, read_npz
 from fs_jax.data.svhn import SVHN_CROPPED
-from fs_jax.data.types import Bundled, DataInfo, Dataset, Published, make_dataset
+from fs_jax.data.types import Bundled, DataInfo, Dataset, Derived, Published, make_dataset
 
-DATASETS: dict[str, Bundled | Published] = {
-    source.info.name: source for source in (CIFAR10, CIFAR100, SVHN_CROPPED, DIGITS)
-}
+_SOURCES: tuple[Bundled | Published | Derived, ...] = (
+    CIFAR10, CIFAR100, SVHN_CROPPED, CIFAR10_16X16, *DIGITS_FOLDS
+)  # fmt: skip
+DATASETS = {source.info.name: source for source in _SOURCES}
 
 
 def info(name: str | os.PathLike) -> DataInfo:
@@ -33,7 +35,7 @@ def info(name: str | os.PathLike) -> DataInfo:
       (8, 8, 1)
       >>> info("cifar11")
       Traceback (most recent call last):
-      ValueError: name: expected one of cifar10, cifar100, svhn_cropped, digits, FILE.npz; got 'cifar11'. ...
+      ValueError: name: expected one of cifar10, ..., FILE.npz; got 'cifar11'. Did you mean 'cifar10'?
     """
     name = os.fspath(name)
     if name.endswith(".npz"):
@@ -55,7 +57,9 @@ def load(
         - "cifar10", "cifar100", "svhn_cropped": folders that `prepare`, or TFDS, has prepared;
         - "digits": the 1,797 images of 8x8 pixels that come with scikit-learn. Grey levels 0, ..., 16 become
           round(255 v / 16). Of the images sorted by class every fifth, from the first, is a test image: 1,437 to train
-          and 360 to test, all classes in proportion, and no randomness;
+          and 360 to test, all classes in proportion, and no randomness. "digits_fold1" to "digits_fold4" begin with
+          the next ones, so that in turn each image is a test image;
+        - "cifar10_16x16": CIFAR-10, of whose images each pixel is the mean of 2 x 2;
         - the path of an `.npz` with train_images, test_images (uint8 [N, H, W, C]), train_labels, test_labels (integers
           [N]) and, if wanted, class_names (strings), and for training flip (a bool) and crop_padding (pixels).
       data_dir: The folder that holds TFDS's folders; $TFDS_DATA_DIR or else ~/tensorflow_datasets by default.
@@ -85,5 +89,13 @@ def load(
         return make_dataset(about, read_npz(about.name), source=about.name)
     if isinstance(source, Bundled):
         return make_dataset(about, source.read(), source=about.name)
+    if isinstance(source, Derived):
+        other = load(source.source, data_dir=data_dir, cache_dir=cache_dir)
+        return dataclasses.replace(
+            other,
+            info=about,
+            train_images=source.change(other.train_images),
+            test_images=source.change(other.test_images),
+        )
     folder, arrays = tfds.read(about, data_dir, cache_dir)
     return make_dataset(about, arrays, source=os.fspath(folder))

@@ -68,6 +68,18 @@ class Published:
     """TFDS's ids."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A data set that is made of another one's images; labels and classes stay."""
+
+    info: DataInfo
+    """What is known of it before it is read."""
+    source: str
+    """The name of the other one."""
+    change: Callable[[UInt8[np.ndarray, "n h w c"]], UInt8[np.ndarray, "n h2 w2 c2"]]
+    """From the other one's images to its own."""
+
+
 def make_dataset(about: DataInfo, arrays: Mapping[str, np.ndarray], source: str) -> Dataset:
     """The arrays as a `Dataset`, if they are fit to be one."""
     for split in ("train", "test"):

@@ -9,6 +9,7 @@ result; the iterations and their derivatives are in the private modules.
 """
 
 from fs_jax.ot.costs import cosine_cost, euclidean_cost, sqeuclidean_cost
+from fs_jax.ot.fixed import fixed_plan
 from fs_jax.ot.ipot import ipot
 from fs_jax.ot.released import released_sinkhorn
 from fs_jax.ot.result import Status, Transport
@@ -19,6 +20,7 @@ __all__ = [
     "Transport",
     "cosine_cost",
     "euclidean_cost",
+    "fixed_plan",
     "ipot",
     "released_sinkhorn",
     "sinkhorn",

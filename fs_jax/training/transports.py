@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from fs_jax import ot
@@ -15,6 +16,9 @@ TRANSPORTS: dict[str, Callable[[TransportConfig], Solve]] = {
     "sinkhorn": lambda c: functools.partial(ot.sinkhorn, reg=c.reg, num_iters=c.num_iters),
     "ipot": lambda c: functools.partial(ot.ipot, beta=c.beta, num_iters=c.num_iters),
     "released_sinkhorn": lambda c: functools.partial(ot.released_sinkhorn, reg=c.reg),
+    # What the transport is compared with: each image with itself alone, and with all alike.
+    "identity": lambda c: lambda cost: ot.fixed_plan(cost, jnp.eye(len(cost)) / len(cost)),
+    "independent": lambda c: lambda cost: ot.fixed_plan(cost, jnp.full(cost.shape, 1 / cost.size)),
 }
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fs_jax import data
-from tests.data.conftest import assert_equal, flip_a_byte
+from tests.archives import assert_equal, flip_a_byte
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fs_jax import data
-from tests.data.conftest import ARRAYS, assert_equal, cifar_rows, random_split, run_python, write_tar
+from tests.archives import ARRAYS, assert_equal, cifar_rows, random_split, run_python, write_tar
 
 
 def test_cifar100_has_fine_labels(tmp_path):

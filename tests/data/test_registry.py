@@ -35,6 +35,16 @@ def test_digits_are_split_in_proportion():
     assert digits.train_labels.dtype == np.int32
 
 
+def test_in_the_folds_each_digit_is_a_test_image_once():
+    folds = [data.load(name) for name in ("digits", *(f"digits_fold{k}" for k in (1, 2, 3, 4)))]
+    assert sum(len(fold.test_labels) for fold in folds) == 1797
+    tested = np.concatenate([fold.test_images for fold in folds])
+    everything = np.concatenate([folds[0].train_images, folds[0].test_images])
+    assert sorted(image.tobytes() for image in tested) == sorted(image.tobytes() for image in everything)
+    for fold in folds:
+        assert (np.abs(np.bincount(fold.test_labels) - np.bincount(fold.train_labels) / 4) <= 1).all()
+
+
 def test_digits_are_scikit_learns_in_0_to_255():
     from sklearn.datasets import load_digits
 

@@ -10,7 +10,7 @@ import pytest
 
 from fs_jax import data
 from fs_jax.data import tfds
-from tests.data.conftest import assert_equal, flip_a_byte, run_python
+from tests.archives import assert_equal, flip_a_byte, run_python
 
 
 def test_cifar10_comes_back_pixel_for_pixel_in_the_archives_order(load, prepared):
@@ -49,6 +49,15 @@ def tfrecord_dir(prepared, tmp_path):
             writer.write(record)
         writer.close()
     return tmp_path
+
+
+def test_cifar10_at_half_the_size_is_the_mean_of_four_pixels(prepared, tmp_path):
+    small = data.load("cifar10_16x16", data_dir=prepared[0], cache_dir=tmp_path / "cache")
+    for split in ("train", "test"):
+        images = prepared[1][f"{split}_images"].astype(int)
+        sums = images[:, ::2, ::2] + images[:, 1::2, ::2] + images[:, ::2, 1::2] + images[:, 1::2, 1::2]
+        np.testing.assert_array_equal(getattr(small, f"{split}_images"), (sums + 2) // 4)  # rounded, halves up
+        np.testing.assert_array_equal(getattr(small, f"{split}_labels"), prepared[1][f"{split}_labels"])
 
 
 def test_a_tfrecord_folder_is_read_as_well(tfrecord_dir, prepared, tmp_path):

@@ -1,0 +1,45 @@
+"""A plan that is given: what a solver's result is compared with, where the question is what the solving is worth."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fs_jax.ot.result import Status, Transport, marginal_error
+
+
+def fixed_plan(cost: Float[Array, "n m"], plan: Float[Array, "n m"]) -> Transport:
+    """The transport of a given plan T, between uniform marginals: ⟨T, C⟩, whose derivative by C is T.
+
+    The identity T = I / n matches each point with its own; the independent T = 1 / (n m) with all alike, as Sinkhorn
+    does in the limit of large `reg`.
+
+    Args:
+      cost: Cost matrix [n, m].
+      plan: The plan [n, m], held fixed.
+
+    Returns:
+      A `Transport`. A given plan has no potentials: f and g are zero, and `reg_cost` is `primal_cost`.
+
+    Raises:
+      ValueError: for a plan of another shape.
+
+    Example:
+      >>> fixed_plan(jnp.array([[0.0, 2.0], [4.0, 0.0]]), jnp.full((2, 2), 0.25)).primal_cost.item()
+      1.5
+    """
+    if cost.ndim != 2 or plan.shape != cost.shape:
+        raise ValueError(f"plan: expected the shape of cost, [n, m]; got {plan.shape} for a cost of {cost.shape}.")
+    n, m = cost.shape
+    plan = plan.astype(cost.dtype)
+    primal_cost = jnp.sum(plan * cost)
+    a, b = (jnp.full(size, 1 / size, cost.dtype) for size in (n, m))
+    finite = jnp.all(jnp.isfinite(plan)) & jnp.isfinite(primal_cost)
+    return Transport(
+        plan=plan,
+        primal_cost=primal_cost,
+        reg_cost=primal_cost,
+        f=jnp.zeros_like(a),
+        g=jnp.zeros_like(b),
+        marginal_error=marginal_error(plan, a, b),
+        num_iters=jnp.zeros((), jnp.int32),
+        status=jnp.where(finite, Status.LIMIT, Status.NOT_FINITE).astype(jnp.int32),
+    )
