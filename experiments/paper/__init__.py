@@ -1,0 +1,1 @@
+"""The paper's tables, one thin declaration each, for one runner: `python -m experiments.paper --help`."""

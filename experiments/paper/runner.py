@@ -1,0 +1,178 @@
+"""Runs the networks of some tables, as many at a time as there are processors for, and writes the tables.
+
+Each network has a folder and a process of its own. What is finished is skipped; what was interrupted or killed
+resumes.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from experiments import command_line
+from experiments.output import write_files
+from experiments.paper import tables
+from experiments.paper.jobs import SWEEPS, Job, evaluation_file, finished, jobs, sweep
+from experiments.paper.scales import SCALES
+from experiments.paper.sweep import Sweep
+from fs_jax._utils.files import local_path, read_jsonl
+from fs_jax._utils.validation import check_choice, check_number
+from fs_jax.config import to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Run the paper's experiments at a scale, and write their tables."""
+
+    scale: str = "digits"
+    """trial, digits, small or paper: see --list."""
+    seeds: tuple[int, ...] = (0,)
+    """Each row is trained once with each."""
+    workdir: pathlib.Path = pathlib.Path("runs/paper")
+    """Folder of the networks: a new one, or the one to resume."""
+    results: pathlib.Path = pathlib.Path("experiments/results/paper")
+    """Folder of the tables; each scale has a folder of its own in it."""
+    data_dir: pathlib.Path | None = None
+    """TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    workers: int | None = None
+    """Networks at a time; by default one for each accelerator, or for each processor."""
+    max_minutes: float | None = None
+    """Stop cleanly after so many minutes, with exit status 75; the same command resumes."""
+    list: bool = False
+    """List scales and tables, with what is there and what is missing, and run nothing."""
+
+
+def main(chosen: Sweep) -> None:
+    """The command line of one table."""
+    command_line.run(lambda argv: run([chosen.name], argv))
+
+
+def run(names: Sequence[str], argv: list[str]) -> int | None:
+    """Run these tables with the command line's words."""
+    arguments = tyro.cli(Arguments, args=argv)
+    check_choice("scale", arguments.scale, SCALES)
+    if not arguments.seeds:
+        raise ValueError("seeds: expected one or more; got none.")
+    for seed in arguments.seeds:
+        check_number("seeds", seed, at_least=0, at_most=2**32 - 1, integer=True)
+    workdir, results = local_path("workdir", arguments.workdir), local_path("results", arguments.results)
+    needed = jobs(arguments.scale, names, arguments.seeds, workdir)
+    missing = [job for job in needed if not finished(job)]
+    if arguments.list:
+        print(listing(arguments.scale, names, needed, missing))
+        return None
+    stopped = bool(missing) and execute(missing, arguments)
+    written = []
+    for name in names:
+        files = tables.files(sweep(name), arguments.scale, arguments.seeds, workdir)
+        if files is not None:
+            write_files(results / arguments.scale, files)
+            written.append(results / arguments.scale / f"{name}.md")
+            print(f"\n{files[f'{name}.md']}")
+    print(f"Written: {', '.join(map(str, written)) or 'nothing, as no table is complete'}.")
+    if stopped:
+        print("Stopped. The same command resumes.")
+        return command_line.STOPPED
+    return None
+
+
+def listing(scale: str, names: Sequence[str], needed: list[Job], missing: list[Job]) -> str:
+    lines = ["Scales:", *(f"  {name:8} {about.summary}" for name, about in SCALES.items()), "Tables:"]
+    lines += [f"  {name:24} {sweep(name).title}, {len(sweep(name).rows)} rows" for name in SWEEPS]
+    lines += [f"At scale {scale}, {', '.join(names)}: {len(needed)} networks, {len(missing)} to train or evaluate."]
+    return "\n".join(lines)
+
+
+def execute(missing: list[Job], arguments: Arguments) -> bool:
+    """Run these jobs; whether they were stopped before their end."""
+    from tqdm import tqdm
+
+    from fs_jax import data
+
+    places = processors(arguments.workers)
+    data.load(missing[0].config.dataset, data_dir=arguments.data_dir)  # what is wrong with it is said here, once
+    for job in missing:
+        spec: dict[str, Any] = {"scale": job.scale, "config": to_dict(job.config), "sweeps": job.sweeps}
+        spec["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir)
+        write_files(job.folder, {"job.json": spec})
+    deadline = float("inf") if arguments.max_minutes is None else time.monotonic() + 60 * arguments.max_minutes
+    waiting = list(missing)
+    running: dict[str, tuple[Job, subprocess.Popen]] = {}
+    failed: list[pathlib.Path] = []
+    with tqdm(total=len(missing), unit="network", mininterval=1) as bar, contextlib.ExitStack() as stack:
+        stack.callback(end, running)
+        while waiting or running:
+            for place in [place for place in places if place not in running]:
+                if waiting and time.monotonic() < deadline:
+                    running[place] = (waiting[0], start(waiting.pop(0), place))
+            for place, (job, process) in list(running.items()):
+                status = process.poll()
+                if status is None:
+                    continue
+                del running[place]
+                if status not in (0, command_line.STOPPED):
+                    failed.append(job.folder)
+            done = len(missing) - len(waiting) - len(running) - len(failed)
+            bar.n = round(done + sum(share_done(job) for job, _ in running.values()), 2)
+            bar.refresh()
+            if time.monotonic() > deadline:
+                break
+            time.sleep(1)
+    if failed:
+        log = (failed[0] / "log").read_text(encoding="utf-8", errors="replace")
+        raise ChildProcessError(f"{len(failed)} networks failed; the end of {failed[0]}/log is:\n{log[-2000:]}")
+    return not all(finished(job) for job in missing)
+
+
+def processors(count: int | None = None) -> list[str]:
+    """Places to run at: an accelerator, or a processor, each."""
+    if count is not None:
+        check_number("workers", count, at_least=1, integer=True)
+    import jax
+
+    accelerators = [device.id for device in jax.local_devices() if device.platform != "cpu"]
+    kind, there = ("gpu", accelerators) if accelerators else ("cpu", sorted(os.sched_getaffinity(0)))
+    return [f"{kind}{there[i % len(there)]}.{i}" for i in range(count or len(there))]
+
+
+def start(job: Job, place: str) -> subprocess.Popen:
+    """A worker on its processor: several programs of one thread do more than one program of several."""
+    kind, number = place[:3], place[3:].split(".")[0]
+    environment = dict(os.environ)
+    if kind == "gpu":
+        environment["CUDA_VISIBLE_DEVICES"] = number
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    log = open(job.folder / "log", "ab")  # noqa: SIM115 - the worker's, until it ends
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.paper.worker", str(job.folder)],
+        env=environment, stdout=log, stderr=log, cwd=pathlib.Path(__file__).parents[2],
+    )  # fmt: skip
+    log.close()
+    if kind == "cpu" and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process.pid, {int(number)})  # before XLA counts its threads
+    return process
+
+
+def end(running: dict[str, tuple[Job, subprocess.Popen]]) -> None:
+    """Stop what is running: training saves a checkpoint, and evaluations have their journals."""
+    for _, process in running.values():
+        process.terminate()
+    for _, process in running.values():
+        process.wait()
+
+
+def share_done(job: Job) -> float:
+    """How far a network is, about: training is half of it."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        steps = read_jsonl(job.folder / "run" / "metrics.jsonl")[-1]["step"]
+        total = job.config.total_steps
+        there = [evaluation_file(job.folder, SCALES[job.scale], name).exists() for name in job.sweeps]
+        return 0.5 * min(1.0, steps / total) + 0.5 * sum(there) / len(there)
+    return 0.0
