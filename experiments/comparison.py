@@ -75,7 +75,7 @@ def compare(
         records = [{**record, "network": name} for record in attacked.records]
         write_files(results, {f"{folder}.json": {**evaluations[name], "records": records}})
 
-    caption = f"{report.caption(evaluations)}. On {made_on(backend.describe())}."
+    caption = f"{report.caption(evaluations)}. On {made_on(attacked.summary['environments'][-1])}."
     table = f"{report.accuracy_table(evaluations)}\n\n{caption}\n"
     write_files(results, {"table.md": table})
     report.training_curves(metrics, results / "training.png")

@@ -1,6 +1,7 @@
 """What scripts write: files that appear whole, and a line that says where their numbers come from."""
 
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +19,8 @@ def write_files(folder: pathlib.Path, files: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         if not isinstance(content, str):
-            indent = None if "records" in content else 1
-            content = json.dumps(content, indent=indent, default=str) + "\n"
+            has_records = isinstance(content, Mapping) and "records" in content
+            content = json.dumps(content, indent=None if has_records else 1, default=os.fspath) + "\n"
         write_text(folder / name, content)
 
 

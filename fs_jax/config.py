@@ -173,18 +173,20 @@ def from_dict(data: Mapping[str, Any]) -> TrainConfig:
       ValueError: for fields that a configuration doesn't have, with the nearest name, and where `TrainConfig` refuses.
       TypeError: for what is no mapping, and where `TrainConfig` refuses.
     """
-    import dacite  # not above: command lines that build no configuration from data need not wait for it
+    sections = {"model": ModelConfig, "attack": AttackConfig, "transport": TransportConfig}
 
-    if not isinstance(data, Mapping):
-        raise TypeError(f"configuration: expected its fields by name; got {data!r:.60}.")
-    try:
-        return dacite.from_dict(TrainConfig, data, dacite.Config(strict=True, check_types=False, cast=[tuple]))
-    except dacite.UnexpectedDataError as error:
-        sections = (TrainConfig, ModelConfig, AttackConfig, TransportConfig)
-        known = [field.name for section in sections for field in dataclasses.fields(section)]
-        for name in sorted(error.keys):
-            check_choice(f"configuration field {name}", name, known)
-        raise ValueError(f"configuration: {error}.") from error  # known, but in another section
+    def build(cls, values, name=""):
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{name or 'configuration'}: expected its fields by name; got {values!r:.60}.")
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for field in values:
+            check_choice(f"configuration field {f'{name}.' * bool(name)}{field}", str(field), fields)
+        return cls(**values)
+
+    if isinstance(data, Mapping):
+        data = {name: build(sections[name], of, name) if name in sections else of for name, of in data.items()}
+    config = build(TrainConfig, data)
+    return dataclasses.replace(config, decay_epochs=tuple(config.decay_epochs))  # JSON gives lists
 
 
 def differences(ours: TrainConfig, theirs: TrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -12,6 +12,8 @@ from fs_jax.config import AttackConfig, ModelConfig, TrainConfig, TransportConfi
 def test_presets_go_through_json_unchanged(name):
     preset = configs.preset(name)
     assert configs.from_dict(json.loads(json.dumps(configs.to_dict(preset)))) == preset
+    of_mapping = configs.from_dict({"method": "trades", "method_settings": {"beta": 6.0}})
+    assert of_mapping.method_settings == (("beta", 6.0),)
     assert configs.differences(preset, preset) == {}
 
 
@@ -46,10 +48,15 @@ def test_presets_are_the_papers():
         (lambda: TrainConfig(seed=2**70), ValueError, "seed: expected an integer of at least 0 of at most 4294967295"),
         (lambda: TrainConfig(decay_epochs=(1.5,)), TypeError, "decay_epochs: expected an integer"),
         (lambda: configs.from_dict({"modle": {}}), ValueError, "field modle: .*Did you mean 'model'"),
-        (lambda: configs.from_dict({"depth": 10}), ValueError, 'configuration: can not match "depth"'),
+        (lambda: configs.from_dict({"depth": 10}), ValueError, "configuration field depth: expected one of dataset"),
+        (lambda: configs.from_dict({1: 2}), ValueError, "configuration field 1: expected one of dataset"),
         (lambda: configs.from_dict([]), TypeError, "configuration: expected its fields by name; got \\[\\]"),
-        (lambda: configs.from_dict({"model": 3}), TypeError, "model: expected a ModelConfig; got 3"),
-        (lambda: configs.from_dict({"model": {"deph": 10}}), ValueError, "field deph: .*Did you mean 'depth'"),
+        (lambda: configs.from_dict({"model": 3}), TypeError, "model: expected its fields by name; got 3"),
+        (
+            lambda: configs.from_dict({"model": {"deph": 10}}),
+            ValueError,
+            "field model.deph: expected one of depth, width.*'depth'",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_argument_expected_and_got(make, error, message):

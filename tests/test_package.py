@@ -70,6 +70,25 @@ for room in ("models", "training", "report"):
 """
 
 
+HIDDEN = """
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] in {extras} else find_spec(name, *rest)
+import fs_jax
+"""
+
+
+@pytest.mark.parametrize(("use", "missing"), [
+    ("fs_jax.models", "flax"), ("fs_jax.training", "flax"), ("fs_jax.report", "matplotlib"),
+    ("fs_jax.data.load('digits')", "sklearn"),
+])  # fmt: skip
+def test_what_is_not_installed_is_named_with_what_to_install(use, missing):
+    extras = {"flax", "optax", "orbax", "tensorboardX", "matplotlib", "tabulate", "sklearn", "safetensors"}
+    code = HIDDEN.format(extras=extras) + use
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert f'{missing} is not installed. This needs: pip install "fs_jax[train]"' in done.stderr
+
+
 @pytest.mark.slow
 def test_the_wheel_installs_and_works_alone(tmp_path):
     source = tmp_path / "source"  # a copy: setuptools takes what an older build left beside the package

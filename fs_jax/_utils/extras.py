@@ -13,5 +13,9 @@ def require(*modules: str) -> None:
       ModuleNotFoundError: flax_of_tomorrow is not installed. This needs: pip install "fs_jax[train]"
     """
     for name in modules:
-        if importlib.util.find_spec(name) is None:
+        try:
+            there = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:  # of the package that it would be in
+            there = False
+        if not there:
             raise ModuleNotFoundError(f'{name} is not installed. This needs: pip install "fs_jax[train]"', name=name)

@@ -188,7 +188,8 @@ def _step(logits_fn, state, images, labels, *, epsilon, learning_rate, estimate)
     mean_square = _DECAY_OF_SQUARES * state.mean_square + (1 - _DECAY_OF_SQUARES) * gradient**2
     # Running means begin at 0; each image has its own step, so its own correction.
     unbiased, unbiased_square = (
-        value / (1 - decay ** step.astype(value.dtype))[:, None, None, None]
+        value
+        / (1 - decay ** step.astype(np.promote_types(value.dtype, np.float32))).astype(value.dtype)[:, None, None, None]
         for value, decay in ((mean, _DECAY), (mean_square, _DECAY_OF_SQUARES))
     )
     moved = state.iterate - learning_rate * unbiased / (jnp.sqrt(unbiased_square) + _TINY)

@@ -68,8 +68,16 @@ def npz_info(path: str) -> DataInfo:
     names, flip, padding = optional["class_names"], np.asarray(optional["flip"]), np.asarray(optional["crop_padding"])
     if flip.shape or flip.dtype != bool:
         raise ValueError(f"{path}: flip: expected True or False; got {flip.dtype} of shape {flip.shape}.")
-    if padding.shape or not np.issubdtype(padding.dtype, np.integer) or padding < 0:
-        raise ValueError(f"{path}: crop_padding: expected an integer of 0 or more; got {optional['crop_padding']}.")
+    if padding.shape or not np.issubdtype(padding.dtype, np.integer) or not 0 <= padding < min(shape[1:3]):
+        raise ValueError(
+            f"{path}: crop_padding: expected an integer of 0 or more, less than the images' side; "
+            f"got {optional['crop_padding']}."
+        )
+    if names is not None and (names.ndim != 1 or not names.size or names.dtype.kind not in "UiuT"):
+        raise ValueError(
+            f"{path}: class_names: expected a list of strings; got {names.dtype} of shape {names.shape}. "
+            "Save np.array([name, ...])."
+        )
     if names is None:
         check_labels(f"{path}: train_labels", labels)
         present = np.unique(labels)
@@ -126,7 +134,7 @@ def cached(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
                 raise ValueError(f"{path}: expected a SHA-256 with the arrays; got none.")
             return arrays
         except ValueError as error:
-            warnings.warn(f"The cached data set is damaged and is decoded anew: {error}", stacklevel=3)
+            warnings.warn(f"The cached data set is damaged and is decoded anew: {error}", stacklevel=4)
     arrays = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,5 +143,5 @@ def cached(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
         with replacing(path) as file:
             np.savez(file, **members)
     except OSError as error:
-        warnings.warn(f"The decoded data set can't be kept at {path}: {error}; pass another cache_dir", stacklevel=3)
+        warnings.warn(f"The decoded data set can't be kept at {path}: {error}; pass another cache_dir", stacklevel=4)
     return arrays

@@ -10,7 +10,7 @@ from fs_jax._utils.files import replacing
 from fs_jax._utils.validation import check_choice
 from fs_jax.data import tfds
 from fs_jax.data.registry import DATASETS
-from fs_jax.data.types import Published, check_labels
+from fs_jax.data.types import Bundled, Derived, Published, check_labels
 
 
 def prepare(name: str, data_dir: str | os.PathLike, *, archive: str | os.PathLike | None = None) -> Path:
@@ -38,8 +38,10 @@ def prepare(name: str, data_dir: str | os.PathLike, *, archive: str | os.PathLik
       >>> prepare("cifar10", "~/tensorflow_datasets", archive="cifar-10-binary.tar.gz")  # doctest: +SKIP
       PosixPath('/home/you/tensorflow_datasets/cifar10/3.0.2')
     """
-    if name == "digits":
-        raise ValueError("name: expected a data set to prepare; got 'digits', which comes with scikit-learn. Load it.")
+    if isinstance(source := DATASETS.get(name), Bundled):
+        raise ValueError(f"name: expected a data set to prepare; got {name!r}, which comes with a library. Load it.")
+    if isinstance(source, Derived):
+        raise ValueError(f"name: expected a data set to prepare; got {name!r}, made of {source.source}. Prepare that.")
     published = {name: source for name, source in DATASETS.items() if isinstance(source, Published)}
     check_choice("name", name, published)
     require("tensorflow_datasets", "PIL", "requests")

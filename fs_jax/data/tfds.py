@@ -73,6 +73,7 @@ def _decode(about: DataInfo, folder: Path) -> dict[str, np.ndarray]:
     from tqdm import tqdm
 
     builder = tfds.builder_from_directory(folder)
+    require("google_crc32c" if builder.info.file_format.value == "tfrecord" else "array_record")
     # TFDS's own decoder is slower, and advises to install OpenCV.
     as_bytes = {"image": tfds.decode.SkipDecoding()}
     arrays: dict[str, np.ndarray] = {}
@@ -171,15 +172,19 @@ def write(about: DataInfo, splits: Mapping[str, Mapping[str, np.ndarray]], id_fo
         name = about.name
 
         def _split_generators(self, dl_manager):
-            self.info.features["label"].names = list(about.class_names)
+            label = self.info.features["label"]
+            if label.names == [str(number) for number in range(label.num_classes)]:  # none, or read with the images
+                label.names = list(about.class_names)
             return {split: self._generate_examples(split) for split in splits}
 
         def _generate_examples(self, split):
             for index in range(len(splits[split]["label"])):
                 example = {key: int(column[index]) for key, column in splits[split].items() if key != "image"}
-                # A PIL image: arrays are what TFDS encodes with TensorFlow.
-                example["image"] = Image.fromarray(splits[split]["image"][index])
-                example["id"] = id_format.format(split=split, index=index)
+                # A PIL image: arrays are what TFDS encodes with TensorFlow. Of one channel it has no axis for it.
+                image = splits[split]["image"][index]
+                example["image"] = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+                if "id" in self.info.features:
+                    example["id"] = id_format.format(split=split, index=index)
                 yield index, example  # the index is TFDS's key too, by which it shuffles
 
     builder = Builder(data_dir=data_dir, file_format="array_record")

@@ -2,7 +2,7 @@
 
 from fs_jax._utils.extras import require
 
-require("flax", "safetensors")
+require("flax")
 
 from fs_jax.models.wide_resnet import BatchNorm, WideResNet, as_logits_fn
 

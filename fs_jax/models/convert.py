@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
+from fs_jax._utils.extras import require
 from fs_jax._utils.files import replacing
 from fs_jax._utils.validation import check_choice
 from fs_jax.models import WideResNet
@@ -330,7 +330,10 @@ def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(file: BinaryIO) -> list[dict[str, np.ndarray]]:
-    return [safetensors.numpy.load_file(file.name)]  # `load`, of bytes, doesn't know bfloat16
+    require("safetensors")
+    from safetensors.numpy import load_file
+
+    return [load_file(file.name)]  # `load`, of bytes, doesn't know bfloat16
 
 
 def _read_npz(file: BinaryIO) -> list[dict[str, np.ndarray]]:
@@ -363,13 +366,20 @@ def _mappings(content: Any, depth: int = 3) -> Iterator[Mapping[str, Any]]:
             yield from _mappings(value, depth - 1)
 
 
+def _write_safetensors(file: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
+    require("safetensors")
+    from safetensors.numpy import save
+
+    file.write(save(arrays))
+
+
 def _write_torch(file: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
     torch = _import_torch()
     torch.save({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, file)
 
 
 _WRITERS = {
-    ".safetensors": lambda file, arrays: file.write(safetensors.numpy.save(arrays)),
+    ".safetensors": _write_safetensors,
     ".npz": lambda file, arrays: np.savez(file, **arrays),
     ".pt": _write_torch,
     ".pth": _write_torch,

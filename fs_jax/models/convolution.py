@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -125,6 +124,8 @@ def _channels_last_of_kernel(like, stride, x, g):
 def _transposed(x, axes):
     """The transposition as one pass over memory, and nothing else in it.
 
-    XLA would compute what it is of inside of that pass, whose order suits nothing else, or copy it as it lies first.
+    XLA would compute what it is of inside of that pass, whose order suits nothing else; and without the reshaping copy
+    it as it lies first.
     """
-    return with_layout_constraint(lax.optimization_barrier(x).transpose(axes), Layout(tuple(range(x.ndim))))
+    moved = lax.optimization_barrier(x).transpose(axes)
+    return lax.optimization_barrier(moved.reshape(len(moved), -1)).reshape(moved.shape)

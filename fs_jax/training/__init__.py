@@ -2,7 +2,7 @@
 
 from fs_jax._utils.extras import require
 
-require("flax", "optax", "orbax", "tensorboardX", "tqdm")
+require("flax", "optax", "orbax.checkpoint", "tensorboardX")
 
 from fs_jax.training.checkpoint import Checkpoints
 from fs_jax.training.configured import (

@@ -80,7 +80,7 @@ def make_train_step(
             gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), axis_name)
         with jax.numpy_dtype_promotion("standard"):  # which Optax's own arithmetic, Adam's for one, rests on
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+            params = optax.apply_updates(state.params, updates)
         own = method.update(state.own, {"params": params, "batch_stats": batch_stats})
         return TrainState(params, batch_stats, opt_state, state.step + 1, own), metrics
 

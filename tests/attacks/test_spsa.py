@@ -14,6 +14,19 @@ pytestmark = pytest.mark.usefixtures("small_programs")
 KEYS = jax.random.split(jax.random.key(1), 6)
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_in_half_precision_it_attacks_too():
+    # Adam's 0.999 is 1 in bfloat16: its correction has to be computed in more digits.
+    def logits_fn(x):
+        mean = x.astype(jnp.float32).mean((1, 2, 3))
+        return jnp.stack([mean, 1 - mean], -1)
+
+    images = jnp.full((2, 4, 4, 1), 0.52, jnp.bfloat16)
+    attacked = spsa(logits_fn, KEYS[0], images, jnp.zeros(2, int), epsilon=0.1, num_steps=20, num_directions=16)
+    assert attacked.dtype == jnp.bfloat16
+    assert (logit_margin(logits_fn(attacked), jnp.zeros(2, int)) < 0).all()
+
+
 @pytest.fixture(scope="module")
 def quadratic():
     """A network whose margin is a quadratic function, 6 images for it, and the margin's gradients there."""

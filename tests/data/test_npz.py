@@ -73,8 +73,11 @@ IMAGES = np.zeros((6, 5, 7, 1), np.uint8)
     ({"train_labels": np.array([1, 2, 3, 1, 2, 3])}, "every class from 0 .*; got 3 classes between 1 and 3"),
     ({"test_labels": np.array([0, 1, 2, 3])}, "test_labels: expected 0 to 2; got 3"),
     ({"class_names": np.array(["ant", "bee"])}, "train_labels: expected 0 to 1; got 2"),
+    ({"class_names": np.array("cat")}, r"class_names: expected a list of strings; got <U3 of shape \(\)"),
+    ({"class_names": np.array([], str)}, "class_names: expected a list of strings"),
+    ({"crop_padding": 5}, "crop_padding: expected an integer of 0 or more, less than the images' side; got 5"),
     ({"flip": 1}, "flip: expected True or False; got int64"),
-    ({"crop_padding": -1}, "crop_padding: expected an integer of 0 or more; got -1"),
+    ({"crop_padding": -1}, "crop_padding: expected an integer of 0 or more, .*; got -1"),
     ({"train_images": np.array([None] * 6)}, "train_images: expected uint8.*; got object"),
     ({"train_labels": np.array([None] * 6)}, "train_labels: expected a plain array; .*allow_pickle=False"),
 ])  # fmt: skip

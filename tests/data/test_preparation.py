@@ -140,7 +140,7 @@ def test_svhns_archive_is_a_folder_of_two_files(tmp_path):
 def test_preparing_refuses_what_it_cannot_prepare(cifar, tmp_path):
     with pytest.raises(ValueError, match=r"name: expected one of cifar10, .*; got 'cifar_10'. Did you mean 'cifar10'"):
         data.prepare("cifar_10", tmp_path)
-    with pytest.raises(ValueError, match=r"digits.*comes with scikit-learn"):
+    with pytest.raises(ValueError, match=r"digits.*comes with a library"):
         data.prepare("digits", tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="data_dir: expected a folder; got the file"):

@@ -51,6 +51,25 @@ def tfrecord_dir(prepared, tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"), [("mnist", (28, 28, 1)), ("fashion_mnist", (28, 28, 1)), ("stl10", (96, 96, 3))]
+)
+def test_what_else_tfds_knows_can_be_written_and_read(tmp_path, name, shape):
+    # One channel, no ids, names that TFDS has or hasn't.
+    about = data.DataInfo(name, shape, 10, flip=False, crop_padding=0, class_names=tuple("abcdefghij"))
+    rng = np.random.default_rng(0)
+    splits = {
+        split: {"image": rng.integers(0, 256, (3, *shape), np.uint8), "label": np.array([0, 9, 4])}
+        for split in ("train", "test")
+    }
+    folder = tfds.write(about, splits, "{split}_{index}", tmp_path)
+    assert folder.parent.name == name
+    _, arrays = tfds.read(about, tmp_path, tmp_path / "cache")
+    for split, features in splits.items():  # in the order of the records, which have no numbers
+        order = np.argsort(arrays[f"{split}_labels"])
+        np.testing.assert_array_equal(arrays[f"{split}_images"][order], features["image"][[0, 2, 1]])
+
+
 def test_cifar10_at_half_the_size_is_the_mean_of_four_pixels(prepared, tmp_path):
     small = data.load("cifar10_16x16", data_dir=prepared[0], cache_dir=tmp_path / "cache")
     for split in ("train", "test"):
@@ -95,7 +114,8 @@ def test_a_damaged_byte_is_noticed(request, prepared, tmp_path, file_format, pos
     # No checksum of the image's own covers the label. It ends the `tf.train.Example`: its name, then the lengths
     # of feature, list and packed numbers, each behind its tag, then the number.
     label = content.index(b"label") + len(b"label") + 6
-    content[{"length": 2, "label": label, "checksum": -1}[position]] ^= 4
+    # Of the length its highest byte: unchecked, it would ask for all the memory there is.
+    content[{"length": 7, "label": label, "checksum": -1}[position]] ^= 4
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"reading test record \d+ failed"):
         data.load("cifar10", data_dir=folder, cache_dir=tmp_path / "cache")

@@ -49,6 +49,17 @@ def test_second_derivatives_and_vmap():
     many = jnp.stack([x, 2 * x])
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(conv2d(x, kernel, 1)))))
     np.testing.assert_allclose(jax.vmap(gradient)(many), jnp.stack([gradient(one) for one in many]), atol=1e-12)
+    of_kernel = jax.jit(jax.grad(lambda kernel, x: jnp.sum(jnp.square(conv2d(x, kernel, 2)))))
+    one_by_one = jnp.stack([of_kernel(kernel, one) for one in many])
+    np.testing.assert_allclose(jax.vmap(of_kernel, (None, 0))(kernel, many), one_by_one, atol=1e-12)
+
+
+def test_gradients_can_be_exported():
+    x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2))
+    gradient = jax.jit(jax.grad(lambda kernel, x: jnp.sum(conv2d(x, kernel, 1) ** 2), argnums=(0, 1)))
+    exported = jax.export.export(gradient)(kernel, x)
+    for ours, theirs in zip(exported.call(kernel, x), gradient(kernel, x), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)  # the same program in float32
 
 
 @pytest.mark.parametrize(

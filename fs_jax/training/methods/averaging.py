@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fs_jax._utils.validation import check_number
 from fs_jax.training.methods.method import Method
@@ -36,7 +35,8 @@ def averaged(method: Method, *, decay: float = 0.999) -> Method:
 
     def init(variables):
         # In float32 at least: bfloat16 rounds most decays to 1. And copies, as the step donates its buffers.
-        average = jax.tree.map(lambda x: jnp.array(x, np.promote_types(x.dtype, np.float32)), variables)
+        with jax.numpy_dtype_promotion("standard"):
+            average = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), variables)
         return {"average": average, "steps": jnp.zeros((), jnp.int32), "method": method.init(variables)}
 
     def update(own, variables):
