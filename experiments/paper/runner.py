@@ -6,6 +6,7 @@ resumes.
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import subprocess
@@ -18,8 +19,8 @@ import tyro
 
 from experiments import command_line
 from experiments.output import write_files
-from experiments.paper import tables
-from experiments.paper.jobs import SWEEPS, Job, evaluation_file, finished, jobs, sweep
+from experiments.paper import costs, tables
+from experiments.paper.jobs import SWEEPS, Job, digest, evaluation_file, finished, jobs, sweep
 from experiments.paper.scales import SCALES
 from experiments.paper.sweep import Sweep
 from fs_jax._utils.files import local_path, read_jsonl
@@ -102,11 +103,14 @@ def execute(missing: list[Job], arguments: Arguments) -> bool:
         spec: dict[str, Any] = {"scale": job.scale, "config": to_dict(job.config), "sweeps": job.sweeps}
         spec["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir)
         write_files(job.folder, {"job.json": spec})
+    estimated = estimate(missing, places, workdir=local_path("workdir", arguments.workdir))
+    print(f"{len(missing)} networks, {len(places)} at a time: about {words(estimated)}.", flush=True)
+    began = time.monotonic()
     deadline = float("inf") if arguments.max_minutes is None else time.monotonic() + 60 * arguments.max_minutes
     waiting = list(missing)
     running: dict[str, tuple[Job, subprocess.Popen]] = {}
     failed: list[pathlib.Path] = []
-    with tqdm(total=len(missing), unit="network", mininterval=1) as bar, contextlib.ExitStack() as stack:
+    with tqdm(total=len(missing), unit="network", mininterval=5) as bar, contextlib.ExitStack() as stack:
         stack.callback(end, running)
         while waiting or running:
             for place in [place for place in places if place not in running]:
@@ -121,14 +125,41 @@ def execute(missing: list[Job], arguments: Arguments) -> bool:
                     failed.append(job.folder)
             done = len(missing) - len(waiting) - len(running) - len(failed)
             bar.n = round(done + sum(share_done(job) for job, _ in running.values()), 2)
-            bar.refresh()
+            bar.update(0)
             if time.monotonic() > deadline:
                 break
             time.sleep(1)
     if failed:
         log = (failed[0] / "log").read_text(encoding="utf-8", errors="replace")
         raise ChildProcessError(f"{len(failed)} networks failed; the end of {failed[0]}/log is:\n{log[-2000:]}")
-    return not all(finished(job) for job in missing)
+    stopped = not all(finished(job) for job in missing)
+    if not stopped:
+        print(f"It took {words(time.monotonic() - began)}; estimated were {words(estimated)}.")
+    return stopped
+
+
+def estimate(missing: list[Job], places: list[str], workdir: pathlib.Path) -> float:
+    """Seconds that these jobs will take: a network of each kind is timed, once and for all."""
+    from tqdm import tqdm
+
+    kinds = {costs.kind(job.config): job for job in missing}
+    files = {name: workdir / "costs" / f"{digest([name, places])}.json" for name in kinds}
+    unknown = [name for name in kinds if not files[name].exists()]
+    for begin in tqdm(range(0, len(unknown), len(places)), "Timing each kind of training", disable=not unknown):
+        batch = list(zip(unknown[begin : begin + len(places)], places, strict=False))
+        processes = [start(kinds[name], place, str(files[name].resolve())) for name, place in batch]
+        for (name, _), process in zip(batch, processes, strict=True):
+            if process.wait():
+                raise ChildProcessError(f"timing failed; its log is {kinds[name].folder / 'log'}.")
+    cost = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
+    each = [costs.seconds_of(job, cost[costs.kind(job.config)]) for job in missing]
+    return max(sum(each) / len(places), max(each))
+
+
+def words(seconds: float) -> str:
+    """A time for people."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
 def processors(count: int | None = None) -> list[str]:
@@ -142,7 +173,7 @@ def processors(count: int | None = None) -> list[str]:
     return [f"{kind}{there[i % len(there)]}.{i}" for i in range(count or len(there))]
 
 
-def start(job: Job, place: str) -> subprocess.Popen:
+def start(job: Job, place: str, *more: str) -> subprocess.Popen:
     """A worker on its processor: several programs of one thread do more than one program of several."""
     kind, number = place[:3], place[3:].split(".")[0]
     environment = dict(os.environ)
@@ -151,7 +182,7 @@ def start(job: Job, place: str) -> subprocess.Popen:
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     log = open(job.folder / "log", "ab")  # noqa: SIM115 - the worker's, until it ends
     process = subprocess.Popen(
-        [sys.executable, "-m", "experiments.paper.worker", str(job.folder)],
+        [sys.executable, "-m", "experiments.paper.worker", str(job.folder.resolve()), *more],
         env=environment, stdout=log, stderr=log, cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
     log.close()

@@ -1,6 +1,7 @@
 """Trains one network and evaluates it, in a process of its own: `python -m experiments.paper.worker FOLDER`.
 
-The folder has `job.json`, which the runner writes. Interrupted or killed, the same command resumes.
+The folder has `job.json`, which the runner writes. Interrupted or killed, the same command resumes. With a second word,
+a file, it measures what a step and a pass of this network cost, and writes that there.
 """
 
 import json
@@ -10,6 +11,7 @@ import time
 
 from experiments import command_line
 from experiments.output import write_files
+from experiments.paper.costs import measure
 from experiments.paper.jobs import evaluation_file, sweep
 from experiments.paper.scales import SCALES
 from fs_jax.config import from_dict
@@ -27,6 +29,12 @@ def main(argv: list[str]) -> int:
     from fs_jax.models import as_logits_fn
 
     backend.enable_compilation_cache()
+    if argv[1:]:
+        write_files(
+            pathlib.Path(argv[1]).parent,
+            {pathlib.Path(argv[1]).name: measure(from_dict(job["config"]), job["data_dir"])},
+        )
+        return 0
     scale, config = SCALES[job["scale"]], from_dict(job["config"])
     dataset = data.load(config.dataset, data_dir=job["data_dir"])
     began = time.monotonic()
