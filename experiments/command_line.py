@@ -20,6 +20,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             stream.reconfigure(errors="replace")  # a τ or ∞ is no reason to fail where the system's encoding has none
     try:
         sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("Interrupted. The same command resumes what was begun.", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         # Raised by the project's own checks, or by the file system; what a library raises is a bug, and shown whole.
         raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)

@@ -19,8 +19,8 @@ def requirements(name):
     return [Requirement(line) for line in lines if line]
 
 
-def test_the_scripts_need_the_package_with_training_and_a_command_line():
-    named = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"], "tyro>=0.9"]
+def test_the_scripts_need_the_package_with_training():
+    named = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"]]
     assert {str(requirement) for requirement in requirements("requirements.txt")} == {
         str(Requirement(n)) for n in named
     }

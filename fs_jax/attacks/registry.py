@@ -143,7 +143,7 @@ class Attack:
             remaining = [name for name, other in REGISTRY.items() if num_classes >= other.least_classes]
             raise ValueError(
                 f"{self.name}: expected a network of at least {least} classes; it has {num_classes}. "
-                f"Attacks that remain: {', '.join(remaining)}."
+                f"Attacks that remain, as for autoattack(version=[...]) and evaluate: {', '.join(remaining)}."
             )
         return self.specification.build(epsilon=self.epsilon, num_classes=num_classes, **self.settings)
 

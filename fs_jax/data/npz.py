@@ -1,6 +1,7 @@
 """Arrays in an `.npz`: what users bring, and what the cache keeps."""
 
 import contextlib
+import difflib
 import hashlib
 import os
 import warnings
@@ -13,6 +14,8 @@ import numpy as np
 
 from fs_jax._utils.files import replacing
 from fs_jax.data.types import ARRAYS, DataInfo, check_images, check_labels
+
+_OPTIONAL = {"class_names": None, "flip": False, "crop_padding": 0}  # with their defaults
 
 
 def _open_npz(path: str | os.PathLike) -> np.lib.npyio.NpzFile:
@@ -28,6 +31,10 @@ def _open_npz(path: str | os.PathLike) -> np.lib.npyio.NpzFile:
         raise ValueError(
             f"{path}: expected an .npz; got another kind of file ({error}). Save it with np.savez."
         ) from error
+    for key in set(members) - {*ARRAYS, *_OPTIONAL, "sha256"}:
+        if near := difflib.get_close_matches(key, _OPTIONAL, cutoff=0.8):
+            data.close()
+            raise ValueError(f"{path}: expected no {key}. Did you mean {near[0]!r}?")
     if missing := [key for key in ARRAYS if key not in members]:
         data.close()
         raise ValueError(
@@ -59,7 +66,7 @@ def npz_info(path: str) -> DataInfo:
         with _reading(path, "train_labels"):
             labels = data["train_labels"]
         optional: dict[str, Any] = {}  # arrays, or the defaults
-        for key, default in (("class_names", None), ("flip", False), ("crop_padding", 0)):
+        for key, default in _OPTIONAL.items():
             with _reading(path, key):
                 optional[key] = data[key] if key in data.files else default
 

@@ -99,7 +99,7 @@ def make_dataset(about: DataInfo, arrays: Mapping[str, np.ndarray], source: str)
         if labels.max() >= about.num_classes:
             raise ValueError(
                 f"{source}: {split}_labels: expected 0 to {about.num_classes - 1}; got {labels.max()}. "
-                "Number the classes from 0."
+                "Number the classes from 0, and name all of them if class_names are given."
             )
     return Dataset(
         about,
@@ -115,7 +115,7 @@ def check_images(argument: str, dtype: np.dtype, shape: tuple[int, ...]) -> None
     if dtype != np.uint8:
         raise ValueError(
             f"{argument}: expected uint8 in 0, ..., 255; got {dtype}. "
-            "Of images in [0, 1] save np.rint(255 * images).astype(np.uint8)."
+            "Of images in [0, 1] save np.rint(255 * images).astype(np.uint8), of 0 to 255 images.astype(np.uint8)."
         )
     if len(shape) != 4 or 0 in shape:
         advice = "Add the channel with images[..., None]." if len(shape) == 3 else "Save all images as one array."
@@ -132,7 +132,11 @@ def check_labels(argument: str, labels: np.ndarray) -> None:
     if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1 or not labels.size:
         raise ValueError(
             f"{argument}: expected integers of shape [N]; got {labels.dtype} of shape {labels.shape}. "
-            "Of one-hot labels save labels.argmax(1), of whole numbers in floats labels.astype(np.int32)."
+            + (
+                "Save labels.ravel()."
+                if labels.ndim == 2 and labels.shape[1] == 1
+                else "Of one-hot labels save labels.argmax(1), of whole numbers in floats labels.astype(np.int32)."
+            )
         )
     if labels.min() < 0:
         raise ValueError(f"{argument}: expected labels from 0; got {labels.min()}. Drop images without a label.")

@@ -22,6 +22,7 @@ from fs_jax.attacks.registry import Attack, parse_attack
 from fs_jax.attacks.sanity import answers_warnings, masking_warnings
 from fs_jax.evaluation.journal import SCHEMA, Journal
 from fs_jax.evaluation.statistics import accuracy
+from fs_jax.evaluation.suites import SUITES
 
 Precision = Literal["float32", "default"]
 
@@ -116,7 +117,8 @@ def evaluate(
     images, labels = np.asarray(images), np.asarray(labels)
     if isinstance(attacks, str) or isinstance(parts, (str, os.PathLike)):
         name, given = ("attacks", attacks) if isinstance(attacks, str) else ("parts", parts)
-        raise TypeError(f"{name}: expected a list; got {given!r}. Write [{given!r}].")
+        advice = f"suite({given!r})" if name == "attacks" and given in SUITES else f"[{given!r}]"
+        raise TypeError(f"{name}: expected a list; got {given!r}. Write {advice}.")
     radius = 8 / 255 if epsilon is None else epsilon
     attack_list = [parse_attack(attack, radius) if isinstance(attack, str) else attack for attack in attacks]
     check_evaluation(logits_fn, images, labels, attack_list, epsilon=epsilon)

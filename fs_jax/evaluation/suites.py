@@ -48,8 +48,9 @@ def suite(
     """
     check_choice("suite", name, SUITES)
     few: dict[str, Any] = {"num_images": gradient_free_images, "after": ("clean",)}
-    chosen = {
-        "paper": [
+    chosen = [Attack("clean")]
+    if name in ("paper", "all"):
+        chosen += [
             Attack("fgsm", epsilon),
             *(
                 Attack(kind, epsilon, step_size=step_size, num_steps=steps)
@@ -61,13 +62,13 @@ def suite(
                 for kind in ("pgd", "cw")
                 for steps in (500, 1000)
             ),
-        ],
-        "autoattack": autoattack_attacks(epsilon=epsilon, num_classes=num_classes)[1:],
-        "gradient-free": [
+        ]
+    if name in ("autoattack", "all"):
+        chosen += autoattack_attacks(epsilon=epsilon, num_classes=num_classes)[1:]
+    if name in ("gradient-free", "all"):
+        chosen += [
             Attack("spsa", epsilon, num_directions=num_directions, **few),
             Attack("local-search", epsilon, **few),
             Attack("local-search-projected", epsilon, **few),
-        ],
-    }
-    parts = list(chosen) if name == "all" else [name]
-    return [Attack("clean"), *(attack for part in parts for attack in chosen[part])]
+        ]
+    return chosen

@@ -183,6 +183,8 @@ class Checkpoints:
 def check_same_config(ours: TrainConfig, theirs: TrainConfig, where: str) -> None:
     """Raise a ValueError that names each field in which `theirs`, found at `where`, differs from `ours`."""
     differing = differences(ours, theirs)
+    if "data" not in differing and ours.data is not None:
+        differing.pop("dataset", None)  # a file that was moved
     if differing:
         listed = "; ".join(f"{name}: {mine!r} here, {other!r} there" for name, (mine, other) in differing.items())
         if "data" in differing:

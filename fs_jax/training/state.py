@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from fs_jax._utils.images import check_images
 from fs_jax.training.methods import Method
 
 
@@ -52,13 +53,14 @@ def init_state(
       optimizer: The optimizer.
       method: The training method.
       rng: Key of the initial weights.
-      images: Images like those of the data set; their shape and dtype count.
+      images: Images like those that are trained on; their shape and dtype count.
 
     Returns:
       The state.
 
     Raises:
-      ValueError: if the module has other collections than `params` and `batch_stats`.
+      ValueError: if the module has other collections than `params` and `batch_stats`, or for images outside [0, 1].
+      TypeError: for images that aren't floating point.
 
     Example:
       >>> from fs_jax.models import WideResNet
@@ -69,6 +71,8 @@ def init_state(
       (0, (3, 3, 1, 16))
     """
     check_parts(model, method)
+    if not isinstance(images, jax.ShapeDtypeStruct):
+        check_images(images)
     variables = _init(model, rng, jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype))
     if other := set(variables) - {"params", "batch_stats"}:
         raise ValueError(

@@ -60,8 +60,8 @@ def make_train_step(
     check_parts(model, method)
 
     def step(state: TrainState, batch: Batch, rng: Key[Array, ""]) -> tuple[TrainState, Metrics]:
-        if missing := {"images", "labels"} - set(batch):
-            raise ValueError(f"batch: expected images and labels; {' and '.join(sorted(missing))} is missing.")
+        if not {"images", "labels"} <= set(batch):
+            raise ValueError(f"batch: expected images and labels; got {', '.join(map(str, batch)) or 'nothing'}.")
         check_images(batch["images"])
         check_labels(batch["labels"], batch["images"])
         # Keyed by the position in the whole batch, so that attacks don't depend on the number of devices.

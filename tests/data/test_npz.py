@@ -76,6 +76,8 @@ IMAGES = np.zeros((6, 5, 7, 1), np.uint8)
     ({"class_names": np.array("cat")}, r"class_names: expected a list of strings; got <U3 of shape \(\)"),
     ({"class_names": np.array([], str)}, "class_names: expected a list of strings"),
     ({"crop_padding": 5}, "crop_padding: expected an integer of 0 or more, less than the images' side; got 5"),
+    ({"crop_pading": 2}, "expected no crop_pading. Did you mean 'crop_padding'"),
+    ({"train_labels": np.zeros((6, 1), int)}, r"expected integers of shape \[N\]; .* Save labels.ravel"),
     ({"flip": 1}, "flip: expected True or False; got int64"),
     ({"crop_padding": -1}, "crop_padding: expected an integer of 0 or more, .*; got -1"),
     ({"train_images": np.array([None] * 6)}, "train_images: expected uint8.*; got object"),

@@ -481,3 +481,12 @@ def test_the_command_line_offers_the_suites_that_there_are():
 def test_a_norm_that_nothing_measures_is_refused():
     with pytest.raises(ValueError, match="norm: expected 'linf' or None; got 'l2'"):
         dataclasses.replace(REGISTRY["pgd"], norm="l2")
+
+
+def test_of_few_classes_suites_without_autoattack_can_be_run():
+    assert "spsa" in [attack.name for attack in suite("gradient-free", num_classes=3)]
+    assert "cw-1000x5" in [attack.name for attack in suite("paper", num_classes=3)]
+    with pytest.raises(ValueError, match=r"apgd-t: expected a network of at least 4 classes.*version=\[\.\.\.\]"):
+        suite("autoattack", num_classes=3)
+    with pytest.raises(TypeError, match=r"attacks: expected a list; got 'autoattack'. Write suite\('autoattack'\)"):
+        evaluate(lambda x: x, np.zeros((1, 2, 2, 1)), np.zeros(1, int), "autoattack")

@@ -323,7 +323,7 @@ def test_an_average_of_bfloat16_moves():
         ({"loss": lambda *_: jnp.zeros(())}, TypeError, r"method.loss: expected \(loss, \(variables, metrics\)\)"),
         ({"loss": lambda _, v, *__: (0.0, ({**v, "delta": 0}, {}))}, ValueError, "got .*'delta'"),
         ({"loss": lambda _, v, *__: (0.0, (v, {"loss": 0.0}))}, ValueError, "none is named loss"),
-        ({"batch": {"images": IMAGES}}, ValueError, "batch: expected images and labels; labels is missing"),
+        ({"batch": {"images": IMAGES}}, ValueError, "batch: expected images and labels; got images"),
     ],
 )
 def test_what_is_no_method_network_or_batch_is_refused(change, error, message):
