@@ -4,6 +4,8 @@ jaxtyping's hook checks the signatures of all of `fs_jax`, private ones too. It 
 it would answer bad input before our own checks do.
 """
 
+import functools
+
 import beartype
 import jax
 import jax.numpy as jnp
@@ -18,21 +20,30 @@ def main():
         import fs_jax.models.convert
         import fs_jax.training.methods
         from fs_jax import attacks, data, evaluation, ot, training
+        from fs_jax.attacks import packing
         from fs_jax.config import AttackConfig, ModelConfig, TrainConfig
         from fs_jax.data import augmentation
         from fs_jax.models import WideResNet, as_logits_fn
 
+    packing._SHRINKS = 0  # one size of the batch
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.normal(size=(n, 4)), jnp.float32) for n in (5, 6))
-    for cost in (ot.cosine_cost(x, y), ot.sqeuclidean_cost(x, y)):
-        for grad in ("unroll", "implicit", "envelope", "none"):
-            jax.grad(lambda c, grad=grad: ot.sinkhorn(c, reg=0.5, num_iters=20, grad=grad).primal_cost)(cost)
-        for method in ("kernel", "log", "stabilized"):
-            result = ot.sinkhorn(cost, reg=1, num_iters=20, threshold=1e-3, method=method)
-            ot.sinkhorn(cost, reg=1.0, num_iters=2, init=(result.f, result.g))
-        jax.vmap(lambda c: ot.sinkhorn(c, reg=0.5, num_iters=20))(jnp.stack([cost, cost]))
-        ot.ipot(cost, beta=0.5, num_iters=5)
-        ot.released_sinkhorn(cost)
+    ot.sqeuclidean_cost(x, y), ot.euclidean_cost(x, y)
+    cost = ot.cosine_cost(x, y)
+
+    def trace(function, *arguments):  # which is checked, and nothing compiled
+        jax.jit(function).trace(*arguments)
+
+    for grad in ("unroll", "implicit", "envelope", "none"):
+        trace(jax.grad(lambda c, grad=grad: ot.sinkhorn(c, reg=0.5, num_iters=20, grad=grad).primal_cost), cost)
+    for method in ("kernel", "log", "stabilized"):
+        trace(lambda c, method=method: ot.sinkhorn(c, reg=1, num_iters=20, threshold=1e-3, method=method), cost)
+    result = ot.sinkhorn(cost, reg=1.0, num_iters=2)
+    ot.sinkhorn(cost, reg=1.0, num_iters=2, init=(result.f, result.g))
+    trace(jax.vmap(lambda c: ot.sinkhorn(c, reg=0.5, num_iters=20)), jnp.stack([cost, cost]))
+    trace(lambda c: ot.ipot(c, beta=0.5, num_iters=5), cost)
+    trace(ot.released_sinkhorn, cost)
+    ot.fixed_plan(cost, jnp.ones((5, 6)) / 30)
 
     images, labels = rng.uniform(size=(4, 8, 8, 1)).astype(np.float32), np.arange(4)
     weights = jnp.asarray(rng.normal(size=(64, 5)), jnp.float32)
@@ -63,6 +74,5 @@ def main():
             weight_average=0.9,
         )  # fmt: skip
         state = training.create_state(config, jax.random.key(0))
-        state, metrics = training.train_step(state, batch, jax.random.key(1), config=config)
-        assert np.isfinite(metrics["loss"])
+        trace(functools.partial(training.train_step, config=config), state, batch, jax.random.key(1))
     print("All shapes and types are as their signatures say.")
