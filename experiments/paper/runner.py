@@ -169,7 +169,8 @@ def processors(count: int | None = None) -> list[str]:
     import jax
 
     accelerators = [device.id for device in jax.local_devices() if device.platform != "cpu"]
-    kind, there = ("gpu", accelerators) if accelerators else ("cpu", sorted(os.sched_getaffinity(0)))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    kind, there = ("gpu", accelerators) if accelerators else ("cpu", cores)
     return [f"{kind}{there[i % len(there)]}.{i}" for i in range(count or len(there))]
 
 
