@@ -1,5 +1,6 @@
 """What pip installs is what the README says, and works on its own."""
 
+import os
 import pathlib
 import shutil
 import subprocess
@@ -96,8 +97,10 @@ def test_the_wheel_installs_and_works_alone(tmp_path):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
 
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
     def run(*command):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+        done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, encoding="utf-8")
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
