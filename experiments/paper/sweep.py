@@ -30,12 +30,19 @@ class Sweep:
     source: str
     """Where the paper's numbers stand."""
     rows: Sequence[Row]
+    """The others are compared with the first."""
     attacks: Callable[[Scale], Sequence[Any]]
     """From the scale to `fs_jax.attacks.Attack`s; the first is clean."""
     reading: str = ""
     """What to keep in mind when reading it."""
-    reference: int = 0
-    """The row that the others are compared with."""
+
+
+SIX = ("clean", "fgsm", "pgd-20", "pgd-100", "cw-20", "cw-100")
+
+
+def of_six(*accuracies: float) -> dict[str, float]:
+    """The paper's numbers of a row of its tables 2 to 4, by attack."""
+    return dict(zip(SIX, accuracies, strict=True))
 
 
 def full_step(config: TrainConfig) -> float:
@@ -47,8 +54,7 @@ def six_attacks(scale: Scale):
     """The attacks of the paper's tables 2 to 4, judged as it judges them."""
     from fs_jax.attacks import parse_attack
 
-    words = ("clean", "fgsm", "pgd-20", "pgd-100", "cw-20", "cw-100")
-    return [parse_attack(word, scale.config.attack.epsilon) for word in words]
+    return [parse_attack(word, scale.config.attack.epsilon) for word in SIX]
 
 
 def and_autoattack(scale: Scale):

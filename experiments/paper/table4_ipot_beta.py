@@ -1,19 +1,16 @@
 """IPOT's β (the paper's table 4): `python -m experiments.paper.table4_ipot_beta --scale digits`."""
 
 from experiments.paper.runner import main
-from experiments.paper.sweep import Row, Sweep, six_attacks
+from experiments.paper.sweep import Row, Sweep, of_six, six_attacks
 
-NAMES = ("clean", "fgsm", "pgd-20", "pgd-100", "cw-20", "cw-100")
-PAPER = {1.0: (89.9, 77.9, 69.9, 67.3, 59.6, 56.9), 0.5: (90.1, 78.3, 70.7, 68.2, 60.5, 57.9)}
+PAPER = {1.0: of_six(89.9, 77.9, 69.9, 67.3, 59.6, 56.9), 0.5: of_six(90.1, 78.3, 70.7, 68.2, 60.5, 57.9)}
 
 SWEEP = Sweep(
     name="table4_ipot_beta",
     title="IPOT, proximal weight β",
     source="table 4 of the paper's supplement",
     rows=[
-        Row(
-            f"β = {beta:g}", {"transport.solver": "ipot", "transport.beta": beta}, dict(zip(NAMES, values, strict=True))
-        )
+        Row(f"β = {beta:g}", {"transport.solver": "ipot", "transport.beta": beta}, values)
         for beta, values in PAPER.items()
     ],
     attacks=six_attacks,

@@ -32,23 +32,23 @@ def files(chosen: Sweep, scale: str, seeds: Sequence[int], workdir: pathlib.Path
             evaluations.append(json.loads(path.read_text(encoding="utf-8")))
         rows.append((row, pooled(evaluations)))
     names = list(rows[0][1])
-    reference = rows[chosen.reference][1]
+    first, reference = rows[0]
     header = ["", *names]
     text = [[row.label, *(cell(numbers[name], row.paper.get(name)) for name in names)] for row, numbers in rows]
     verdicts = [
         [row.label, *(verdict(numbers[name], reference[name]) for name in names)]
-        for place, (row, numbers) in enumerate(rows) if place != chosen.reference
+        for row, numbers in rows[1:]
     ]  # fmt: skip
     last = evaluations[-1]
     caption = (
         f"{SCALES[scale].summary} Radius {radius(SCALES[scale].config.attack.epsilon)}, "
         f"{rows[0][1]['clean']['total']:,} images, seeds {', '.join(map(str, seeds))}. Accuracy in % with 95% "
-        f"intervals; in brackets the paper's: {chosen.source}. {chosen.reading} On {made_on(last['environments'][-1])}."
+        f"intervals; in brackets the paper's: {chosen.source}. On {made_on(last['environments'][-1])}."
     )
-    parts = [f"# {chosen.title}", tabulate.tabulate(text, headers=header, tablefmt="pipe"), caption]
+    parts = [f"# {chosen.title}", tabulate.tabulate(text, headers=header, tablefmt="pipe"), caption, chosen.reading]
     if verdicts:
         parts += [
-            f"Points that each row differs from *{chosen.rows[chosen.reference].label}*, on the same images, with 95% "
+            f"Points that each row differs from *{first.label}*, on the same images, with 95% "
             f"intervals; equal: within ±{EQUAL:g} for sure.",
             tabulate.tabulate(verdicts, headers=header, tablefmt="pipe"),
         ]
@@ -58,7 +58,7 @@ def files(chosen: Sweep, scale: str, seeds: Sequence[int], workdir: pathlib.Path
         for row, pooled_row in rows
     }  # fmt: skip
     return {
-        f"{chosen.name}.md": "\n\n".join(parts) + "\n",
+        f"{chosen.name}.md": "\n\n".join(filter(None, parts)) + "\n",
         f"{chosen.name}.csv": as_csv(rows, names),
         f"{chosen.name}.tex": tabulate.tabulate(text, headers=header, tablefmt="latex_booktabs") + "\n",
         f"{chosen.name}.json": {"scale": scale, "seeds": list(seeds), "rows": numbers},
