@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.paper import jobs, runner, tables
+from experiments.paper import costs, jobs, runner, tables
 from experiments.paper.scales import SCALES, changed
 from fs_jax.config import TrainConfig, to_dict
 
@@ -136,3 +136,12 @@ def test_a_table_is_stopped_resumed_and_written(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
     assert run().returncode == 0
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}  # nothing ran
+
+
+def test_estimates_count_the_test_images_and_the_passes_of_the_attacks(tmp_path):
+    (job, *_) = jobs.jobs("paper", ["table3_sinkhorn_tau"], [0], tmp_path)
+    few, many = (costs.seconds_of(job, {"step": 0.0, "pass": 1.0, "test_images": n}) for n in (100, 10_000))
+    # Of each image: a look, FGSM, 20 and 100 steps of PGD and of CW, whose last iterate decides.
+    assert many - few == pytest.approx(9_900 * (0.4 + 1 + 2 * (20 + 100)))
+    slow = costs.seconds_of(job, {"step": 2.0, "pass": 1.0, "test_images": 100})
+    assert slow - few == 2 * job.config.total_steps

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.paper.jobs import Job, evaluation_file, sweep
-from experiments.paper.scales import SCALES, Scale
+from experiments.paper.scales import SCALES
 from fs_jax.config import TrainConfig, to_dict
 
 TIMED_MINUTES = 0.25  # of training, with compilation
@@ -26,7 +26,7 @@ def kind(config: TrainConfig) -> str:
 
 
 def measure(config: TrainConfig, data_dir: str | None) -> dict[str, float]:
-    """Seconds of a training step, and of a forward and backward pass of one image under attack."""
+    """Seconds of a training step, and of a forward and backward pass of one image under attack; and the test images."""
     import jax
 
     from fs_jax import data, training
@@ -47,7 +47,11 @@ def measure(config: TrainConfig, data_dir: str | None) -> dict[str, float]:
         began = time.perf_counter()
         evaluate(logits_fn, images, labels, ["pgd-20"], epsilon=config.attack.epsilon, progress=False)
         seconds = time.perf_counter() - began
-    return {"step": config.batch_size / rows[-1]["images_per_second"], "pass": seconds / (20 * len(labels))}
+    return {
+        "step": config.batch_size / rows[-1]["images_per_second"],
+        "pass": seconds / (20 * len(labels)),
+        "test_images": len(dataset.test_labels),
+    }
 
 
 def seconds_of(job: Job, cost: dict[str, float]) -> float:
@@ -55,18 +59,18 @@ def seconds_of(job: Job, cost: dict[str, float]) -> float:
     scale = SCALES[job.scale]
     trained = (job.folder / "run" / "checkpoints").exists()
     total = PROCESS_SECONDS + (0 if trained else job.config.total_steps * cost["step"])
+    images = int(min(cost["test_images"], scale.test_images or cost["test_images"]))
     attacks: dict[pathlib.Path, Sequence[Any]] = {
         evaluation_file(job.folder, scale, name): sweep(name).attacks(scale) for name in job.sweeps
     }
     for path, chosen in attacks.items():
         if not path.exists():
-            total += sum(ATTACK_SECONDS + passes(attack, scale) * cost["pass"] for attack in chosen)
+            total += sum(ATTACK_SECONDS + passes(attack, images) * cost["pass"] for attack in chosen)
     return total
 
 
-def passes(attack, scale: Scale) -> float:
+def passes(attack, images: int) -> float:
     """Passes forward and backward that an attack makes, of one image each; a pass forward alone counts 0.4."""
-    images = scale.test_images or 360
     images = min(images, attack.num_images or images)
     steps, settings = attack.settings.get("num_steps", 1), attack.settings
     runs = settings.get("restarts", 1) * settings.get("targets", 1)
