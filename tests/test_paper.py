@@ -7,47 +7,74 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.paper import costs, jobs, runner, tables
+from experiments.paper import attacked, costs, jobs, runner, tables, writing
+from experiments.paper.experiment import PGD_7, at_equal_passes
 from experiments.paper.scales import SCALES, changed
-from fs_jax.config import TrainConfig, to_dict
+from fs_jax.attacks import parse_attack
+from fs_jax.config import TrainConfig
+from fs_jax.evaluation import evaluate
+from fs_jax.training import make_method
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", jobs.SWEEPS)
-def test_every_table_can_be_run_at_every_scale(name, scale):
-    sweep = jobs.sweep(name)
-    attacks = sweep.attacks(SCALES[scale])
-    assert sweep.name == name
-    assert attacks[0].name == "clean"
-    assert len({row.label for row in sweep.rows}) == len(sweep.rows)
-    for row in sweep.rows:
-        assert row.paper.keys() <= {attack.name for attack in attacks}
-        for config in jobs.configurations(SCALES[scale], row, [0]):
+@pytest.mark.parametrize("name", jobs.EXPERIMENTS)
+def test_every_experiment_can_be_run_at_every_scale(name, scale):
+    experiment = jobs.experiment(name)
+    assert experiment.name == name
+    assert len({row.label for row in experiment.rows}) == len(experiment.rows)
+    json.dumps(experiment.measurement.settings(SCALES[scale]))
+    folders = set()
+    for row in experiment.rows:
+        configs = jobs.configurations(experiment, SCALES[scale], row, [0])
+        assert len(configs) == (len(SCALES[scale].datasets) if experiment.pooled else 1)
+        for config in configs:
             assert config.dataset in SCALES[scale].datasets
-            json.dumps(to_dict(config))
-    folders = {
-        jobs.folder_of(pathlib.Path(), scale, config)
-        for row in sweep.rows
-        for config in jobs.configurations(SCALES[scale], row, [0])
-    }
-    assert len(folders) == len(sweep.rows) * len(SCALES[scale].datasets)  # no two rows are the same network
+            make_method(config)
+            folders.add(jobs.folder_of(pathlib.Path(), scale, config))
+    # No two rows are the same network, but where one epoch is as few as seven steps' passes allow.
+    assert scale == "trial" or len(folders) == len(experiment.rows) * len(configs)
 
 
-def test_tables_share_the_networks_that_they_have_in_common(tmp_path):
-    alone = {name: jobs.jobs("digits", [name], [0], tmp_path) for name in jobs.SWEEPS}
-    together = jobs.jobs("digits", jobs.SWEEPS, [0], tmp_path)
+@pytest.mark.parametrize("name", jobs.EXPERIMENTS)
+def test_the_papers_numbers_are_of_attacks_that_are_run(name):
+    experiment = jobs.experiment(name)
+    reported = {attack for row in experiment.rows for attack in row.paper}
+    if reported:
+        settings = experiment.measurement.settings(SCALES["paper"])
+        assert settings[0][0] == "clean"
+        assert reported <= {attack for attack, *_ in settings}
+
+
+def test_experiments_share_the_networks_that_they_have_in_common(tmp_path):
+    alone = {name: jobs.jobs("digits", [name], [0], tmp_path) for name in jobs.EXPERIMENTS}
+    together = jobs.jobs("digits", jobs.EXPERIMENTS, [0], tmp_path)
     assert len(together) < sum(map(len, alone.values()))
     # The paper's own configuration is a row of all but one of them.
     (own,) = [job for job in together if job.folder == alone["table1_strong_attacks"][0].folder]
-    assert set(own.sweeps) == set(jobs.SWEEPS) - {"table4_ipot_beta"}
+    assert set(own.experiments) == set(jobs.EXPERIMENTS) - {"table4_ipot_beta"}
     # And tables with the same attacks have one evaluation of it.
-    files = {name: jobs.evaluation_file(own.folder, SCALES["digits"], name) for name in own.sweeps}
+    files = {name: jobs.result_file(own.folder, SCALES["digits"], name) for name in own.experiments}
     assert files["table2_label_smoothing"] == files["table3_sinkhorn_tau"] != files["matching"]
+    assert files["main_table"] == files["matching"] == files["autoattack_gap"]
+
+
+def test_some_rows_can_be_asked_for(tmp_path):
+    (job, *_) = some = jobs.jobs("digits", ["main_table", "transfer"], [0], tmp_path, rows=["TRADES"])
+    assert {job.config.method for job in some} == {"trades"}
+    assert job.experiments == ("main_table", "transfer")
+
+
+def test_equal_passes_are_equal():
+    config = SCALES["medium"].config
+    fewer = changed(config, at_equal_passes(PGD_7).changes)
+    assert fewer.epochs * (7 + 1) == pytest.approx(config.epochs * 2.4, rel=0.05)
+    assert fewer.decay_epochs == (4, 5)
 
 
 def test_changes_are_named_as_on_the_command_line():
@@ -60,60 +87,121 @@ def evaluated(right, chain=("clean", "pgd-20")):
     """An evaluation in which image i is right after the first right[i] attacks."""
     attacks = [{"name": name, "after": [], "num_images": None} for name in chain]
     records = [{"misclassified_at": {n: -1 if k < count else 0 for k, n in enumerate(chain)}} for count in right]
-    return {"attacks": attacks, "records": records, "environments": [{"device": "cpu", "cpu_count": 2, "jax": "0"}]}
+    return {"attacks": attacks, "records": records, "environment": {"device": "cpu", "cpu_count": 2, "jax": "0"}}
 
 
 def test_folds_are_pooled():
-    numbers = tables.pooled([evaluated([2, 2, 1]), evaluated([0, 1])])
-    assert (numbers["clean"]["correct"], numbers["pgd-20"]["correct"], numbers["clean"]["total"]) == (4, 2, 5)
+    correct = tables.pooled([evaluated([2, 2, 1]), evaluated([0, 1])])
+    assert correct["clean"].tolist() == [True, True, True, False, True]
+    assert correct["pgd-20"].tolist() == [True, True, False, False, False]
+    assert tables.by_network([evaluated([2, 2, 1]), evaluated([0, 1])], "clean") == [1.0, 0.5]
     chained = evaluated([2, 1, 0])
     chained["attacks"][1]["after"] = ["clean"]
     del chained["records"][2]["misclassified_at"]["pgd-20"]  # spared, and no less wrong
-    assert tables.pooled([chained])["pgd-20"]["correct"] == 1
+    assert tables.survived(chained, "pgd-20").tolist() == [True, False, False]
+    chained["attacks"][1]["num_images"] = 2
+    assert tables.survived(chained, "pgd-20").tolist() == [True, False]
 
 
 @pytest.mark.parametrize(("ours", "theirs", "word"), [
     (900, 900, "equal"), (960, 900, "higher"), (840, 900, "lower"), (905, 895, "equal"),
 ])  # fmt: skip
 def test_rows_are_equal_only_within_two_points_for_sure(ours, theirs, word):
-    rows = [{"images": np.arange(1000) < count} for count in (ours, theirs)]
-    assert tables.verdict(*rows).endswith(word)
+    assert tables.difference(np.arange(1000) < ours, np.arange(1000) < theirs)["verdict"] == word
 
 
 def test_few_images_decide_nothing():
     rng = np.random.default_rng(0)
-    rows = [{"images": rng.random(100) < 0.5} for _ in range(2)]
-    assert tables.verdict(*rows).endswith("undetermined")
+    assert tables.difference(rng.random(100) < 0.5, rng.random(100) < 0.5)["verdict"] == "undetermined"
+
+
+def finish(name, scale, workdir, rows=None):
+    """Results of an experiment's rows as a worker would write them: on 15 of 20 images it is right, always."""
+    experiment = jobs.experiment(name)
+    for row in experiment.rows[:rows]:
+        for config in jobs.configurations(experiment, SCALES[scale], row, [0]):
+            path = jobs.result_file(jobs.folder_of(workdir, scale, config), SCALES[scale], name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            names = [attack for attack, *_ in experiment.measurement.settings(SCALES[scale])]
+            result = evaluated([len(names)] * 15 + [1] * 5, names)
+            path.write_text(json.dumps(result), encoding="utf-8")
 
 
 def test_files_have_ours_and_the_papers(tmp_path):
-    sweep, scale = jobs.sweep("table4_ipot_beta"), SCALES["trial"]
-    assert tables.files(sweep, "trial", [0], tmp_path) is None  # not before all rows are there
-    for row in sweep.rows:
-        for config in jobs.configurations(scale, row, [0]):
-            path = jobs.evaluation_file(jobs.folder_of(tmp_path, "trial", config), scale, sweep.name)
-            path.parent.mkdir(parents=True)
-            names = [attack.name for attack in sweep.attacks(scale)]
-            path.write_text(json.dumps(evaluated([6] * 15 + [1] * 5, names)), encoding="utf-8")
-    files = tables.files(sweep, "trial", [0], tmp_path)
-    assert "| β = 1 | 100.0" in " ".join(files[f"{sweep.name}.md"].split())
-    assert "(69.9)" in files[f"{sweep.name}.md"]
-    assert "\\toprule" in files[f"{sweep.name}.tex"]
-    rows = list(csv.DictReader(io.StringIO(files[f"{sweep.name}.csv"])))
+    experiment = jobs.experiment("table4_ipot_beta")
+    assert writing.write(experiment, "trial", [0], tmp_path, tmp_path / "r") is None  # not before a row is there
+    finish("table4_ipot_beta", "trial", tmp_path)
+    path = writing.write(experiment, "trial", [0], tmp_path, tmp_path / "r")
+    assert "| β = 1 | 100.0" in " ".join(path.read_text(encoding="utf-8").split())
+    assert "(69.9)" in path.read_text(encoding="utf-8")
+    assert "\\toprule" in path.with_suffix(".tex").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(io.StringIO(path.with_suffix(".csv").read_text(encoding="utf-8"))))
     assert rows[2] == {
         "row": "β = 1", "attack": "pgd-20", "correct": "15", "total": "20", "accuracy": "0.75", "low": rows[2]["low"],
         "high": rows[2]["high"], "paper": "69.9",
     }  # fmt: skip
 
 
+def test_a_table_names_the_rows_that_are_missing(tmp_path):
+    finish("table3_sinkhorn_tau", "trial", tmp_path, rows=2)
+    path = writing.write(jobs.experiment("table3_sinkhorn_tau"), "trial", [0], tmp_path, tmp_path / "r")
+    assert "Not run yet: τ = 0.005, τ = 0.05, τ = 0.5." in path.read_text(encoding="utf-8")
+
+
+def test_the_gap_is_divided_among_the_attacks(tmp_path):
+    finish("autoattack_gap", "trial", tmp_path, rows=1)
+    path = writing.write(jobs.experiment("autoattack_gap"), "trial", [0], tmp_path, tmp_path / "r")
+    parts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["networks"]["feature scattering"]["parts"]
+    assert (parts["misclassified"], parts["PGD-20"], parts["robust"]) == (0, 0.25, 0.75)
+    assert sum(parts.values()) == 1
+    assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_no_result_is_overwritten(tmp_path):
+    experiment = jobs.experiment("table4_ipot_beta")
+    finish("table4_ipot_beta", "trial", tmp_path)
+    path = writing.write(experiment, "trial", [0], tmp_path, tmp_path)
+    writing.check_results(experiment, "trial", [0], tmp_path)  # its own: more rows may come
+    assert writing.file_name(experiment, [0, 1]) != path.stem  # of other seeds
+    with pytest.raises(ValueError, match=r"results: expected a new folder.*epochs 200 here, 1 there"):
+        writing.check_results(experiment, "paper", [0], tmp_path)
+    path.with_suffix(".json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"results: expected .* none that this version reads"):
+        writing.check_results(experiment, "trial", [0], tmp_path)
+
+
+def test_attacks_that_have_run_are_taken_over(tmp_path):
+    logits_fn = lambda x: 10 * jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)  # noqa: E731
+    images, labels = np.linspace(0.5, 1, 12, dtype=np.float32).reshape(12, 1, 1, 1), np.zeros(12, int)
+    few, more = ([parse_attack(word, 0.1) for word in words] for words in (["clean", "pgd-5"], ["pgd-5", "fgsm"]))
+
+    def run(name, attacks):
+        journal = tmp_path / f"{name}.journal.jsonl"
+        attacked.take_over(journal, attacks, len(labels))
+        return journal, evaluate(logits_fn, images, labels, attacks, journal=journal, progress=False)
+
+    run("first", few)
+    taken = tmp_path / "second.journal.jsonl"
+    attacked.take_over(taken, more, len(labels))
+    lines = [json.loads(line) for line in taken.read_text(encoding="utf-8").splitlines()]
+    assert {line["attack"] for line in lines if "index" in line} == {"pgd-5"}
+    alone = evaluate(logits_fn, images, labels, more, progress=False)
+    assert run("second", more)[1].records == alone.records
+    others = [parse_attack(word, 0.2) for word in ("clean", "pgd-5")]  # at another radius: nothing to take but clean
+    attacked.take_over(tmp_path / "third.journal.jsonl", others, len(labels))
+    assert '"pgd-5"' not in (tmp_path / "third.journal.jsonl").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("words", "message"), [
-    (["--scale", "digts"], "scale: expected one of trial, digits, small, paper; got 'digts'. Did you mean 'digits'"),
+    (["--scale", "digts"], "scale: expected one of trial, digits, small, medium, short, paper; got 'digts'."),
     (["--seeds", "-1"], "seeds: expected an integer of at least 0"), (["--workers", "0"], "workers: expected"),
+    (["--seeds", "1", "1"], "seeds: expected each once"),
+    (["--rows", "β = 2"], "rows: expected one of β = 1, β = 0.5; got 'β = 2'"),
     (["--scale", "small", "--data-dir", "/nowhere"], "data_dir: expected cifar10/<version>"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_at_once(words, message, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
-        runner.run(["table4_ipot_beta"], [*words, "--workdir", str(tmp_path)])
+        runner.run(["table4_ipot_beta"], [*words, "--workdir", str(tmp_path), "--results", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
 
@@ -140,8 +228,24 @@ def test_a_table_is_stopped_resumed_and_written(tmp_path):
 
 def test_estimates_count_the_test_images_and_the_passes_of_the_attacks(tmp_path):
     (job, *_) = jobs.jobs("paper", ["table3_sinkhorn_tau"], [0], tmp_path)
-    few, many = (costs.seconds_of(job, {"step": 0.0, "pass": 1.0, "test_images": n}) for n in (100, 10_000))
+    cost = {"step": 0.0, "pass": 1.0, "train_images": 50_000}
+    few, many = (costs.seconds_of(job, {**cost, "test_images": n}) for n in (100, 10_000))
     # Of each image: a look, FGSM, 20 and 100 steps of PGD and of CW, whose last iterate decides.
     assert many - few == pytest.approx(9_900 * (0.4 + 1 + 2 * (20 + 100)))
-    slow = costs.seconds_of(job, {"step": 2.0, "pass": 1.0, "test_images": 100})
+    slow = costs.seconds_of(job, {**cost, "step": 2.0, "test_images": 100})
     assert slow - few == 2 * job.config.total_steps
+
+
+@pytest.mark.slow
+def test_all_experiments_of_a_scale(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "experiments.paper", "--scale", "trial",
+            "--workdir", str(tmp_path / "runs"), "--results", str(tmp_path / "results"),
+        ],
+        cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in jobs.EXPERIMENTS:
+        text = (tmp_path / "results" / "trial" / f"{name}.md").read_text(encoding="utf-8")
+        assert "Not run yet" not in text

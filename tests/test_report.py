@@ -242,7 +242,7 @@ def test_examples_say_what_the_network_says_and_how_sure_it_is(tmp_path):
         ({"clean_predictions": np.zeros((3, 10))}, r"clean_predictions: expected 2 integers, or logits of shape \(2,"),
         ({"class_names": ["zero"]}, "class_names: expected a name for class 1; got 1 names"),
         ({"epsilon": 0.0}, "epsilon: expected a positive radius"),
-        ({"path": "examples.jpg"}, "path: expected a name that ends in .png"),
+        ({"path": "examples.jpg"}, "path: expected a name that ends in .png or .svg"),
     ],
 )
 def test_bad_examples_are_named(tmp_path, change, message):

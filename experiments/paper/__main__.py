@@ -1,8 +1,7 @@
-"""All of the paper's tables at a scale: `python -m experiments.paper --scale digits`; `--list` says what there is."""
+"""All of the paper's tables and figures: `python -m experiments.paper --scale digits`; `--list` says what there is."""
 
 from experiments import command_line
-from experiments.paper.jobs import SWEEPS
 from experiments.paper.runner import run
 
 if __name__ == "__main__":
-    command_line.run(lambda argv: run(SWEEPS, argv))
+    command_line.run(lambda argv: run(None, argv))

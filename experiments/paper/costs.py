@@ -5,17 +5,18 @@ import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from experiments.paper.jobs import Job, evaluation_file, sweep
+from experiments.paper.jobs import Job, experiment, result_file
 from experiments.paper.scales import SCALES
 from fs_jax.config import TrainConfig, to_dict
 
+if TYPE_CHECKING:
+    from fs_jax.data import Dataset
+
 TIMED_MINUTES = 0.25  # of training, with compilation
 PROCESS_SECONDS = 8  # to start a process, load data, and load programs that are compiled already
-ATTACK_SECONDS = 1.5  # to start an attack, of that
-STANDING = 0.6  # of the images, under attacks that drop those that are misclassified
+MEASUREMENT_SECONDS = 6  # to trace and load the programs of a table's attacks
 
 
 def kind(config: TrainConfig) -> str:
@@ -25,16 +26,15 @@ def kind(config: TrainConfig) -> str:
     return json.dumps(to_dict(plain), sort_keys=True)
 
 
-def measure(config: TrainConfig, data_dir: str | None) -> dict[str, float]:
-    """Seconds of a training step, and of a forward and backward pass of one image under attack; and the test images."""
+def measure(config: TrainConfig, dataset: "Dataset") -> dict[str, float]:
+    """Seconds of a training step and of an image's pass, forward and backward, under attack; the numbers of images."""
     import jax
 
-    from fs_jax import data, training
+    from fs_jax import training
     from fs_jax._utils.files import read_jsonl
     from fs_jax.evaluation import evaluate
     from fs_jax.models import as_logits_fn
 
-    dataset = data.load(config.dataset, data_dir=data_dir)
     with tempfile.TemporaryDirectory() as folder:
         run = training.train(
             config, dataset, folder, devices=jax.local_devices()[:1], monitor_images=0, progress=False,
@@ -42,14 +42,17 @@ def measure(config: TrainConfig, data_dir: str | None) -> dict[str, float]:
         )  # fmt: skip
         rows = [row for row in read_jsonl(pathlib.Path(folder) / "metrics.jsonl") if "images_per_second" in row]
     logits_fn = as_logits_fn(training.make_model(config, dataset.info.num_classes), run.variables)
-    images, labels = dataset.test_images[:32], dataset.test_labels[:32]
-    for _ in range(2):  # the first time is the compiler's
+    images, labels = dataset.test_images[:64], dataset.test_labels[:64]
+    seconds = {}
+    for word in ("pgd-10", "pgd-60") * 2:  # the first time is the compiler's
         began = time.perf_counter()
-        evaluate(logits_fn, images, labels, ["pgd-20"], epsilon=config.attack.epsilon, progress=False)
-        seconds = time.perf_counter() - began
+        evaluate(logits_fn, images, labels, [word], epsilon=config.attack.epsilon, progress=False)
+        seconds[word] = time.perf_counter() - began
     return {
         "step": config.batch_size / rows[-1]["images_per_second"],
-        "pass": seconds / (20 * len(labels)),
+        # What starting takes is in both.
+        "pass": max(1e-6, seconds["pgd-60"] - seconds["pgd-10"]) / (50 * len(labels)),
+        "train_images": len(dataset.train_labels),
         "test_images": len(dataset.test_labels),
     }
 
@@ -57,28 +60,12 @@ def measure(config: TrainConfig, data_dir: str | None) -> dict[str, float]:
 def seconds_of(job: Job, cost: dict[str, float]) -> float:
     """What is left to do of this network takes about so long."""
     scale = SCALES[job.scale]
+    config = dataclasses.replace(job.config, train_size=int(cost["train_images"]))
     trained = (job.folder / "run" / "checkpoints").exists()
-    total = PROCESS_SECONDS + (0 if trained else job.config.total_steps * cost["step"])
+    total = PROCESS_SECONDS + (0 if trained else config.total_steps * cost["step"])
     images = int(min(cost["test_images"], scale.test_images or cost["test_images"]))
-    attacks: dict[pathlib.Path, Sequence[Any]] = {
-        evaluation_file(job.folder, scale, name): sweep(name).attacks(scale) for name in job.sweeps
-    }
-    for path, chosen in attacks.items():
+    left = {result_file(job.folder, scale, name): experiment(name).measurement for name in job.experiments}
+    for path, measurement in left.items():
         if not path.exists():
-            total += sum(ATTACK_SECONDS + passes(attack, images) * cost["pass"] for attack in chosen)
+            total += MEASUREMENT_SECONDS + measurement.passes(config, scale, images) * cost["pass"]
     return total
-
-
-def passes(attack, images: int) -> float:
-    """Passes forward and backward that an attack makes, of one image each; a pass forward alone counts 0.4."""
-    images = min(images, attack.num_images or images)
-    steps, settings = attack.settings.get("num_steps", 1), attack.settings
-    runs = settings.get("restarts", 1) * settings.get("targets", 1)
-    standing = 1.0 if not attack.any_iterate else STANDING
-    if attack.specification.name == "clean":
-        return 0.4 * images
-    if attack.specification.name == "spsa":
-        return 0.4 * images * standing * steps * 2 * settings["num_directions"]
-    if attack.specification.name == "square" or attack.specification.name.startswith("local-search"):
-        return 0.4 * images * standing * steps * runs
-    return images * standing * steps * runs

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from experiments.paper.experiment import Row
 from experiments.paper.runner import main
 from experiments.paper.scales import Scale
-from experiments.paper.sweep import Row, Sweep
+from experiments.paper.tables import table
 
 
 def attacks(scale: Scale):
@@ -19,11 +20,11 @@ def attacks(scale: Scale):
         Attack("spsa", epsilon, **few),
         Attack("local-search-projected", epsilon, num_steps=10, label="local search, 10 rounds", **few),
         Attack("local-search-projected", epsilon, **few),
-        Attack("square", epsilon, **few),
+        Attack("square", epsilon, label="square alone", **few),
     ]
 
 
-SWEEP = Sweep(
+EXPERIMENT = table(
     name="gradient_free",
     title="Attacks without gradients",
     source="the paper's supplement",
@@ -33,4 +34,4 @@ SWEEP = Sweep(
 )
 
 if __name__ == "__main__":
-    main(SWEEP)
+    main(EXPERIMENT)

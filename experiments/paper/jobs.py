@@ -1,4 +1,4 @@
-"""What has to be run for some tables: networks, each trained once whatever tables need it, and their evaluations."""
+"""What has to be run: networks, each trained once whatever experiments need it, and measured once for each."""
 
 import dataclasses
 import hashlib
@@ -9,37 +9,43 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from experiments.paper.experiment import Experiment, Finished, Row
 from experiments.paper.scales import SCALES, Scale, changed
-from experiments.paper.sweep import Row, Sweep
 from fs_jax import __version__
 from fs_jax.config import TrainConfig, to_dict
 from fs_jax.training.methods import METHODS
 
-SWEEPS = (
-    "main_table", "table1_strong_attacks", "gradient_free", "table2_label_smoothing", "table3_sinkhorn_tau",
-    "table4_ipot_beta", "matching", "ablation",
+EXPERIMENTS = (
+    "main_table", "matching", "autoattack_gap", "equal_passes", "table2_label_smoothing", "table3_sinkhorn_tau",
+    "table4_ipot_beta", "mechanism", "figure1_loss_curves", "figure2_embeddings", "gradient_free", "transfer",
+    "ablation", "table1_strong_attacks",
 )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A network: its configuration, its folder, and the tables that it is evaluated for."""
+    """A network: its configuration, its folder, and the experiments that it is measured for."""
 
     scale: str
     config: TrainConfig
     folder: pathlib.Path
-    sweeps: tuple[str, ...]
+    experiments: tuple[str, ...]
 
 
-def sweep(name: str) -> Sweep:
-    """The declaration of a table."""
-    return importlib.import_module(f"experiments.paper.{name}").SWEEP
+def experiment(name: str) -> Experiment:
+    """The declaration of a table or figure."""
+    return importlib.import_module(f"experiments.paper.{name}").EXPERIMENT
 
 
-def configurations(scale: Scale, row: Row, seeds: Sequence[int]) -> list[TrainConfig]:
+def configurations(of: Experiment, scale: Scale, row: Row, seeds: Sequence[int]) -> list[TrainConfig]:
     """Of a row's networks: one for each of the scale's data sets and each seed."""
     config = without_defaults(changed(scale.config, row.changes))
-    return [dataclasses.replace(config, dataset=dataset, seed=seed) for dataset in scale.datasets for seed in seeds]
+    found = [
+        dataclasses.replace(config, dataset=dataset, seed=seed + row.add_to_seed)
+        for dataset in scale.datasets
+        for seed in seeds
+    ]
+    return found if of.pooled else found[:1]
 
 
 def without_defaults(config: TrainConfig) -> TrainConfig:
@@ -64,30 +70,42 @@ def folder_of(workdir: pathlib.Path, scale: str, config: TrainConfig) -> pathlib
     return workdir / scale / f"{config.method}-{config.dataset}-{digest([__version__, to_dict(config)])}"
 
 
-def jobs(scale: str, sweeps: Iterable[str], seeds: Sequence[int], workdir: pathlib.Path) -> list[Job]:
-    """All networks of these tables, those of the first table first."""
+def jobs(
+    scale: str, names: Iterable[str], seeds: Sequence[int], workdir: pathlib.Path, rows: Sequence[str] = ()
+) -> list[Job]:
+    """All networks of these experiments, or of those rows of them alone; those of the first experiment first."""
     found: dict[pathlib.Path, Job] = {}
-    for name in sweeps:
-        for row in sweep(name).rows:
-            for config in configurations(SCALES[scale], row, seeds):
+    for name in names:
+        for row in experiment(name).rows:
+            if rows and row.label not in rows:
+                continue
+            for config in configurations(experiment(name), SCALES[scale], row, seeds):
                 folder = folder_of(workdir, scale, config)
-                before = found[folder].sweeps if folder in found else ()
+                before = found[folder].experiments if folder in found else ()
                 found[folder] = Job(scale, config, folder, tuple(dict.fromkeys((*before, name))))
     return list(found.values())
 
 
-def evaluation_file(folder: pathlib.Path, scale: Scale, name: str) -> pathlib.Path:
-    """The result of a table's attacks on a network: tables with the same attacks have one."""
-    attacks = [
-        [attack.name, attack.epsilon, dict(attack.settings), attack.after, attack.num_images]
-        for attack in sweep(name).attacks(scale)
-    ]
-    return folder / f"evaluation-{digest([scale.test_images, attacks])}.json"
+def result_file(folder: pathlib.Path, scale: Scale, name: str) -> pathlib.Path:
+    """The result of an experiment's measurement of a network: experiments that measure the same share it."""
+    return folder / f"result-{digest([scale.test_images, experiment(name).measurement.settings(scale)])}.json"
 
 
-def finished(job: Job) -> bool:
-    """Whether all that this network is for has been evaluated."""
-    return all(evaluation_file(job.folder, SCALES[job.scale], name).exists() for name in job.sweeps)
+def is_finished(job: Job) -> bool:
+    """Whether all that this network is for has been measured."""
+    return all(result_file(job.folder, SCALES[job.scale], name).exists() for name in job.experiments)
+
+
+def finished_rows(name: str, scale: str, seeds: Sequence[int], workdir: pathlib.Path) -> list[Finished]:
+    """The rows of an experiment of which all networks are measured, with the results."""
+    found = []
+    for row in experiment(name).rows:
+        configs = configurations(experiment(name), SCALES[scale], row, seeds)
+        folders = [folder_of(workdir, scale, config) for config in configs]
+        paths = [result_file(folder, SCALES[scale], name) for folder in folders]
+        if all(path.exists() for path in paths):
+            found.append(Finished(row, [json.loads(path.read_text(encoding="utf-8")) for path in paths], folders))
+    return found
 
 
 def digest(data: Any) -> str:

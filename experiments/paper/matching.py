@@ -1,31 +1,22 @@
 """What the transport is worth: transport, identity and independent plans: `python -m experiments.paper.matching`."""
 
+from experiments.paper.attacked import and_autoattack
+from experiments.paper.experiment import Row
 from experiments.paper.runner import main
-from experiments.paper.sweep import Row, Sweep, and_autoattack, full_step
+from experiments.paper.tables import table
 
-SWEEP = Sweep(
+IDENTITY = Row("identity plan", {"transport.solver": "identity"})
+INDEPENDENT = Row("independent plan", {"transport.solver": "independent"})
+IPOT = Row("IPOT, β = 1", {"transport.solver": "ipot"})
+
+EXPERIMENT = table(
     name="matching",
     title="Matching of natural and scattered features",
     source="(the main paper's ablation of the matching; its numbers are not in the supplement)",
-    rows=[
-        Row("Sinkhorn, τ = 0.01"),
-        Row("IPOT, β = 1", {"transport.solver": "ipot"}),
-        Row("identity plan", {"transport.solver": "identity"}),
-        Row("independent plan", {"transport.solver": "independent"}),
-        Row("noise alone, Δ = 0.5", {"method": "noise", "smoothing": 0.5}),
-        Row(
-            "cross-entropy, 1 step, Δ = 0.5",
-            {
-                "method": "pgd",
-                "attack.num_steps": 1,
-                "attack.step_size": full_step,
-                "smoothing": 0.5,
-            },
-        ),
-    ],
+    rows=[Row("Sinkhorn, τ = 0.01"), IPOT, IDENTITY, INDEPENDENT],
     attacks=and_autoattack,
-    reading="Each image with itself alone (identity), with all alike (independent), or no attack at all (noise).",
+    reading="The transport's plan; or each image with itself alone (identity), or with all alike (independent).",
 )
 
 if __name__ == "__main__":
-    main(SWEEP)
+    main(EXPERIMENT)

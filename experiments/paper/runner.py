@@ -1,4 +1,4 @@
-"""Runs the networks of some tables, as many at a time as there are processors for, and writes the tables.
+"""Runs the networks of some experiments, as many at a time as there are processors for, and writes what they show.
 
 Each network has a folder and a process of its own. What is finished is skipped; what was interrupted or killed
 resumes.
@@ -19,10 +19,10 @@ import tyro
 
 from experiments import command_line
 from experiments.output import write_files
-from experiments.paper import costs, tables
-from experiments.paper.jobs import SWEEPS, Job, digest, evaluation_file, finished, jobs, sweep
+from experiments.paper import costs, writing
+from experiments.paper.experiment import Experiment
+from experiments.paper.jobs import EXPERIMENTS, Job, digest, experiment, is_finished, jobs, result_file
 from experiments.paper.scales import SCALES
-from experiments.paper.sweep import Sweep
 from fs_jax._utils.files import local_path, read_jsonl
 from fs_jax._utils.validation import check_choice, check_number
 from fs_jax.config import to_dict
@@ -30,12 +30,14 @@ from fs_jax.config import to_dict
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Run the paper's experiments at a scale, and write their tables."""
+    """Run the paper's experiments at a scale, and write their tables and figures."""
 
     scale: str = "digits"
-    """trial, digits, small or paper: see --list."""
+    """trial, digits, small, medium, short or paper: see --list."""
     seeds: tuple[int, ...] = (0,)
     """Each row is trained once with each."""
+    rows: tuple[str, ...] = ()
+    """Train and measure these alone, by the label that a table gives them; by default all."""
     workdir: pathlib.Path = pathlib.Path("runs/paper")
     """Folder of the networks: a new one, or the one to resume."""
     results: pathlib.Path = pathlib.Path("experiments/results/paper")
@@ -47,37 +49,45 @@ class Arguments:
     max_minutes: float | None = None
     """Stop cleanly after so many minutes, with exit status 75; the same command resumes."""
     list: bool = False
-    """List scales and tables, with what is there and what is missing, and run nothing."""
+    """List scales, tables and rows, with what is there and what is missing, and run nothing."""
 
 
-def main(chosen: Sweep) -> None:
-    """The command line of one table."""
+def main(chosen: Experiment) -> None:
+    """The command line of one table or figure."""
     command_line.run(lambda argv: run([chosen.name], argv))
 
 
-def run(names: Sequence[str], argv: list[str]) -> int | None:
-    """Run these tables with the command line's words."""
+def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
+    """Run these experiments, or all of the scale, with the command line's words."""
     arguments = tyro.cli(Arguments, args=argv)
     check_choice("scale", arguments.scale, SCALES)
     if not arguments.seeds:
         raise ValueError("seeds: expected one or more; got none.")
     for seed in arguments.seeds:
-        check_number("seeds", seed, at_least=0, at_most=2**32 - 1, integer=True)
-    workdir, results = local_path("workdir", arguments.workdir), local_path("results", arguments.results)
-    needed = jobs(arguments.scale, names, arguments.seeds, workdir)
-    missing = [job for job in needed if not finished(job)]
+        check_number("seeds", seed, at_least=0, at_most=2**32 - 2, integer=True)
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        raise ValueError(f"seeds: expected each once; got {', '.join(map(str, arguments.seeds))}.")
+    names = names or SCALES[arguments.scale].experiments or EXPERIMENTS
+    labels = dict.fromkeys(row.label for name in names for row in experiment(name).rows)
+    for row in arguments.rows:
+        check_choice("rows", row, labels)
+    workdir = local_path("workdir", arguments.workdir)
+    results = local_path("results", arguments.results) / arguments.scale
+    needed = jobs(arguments.scale, names, arguments.seeds, workdir, arguments.rows)
+    missing = [job for job in needed if not is_finished(job)]
     if arguments.list:
         print(listing(arguments.scale, names, needed, missing))
         return None
+    for name in names:
+        writing.check_results(experiment(name), arguments.scale, arguments.seeds, results)
     stopped = bool(missing) and execute(missing, arguments)
     written = []
     for name in names:
-        files = tables.files(sweep(name), arguments.scale, arguments.seeds, workdir)
-        if files is not None:
-            write_files(results / arguments.scale, files)
-            written.append(results / arguments.scale / f"{name}.md")
-            print(f"\n{files[f'{name}.md']}")
-    print(f"Written: {', '.join(map(str, written)) or 'nothing, as no table is complete'}.")
+        path = writing.write(experiment(name), arguments.scale, arguments.seeds, workdir, results)
+        if path is not None:
+            written.append(path)
+            print(f"\n{path.read_text(encoding='utf-8')}")
+    print(f"Written: {', '.join(map(str, written)) or 'nothing, as no row is complete'}.")
     if stopped:
         print("Stopped. The same command resumes.")
         return command_line.STOPPED
@@ -85,9 +95,11 @@ def run(names: Sequence[str], argv: list[str]) -> int | None:
 
 
 def listing(scale: str, names: Sequence[str], needed: list[Job], missing: list[Job]) -> str:
-    lines = ["Scales:", *(f"  {name:8} {about.summary}" for name, about in SCALES.items()), "Tables:"]
-    lines += [f"  {name:24} {sweep(name).title}, {len(sweep(name).rows)} rows" for name in SWEEPS]
-    lines += [f"At scale {scale}, {', '.join(names)}: {len(needed)} networks, {len(missing)} to train or evaluate."]
+    """Scales and experiments, and of those chosen what is missing, row by row."""
+    lines = ["Scales:", *(f"  {name:8} {about.summary}" for name, about in SCALES.items()), "Experiments:"]
+    lines += [f"  {name:24} {experiment(name).title}, {len(experiment(name).rows)} rows" for name in EXPERIMENTS]
+    lines += [f"At scale {scale}, of {', '.join(names)}, {len(needed)} networks, {len(missing)} to train or measure:"]
+    lines += [f"  {name}: {job.folder}" for job in missing for name in job.experiments[:1]]
     return "\n".join(lines)
 
 
@@ -100,7 +112,7 @@ def execute(missing: list[Job], arguments: Arguments) -> bool:
     places = processors(arguments.workers)
     data.load(missing[0].config.dataset, data_dir=arguments.data_dir)  # what is wrong with it is said here, once
     for job in missing:
-        spec: dict[str, Any] = {"scale": job.scale, "config": to_dict(job.config), "sweeps": job.sweeps}
+        spec: dict[str, Any] = {"scale": job.scale, "config": to_dict(job.config), "experiments": job.experiments}
         spec["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir)
         write_files(job.folder, {"job.json": spec})
     estimated = estimate(missing, places, workdir=local_path("workdir", arguments.workdir))
@@ -130,12 +142,20 @@ def execute(missing: list[Job], arguments: Arguments) -> bool:
                 break
             time.sleep(1)
     if failed:
-        log = (failed[0] / "log").read_text(encoding="utf-8", errors="replace")
-        raise ChildProcessError(f"{len(failed)} networks failed; the end of {failed[0]}/log is:\n{log[-2000:]}")
-    stopped = not all(finished(job) for job in missing)
+        raise ChildProcessError(failure(failed))
+    stopped = not all(is_finished(job) for job in missing)
     if not stopped:
         print(f"It took {words(time.monotonic() - began)}; estimated were {words(estimated)}.")
     return stopped
+
+
+def failure(failed: list[pathlib.Path]) -> str:
+    """What to say of networks that failed."""
+    log = (failed[0] / "log").read_text(encoding="utf-8", errors="replace")
+    advice = "What is finished is kept; the same command tries the others again."
+    if "RESOURCE_EXHAUSTED" in log or "Out of memory" in log:
+        advice = f"Out of memory: run fewer networks at a time (--workers 1), or a smaller scale. {advice}"
+    return f"{len(failed)} networks failed; the end of {failed[0] / 'log'} is:\n{log[-2000:]}\n{advice}"
 
 
 def estimate(missing: list[Job], places: list[str], workdir: pathlib.Path) -> float:
@@ -166,6 +186,7 @@ def processors(count: int | None = None) -> list[str]:
     """Places to run at: an accelerator, or a processor, each."""
     if count is not None:
         check_number("workers", count, at_least=1, integer=True)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # an accelerator's memory is the workers'
     import jax
 
     accelerators = [device.id for device in jax.local_devices() if device.platform != "cpu"]
@@ -205,6 +226,6 @@ def share_done(job: Job) -> float:
     with contextlib.suppress(OSError, ValueError, IndexError):
         steps = read_jsonl(job.folder / "run" / "metrics.jsonl")[-1]["step"]
         total = job.config.total_steps
-        there = [evaluation_file(job.folder, SCALES[job.scale], name).exists() for name in job.sweeps]
+        there = [result_file(job.folder, SCALES[job.scale], name).exists() for name in job.experiments]
         return 0.5 * min(1.0, steps / total) + 0.5 * sum(there) / len(there)
     return 0.0

@@ -19,8 +19,12 @@ class Scale:
     """One network is trained on each of them; their test images are pooled."""
     test_images: int | None
     """How many test images of each are attacked, the first ones; None for all."""
+    strong_images: int | None
+    """On how many of these the attacks of 500 and more steps from 5 starts are run."""
     gradient_free_images: int
     """On how many of these gradient-free attacks are run."""
+    experiments: tuple[str, ...] | None = None
+    """Which are run where none is named; None for all."""
 
 
 SCALES: dict[str, Scale] = {
@@ -30,6 +34,7 @@ SCALES: dict[str, Scale] = {
         ("digits",),
         20,
         2,
+        2,
     ),
     "digits": Scale(
         "scikit-learn's 8 x 8 digits, WRN-10-1, 12 epochs, radius 0.1, in five folds, so that all 1,797 images are "
@@ -37,6 +42,7 @@ SCALES: dict[str, Scale] = {
         preset("digits"),
         ("digits", "digits_fold1", "digits_fold2", "digits_fold3", "digits_fold4"),
         None,
+        100,
         20,
     ),
     "small": Scale(
@@ -51,12 +57,42 @@ SCALES: dict[str, Scale] = {
         ),
         ("cifar10_16x16",),
         1000,
+        250,
         50,
+    ),
+    "medium": Scale(
+        "CIFAR-10 at 32 x 32, WRN-10-2, 20 epochs, radius 4/255, 1,000 test images, of a few rows: an hour of two cores"
+        " a row. Whether 1-step scattering is better than PGD-7 under AutoAttack.",
+        TrainConfig(
+            model=ModelConfig(depth=10, width=2),
+            attack=AttackConfig(epsilon=4 / 255),
+            epochs=20,
+            decay_epochs=(14, 18),
+        ),
+        ("cifar10",),
+        1000,
+        250,
+        50,
+        ("equal_passes", "figure1_loss_curves", "figure2_embeddings", "table1_strong_attacks"),
+    ),
+    "short": Scale(
+        "The paper's WRN-28-10 on CIFAR-10 in bfloat16 for 15 epochs, 1,000 test images: for a GPU or a TPU.",
+        dataclasses.replace(
+            preset("cifar10_wrn28_10"),
+            model=ModelConfig(depth=28, width=10, dtype="bfloat16"),
+            epochs=15,
+            decay_epochs=(10, 13),
+        ),
+        ("cifar10",),
+        1000,
+        1000,
+        100,
     ),
     "paper": Scale(
         "The paper's WRN-28-10 on CIFAR-10 for 200 epochs, all 10,000 test images: for a GPU or a TPU.",
         preset("cifar10_wrn28_10"),
         ("cifar10",),
+        None,
         None,
         1000,
     ),

@@ -1,7 +1,9 @@
 """Label smoothing (the paper's table 2): `python -m experiments.paper.table2_label_smoothing --scale digits`."""
 
+from experiments.paper.attacked import of_six, six_attacks
+from experiments.paper.experiment import Row
 from experiments.paper.runner import main
-from experiments.paper.sweep import Row, Sweep, of_six, six_attacks
+from experiments.paper.tables import table
 
 PAPER = {
     0.3: of_six(90.3, 77.1, 66.0, 61.8, 62.4, 59.4),
@@ -12,7 +14,7 @@ PAPER = {
     0.8: of_six(90.5, 74.0, 70.3, 69.7, 66.5, 65.6),
 }
 
-SWEEP = Sweep(
+EXPERIMENT = table(
     name="table2_label_smoothing",
     title="Label smoothing Δ",
     source="table 2 of the paper's supplement",
@@ -32,4 +34,4 @@ SWEEP = Sweep(
 )
 
 if __name__ == "__main__":
-    main(SWEEP)
+    main(EXPERIMENT)

@@ -1,7 +1,9 @@
 """Sinkhorn's τ (the paper's table 3): `python -m experiments.paper.table3_sinkhorn_tau --scale digits`."""
 
+from experiments.paper.attacked import of_six, six_attacks
+from experiments.paper.experiment import Row
 from experiments.paper.runner import main
-from experiments.paper.sweep import Row, Sweep, of_six, six_attacks
+from experiments.paper.tables import table
 
 PAPER = {
     0.01: of_six(90.0, 78.4, 70.5, 68.6, 62.4, 60.6),
@@ -11,7 +13,7 @@ PAPER = {
     0.5: of_six(90.3, 76.5, 65.6, 63.6, 60.2, 58.2),
 }
 
-SWEEP = Sweep(
+EXPERIMENT = table(
     name="table3_sinkhorn_tau",
     title="Sinkhorn, entropic weight τ",
     source="table 3 of the paper's supplement",
@@ -21,4 +23,4 @@ SWEEP = Sweep(
 )
 
 if __name__ == "__main__":
-    main(SWEEP)
+    main(EXPERIMENT)

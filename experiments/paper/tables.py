@@ -1,118 +1,140 @@
-"""Tables of a sweep: ours, the paper's, and which rows differ; as Markdown, CSV and LaTeX."""
+"""Tables of accuracies under attack: ours, the paper's, and which rows differ; as Markdown, CSV and LaTeX."""
 
 import csv
 import io
-import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tabulate
 
-from experiments.output import made_on
-from experiments.paper.jobs import configurations, evaluation_file, folder_of
-from experiments.paper.scales import SCALES
-from experiments.paper.sweep import Sweep
-from fs_jax._utils.text import radius
+from experiments.paper.attacked import Attacks, attacked
+from experiments.paper.experiment import Data, Experiment, Finished, Row
+from experiments.paper.scales import Scale
 from fs_jax.evaluation.statistics import accuracy, paired_difference
 
 EQUAL = 2.0  # points: rows whose difference lies within are equal
 
 
-def files(chosen: Sweep, scale: str, seeds: Sequence[int], workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The table's files by name; None if a row isn't finished."""
-    rows = []
-    for row in chosen.rows:
-        evaluations = []
-        for config in configurations(SCALES[scale], row, seeds):
-            path = evaluation_file(folder_of(workdir, scale, config), SCALES[scale], chosen.name)
-            if not path.exists():
-                return None
-            evaluations.append(json.loads(path.read_text(encoding="utf-8")))
-        rows.append((row, pooled(evaluations)))
-    names = list(rows[0][1])
-    first, reference = rows[0]
-    header = ["", *names]
-    text = [[row.label, *(cell(numbers[name], row.paper.get(name)) for name in names)] for row, numbers in rows]
-    verdicts = [
-        [row.label, *(verdict(numbers[name], reference[name]) for name in names)]
-        for row, numbers in rows[1:]
-    ]  # fmt: skip
-    last = evaluations[-1]
-    caption = (
-        f"{SCALES[scale].summary} Radius {radius(SCALES[scale].config.attack.epsilon)}, "
-        f"{rows[0][1]['clean']['total']:,} images, seeds {', '.join(map(str, seeds))}. Accuracy in % with 95% "
-        f"intervals; in brackets the paper's: {chosen.source}. On {made_on(last['environments'][-1])}."
-    )
-    parts = [f"# {chosen.title}", tabulate.tabulate(text, headers=header, tablefmt="pipe"), caption, chosen.reading]
-    if verdicts:
-        parts += [
-            f"Points that each row differs from *{first.label}*, on the same images, with 95% "
-            f"intervals; equal: within ±{EQUAL:g} for sure.",
-            tabulate.tabulate(verdicts, headers=header, tablefmt="pipe"),
-        ]
-    numbers = {
-        row.label: {name: {key: of[key] for key in ("correct", "total", "accuracy", "low", "high")}
-                    for name, of in pooled_row.items()}
-        for row, pooled_row in rows
-    }  # fmt: skip
+def table(
+    *, name: str, title: str, source: str, rows: Sequence[Row], attacks: Attacks, reading: str = "",
+    draw: Callable[[Data, pathlib.Path], Any] | None = None,
+) -> Experiment:  # fmt: skip
+    """An experiment that is a table: a row for each way to train, a column for each attack."""
+    return Experiment(
+        name=name, title=title, source=source, rows=rows, reading=reading, draw=draw,
+        measurement=attacked(attacks), collect=collect, show=show,
+        other_files=lambda data: {".csv": as_csv(data), ".tex": f"{formatted(data, 'latex_booktabs')}\n"},
+    )  # fmt: skip
+
+
+def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data:
+    """Accuracies by row and attack over all folds and seeds, and how each row differs from the first."""
+    rows: dict[str, Data] = {}
+    correct = {of.row.label: pooled(of.results) for of in finished}
+    reference = correct[finished[0].row.label]
+    for row, results, _folders in finished:
+        rows[row.label] = {}
+        for name, images in correct[row.label].items():
+            rows[row.label][name] = {
+                **accuracy(images), "paper": row.paper.get(name), "by_network": by_network(results, name),
+                "difference": None if row is finished[0].row else difference(images, reference[name]),
+            }  # fmt: skip
+    return {"rows": rows}
+
+
+def pooled(evaluations: Sequence[Data]) -> dict[str, np.ndarray]:
+    """By attack, whether each image of all folds and seeds was classified correctly."""
     return {
-        f"{chosen.name}.md": "\n\n".join(filter(None, parts)) + "\n",
-        f"{chosen.name}.csv": as_csv(rows, names),
-        f"{chosen.name}.tex": tabulate.tabulate(text, headers=header, tablefmt="latex_booktabs") + "\n",
-        f"{chosen.name}.json": {"scale": scale, "seeds": list(seeds), "rows": numbers},
+        attack["name"]: np.concatenate([survived(evaluation, attack["name"]) for evaluation in evaluations])
+        for attack in evaluations[0]["attacks"]
     }
 
 
-def pooled(evaluations: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By attack, the accuracy over the images of all folds and seeds, and which were classified correctly.
+def survived(evaluation: Data, name: str) -> np.ndarray:
+    """Which images an attack left, of those that it was meant for.
 
     An attack after others counts what those left: as AutoAttack's do, in its order.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for attack in evaluations[0]["attacks"]:
-        chain = (*attack["after"], attack["name"])
-        correct = np.concatenate([
-            [all(record["misclassified_at"].get(name, 0) < 0 for name in chain) for record in records_of(e, attack)]
-            for e in evaluations
-        ]).astype(bool)  # fmt: skip
-        found[attack["name"]] = {**accuracy(correct), "images": correct}
-    return found
+    (attack,) = (attack for attack in evaluation["attacks"] if attack["name"] == name)
+    chain, records = (*attack["after"], name), evaluation["records"][: attack["num_images"]]
+    return np.array([all(record["misclassified_at"].get(each, 0) < 0 for each in chain) for record in records], bool)
 
 
-def records_of(evaluation: dict[str, Any], attack: dict[str, Any]) -> list[dict[str, Any]]:
-    """Records of the images that the attack was meant for."""
-    return evaluation["records"][: attack["num_images"]]
+def by_network(evaluations: Sequence[Data], name: str) -> list[float]:
+    """The accuracy of each network alone, for the spread over folds and seeds."""
+    return [float(np.mean(survived(evaluation, name))) for evaluation in evaluations]
 
 
-def cell(numbers: dict[str, Any], paper: float | None) -> str:
-    text = f"{100 * numbers['accuracy']:.1f} ±{50 * (numbers['high'] - numbers['low']):.1f}"
-    return text if paper is None else f"{text} ({paper:.1f})"
+def difference(ours: np.ndarray, theirs: np.ndarray) -> Data:
+    """Of two rows on the same images, in points, with half its 95% interval, and what that says.
 
-
-def verdict(numbers: dict[str, Any], reference: dict[str, Any]) -> str:
-    """The paired difference, and what it says."""
-    difference, half = paired_difference(numbers["images"], reference["images"])
-    low, high = 100 * (difference - half), 100 * (difference + half)
-    if low >= -EQUAL and high <= EQUAL:
-        word = "equal"
-    elif low > 0:
-        word = "higher"
+    Example:
+      >>> difference(np.arange(1000) < 900, np.arange(1000) < 850)["verdict"]
+      'higher'
+    """
+    mean, half = (100 * value for value in paired_difference(ours, theirs))
+    if mean - half >= -EQUAL and mean + half <= EQUAL:
+        verdict = "equal"
+    elif mean - half > 0:
+        verdict = "higher"
     else:
-        word = "lower" if high < 0 else "undetermined"
-    return f"{100 * difference:+.1f} ±{100 * half:.1f} {word}"
+        verdict = "lower" if mean + half < 0 else "undetermined"
+    return {"points": mean, "half": half, "verdict": verdict}
 
 
-def as_csv(rows, names) -> str:
+def show(data: Data) -> str:
+    """The accuracies, and below them the differences."""
+    rows = data["rows"]
+    first, *others = rows
+    parts = [formatted(data, "pipe"), "Accuracy in %, with 95% intervals over the images; in brackets the paper's."]
+    if spread := seed_spread(rows[first]):
+        parts += [spread]
+    if others:
+        text = [
+            [label, *(f"{d['points']:+.1f} ±{d['half']:.1f} {d['verdict']}" for d in differences(rows[label]))]
+            for label in others
+        ]
+        parts += [
+            f"Points by which each row differs from *{first}*, on the same images, with 95% intervals. *Equal*: surely "
+            f"within ±{EQUAL:g}; *undetermined*: neither equal nor surely different.",
+            tabulate.tabulate(text, headers=["", *rows[first]], tablefmt="pipe"),
+        ]
+    return "\n\n".join(parts)
+
+
+def formatted(data: Data, style: str) -> str:
+    """The accuracies in a style of tabulate's."""
+    text = [[label, *map(cell, numbers.values())] for label, numbers in data["rows"].items()]
+    return tabulate.tabulate(text, headers=["", *next(iter(data["rows"].values()))], tablefmt=style)
+
+
+def cell(numbers: Data) -> str:
+    text = f"{100 * numbers['accuracy']:.1f} ±{50 * (numbers['high'] - numbers['low']):.1f}"
+    return text if numbers["paper"] is None else f"{text} ({numbers['paper']:.1f})"
+
+
+def differences(row: Data) -> list[Data]:
+    return [numbers["difference"] for numbers in row.values()]
+
+
+def seed_spread(row: Data) -> str | None:
+    """How much networks differ that differ in their fold or seed alone."""
+    several = {name: numbers["by_network"] for name, numbers in row.items() if len(numbers["by_network"]) > 1}
+    if not several:
+        return None
+    spread = ", ".join(f"{name} {100 * np.std(values, ddof=1):.1f}" for name, values in several.items())
+    count = len(next(iter(several.values())))
+    return f"Standard deviation over the first row's {count} networks, of other folds or seeds, in points: {spread}."
+
+
+def as_csv(data: Data) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["row", "attack", "correct", "total", "accuracy", "low", "high", "paper"])
-    for row, numbers in rows:
-        for name in names:
-            of = numbers[name]
-            writer.writerow([
-                row.label, name, of["correct"], of["total"], of["accuracy"], of["low"], of["high"],
-                row.paper.get(name, ""),
-            ])  # fmt: skip
+    fields = ("correct", "total", "accuracy", "low", "high", "paper")
+    writer.writerow(["row", "attack", *fields])
+    for label, numbers in data["rows"].items():
+        for name, of in numbers.items():
+            writer.writerow([label, name, *("" if of[field] is None else of[field] for field in fields)])
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Trains one network and evaluates it, in a process of its own: `python -m experiments.paper.worker FOLDER`.
+"""Trains one network and measures it, in a process of its own: `python -m experiments.paper.worker FOLDER`.
 
 The folder has `job.json`, which the runner writes. Interrupted or killed, the same command resumes. With a second word,
 a file, it measures what a step and a pass of this network cost, and writes that there.
@@ -12,7 +12,8 @@ import time
 from experiments import command_line
 from experiments.output import write_files
 from experiments.paper.costs import measure
-from experiments.paper.jobs import evaluation_file, sweep
+from experiments.paper.experiment import Network
+from experiments.paper.jobs import experiment, result_file
 from experiments.paper.scales import SCALES
 from fs_jax.config import from_dict
 
@@ -25,37 +26,29 @@ def main(argv: list[str]) -> int:
 
     from fs_jax import data, training
     from fs_jax._utils import backend
-    from fs_jax.evaluation import evaluate
-    from fs_jax.models import as_logits_fn
 
     backend.enable_compilation_cache()
-    if argv[1:]:
-        write_files(
-            pathlib.Path(argv[1]).parent,
-            {pathlib.Path(argv[1]).name: measure(from_dict(job["config"]), job["data_dir"])},
-        )
-        return 0
     scale, config = SCALES[job["scale"]], from_dict(job["config"])
     dataset = data.load(config.dataset, data_dir=job["data_dir"])
-    began = time.monotonic()
+    if argv[1:]:
+        cost = pathlib.Path(argv[1])
+        write_files(cost.parent, {cost.name: measure(config, dataset)})
+        return 0
     run = training.train(
         config, dataset, folder / "run", devices=jax.local_devices()[:1], monitor_images=0, progress=False
     )
     if not run.finished:
         return command_line.STOPPED
-    trained = time.monotonic() - began
-    logits_fn = as_logits_fn(training.make_model(config, dataset.info.num_classes), run.variables)
-    images, labels = (array[: scale.test_images] for array in (dataset.test_images, dataset.test_labels))
-    for name in job["sweeps"]:
-        path = evaluation_file(folder, scale, name)
-        if path.exists():
-            continue
-        result = evaluate(
-            logits_fn, images, labels, sweep(name).attacks(scale), seed=config.seed,
-            journal=path.with_suffix(".jsonl"), about={"config": job["config"]}, progress=False,
-        )  # fmt: skip
-        seconds = {"training_seconds": trained} if trained > 1 else {}  # not where it was there already
-        write_files(folder, {path.name: {**result.summary, **seconds, "records": result.records}})
+    few = slice(0, scale.test_images)
+    model = training.make_model(config, dataset.info.num_classes)
+    network = Network(config, dataset, model, run.variables, dataset.test_images[few], dataset.test_labels[few])
+    for name in job["experiments"]:
+        path = result_file(folder, scale, name)
+        if not path.exists():
+            began = time.monotonic()
+            result = experiment(name).measurement.run(network, scale, path)
+            seconds = round(time.monotonic() - began, 1)
+            write_files(folder, {path.name: {"environment": backend.describe(), "seconds": seconds, **result}})
     return 0
 
 

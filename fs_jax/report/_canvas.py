@@ -1,4 +1,4 @@
-"""What all figures share: the style, colours, and writing a PNG in one move (a reader never sees half a file).
+"""What all figures share: the style, colours, and writing a file in one move (a reader never sees half a file).
 
 matplotlib is loaded when the first figure is drawn, and no display or global state is used.
 """
@@ -61,15 +61,22 @@ def legend_columns(names: Mapping[str, Any], inches: float) -> int:
     return max(1, min(len(names), int(inches / (0.55 + 0.075 * max(map(len, names))))))
 
 
-def png_path(path: str | os.PathLike) -> pathlib.Path:
+def figure_path(path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"path: expected a name that ends in .png; got {str(path)!r}.")
+    if path.suffix.lower() not in _METADATA:
+        raise ValueError(f"path: expected a name that ends in .png or .svg; got {str(path)!r}.")
     return path
 
 
 def save(figure: "Figure", path: pathlib.Path) -> None:
-    """Write a PNG whole or not at all; the same figure gives the same bytes."""
+    """Write a PNG or SVG whole or not at all; the same figure gives the same bytes."""
+    import matplotlib
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
+    kind = path.suffix.lower()
+    with replacing(path) as file, matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(file, format=kind[1:], dpi=_DPI, metadata=_METADATA[kind])
+
+
+_METADATA: dict[str, dict[str, None]] = {".png": {"Software": None}, ".svg": {"Date": None}}
+"""What would be other bytes each time, by kind of file."""

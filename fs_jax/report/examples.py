@@ -8,7 +8,7 @@ import numpy as np
 import scipy.special
 from jaxtyping import Float, Int
 
-from fs_jax.report._canvas import RIGHT, WRONG, new_figure, png_path, save
+from fs_jax.report._canvas import RIGHT, WRONG, figure_path, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ def attack_examples(
       labels: [n], the true classes.
       clean_predictions: Classes predicted for `images` [n], or logits [n, classes], which give a probability too.
       adversarial_predictions: The same for `adversarial`.
-      path: The PNG file to write.
+      path: The .png or .svg to write.
       class_names: The classes' names; numbers by default.
       epsilon: The attack's radius: grey is no change, black and white are a change by minus and plus epsilon. What
         goes further is clipped.
@@ -53,7 +53,7 @@ def attack_examples(
       ['✓ 3', '✓ 7', '', '', '✓ 3', '✗ 1']
     """
     images, adversarial, labels = np.asarray(images), np.asarray(adversarial), np.asarray(labels)
-    path = png_path(path)
+    path = figure_path(path)
     _check_images(images, adversarial, labels, epsilon)
     count = len(images)
     predictions = [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from fs_jax.report._canvas import DASHED, GREY, PALETTE, colour_of, legend_columns, new_figure, png_path, save
+from fs_jax.report._canvas import DASHED, GREY, PALETTE, colour_of, figure_path, legend_columns, new_figure, save
 from fs_jax.report.tables import WORST, caption, records_by_network
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def accuracy_bars(
 
     Args:
       evaluations: As in `accuracy_table`.
-      path: The PNG file to write.
+      path: The .png or .svg to write.
       title: A title above the bars.
 
     Returns:
@@ -36,7 +36,7 @@ def accuracy_bars(
       ['clean', 'worst case']
     """
     attacks, networks = records_by_network(evaluations)
-    path = png_path(path)
+    path = figure_path(path)
     share = 0.84 / len(networks)  # of the unit between two groups
     inches = max(5.0, 1.0 + 0.42 * len(attacks) * (len(networks) + 0.6))
     with new_figure(figsize=(inches, 3.5)) as figure:
@@ -84,7 +84,7 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: st
         fraction inside one) and some of `loss` (nats), `accuracy` and `natural_accuracy` (in [0, 1], on the images
         trained on and on these before the attack), `monitor_clean` and `monitor_robust` (in [0, 1], on the
         monitored images). A resumed run may log a step again: the later value counts.
-      path: The PNG file to write.
+      path: The .png or .svg to write.
 
     Returns:
       The figure: an axes for the loss, one for the accuracies in training, and one for the monitored images where a
@@ -99,7 +99,7 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: st
     """
     if not metrics or not any(metrics.values()):
         raise ValueError(f"metrics: expected rows of at least one run; got {dict(metrics)!r}.")
-    path = png_path(path)
+    path = figure_path(path)
     runs = {name: _by_step(name, rows) for name, rows in metrics.items()}
     monitored = any("monitor_clean" in row or "monitor_robust" in row for rows in runs.values() for row in rows)
     panels = 3 if monitored else 2
@@ -150,7 +150,7 @@ def attack_strength(
       attacks: Records of an evaluation with `name`. Those with `by_step`, pairs of a number of steps and the accuracy
         after it, become lines; the others have `num_steps` and `accuracy`, and become marks.
       radii: Accuracies at several radii: `epsilon`, `accuracy`, `low`, `high`.
-      path: The PNG file to write.
+      path: The .png or .svg to write.
       worst: The accuracy over all attacks, for a dashed line.
 
     Returns:
@@ -163,7 +163,7 @@ def attack_strength(
       >>> [line.get_label() for line in figure.axes[0].lines]
       ['apgd-ce']
     """
-    path = png_path(path)
+    path = figure_path(path)
     panels = bool(attacks) + bool(radii)
     if not panels:
         raise ValueError("attacks: expected at least one, or one radius; got none.")
@@ -226,7 +226,7 @@ def loss_surfaces(
     Args:
       losses: [n, k, k]; the middle one is the image's own, rows go along the random signs, columns along the gradient.
       margins: [n, k, k], above 0 where the image is classified correctly; a line is drawn where they change sign.
-      path: The PNG file to write.
+      path: The .png or .svg to write.
       epsilon: Both axes go from minus to plus this, in units of [0, 1].
       titles: A title for each image.
 
@@ -242,7 +242,7 @@ def loss_surfaces(
     """
     from matplotlib.ticker import MaxNLocator
 
-    path = png_path(path)
+    path = figure_path(path)
     count, size, _ = losses.shape
     columns = min(4, count)
     rows = -(-count // columns)

@@ -103,14 +103,15 @@ def _checked(result):
 
 
 def _apply(model: nn.Module, dropout: Key[Array, ""]) -> Apply:
-    def apply(variables, images, *, train):
+    def apply(variables, images, *, train, features=False):
         if not train:
             outputs, moved = model.apply(variables, images, train=False), {}
         else:
             outputs, moved = model.apply(
                 variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout}
             )
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        return logits, {**variables, **moved}
+        if features and not (isinstance(outputs, tuple) and len(outputs) == 2):
+            raise ValueError("model: expected one that gives (logits, features), as its features are asked for.")
+        return (outputs[features] if isinstance(outputs, tuple) else outputs), {**variables, **moved}
 
     return apply

@@ -15,7 +15,8 @@ import pytest
 from fs_jax import ot
 from fs_jax.config import TrainConfig, TransportConfig
 from fs_jax.training import init_state, make_method, make_train_step
-from fs_jax.training.methods import METHODS, Method, averaged, feature_scatter, pgd, standard, trades
+from fs_jax.training.losses import smoothed_cross_entropy
+from fs_jax.training.methods import METHODS, Context, Method, averaged, feature_scatter, pgd, standard, trades
 from fs_jax.training.transports import TRANSPORTS, make_transport
 
 pytestmark = pytest.mark.usefixtures("small_programs")
@@ -344,3 +345,45 @@ def test_strict_promotion_is_enough(name):
         step = make_train_step(Network(), optimizer, method)
         labels = batch()["labels"].astype(jnp.int32)
         jax.eval_shape(step, state, {**batch(), "labels": labels}, jax.random.key(1))
+
+
+def test_penultimate_features_are_scattered_in_place_of_the_logits():
+    metrics = {}
+    for penultimate in (0, 1):
+        method = feature_scatter(epsilon=0.1, penultimate=penultimate)
+        state = init_state(Network(), optax.sgd(0.1), method, jax.random.key(1), batch()["images"])
+        step = make_train_step(Network(), optax.sgd(0.1), method)
+        _, metrics[penultimate] = step(state, batch(), jax.random.key(2))
+    assert float(metrics[0]["transport_cost"]) != float(metrics[1]["transport_cost"])
+    # Features tell nothing of the classes.
+    assert metrics[0].keys() - metrics[1].keys() == {"natural_accuracy"}
+
+
+def test_a_network_without_features_can_not_have_them_scattered():
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            return nn.Dense(4)(images.reshape(len(images), -1))
+
+    method = feature_scatter(epsilon=0.1, penultimate=1)
+    state = init_state(Plain(), optax.sgd(0.1), method, jax.random.key(0), batch()["images"])
+    with pytest.raises(ValueError, match=r"model: expected one that gives \(logits, features\)"):
+        make_train_step(Plain(), optax.sgd(0.1), method)(state, batch(), jax.random.key(1))
+
+
+def test_the_clean_images_take_their_part_of_the_loss():
+    def apply(variables, images, *, train):
+        seen.append(len(images))
+        return images.reshape(len(images), -1) @ variables["params"], variables
+
+    variables = {"params": jax.random.normal(jax.random.key(1), (4, 4)), "batch_stats": {}}
+    context, losses, images, labels = Context(jax.random.split(jax.random.key(2), 5)), [], *batch().values()
+    for weight in (0.0, 0.25, 0.5):
+        seen: list[int] = []
+        losses.append(feature_scatter(epsilon=0.1, clean_weight=weight).loss(apply, variables, batch(), context)[0])
+        assert seen[-1] == (10 if weight else 5)
+    clean = jnp.mean(smoothed_cross_entropy(images.reshape(5, -1) @ variables["params"], labels, 0.5))
+    for weight, loss in zip((0.25, 0.5), losses[1:], strict=True):  # without BatchNorm they don't meet
+        np.testing.assert_allclose(loss, (1 - weight) * losses[0] + weight * clean, rtol=1e-5)
+    with pytest.raises(ValueError, match="clean_weight: expected"):
+        feature_scatter(clean_weight=1.0)

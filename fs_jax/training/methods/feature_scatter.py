@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fs_jax import attacks, ot
-from fs_jax._utils.validation import check_choice
+from fs_jax._utils.validation import check_choice, check_number
 from fs_jax.attacks.scatter import TransportFn
 from fs_jax.training.losses import smoothed_cross_entropy
 from fs_jax.training.methods.method import Entry, Method, accuracy, check_settings, infer
@@ -26,6 +26,8 @@ def feature_scatter(
     smoothing: float = 0.5,
     transport: TransportFn = _paper_transport,
     scope: Scope = "global",
+    penultimate: int = 0,
+    clean_weight: float = 0.0,
 ) -> Method:
     """Descend the smoothed cross-entropy of images that were moved to raise the transport cost of their logits.
 
@@ -39,9 +41,13 @@ def feature_scatter(
       smoothing: The paper's Delta: the true class has 1 - smoothing.
       transport: From a cost matrix to a `fs_jax.ot.Transport`; by default Algorithm 1 with reg 0.01 and 50 iterations.
       scope: One transport problem over the batch of all devices, "global", or one for each device's part.
+      penultimate: 1 to scatter the features before the last layer, 0 the logits, as the released code does.
+      clean_weight: Weight of the loss of the images as they are, in [0, 1); the attacked ones' has the rest. By default
+        these alone are trained on, as in the paper.
 
     Returns:
-      The method. Its metrics are, besides the accuracy on the attacked images, `natural_accuracy` (inference mode),
+      The method. Its metrics are, besides the accuracy on the attacked images, `natural_accuracy` (inference mode; not
+      with `penultimate`),
       `transport_cost` <T, C> and `marginal_error` (L1) of the transport.
 
     Example:
@@ -52,23 +58,31 @@ def feature_scatter(
     step_size = epsilon if step_size is None else step_size
     check_settings(smoothing=smoothing, epsilon=epsilon, step_size=step_size, num_steps=num_steps)
     check_choice("scope", scope, get_args(Scope))
+    check_number("penultimate", penultimate, at_least=0, at_most=1, integer=True)
+    check_number("clean_weight", clean_weight, at_least=0, below=1)
 
     def loss(apply, variables, batch, context):
         images, labels = batch["images"], batch["labels"]
-        scattered, natural_logits, solved = attacks.scatter(
-            infer(apply, variables), context.keys, images,
+        scattered, natural, solved = attacks.scatter(
+            infer(apply, variables, features=bool(penultimate)), context.keys, images,
             epsilon=epsilon, step_size=step_size, num_steps=num_steps, start=batch.get("start"),
             cost=functools.partial(_gathered_cost, axis_name=context.axis_name if scope == "global" else None),
             transport=transport,
         )  # fmt: skip
-        logits, variables = apply(variables, scattered, train=True)
+        trained_on = jnp.concatenate([scattered, images]) if clean_weight else scattered
+        logits, variables = apply(variables, trained_on, train=True)
+        attacked, clean = logits[: len(labels)], logits[len(labels) :]
+        value = (1 - clean_weight) * jnp.mean(smoothed_cross_entropy(attacked, labels, smoothing))
+        if clean_weight:
+            value += clean_weight * jnp.mean(smoothed_cross_entropy(clean, labels, smoothing))
         metrics = {
-            "accuracy": accuracy(logits, labels),
-            "natural_accuracy": accuracy(natural_logits, labels),
+            "accuracy": accuracy(attacked, labels),
             "transport_cost": solved.primal_cost,
             "marginal_error": solved.marginal_error,
         }
-        return jnp.mean(smoothed_cross_entropy(logits, labels, smoothing)), (variables, metrics)
+        if not penultimate:  # the natural features are logits
+            metrics["natural_accuracy"] = accuracy(natural, labels)
+        return value, (variables, metrics)
 
     return Method(loss)
 

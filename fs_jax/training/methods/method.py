@@ -15,6 +15,7 @@ Variables = dict[str, PyTree]
 """`params` and `batch_stats`, as `model.apply` takes them."""
 Apply = Callable[..., tuple[Float[Array, "n classes"], Variables]]
 """(variables, images, train=...) -> logits, and the variables with BatchNorm's statistics moved where it trains.
+With `features=True` the network's second output, its features, is in the logits' place.
 Dropout draws once for each step and device: every pass of a step has the same mask."""
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -75,8 +76,15 @@ class Entry:
         return frozenset(inspect.signature(self.build).parameters)
 
 
-def infer(apply: Apply, variables: Variables) -> Callable[[Float[Array, "n h w c"]], Float[Array, "n classes"]]:
+def infer(
+    apply: Apply, variables: Variables, *, features: bool = False
+) -> Callable[[Float[Array, "n h w c"]], Float[Array, "n d"]]:
     """The network in inference mode as a function of images, for attacks: no gradient goes to its variables.
+
+    Args:
+      apply: As a step gives it to its method.
+      variables: As well.
+      features: Whether the function gives the network's second output, its features, and not its logits.
 
     Example:
       >>> apply = lambda variables, images, train: (images.sum((1, 2)) * variables["params"], variables)
@@ -84,6 +92,8 @@ def infer(apply: Apply, variables: Variables) -> Callable[[Float[Array, "n h w c
       [[8.0, 8.0, 8.0]]
     """
     variables = jax.lax.stop_gradient(variables)
+    if features:
+        return lambda images: apply(variables, images, train=False, features=True)[0]
     return lambda images: apply(variables, images, train=False)[0]
 
 

@@ -1,0 +1,140 @@
+"""Networks under attack: the attacks of the tables, and what is kept of them."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments.paper.experiment import Data, Measurement, Network
+from experiments.paper.scales import Scale
+
+Attacks = Callable[[Scale], Sequence[Any]]
+"""From the scale to `fs_jax.attacks.Attack`s, the first of which is clean."""
+
+SIX = ("clean", "fgsm", "pgd-20", "pgd-100", "cw-20", "cw-100")
+
+
+def of_six(*accuracies: float) -> dict[str, float]:
+    """The paper's numbers of a row of its tables 2 to 4, by attack."""
+    return dict(zip(SIX, accuracies, strict=True))
+
+
+def six_attacks(scale: Scale) -> list[Any]:
+    """The attacks of the paper's tables 2 to 4, judged as it judges them."""
+    from fs_jax.attacks import parse_attack
+
+    return [parse_attack(word, scale.config.attack.epsilon) for word in SIX]
+
+
+def and_autoattack(scale: Scale) -> list[Any]:
+    """The six, AutoAttack's standard version, and PGD-20 on logits of another size."""
+    from fs_jax.evaluation import suite
+
+    autoattack = suite("autoattack", epsilon=scale.config.attack.epsilon)[1:]
+    return [*six_attacks(scale), *autoattack, *(rescaled_pgd(scale, factor) for factor in RESCALED)]
+
+
+def apgd_t(scale: Scale) -> list[Any]:
+    """What tells most of a network in little time: PGD-20, CW-20, and APGD-T of AutoAttack by itself."""
+    from fs_jax.attacks import Attack, parse_attack
+
+    epsilon = scale.config.attack.epsilon
+    few = [parse_attack(word, epsilon) for word in ("clean", "pgd-20", "cw-20")]
+    return [*few, Attack("apgd-t", epsilon, after=("clean",), label="apgd-t alone")]
+
+
+RESCALED = (0.1, 10.0)
+
+
+def rescaled_pgd(scale: Scale, factor: float) -> Any:
+    """PGD-20 on the cross-entropy of logits times a factor, which classifies alike.
+
+    Where a network is so sure that the gradient of its cross-entropy is rounded to zero, or so unsure that all classes
+    pull alike, another size finds adversaries that the network's own hides.
+    """
+    from jax.tree_util import Partial
+
+    from fs_jax._utils.validation import check_number
+    from fs_jax.attacks import Attack, Specification, pgd_steps
+    from fs_jax.attacks.specification import Setting
+
+    def build(*, epsilon, num_classes, factor):
+        loss = Partial(_rescaled_cross_entropy, factor=factor)
+        return pgd_steps(epsilon=epsilon, step_size=epsilon / 4, num_steps=20, loss=loss, last_only=True)
+
+    setting = Setting(1.0, lambda name, value: check_number(name, value, above=0))
+    kind = Specification("pgd-rescaled", "PGD-20 on logits times a factor", build, {"factor": setting}, every_run=True)
+    return Attack(kind, scale.config.attack.epsilon, factor=factor, label=f"pgd-20, logits x {factor:g}")
+
+
+def _rescaled_cross_entropy(logits, labels, *, factor):
+    from fs_jax.attacks import cross_entropy
+
+    return cross_entropy(factor * logits, labels)
+
+
+def attacked(attacks: Attacks) -> Measurement:
+    """Accuracy under attack, image by image; an attack runs once on a network, whatever tables ask for it."""
+    return Measurement(
+        run=functools.partial(_evaluated, attacks),
+        settings=lambda scale: [
+            [attack.name, attack.epsilon, dict(attack.settings), attack.after, attack.num_images]
+            for attack in attacks(scale)
+        ],
+        passes=lambda config, scale, images: sum(passes(attack, images) for attack in attacks(scale)),
+    )
+
+
+def _evaluated(attacks: Attacks, network: Network, scale: Scale, path: pathlib.Path) -> Data:
+    from fs_jax.config import to_dict
+    from fs_jax.evaluation import evaluate
+
+    journal = path.with_suffix(".journal.jsonl")
+    if not journal.exists():
+        take_over(journal, attacks(scale), len(network.labels))
+    result = evaluate(
+        network.logits_fn, network.images, network.labels, attacks(scale), seed=network.config.seed,
+        journal=journal, about={"config": to_dict(network.config)}, progress=False,
+    )  # fmt: skip
+    return {**result.summary, "records": result.records}
+
+
+def take_over(journal: pathlib.Path, attacks: Sequence[Any], images: int) -> None:
+    """Begin a journal with what those beside it, of the same network, have of the same attacks."""
+    from fs_jax._utils.files import read_jsonl, write_text
+
+    wanted = {attack.name: json.loads(json.dumps(attack.described())) for attack in attacks}
+    lines: list[Data] = []
+    for other in sorted(journal.parent.glob("*.journal.jsonl")):
+        header, *rest = read_jsonl(other)
+        if header["images"] != images:
+            continue
+        same = {
+            line["attack"] for line in rest if "settings" in line and line["settings"] == wanted.get(line["attack"])
+        }
+        lines += [header] * (not lines)
+        lines += [line for line in rest if line.get("attack") in same or ("environment" in line and line not in lines)]
+        wanted = {name: settings for name, settings in wanted.items() if name not in same}
+    if lines:
+        write_text(journal, "".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+STANDING = 0.6  # of the images, under attacks that drop those that are misclassified
+
+
+def passes(attack: Any, images: int) -> float:
+    """Passes forward and backward that an attack makes, of one image each; a pass forward alone counts 0.4."""
+    images = min(images, attack.num_images or images)
+    steps, settings = attack.settings.get("num_steps", 1), attack.settings
+    runs = settings.get("restarts", 1) * settings.get("targets", 1)
+    standing = 1.0 if not attack.any_iterate else STANDING
+    if attack.specification.name == "clean":
+        return 0.4 * images
+    if attack.specification.name == "pgd-rescaled":
+        return 20 * images
+    if attack.specification.name == "spsa":
+        return 0.4 * images * standing * steps * 2 * settings["num_directions"]
+    if attack.specification.name == "square" or attack.specification.name.startswith("local-search"):
+        return 0.4 * images * standing * steps * runs
+    return images * standing * steps * runs

@@ -1,0 +1,128 @@
+"""What a table or a figure is declared as: networks, what is measured of each, and what is written of that."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from experiments.paper.scales import Scale
+from fs_jax.config import TrainConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fs_jax.data import Dataset
+
+Data = dict[str, Any]
+"""Plain JSON data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A way to train."""
+
+    label: str
+    """As tables and figures have it."""
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What it changes in the scale's configuration, by dotted name; values, or functions of the configuration."""
+    paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """What the paper reports, in %, by attack."""
+    add_to_seed: int = 0
+    """What makes it another network than a row of the same changes."""
+
+
+class Network(NamedTuple):
+    """A trained network, as it is measured."""
+
+    config: TrainConfig
+    dataset: "Dataset"
+    model: Any
+    variables: Any
+    images: "np.ndarray"
+    """Those test images that the scale has attacked, [N, H, W, C] uint8."""
+    labels: "np.ndarray"
+
+    @property
+    def logits_fn(self) -> Callable:
+        from fs_jax.models import as_logits_fn
+
+        return as_logits_fn(self.model, self.variables)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What is measured of a network."""
+
+    run: Callable[[Network, Scale, pathlib.Path], Data]
+    """(network, scale, where the result will be, beside which to keep what is done so far) -> the result."""
+    settings: Callable[[Scale], Any]
+    """What the result depends on besides the network, as JSON: experiments of the same settings share results."""
+    passes: Callable[[TrainConfig, Scale, int], float]
+    """(configuration, scale, test images) -> about how many passes of an image it takes, forward and backward."""
+
+
+class Finished(NamedTuple):
+    """A row, of which all networks are measured."""
+
+    row: Row
+    results: list[Data]
+    """One for each data set and seed."""
+    folders: list[pathlib.Path]
+    """Of the networks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A table or a figure."""
+
+    name: str
+    """Of its script and its files."""
+    title: str
+    source: str
+    """Where the paper's numbers stand."""
+    rows: Sequence[Row]
+    """Others are compared with the first."""
+    measurement: Measurement
+    collect: Callable[["Experiment", Scale, Sequence[Finished]], Data]
+    """What is kept of the results: all that text and figure show."""
+    show: Callable[[Data], str]
+    """The Markdown between title and caption."""
+    draw: Callable[[Data, pathlib.Path], Any] | None = None
+    """Draws the figure, to a .png or .svg."""
+    other_files: Callable[[Data], dict[str, str]] = lambda data: {}
+    """Further files, by what follows the name."""
+    reading: str = ""
+    """What to keep in mind when reading it."""
+    pooled: bool = True
+    """Over all data sets and seeds; otherwise it has the first of them alone."""
+
+
+def full_step(config: TrainConfig) -> float:
+    """A step as long as the radius, as feature scattering has it."""
+    return config.attack.epsilon
+
+
+FEATURE_SCATTERING = Row("feature scattering")
+STANDARD = Row("standard", {"method": "standard"})
+PGD_7 = Row("PGD-7", {"method": "pgd"})
+TRADES = Row("TRADES", {"method": "trades"})
+
+
+def at_equal_passes(row: Row, *, steps: int = 7) -> Row:
+    """The same row, trained for so many epochs that it takes about as many passes as the paper's method.
+
+    A training step of k attack steps takes k + 1 passes forward and backward, and feature scattering's a pass forward
+    besides, which counts 0.4: 2.4 with one step.
+    """
+    scattering = row.changes.get("method", "feature_scatter") == "feature_scatter"
+    share = 2.4 / (steps + 1 + 0.4 * scattering)
+
+    def epochs(config: TrainConfig) -> int:
+        return max(1, round(share * config.epochs))
+
+    def decay_epochs(config: TrainConfig) -> tuple[int, ...]:
+        scaled = {max(1, round(share * epoch)) for epoch in config.decay_epochs}
+        return tuple(sorted(epoch for epoch in scaled if epoch < epochs(config)))
+
+    changes = {**row.changes, "epochs": epochs, "decay_epochs": decay_epochs}
+    return dataclasses.replace(row, label=f"{row.label}, equal passes", changes=changes)

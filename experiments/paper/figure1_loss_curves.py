@@ -1,0 +1,138 @@
+"""Loss and margin over PGD's steps (the paper's figure 1): `python -m experiments.paper.figure1_loss_curves`."""
+
+import pathlib
+from collections.abc import Sequence
+
+import tabulate
+
+from experiments.paper.experiment import (
+    FEATURE_SCATTERING,
+    PGD_7,
+    Data,
+    Experiment,
+    Finished,
+    Measurement,
+    Network,
+    at_equal_passes,
+)
+from experiments.paper.figures import loss_curves
+from experiments.paper.runner import main
+from experiments.paper.scales import Scale
+from fs_jax.config import TrainConfig
+
+LOOKED_AT = 200  # random test images whose outcome is found
+SHOWN = 3  # of each outcome
+STARTS = 20
+STEPS = 100
+OUTCOMES = ("robust", "survives PGD-20, falls to APGD-T", "falls to PGD-20")
+
+
+def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
+    """Find random test images of each outcome, and follow PGD from several starts on them."""
+    import numpy as np
+
+    from fs_jax.attacks import Attack, cross_entropy, dlr
+    from fs_jax.evaluation import as_float, evaluate
+
+    epsilon = scale.config.attack.epsilon
+    order = np.random.default_rng(network.config.seed).permutation(len(network.labels))[:LOOKED_AT]
+    images, labels = as_float(network.images[order]), network.labels[order]
+    attacks = [Attack("clean"), Attack("pgd", epsilon), Attack("apgd-t", epsilon, after=("clean",))]
+    records = evaluate(network.logits_fn, images, labels, attacks, progress=False).records
+    outcomes = [outcome(record["misclassified_at"]) for record in records]
+    curves = []
+    for name in OUTCOMES:
+        for place in [place for place, of in enumerate(outcomes) if of == name][:SHOWN]:
+            ascended = {
+                loss: trajectory(network.logits_fn, images[place], labels[place], function, epsilon)
+                for loss, function in (("cross-entropy", cross_entropy), ("dlr", dlr))
+            }
+            curves.append(
+                {
+                    "image": int(order[place]),
+                    "outcome": name,
+                    "loss": summed_up(ascended["cross-entropy"][0]),
+                    "margin": summed_up(ascended["cross-entropy"][1]),
+                    "margin_dlr": summed_up(ascended["dlr"][1]),
+                }
+            )
+    counts = {name: outcomes.count(name) for name in (*OUTCOMES, "misclassified")}
+    return {"curves": curves, "outcomes": counts}
+
+
+def outcome(misclassified_at: dict[str, int]) -> str:
+    if misclassified_at["clean"] >= 0:
+        return "misclassified"
+    if misclassified_at["pgd-20"] >= 0:
+        return OUTCOMES[2]
+    return OUTCOMES[0] if misclassified_at["apgd-t"] < 0 else OUTCOMES[1]
+
+
+def trajectory(logits_fn, image, label, loss, epsilon):
+    """Cross-entropy and margin [steps + 1, starts] of PGD's iterates on an image."""
+    import jax
+    import jax.numpy as jnp
+
+    from fs_jax.attacks import cross_entropy, logit_margin, pgd, random_start
+
+    images, labels = jnp.stack([image] * STARTS), jnp.full(STARTS, label)
+    keys = jax.random.split(jax.random.key(0), STARTS)
+
+    @jax.jit
+    def ascend(images, labels, start):
+        def step(x, _):
+            logits = logits_fn(x)
+            moved = pgd(
+                logits_fn, keys, images, labels,
+                epsilon=epsilon, step_size=epsilon / 4, num_steps=1, loss=loss, start=x,
+            )  # fmt: skip
+            return moved, (cross_entropy(logits, labels), logit_margin(logits, labels))
+
+        return jax.lax.scan(step, start, length=STEPS + 1)[1]
+
+    return ascend(images, labels, jnp.clip(random_start(keys, images, epsilon), 0, 1))
+
+
+def summed_up(values) -> dict[str, list[float]]:
+    """Mean and spread over starts, at each step, to 5 digits."""
+    import numpy as np
+
+    values = np.asarray(values, float)
+    return {name: [float(f"{v:.5g}") for v in of] for name, of in (("mean", values.mean(1)), ("std", values.std(1)))}
+
+
+def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data:
+    fields = ("curves", "outcomes")
+    return {"networks": {of.row.label: {field: of.results[0][field] for field in fields} for of in finished}}
+
+
+def show(data: Data) -> str:
+    header = ["", *next(iter(data["networks"].values()))["outcomes"]]
+    text = [[label, *of["outcomes"].values()] for label, of in data["networks"].items()]
+    return "\n\n".join([
+        tabulate.tabulate(text, headers=header, tablefmt="pipe"),
+        f"How many of {LOOKED_AT} random test images (or all, if there are fewer) end how. Up to {SHOWN} of each "
+        f"outcome are drawn: mean and standard deviation over {STARTS} random starts. A margin below 0 is a "
+        "misclassification.",
+    ])  # fmt: skip
+
+
+def passes(config: TrainConfig, scale: Scale, images: int) -> float:
+    return min(images, LOOKED_AT) * (20 + 0.6 * 900) + 2 * len(OUTCOMES) * SHOWN * STARTS * 1.4 * STEPS
+
+
+EXPERIMENT = Experiment(
+    name="figure1_loss_curves",
+    title="Loss over PGD's steps",
+    source="the paper's figure 1: the loss rises in a consistent way, with a plateau and small variance",
+    rows=[FEATURE_SCATTERING, at_equal_passes(PGD_7)],
+    measurement=Measurement(run, lambda scale: ["loss curves", LOOKED_AT, SHOWN, STARTS, STEPS], passes),
+    collect=collect,
+    show=show,
+    draw=loss_curves,
+    pooled=False,
+    reading="A plateau alone is no evidence of robustness: images that APGD-T breaks have one too.",
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

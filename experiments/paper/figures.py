@@ -1,0 +1,163 @@
+"""The figures of the paper's experiments, each drawn from its experiment's data to a .png or .svg."""
+
+import pathlib
+
+import numpy as np
+
+from experiments.paper.experiment import Data
+from fs_jax.report._canvas import DASHED, GREY, PALETTE, colour_of, figure_path, legend_columns, new_figure, save
+
+
+def pgd_against_autoattack(data: Data, path: pathlib.Path) -> None:
+    """Each row's accuracy under APGD-T or AutoAttack against that under PGD-20, beside the diagonal."""
+    rows = data["rows"]
+    judge = next(name for name in ("square", "apgd-t alone") if name in next(iter(rows.values())))
+    weak, strong = ([100 * row[name]["accuracy"] for row in rows.values()] for name in ("pgd-20", judge))
+    errors = [
+        np.array([[100 * (row[name]["accuracy"] - row[name]["low"]) for row in rows.values()],
+                  [100 * (row[name]["high"] - row[name]["accuracy"]) for row in rows.values()]])
+        for name in ("pgd-20", judge)
+    ]  # fmt: skip
+    # A colour for rows that begin alike, a shape for each place among them; those that stand alone are black.
+    beginnings = [label.split(",")[0] for label in rows]
+    families = [name for name in dict.fromkeys(beginnings) if beginnings.count(name) > 1]
+    members = [name if name in families else "" for name in beginnings]
+    with new_figure(figsize=(9.6, 5.6)) as figure:
+        axes = figure.add_subplot()
+        limit = max(*weak, *strong) + 8
+        axes.plot([0, limit], [0, limit], color=GREY, linestyle=DASHED, linewidth=1)
+        axes.annotate("equal", (limit, limit), (-14, -24), textcoords="offset points", color=GREY, ha="right")
+        for index, (label, x, y) in enumerate(zip(rows, weak, strong, strict=True)):
+            colour = PALETTE[families.index(members[index])] if members[index] else "black"
+            axes.errorbar(
+                x, y, xerr=errors[0][:, [index]], yerr=errors[1][:, [index]], color=colour, label=label,
+                fmt="osD^vPX*"[members[:index].count(members[index]) % 8], markersize=6, elinewidth=0.5,
+                markerfacecolor="white" if label.endswith("Δ = 0") else colour,
+            )  # fmt: skip
+        axes.set_xlim(0, limit)
+        axes.set_ylim(0, limit)
+        axes.set_box_aspect(1)
+        axes.set_xlabel("accuracy under PGD-20 (%)")
+        axes.set_ylabel(f"accuracy under {'AutoAttack' if judge == 'square' else 'APGD-T'} (%)")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=7.5)
+        save(figure, figure_path(path))
+
+
+def lost_images(data: Data, path: pathlib.Path) -> None:
+    """For each network a bar of all test images: what each attack after another takes away, and what is left."""
+    networks = data["networks"]
+    parts = list(next(iter(networks.values()))["parts"])
+    in_order = ("#D9D9D9", PALETTE[4], PALETTE[5], PALETTE[1], PALETTE[3], PALETTE[6], PALETTE[2])
+    colours = dict(zip(parts, in_order, strict=True))
+    with new_figure(figsize=(8.2, 1.2 + 0.42 * len(networks))) as figure:
+        axes = figure.add_subplot()
+        for place, of in enumerate(networks.values()):
+            left = 0.0
+            for part, share in of["parts"].items():
+                width = 100 * share
+                axes.barh(place, width, 0.72, left, color=colours[part], label=part if place == 0 else None)
+                if width >= 4:
+                    dark = colours[part] == PALETTE[6]
+                    axes.text(left + width / 2, place, f"{width:.1f}", ha="center", va="center", fontsize=7.5,
+                              color="white" if dark else "black")  # fmt: skip
+                left += width
+        axes.set_yticks(range(len(networks)), list(networks))
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("test images (%)")
+        figure.legend(loc="outside upper center", ncols=legend_columns(colours, 8.2), fontsize=8)
+        save(figure, figure_path(path))
+
+
+def loss_curves(data: Data, path: pathlib.Path) -> None:
+    """Cross-entropy over PGD's steps, mean and spread over starts; and margins as PGD ascends two losses."""
+    networks = data["networks"]
+    colours = {"robust": PALETTE[0], "survives PGD-20, falls to APGD-T": PALETTE[1], "falls to PGD-20": GREY}
+    panels = ("cross-entropy (nats)", "margin, ascending cross-entropy", "margin, ascending DLR")
+    with new_figure(figsize=(10.5, 3.1 * len(networks) + 0.4)) as figure:
+        grid = figure.subplots(len(networks), 3, squeeze=False)
+        for (label, of), axes_of_row in zip(networks.items(), grid, strict=True):
+            for image in of["curves"]:
+                for axes, name in zip(axes_of_row, ("loss", "margin", "margin_dlr"), strict=True):
+                    mean, spread = np.array(image[name]["mean"]), np.array(image[name]["std"])
+                    colour = colours[image["outcome"]]
+                    axes.plot(mean, color=colour, linewidth=1.2)
+                    axes.fill_between(range(len(mean)), mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
+            for axes, panel in zip(axes_of_row, panels, strict=True):
+                axes.set_title(f"{label}: {panel}", fontsize=9)
+                axes.set_xlabel("PGD step")
+            for axes in axes_of_row[1:]:
+                axes.axhline(0, color="black", linewidth=0.8)
+        handles = [grid[0, 0].plot([], [], color=colour, label=name)[0] for name, colour in colours.items()]
+        figure.legend(handles=handles, loc="outside upper center", ncols=3)
+        save(figure, figure_path(path))
+
+
+def embeddings(data: Data, path: pathlib.Path) -> None:
+    """t-SNE of features: a row for each network, a column for each set of images; colours are the true classes."""
+    networks = data["networks"]
+    sets = list(next(iter(networks.values()))["points"])
+    with new_figure(figsize=(3.2 * len(sets), 3.2 * len(networks) + 0.4)) as figure:
+        grid = figure.subplots(len(networks), len(sets), squeeze=False, sharex="row", sharey="row")
+        names = data["class_names"]
+        for (label, of), axes_of_row in zip(networks.items(), grid, strict=True):
+            labels = np.array(of["labels"])
+            for axes, (which, points) in zip(axes_of_row, of["points"].items(), strict=True):
+                points = np.array(points)
+                for each, name in enumerate(names):
+                    axes.scatter(*points[labels == each].T, s=5, color=class_colour(each, len(names)), label=name, lw=0)
+                purity = of["purity"][which]
+                axes.set_title(f"{label}: {which}\npurity {100 * purity['mean']:.0f} %", fontsize=9)
+                axes.set(xticks=[], yticks=[])
+                axes.grid(visible=False)
+        handles, texts = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, texts, loc="outside lower center", ncols=min(10, len(names)), markerscale=2.5)
+        save(figure, figure_path(path))
+
+
+def class_colour(index: int, count: int):
+    """As different as can be for ten classes."""
+    import matplotlib
+
+    return matplotlib.colormaps["tab10"](index) if count <= 10 else colour_of(index, count)
+
+
+def plans_over_training(data: Data, path: pathlib.Path) -> None:
+    """What each transport's plan has on its diagonal, and whether its gradient has the identity plan's signs."""
+    points = data["points"]
+    epochs = [point["epoch"] for point in points]
+    labels = list(points[0]["plans"])
+    panels = {
+        "diagonal": "mass of the plan on its diagonal (%)",
+        "identity_signs": "signs of the image's gradient as the identity plan's (%)",
+        "cross_entropy_signs": "... as the cross-entropy's (%)",
+    }
+    with new_figure(figsize=(11.0, 3.7)) as figure:
+        for axes, (name, title) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
+            for index, label in enumerate(labels):
+                values = [100 * point["plans"][label][name] for point in points]
+                told = label if name == "diagonal" else None
+                axes.plot(epochs, values, color=colour_of(index, len(labels)), label=told, marker=".", linewidth=1.2)
+            axes.set_title(title, fontsize=9)
+            axes.set_xlabel("epoch")
+            axes.set_ylim(-2, 102)
+        figure.legend(loc="outside upper center", ncols=legend_columns(dict.fromkeys(labels), 11.0))
+        save(figure, figure_path(path))
+
+
+def transfer_matrix(data: Data, path: pathlib.Path) -> None:
+    """Accuracy of each network, a row, on the adversaries of each, a column."""
+    accuracies = np.array(data["accuracy"])
+    with new_figure(figsize=(5.6, 4.2)) as figure:
+        axes = figure.add_subplot()
+        shown = axes.imshow(100 * accuracies, cmap="viridis", vmin=0, vmax=100)
+        for row, column in np.ndindex(accuracies.shape):
+            value = 100 * accuracies[row, column]
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="black" if value > 60 else "white")
+        axes.set_xticks(range(len(data["sources"])), data["sources"], rotation=20, ha="right")
+        axes.set_yticks(range(len(data["targets"])), data["targets"])
+        axes.set_xlabel("adversaries of")
+        axes.grid(visible=False)
+        figure.colorbar(shown, label="accuracy (%)")
+        save(figure, figure_path(path))

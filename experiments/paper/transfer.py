@@ -1,0 +1,105 @@
+"""Adversaries of one network tried on another: `python -m experiments.paper.transfer`."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import tabulate
+
+from experiments.paper.experiment import (
+    FEATURE_SCATTERING,
+    PGD_7,
+    STANDARD,
+    TRADES,
+    Data,
+    Experiment,
+    Finished,
+    Measurement,
+    Network,
+)
+from experiments.paper.figures import transfer_matrix
+from experiments.paper.runner import main
+from experiments.paper.scales import Scale
+from fs_jax.config import TrainConfig
+
+TARGETS = (FEATURE_SCATTERING, STANDARD, PGD_7, TRADES)
+# Of the same kind, with another seed: so that no network meets its own adversaries.
+SOURCES = tuple(dataclasses.replace(row, label=f"{row.label}, another seed", add_to_seed=1) for row in TARGETS)
+
+
+def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
+    """Make the adversaries of PGD-20, for others to be tried on."""
+    import numpy as np
+
+    from fs_jax._utils.files import replacing
+    from fs_jax.attacks.transfer import transfer
+
+    attack = transfer(
+        network.logits_fn, network.images, network.labels,
+        epsilon=scale.config.attack.epsilon, seed=network.config.seed,
+    )  # fmt: skip
+    with replacing(path.with_name("adversaries.npz")) as file:
+        np.savez(file, images=attack.images, labels=network.labels)
+    return {}
+
+
+def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data:
+    """Judge each target on the adversaries of each source; looks through the networks only, so it takes no time."""
+    import jax
+    import numpy as np
+
+    from experiments.networks import load_network
+    from fs_jax.models import as_logits_fn
+
+    of = {each.row.label: each for each in finished}
+    targets = [row.label for row in TARGETS if row.label in of]
+    sources = [row.label for row in SOURCES if row.label in of]
+    correct: dict[tuple[str, str], list[bool]] = {(target, source): [] for target in targets for source in sources}
+    for target in targets:
+        for place, folder in enumerate(of[target].folders):
+            model, variables, _about = load_network(folder / "run")
+            predict = jax.jit(lambda x, v, model=model: as_logits_fn(model, v)(x).argmax(-1))
+            for source in sources:
+                with np.load(of[source].folders[place] / "adversaries.npz") as file:
+                    images, labels = file["images"], file["labels"]
+                for begin in range(0, len(labels), 256):
+                    batch = slice(begin, begin + 256)
+                    correct[target, source].extend(np.asarray(predict(images[batch], variables)) == labels[batch])
+    return {
+        "targets": targets,
+        "sources": sources,
+        "total": len(next(iter(correct.values()), [])),
+        "accuracy": [[float(np.mean(correct[target, source])) for source in sources] for target in targets],
+    }
+
+
+def show(data: Data) -> str:
+    text = [
+        [target, *(f"{100 * accuracy:.1f}" for accuracy in row)]
+        for target, row in zip(data["targets"], data["accuracy"], strict=True)
+    ]
+    return "\n\n".join([
+        tabulate.tabulate(text, headers=["", *data["sources"]], tablefmt="pipe"),
+        f"Accuracy in % of the networks in rows, on {data['total']:,} adversaries that PGD-20 makes for those in "
+        "columns.",
+    ])  # fmt: skip
+
+
+def passes(config: TrainConfig, scale: Scale, images: int) -> float:
+    return 20.0 * images
+
+
+EXPERIMENT = Experiment(
+    name="transfer",
+    title="Transferred attacks",
+    source="(the main paper's table of black-box attacks is not in the supplement)",
+    rows=[*TARGETS, *SOURCES],
+    measurement=Measurement(run, lambda scale: ["transfer", "pgd-20"], passes),
+    collect=collect,
+    show=show,
+    draw=transfer_matrix,
+    reading="Where another network's adversaries do more than a network's own, its gradients are masked.",
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

@@ -1,0 +1,104 @@
+"""The files of an experiment: Markdown and JSON, its figure, and for tables CSV and LaTeX."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.output import made_on, write_files
+from experiments.paper.experiment import Data, Experiment
+from experiments.paper.jobs import finished_rows
+from experiments.paper.scales import SCALES
+from fs_jax._utils.text import radius
+from fs_jax.config import differences, from_dict, to_dict
+
+
+def file_name(experiment: Experiment, seeds: Sequence[int]) -> str:
+    """Of its files, but for what follows the point: other seeds have other files.
+
+    Example:
+      >>> from experiments.paper.jobs import experiment
+      >>> file_name(experiment("matching"), [0]), file_name(experiment("matching"), [0, 1])
+      ('matching', 'matching-seeds-0-1')
+    """
+    return experiment.name if list(seeds) == [0] else f"{experiment.name}-seeds-{'-'.join(map(str, seeds))}"
+
+
+def check_results(experiment: Experiment, scale: str, seeds: Sequence[int], results: pathlib.Path) -> None:
+    """Refuse to write over the results of another configuration.
+
+    Raises:
+      ValueError: naming the fields that differ.
+    """
+    path = results / f"{file_name(experiment, seeds)}.json"
+    if not path.exists():
+        return
+    here, there = SCALES[scale].config, json.loads(path.read_text(encoding="utf-8"))
+    try:
+        changes = differences(here, from_dict(there["config"]))
+        told = [f"{name} {now} here, {then} there" for name, (now, then) in changes.items()]
+    except (KeyError, ValueError, TypeError) as error:
+        told = [f"none that this version reads ({error!r})"]
+    if told:
+        raise ValueError(
+            f"results: expected a new folder, or results of this configuration; {path} has another: {'; '.join(told)}. "
+            "Choose another folder with --results; nothing was changed."
+        )
+
+
+def write(
+    experiment: Experiment, scale: str, seeds: Sequence[int], workdir: pathlib.Path, results: pathlib.Path
+) -> pathlib.Path | None:
+    """Write the rows that are finished; the Markdown's path, or None if there are none."""
+    finished = finished_rows(experiment.name, scale, seeds, workdir)
+    if not finished:
+        return None
+    there = [of.row.label for of in finished]
+    data: Data = {
+        "experiment": experiment.name,
+        "scale": scale,
+        "seeds": list(seeds),
+        "missing": [row.label for row in experiment.rows if row.label not in there],
+        "config": to_dict(SCALES[scale].config),
+        "environment": finished[-1].results[-1]["environment"],
+        **experiment.collect(experiment, SCALES[scale], finished),
+    }
+    name = file_name(experiment, seeds)
+    figure = None if experiment.draw is None else f"{name}.png"
+    others: dict[str, Any] = {name + ending: text for ending, text in experiment.other_files(data).items()}
+    write_files(results, {f"{name}.json": data, f"{name}.md": as_markdown(experiment, data, figure), **others})
+    if experiment.draw is not None:
+        experiment.draw(data, results / f"{name}.png")
+    return results / f"{name}.md"
+
+
+def as_markdown(experiment: Experiment, data: Data, figure: str | None) -> str:
+    """Title, figure, tables, and what they are of."""
+    parts = [
+        f"# {experiment.title}",
+        experiment.reading,
+        f"![{experiment.title}]({figure})" if figure else "",
+        experiment.show(data),
+        f"Not run yet: {', '.join(data['missing'])}." if data["missing"] else "",
+        caption(experiment, data),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def caption(experiment: Experiment, data: Data) -> str:
+    """Where the numbers come from: scale, radius, seeds, machine, command."""
+    scale = SCALES[data["scale"]]
+    seeds = ", ".join(map(str, data["seeds"]))
+    options = "" if data["seeds"] == [0] else f" --seeds {' '.join(map(str, data['seeds']))}"
+    return (
+        f"Scale `{data['scale']}`: {scale.summary} L∞ radius {radius(scale.config.attack.epsilon)}, "
+        f"{'x'.join(map(str, shape_of(scale.datasets[0])[:2]))} pixels, seed{'s' * (len(data['seeds']) > 1)} {seeds}. "
+        f"The paper's: {experiment.source}. On {made_on(data['environment'])}: "
+        f"`python -m experiments.paper.{experiment.name} --scale {data['scale']}{options}`"
+    )
+
+
+def shape_of(dataset: str) -> tuple[int, int, int]:
+    from fs_jax import data
+
+    return data.info(dataset).image_shape
