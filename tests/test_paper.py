@@ -124,7 +124,11 @@ def finish(name, scale, workdir, rows=None):
             path.parent.mkdir(parents=True, exist_ok=True)
             names = [attack for attack, *_ in experiment.measurement.settings(SCALES[scale])]
             result = evaluated([len(names)] * 15 + [1] * 5, names)
-            path.write_text(json.dumps(result), encoding="utf-8")
+            path.write_text(json.dumps({"seconds": 1.0, **result}), encoding="utf-8")
+            (path.parent / "run").mkdir(exist_ok=True)
+            (path.parent / "run" / "config.json").write_text(json.dumps({"batch_size": 60}), encoding="utf-8")
+            row = {"step": 10, "images_per_second": 100.0}  # 6 seconds
+            (path.parent / "run" / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
 
 
 def test_files_have_ours_and_the_papers(tmp_path):
@@ -134,6 +138,8 @@ def test_files_have_ours_and_the_papers(tmp_path):
     path = writing.write(experiment, "trial", [0], tmp_path, tmp_path / "r")
     assert "| β = 1 | 100.0" in " ".join(path.read_text(encoding="utf-8").split())
     assert "(69.9)" in path.read_text(encoding="utf-8")
+    hours = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["hours"]
+    assert hours == {"training": round(2 * 6 / 3600, 3), "measuring": round(2 / 3600, 3)}
     assert "\\toprule" in path.with_suffix(".tex").read_text(encoding="utf-8")
     rows = list(csv.DictReader(io.StringIO(path.with_suffix(".csv").read_text(encoding="utf-8"))))
     assert rows[2] == {

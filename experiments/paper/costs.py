@@ -35,21 +35,25 @@ def measure(config: TrainConfig, dataset: "Dataset") -> dict[str, float]:
     from fs_jax.evaluation import evaluate
     from fs_jax.models import as_logits_fn
 
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
-        run = training.train(
-            config, dataset, folder, devices=jax.local_devices()[:1], monitor_images=0, progress=False,
-            max_minutes=TIMED_MINUTES, steps_per_dispatch=5,
-        )  # fmt: skip
-        rows = [row for row in read_jsonl(pathlib.Path(folder) / "metrics.jsonl") if "images_per_second" in row]
+        while len(rows) < 3:  # the first has the compiler's time in it, which may be longer than we train
+            run = training.train(
+                config, dataset, folder, devices=jax.local_devices()[:1], monitor_images=0, progress=False,
+                max_minutes=TIMED_MINUTES, steps_per_dispatch=5,
+            )  # fmt: skip
+            rows = [row for row in read_jsonl(pathlib.Path(folder) / "metrics.jsonl") if "images_per_second" in row]
+            if run.finished:
+                break
     logits_fn = as_logits_fn(training.make_model(config, dataset.info.num_classes), run.variables)
     images, labels = dataset.test_images[:64], dataset.test_labels[:64]
-    seconds = {}
-    for word in ("pgd-10", "pgd-60") * 2:  # the first time is the compiler's
+    seconds: dict[str, float] = {}
+    for word in ("pgd-10", "pgd-60") * 3:  # the first time is the compiler's
         began = time.perf_counter()
         evaluate(logits_fn, images, labels, [word], epsilon=config.attack.epsilon, progress=False)
-        seconds[word] = time.perf_counter() - began
+        seconds[word] = min(time.perf_counter() - began, seconds.get(word, float("inf")))
     return {
-        "step": config.batch_size / rows[-1]["images_per_second"],
+        "step": config.batch_size / max(row["images_per_second"] for row in rows),
         # What starting takes is in both.
         "pass": max(1e-6, seconds["pgd-60"] - seconds["pgd-10"]) / (50 * len(labels)),
         "train_images": len(dataset.train_labels),

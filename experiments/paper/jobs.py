@@ -16,9 +16,9 @@ from fs_jax.config import TrainConfig, to_dict
 from fs_jax.training.methods import METHODS
 
 EXPERIMENTS = (
-    "main_table", "matching", "autoattack_gap", "equal_passes", "table2_label_smoothing", "table3_sinkhorn_tau",
-    "table4_ipot_beta", "mechanism", "figure1_loss_curves", "figure2_embeddings", "gradient_free", "transfer",
-    "ablation", "table1_strong_attacks",
+    "main_table", "table1_strong_attacks", "gradient_free", "table2_label_smoothing", "table3_sinkhorn_tau",
+    "table4_ipot_beta", "figure1_loss_curves", "figure2_embeddings", "mechanism", "matching", "autoattack_gap",
+    "equal_passes", "transfer", "ablation",
 )  # fmt: skip
 
 

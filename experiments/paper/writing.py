@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.output import made_on, write_files
-from experiments.paper.experiment import Data, Experiment
+from experiments.paper.experiment import Data, Experiment, Finished
 from experiments.paper.jobs import finished_rows
 from experiments.paper.scales import SCALES
+from fs_jax._utils.files import read_jsonl
 from fs_jax._utils.text import radius
 from fs_jax.config import differences, from_dict, to_dict
 
@@ -61,6 +62,7 @@ def write(
         "missing": [row.label for row in experiment.rows if row.label not in there],
         "config": to_dict(SCALES[scale].config),
         "environment": finished[-1].results[-1]["environment"],
+        "hours": hours(finished),
         **experiment.collect(experiment, SCALES[scale], finished),
     }
     name = file_name(experiment, seeds)
@@ -70,6 +72,21 @@ def write(
     if experiment.draw is not None:
         experiment.draw(data, results / f"{name}.png")
     return results / f"{name}.md"
+
+
+def hours(finished: Sequence[Finished]) -> dict[str, float]:
+    """That training and measuring its networks took, one at a time."""
+    results = {folder: result for of in finished for folder, result in zip(of.folders, of.results, strict=True)}
+    training = 0.0
+    for folder in results:
+        rows = [row for row in read_jsonl(folder / "run" / "metrics.jsonl") if "images_per_second" in row]
+        batch = json.loads((folder / "run" / "config.json").read_text(encoding="utf-8"))["batch_size"]
+        training += sum(
+            batch * (row["step"] - before["step"]) / row["images_per_second"]
+            for before, row in zip([{"step": 0}, *rows], rows, strict=False)
+        )
+    measuring = sum(result["seconds"] for result in results.values())
+    return {"training": round(training / 3600, 3), "measuring": round(measuring / 3600, 3)}
 
 
 def as_markdown(experiment: Experiment, data: Data, figure: str | None) -> str:
@@ -93,9 +110,19 @@ def caption(experiment: Experiment, data: Data) -> str:
     return (
         f"Scale `{data['scale']}`: {scale.summary} L∞ radius {radius(scale.config.attack.epsilon)}, "
         f"{'x'.join(map(str, shape_of(scale.datasets[0])[:2]))} pixels, seed{'s' * (len(data['seeds']) > 1)} {seeds}. "
-        f"The paper's: {experiment.source}. On {made_on(data['environment'])}: "
+        f"The paper's: {experiment.source}. On {made_on(data['environment'])}, {spent(data['hours'])}: "
         f"`python -m experiments.paper.{experiment.name} --scale {data['scale']}{options}`"
     )
+
+
+def spent(hours: dict[str, float]) -> str:
+    """How long networks took, in words.
+
+    Example:
+      >>> spent({"training": 1.26, "measuring": 0.5})
+      '1.3 hours of training and 0.5 of measuring'
+    """
+    return f"{hours['training']:.1f} hours of training and {hours['measuring']:.1f} of measuring"
 
 
 def shape_of(dataset: str) -> tuple[int, int, int]:
