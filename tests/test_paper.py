@@ -18,6 +18,7 @@ from fs_jax.attacks import parse_attack
 from fs_jax.config import TrainConfig
 from fs_jax.evaluation import evaluate
 from fs_jax.training import make_method
+from tests.paper_results import evaluated, finish
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -83,13 +84,6 @@ def test_changes_are_named_as_on_the_command_line():
     assert config.attack.epsilon == TrainConfig().attack.epsilon
 
 
-def evaluated(right, chain=("clean", "pgd-20")):
-    """An evaluation in which image i is right after the first right[i] attacks."""
-    attacks = [{"name": name, "after": [], "num_images": None} for name in chain]
-    records = [{"misclassified_at": {n: -1 if k < count else 0 for k, n in enumerate(chain)}} for count in right]
-    return {"attacks": attacks, "records": records, "environment": {"device": "cpu", "cpu_count": 2, "jax": "0"}}
-
-
 def test_folds_are_pooled():
     correct = tables.pooled([evaluated([2, 2, 1]), evaluated([0, 1])])
     assert correct["clean"].tolist() == [True, True, True, False, True]
@@ -113,22 +107,6 @@ def test_rows_are_equal_only_within_two_points_for_sure(ours, theirs, word):
 def test_few_images_decide_nothing():
     rng = np.random.default_rng(0)
     assert tables.difference(rng.random(100) < 0.5, rng.random(100) < 0.5)["verdict"] == "undetermined"
-
-
-def finish(name, scale, workdir, rows=None):
-    """Results of an experiment's rows as a worker would write them: on 15 of 20 images it is right, always."""
-    experiment = jobs.experiment(name)
-    for row in experiment.rows[:rows]:
-        for config in jobs.configurations(experiment, SCALES[scale], row, [0]):
-            path = jobs.result_file(jobs.folder_of(workdir, scale, config), SCALES[scale], name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            names = [attack for attack, *_ in experiment.measurement.settings(SCALES[scale])]
-            result = evaluated([len(names)] * 15 + [1] * 5, names)
-            path.write_text(json.dumps({"seconds": 1.0, **result}), encoding="utf-8")
-            (path.parent / "run").mkdir(exist_ok=True)
-            (path.parent / "run" / "config.json").write_text(json.dumps({"batch_size": 60}), encoding="utf-8")
-            row = {"step": 10, "images_per_second": 100.0}  # 6 seconds
-            (path.parent / "run" / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
 
 
 def test_files_have_ours_and_the_papers(tmp_path):

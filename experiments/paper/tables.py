@@ -88,7 +88,10 @@ def show(data: Data) -> str:
     """The accuracies, and below them the differences."""
     rows = data["rows"]
     first, *others = rows
-    parts = [formatted(data, "pipe"), "Accuracy in %, with 95% intervals over the images; in brackets the paper's."]
+    counts = [numbers["total"] for numbers in rows[first].values()]
+    images = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+    about = f"Accuracy in % of {images} test images, with 95% intervals; in brackets the paper's."
+    parts = [formatted(data, "pipe"), about]
     if spread := seed_spread(rows[first]):
         parts += [spread]
     if others:

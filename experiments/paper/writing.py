@@ -107,10 +107,11 @@ def caption(experiment: Experiment, data: Data) -> str:
     scale = SCALES[data["scale"]]
     seeds = ", ".join(map(str, data["seeds"]))
     options = "" if data["seeds"] == [0] else f" --seeds {' '.join(map(str, data['seeds']))}"
+    size = " x ".join(map(str, shape_of(scale.datasets[0])[:2]))
     return (
-        f"Scale `{data['scale']}`: {scale.summary} L∞ radius {radius(scale.config.attack.epsilon)}, "
-        f"{'x'.join(map(str, shape_of(scale.datasets[0])[:2]))} pixels, seed{'s' * (len(data['seeds']) > 1)} {seeds}. "
-        f"The paper's: {experiment.source}. On {made_on(data['environment'])}, {spent(data['hours'])}: "
+        f"Scale `{data['scale']}` ({size} pixels, L∞ radius {radius(scale.config.attack.epsilon)}), "
+        f"seed{'s' * (len(data['seeds']) > 1)} {seeds}. The paper's: {experiment.source}. On "
+        f"{made_on(data['environment'])}, {spent(data['hours'])}: "
         f"`python -m experiments.paper.{experiment.name} --scale {data['scale']}{options}`"
     )
 
