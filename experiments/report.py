@@ -165,11 +165,10 @@ def as_html(markdown: str, results: dict[str, dict[str, Data]]) -> str:
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     for scale, of in results.items():
         for name, data in of.items():
-            about = experiment(data["experiment"])
-            if about.draw is not None:
+            if experiment(data["experiment"]).draw is not None:
                 image = re.compile(rf'<img src="{re.escape(f"{scale}/{name}.png")}" alt="([^"]*)" ?/?>')
-                svg = vectors(scale, name, data)
-                body = image.sub(lambda match, svg=svg: figure(svg, match[1]), body)
+                svg = vectors(scale, name, data).replace("\\", r"\\")
+                body = image.sub(rf'<span class="figure" role="img" aria-label="\1">{svg}</span>', body)
     for verdict in ("Agrees", "Disagrees", "Undetermined"):
         body = body.replace(f"<strong>{verdict}.</strong>", f'<strong class="{verdict.lower()}">{verdict}</strong>')
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
@@ -184,10 +183,6 @@ def vectors(scale: str, name: str, data: Data) -> str:
         draw(data, path)  # type: ignore[misc]  # there is one
         text = path.read_text(encoding="utf-8")
     return text[text.index("<svg") :]
-
-
-def figure(svg: str, title: str) -> str:
-    return f'<span class="figure" role="img" aria-label="{title}">{svg}</span>'
 
 
 PAGE = """\

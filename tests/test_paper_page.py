@@ -101,5 +101,7 @@ def test_nothing_is_wider_than_the_window(width, tmp_path):
 
 
 def test_every_claim_is_of_experiments_that_there_are():
-    names = set(re.findall(r'results\["(\w+)"\]|results, "(\w+)"', pathlib.Path(findings.__file__).read_text("utf-8")))
+    names = set(
+        re.findall(r'results\["(\w+)"\]|results, "(\w+)"', pathlib.Path(findings.__file__).read_text(encoding="utf-8"))
+    )
     assert {name for pair in names for name in pair if name} <= set(jobs.EXPERIMENTS)

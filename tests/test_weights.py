@@ -1,0 +1,66 @@
+"""Networks that come with the repository: what is restored has the same bits, or is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import weights
+from fs_jax.config import preset, to_dict
+from fs_jax.models import WideResNet, convert
+
+ABOUT = {"config": to_dict(preset("digits"))}
+
+
+@pytest.fixture(scope="module")
+def network():
+    model = WideResNet(10, 1)
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+def test_what_is_restored_has_the_same_bits(network, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD", 50_000)  # so that there are several
+    model, variables = network
+    weights.keep(model, variables, ABOUT, "digits/ours", tmp_path)
+    assert len(weights.manifest(tmp_path)["digits/ours"]["shards"]) > 1
+    weights.main(["digits/ours", "--output", str(tmp_path / "a.safetensors"), "--folder", str(tmp_path)])
+    restored_model, restored = convert.load_weights(tmp_path / "a.safetensors")
+    assert (restored_model.depth, restored_model.width, restored_model.mean) == (10, 1, 0.5)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), variables)
+    jax.tree.map(np.testing.assert_array_equal, dict(rounded), restored)
+
+
+def test_a_changed_byte_is_refused(network, tmp_path):
+    weights.keep(*network, ABOUT, "ours", tmp_path)
+    shard = tmp_path / "ours-0.xz"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match=r"ours-0.xz: expected SHA-256"):
+        weights.restore("ours", tmp_path / "a.safetensors", tmp_path)
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["oars", "--output", "a.safetensors"], "name: expected one of ours; got 'oars'. Did you mean 'ours'"),
+    (["ours", "--output", "a.pt"], "output: expected a new file .safetensors"), (["ours"], "output: expected a new"),
+    (["--output", "a.safetensors"], "name: expected the network's"),
+])  # fmt: skip
+def test_wrong_words_are_refused(words, message, network, tmp_path):
+    weights.keep(*network, ABOUT, "ours", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        weights.main([*words, "--folder", str(tmp_path)])
+
+
+def test_names_are_new_and_networks_are_known(network, tmp_path):
+    weights.keep(*network, ABOUT, "ours", tmp_path)
+    for name in ("ours", "../ours", "a b"):
+        with pytest.raises(ValueError, match="name: expected a new one"):
+            weights.keep(*network, ABOUT, name, tmp_path)
+    with pytest.raises(ValueError, match="keep: expected the folder of a run"):
+        weights.keep(*network, {"file": "a.pt"}, "theirs", tmp_path)
+
+
+def test_those_of_the_repository_can_be_restored(tmp_path):
+    for number, name in enumerate(weights.manifest(weights.FOLDER)):
+        weights.restore(name, tmp_path / f"{number}.safetensors")
+        model, _ = convert.load_weights(tmp_path / f"{number}.safetensors")
+        assert f"WRN-{model.depth}-{model.width}" == weights.manifest(weights.FOLDER)[name]["network"]
