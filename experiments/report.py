@@ -72,15 +72,11 @@ def main(argv: list[str]) -> None:
 def read(folder: pathlib.Path) -> dict[str, dict[str, Data]]:
     """Results by scale and file name, in the order of the page."""
     found: dict[str, dict[str, Data]] = {}
-    for scale in ORDER:
-        there = {}
-        for path in sorted((folder / scale).glob("*.json"), key=place):
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data.get("experiment") in EXPERIMENTS:
-                there[path.stem] = data
-        if there:
-            found[scale] = there
-    return found
+    for path in sorted(folder.glob("*/*.json"), key=place):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.get("experiment") in EXPERIMENTS and data["scale"] in ORDER:
+            found.setdefault(path.parent.name, {})[path.stem] = data
+    return dict(sorted(found.items(), key=lambda item: (ORDER.index(item[0].split("-")[0]), item[0])))
 
 
 def place(path: pathlib.Path) -> tuple[int, str]:
@@ -95,10 +91,11 @@ def page(results: dict[str, dict[str, Data]]) -> str:
 
     words = tabulate.tabulate(WORDS.items(), headers=["word", "meaning"], tablefmt="pipe")
     parts = [f"# {TITLE}", METHOD, words, "## What we find", HOW_CERTAIN]
+    for of in results.values():
+        first = next(iter(of.values()))
+        parts += [f"### {headline(first)}", SCALES[first["scale"]].summary, claims(of)]
     for scale, of in results.items():
-        parts += [f"### {headline(scale)}", SCALES[scale].summary, claims(of)]
-    for scale, of in results.items():
-        parts += [f"## Results: {headline(scale)}"]
+        parts += [f"## Results: {headline(next(iter(of.values())))}"]
         for name, data in of.items():
             about = experiment(data["experiment"])
             figure = None if about.draw is None else f"{scale}/{name}.png"
@@ -114,17 +111,19 @@ accuracies on CIFAR-10 are not those of the released network. Intervals are of 9
 the same images. *Agrees* and *disagrees* mean that the interval says so, *undetermined* that it doesn't."""
 
 
-def headline(scale: str) -> str:
+def headline(data: Data) -> str:
     """Data, resolution and radius of a scale.
 
     Example:
-      >>> headline("digits")
-      'scikit-learn digits, 8 x 8, radius 0.1'
+      >>> config = {"dataset": "digits", "attack": {"epsilon": 0.1}}
+      >>> headline({"config": config, "pixels": [8, 8]})
+      'digits, 8 x 8, radius 0.1'
     """
-    config = SCALES[scale].config
-    height, width, _ = writing.shape_of(SCALES[scale].datasets[0])
-    data = "scikit-learn digits" if config.dataset.startswith("digits") else "CIFAR-10"
-    return f"{data}, {height} x {width}, radius {radius(config.attack.epsilon)}"
+    name, size = data["config"]["dataset"].split("_")[0], " x ".join(map(str, data["pixels"]))
+    return f"{NAMES.get(name, name)}, {size}, radius {radius(data['config']['attack']['epsilon'])}"
+
+
+NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
 
 
 def claims(of: dict[str, Data]) -> str:
@@ -136,21 +135,17 @@ def claims(of: dict[str, Data]) -> str:
 
 
 def overview(results: dict[str, dict[str, Data]]) -> str:
-    """Scale, seeds, machine, time and command of everything on the page."""
+    """Time, machine and command of everything on the page."""
     import tabulate
 
     rows = []
-    for scale, of in results.items():
+    for of in results.values():
         for data in of.values():
-            seeds = " ".join(map(str, data["seeds"]))
-            command = f"python -m experiments.paper.{data['experiment']} --scale {scale}"
             rows.append([
-                experiment(data["experiment"]).title, scale, seeds, f"{sum(data['hours'].values()):.2f}",
-                made_on(data["environment"]), f"`{command}{'' if seeds == '0' else f' --seeds {seeds}'}`",
+                experiment(data["experiment"]).title, f"{sum(data['hours'].values()):.2f}",
+                made_on(data["environment"]), f"`{writing.command(data)}`",
             ])  # fmt: skip
-    return tabulate.tabulate(
-        rows, headers=["experiment", "scale", "seeds", "hours", "machine", "command"], tablefmt="pipe"
-    )
+    return tabulate.tabulate(rows, headers=["experiment", "hours", "machine", "command"], tablefmt="pipe")
 
 
 def deeper(markdown: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from experiments.paper import attacked, costs, jobs, runner, tables, writing
 from experiments.paper.experiment import PGD_7, at_equal_passes
-from experiments.paper.scales import SCALES, changed
+from experiments.paper.scales import SCALES, changed, scale_of
 from fs_jax.attacks import parse_attack
 from fs_jax.config import TrainConfig
 from fs_jax.evaluation import evaluate
@@ -37,7 +37,7 @@ def test_every_experiment_can_be_run_at_every_scale(name, scale):
         for config in configs:
             assert config.dataset in SCALES[scale].datasets
             make_method(config)
-            folders.add(jobs.folder_of(pathlib.Path(), scale, config))
+            folders.add(jobs.folder_of(pathlib.Path(), SCALES[scale], config))
     # No two rows are the same network, but where one epoch is as few as seven steps' passes allow.
     assert scale == "trial" or len(folders) == len(experiment.rows) * len(configs)
 
@@ -53,8 +53,8 @@ def test_the_papers_numbers_are_of_attacks_that_are_run(name):
 
 
 def test_experiments_share_the_networks_that_they_have_in_common(tmp_path):
-    alone = {name: jobs.jobs("digits", [name], [0], tmp_path) for name in jobs.EXPERIMENTS}
-    together = jobs.jobs("digits", jobs.EXPERIMENTS, [0], tmp_path)
+    alone = {name: jobs.jobs(SCALES["digits"], [name], [0], tmp_path) for name in jobs.EXPERIMENTS}
+    together = jobs.jobs(SCALES["digits"], jobs.EXPERIMENTS, [0], tmp_path)
     assert len(together) < sum(map(len, alone.values()))
     # The paper's own configuration is a row of all but one of them.
     (own,) = [job for job in together if job.folder == alone["table1_strong_attacks"][0].folder]
@@ -66,7 +66,7 @@ def test_experiments_share_the_networks_that_they_have_in_common(tmp_path):
 
 
 def test_some_rows_can_be_asked_for(tmp_path):
-    (job, *_) = some = jobs.jobs("digits", ["main_table", "transfer"], [0], tmp_path, rows=["TRADES"])
+    (job, *_) = some = jobs.jobs(SCALES["digits"], ["main_table", "transfer"], [0], tmp_path, rows=["TRADES"])
     assert {job.config.method for job in some} == {"trades"}
     assert job.experiments == ("main_table", "transfer")
 
@@ -111,9 +111,11 @@ def test_few_images_decide_nothing():
 
 def test_files_have_ours_and_the_papers(tmp_path):
     experiment = jobs.experiment("table4_ipot_beta")
-    assert writing.write(experiment, "trial", [0], tmp_path, tmp_path / "r") is None  # not before a row is there
+    assert (
+        writing.write(experiment, SCALES["trial"], [0], tmp_path, tmp_path / "r") is None
+    )  # not before a row is there
     finish("table4_ipot_beta", "trial", tmp_path)
-    path = writing.write(experiment, "trial", [0], tmp_path, tmp_path / "r")
+    path = writing.write(experiment, SCALES["trial"], [0], tmp_path, tmp_path / "r")
     assert "| β = 1 | 100.0" in " ".join(path.read_text(encoding="utf-8").split())
     assert "(69.9)" in path.read_text(encoding="utf-8")
     hours = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["hours"]
@@ -128,13 +130,13 @@ def test_files_have_ours_and_the_papers(tmp_path):
 
 def test_a_table_names_the_rows_that_are_missing(tmp_path):
     finish("table3_sinkhorn_tau", "trial", tmp_path, rows=2)
-    path = writing.write(jobs.experiment("table3_sinkhorn_tau"), "trial", [0], tmp_path, tmp_path / "r")
+    path = writing.write(jobs.experiment("table3_sinkhorn_tau"), SCALES["trial"], [0], tmp_path, tmp_path / "r")
     assert "Not run yet: τ = 0.005, τ = 0.05, τ = 0.5." in path.read_text(encoding="utf-8")
 
 
 def test_the_gap_is_divided_among_the_attacks(tmp_path):
     finish("autoattack_gap", "trial", tmp_path, rows=1)
-    path = writing.write(jobs.experiment("autoattack_gap"), "trial", [0], tmp_path, tmp_path / "r")
+    path = writing.write(jobs.experiment("autoattack_gap"), SCALES["trial"], [0], tmp_path, tmp_path / "r")
     parts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["networks"]["feature scattering"]["parts"]
     assert (parts["misclassified"], parts["PGD-20"], parts["robust"]) == (0, 0.25, 0.75)
     assert sum(parts.values()) == 1
@@ -144,14 +146,14 @@ def test_the_gap_is_divided_among_the_attacks(tmp_path):
 def test_no_result_is_overwritten(tmp_path):
     experiment = jobs.experiment("table4_ipot_beta")
     finish("table4_ipot_beta", "trial", tmp_path)
-    path = writing.write(experiment, "trial", [0], tmp_path, tmp_path)
-    writing.check_results(experiment, "trial", [0], tmp_path)  # its own: more rows may come
+    path = writing.write(experiment, SCALES["trial"], [0], tmp_path, tmp_path)
+    writing.check_results(experiment, SCALES["trial"], [0], tmp_path)  # its own: more rows may come
     assert writing.file_name(experiment, [0, 1]) != path.stem  # of other seeds
     with pytest.raises(ValueError, match=r"results: expected a new folder.*epochs 200 here, 1 there"):
-        writing.check_results(experiment, "paper", [0], tmp_path)
+        writing.check_results(experiment, SCALES["paper"], [0], tmp_path)
     path.with_suffix(".json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"results: expected .* none that this version reads"):
-        writing.check_results(experiment, "trial", [0], tmp_path)
+        writing.check_results(experiment, SCALES["trial"], [0], tmp_path)
 
 
 def test_attacks_that_have_run_are_taken_over(tmp_path):
@@ -211,7 +213,7 @@ def test_a_table_is_stopped_resumed_and_written(tmp_path):
 
 
 def test_estimates_count_the_test_images_and_the_passes_of_the_attacks(tmp_path):
-    (job, *_) = jobs.jobs("paper", ["table3_sinkhorn_tau"], [0], tmp_path)
+    (job, *_) = jobs.jobs(SCALES["paper"], ["table3_sinkhorn_tau"], [0], tmp_path)
     cost = {"step": 0.0, "pass": 1.0, "train_images": 50_000}
     few, many = (costs.seconds_of(job, {**cost, "test_images": n}) for n in (100, 10_000))
     # Of each image: a look, FGSM, 20 and 100 steps of PGD and of CW, whose last iterate decides.
@@ -233,3 +235,38 @@ def test_all_experiments_of_a_scale(tmp_path):
     for name in jobs.EXPERIMENTS:
         text = (tmp_path / "results" / "trial" / f"{name}.md").read_text(encoding="utf-8")
         assert "Not run yet" not in text
+
+
+@pytest.mark.slow
+def test_another_data_set(tmp_path):
+    rng = np.random.default_rng(0)  # of CIFAR-100's shape
+    arrays = {
+        f"{split}_{name}": values
+        for split, count in (("train", 300), ("test", 20))
+        for name, values in (
+            ("images", rng.integers(0, 256, (count, 32, 32, 3), np.uint8)), ("labels", np.arange(count) % 100),
+        )
+    }  # fmt: skip
+    np.savez(tmp_path / "hundred.npz", **arrays)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "experiments.paper.main_table", "--scale", "trial", "--rows", "standard", "PGD-7",
+            "--dataset", str(tmp_path / "hundred.npz"), "--workdir", str(tmp_path / "runs"),
+            "--results", str(tmp_path / "results"),
+        ],
+        cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "results" / "trial-hundred" / "main_table.md").read_text(encoding="utf-8")
+    assert "32 x 32 pixels" in text
+    assert "Not run yet: feature scattering, TRADES." in text
+
+
+@pytest.mark.parametrize("dataset", ["cifar100", "svhn_cropped"])
+def test_other_published_sets_are_named_in_the_caption(dataset, tmp_path):
+    finish("table4_ipot_beta", "short", tmp_path, dataset=dataset)
+    scale = scale_of("short", dataset)
+    path = writing.write(jobs.experiment("table4_ipot_beta"), scale, [0], tmp_path, tmp_path / "r")
+    text = path.read_text(encoding="utf-8")
+    assert f"--scale short --dataset {dataset}`" in text
+    assert "in brackets the paper's, on CIFAR-10" in text

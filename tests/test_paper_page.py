@@ -9,6 +9,7 @@ import pytest
 
 from experiments import report
 from experiments.paper import findings, jobs, writing
+from experiments.paper.scales import scale_of
 from tests.paper_results import finish
 
 
@@ -16,7 +17,9 @@ def results_of(tmp_path, *names):
     """Files of these tables, as if they had been run at the scale of digits."""
     for name in names:
         finish(name, "digits", tmp_path / "runs")
-        writing.write(jobs.experiment(name), "digits", [0], tmp_path / "runs", tmp_path / "results" / "digits")
+        writing.write(
+            jobs.experiment(name), scale_of("digits"), [0], tmp_path / "runs", tmp_path / "results" / "digits"
+        )
     return tmp_path / "results"
 
 

@@ -8,7 +8,6 @@ import time
 from typing import TYPE_CHECKING
 
 from experiments.paper.jobs import Job, experiment, result_file
-from experiments.paper.scales import SCALES
 from fs_jax.config import TrainConfig, to_dict
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def measure(config: TrainConfig, dataset: "Dataset") -> dict[str, float]:
 
 def seconds_of(job: Job, cost: dict[str, float]) -> float:
     """What is left to do of this network takes about so long."""
-    scale = SCALES[job.scale]
+    scale = job.scale
     config = dataclasses.replace(job.config, train_size=int(cost["train_images"]))
     trained = (job.folder / "run" / "checkpoints").exists()
     total = PROCESS_SECONDS + (0 if trained else config.total_steps * cost["step"])

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from experiments.paper.experiment import Experiment, Finished, Row
-from experiments.paper.scales import SCALES, Scale, changed
+from experiments.paper.scales import Scale, changed
 from fs_jax import __version__
 from fs_jax.config import TrainConfig, to_dict
 from fs_jax.training.methods import METHODS
@@ -26,7 +26,7 @@ EXPERIMENTS = (
 class Job:
     """A network: its configuration, its folder, and the experiments that it is measured for."""
 
-    scale: str
+    scale: Scale
     config: TrainConfig
     folder: pathlib.Path
     experiments: tuple[str, ...]
@@ -65,13 +65,17 @@ def without_defaults(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, attack=attack, smoothing=smoothing)
 
 
-def folder_of(workdir: pathlib.Path, scale: str, config: TrainConfig) -> pathlib.Path:
+def folder_of(workdir: pathlib.Path, scale: Scale, config: TrainConfig) -> pathlib.Path:
     """Where a network is: the same configuration, of whatever table, has one folder; another version another one."""
-    return workdir / scale / f"{config.method}-{config.dataset}-{digest([__version__, to_dict(config)])}"
+    return (
+        workdir
+        / scale.folder
+        / f"{config.method}-{pathlib.Path(config.dataset).stem}-{digest([__version__, to_dict(config)])}"
+    )
 
 
 def jobs(
-    scale: str, names: Iterable[str], seeds: Sequence[int], workdir: pathlib.Path, rows: Sequence[str] = ()
+    scale: Scale, names: Iterable[str], seeds: Sequence[int], workdir: pathlib.Path, rows: Sequence[str] = ()
 ) -> list[Job]:
     """All networks of these experiments, or of those rows of them alone; those of the first experiment first."""
     found: dict[pathlib.Path, Job] = {}
@@ -79,7 +83,7 @@ def jobs(
         for row in experiment(name).rows:
             if rows and row.label not in rows:
                 continue
-            for config in configurations(experiment(name), SCALES[scale], row, seeds):
+            for config in configurations(experiment(name), scale, row, seeds):
                 folder = folder_of(workdir, scale, config)
                 before = found[folder].experiments if folder in found else ()
                 found[folder] = Job(scale, config, folder, tuple(dict.fromkeys((*before, name))))
@@ -93,16 +97,16 @@ def result_file(folder: pathlib.Path, scale: Scale, name: str) -> pathlib.Path:
 
 def is_finished(job: Job) -> bool:
     """Whether all that this network is for has been measured."""
-    return all(result_file(job.folder, SCALES[job.scale], name).exists() for name in job.experiments)
+    return all(result_file(job.folder, job.scale, name).exists() for name in job.experiments)
 
 
-def finished_rows(name: str, scale: str, seeds: Sequence[int], workdir: pathlib.Path) -> list[Finished]:
+def finished_rows(name: str, scale: Scale, seeds: Sequence[int], workdir: pathlib.Path) -> list[Finished]:
     """The rows of an experiment of which all networks are measured, with the results."""
     found = []
     for row in experiment(name).rows:
-        configs = configurations(experiment(name), SCALES[scale], row, seeds)
+        configs = configurations(experiment(name), scale, row, seeds)
         folders = [folder_of(workdir, scale, config) for config in configs]
-        paths = [result_file(folder, SCALES[scale], name) for folder in folders]
+        paths = [result_file(folder, scale, name) for folder in folders]
         if all(path.exists() for path in paths):
             found.append(Finished(row, [json.loads(path.read_text(encoding="utf-8")) for path in paths], folders))
     return found

@@ -22,7 +22,7 @@ from experiments.output import write_files
 from experiments.paper import costs, writing
 from experiments.paper.experiment import Experiment
 from experiments.paper.jobs import EXPERIMENTS, Job, digest, experiment, is_finished, jobs, result_file
-from experiments.paper.scales import SCALES
+from experiments.paper.scales import SCALES, Scale, scale_of
 from fs_jax._utils.files import local_path, read_jsonl
 from fs_jax._utils.validation import check_choice, check_number
 from fs_jax.config import to_dict
@@ -36,6 +36,8 @@ class Arguments:
     """trial, digits, small, medium, short or paper: see --list."""
     seeds: tuple[int, ...] = (0,)
     """Each row is trained once with each."""
+    dataset: str | None = None
+    """Another data set than the scale's: cifar10, cifar100, svhn_cropped, digits, or the path of an .npz file."""
     rows: tuple[str, ...] = ()
     """Train and measure these alone, by the label that a table gives them; by default all."""
     workdir: pathlib.Path = pathlib.Path("runs/paper")
@@ -60,30 +62,30 @@ def main(chosen: Experiment) -> None:
 def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
     """Run these experiments, or all of the scale, with the command line's words."""
     arguments = tyro.cli(Arguments, args=argv)
-    check_choice("scale", arguments.scale, SCALES)
+    scale = scale_of(arguments.scale, arguments.dataset)
     if not arguments.seeds:
         raise ValueError("seeds: expected one or more; got none.")
     for seed in arguments.seeds:
         check_number("seeds", seed, at_least=0, at_most=2**32 - 2, integer=True)
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise ValueError(f"seeds: expected each once; got {', '.join(map(str, arguments.seeds))}.")
-    names = names or SCALES[arguments.scale].experiments or EXPERIMENTS
+    names = names or scale.experiments or EXPERIMENTS
     labels = dict.fromkeys(row.label for name in names for row in experiment(name).rows)
     for row in arguments.rows:
         check_choice("rows", row, labels)
     workdir = local_path("workdir", arguments.workdir)
-    results = local_path("results", arguments.results) / arguments.scale
-    needed = jobs(arguments.scale, names, arguments.seeds, workdir, arguments.rows)
+    results = local_path("results", arguments.results) / scale.folder
+    needed = jobs(scale, names, arguments.seeds, workdir, arguments.rows)
     missing = [job for job in needed if not is_finished(job)]
     if arguments.list:
-        print(listing(arguments.scale, names, needed, missing))
+        print(listing(scale, names, needed, missing))
         return None
     for name in names:
-        writing.check_results(experiment(name), arguments.scale, arguments.seeds, results)
+        writing.check_results(experiment(name), scale, arguments.seeds, results)
     stopped = bool(missing) and execute(missing, arguments)
     written = []
     for name in names:
-        path = writing.write(experiment(name), arguments.scale, arguments.seeds, workdir, results)
+        path = writing.write(experiment(name), scale, arguments.seeds, workdir, results)
         if path is not None:
             written.append(path)
             print(f"\n{path.read_text(encoding='utf-8')}")
@@ -94,11 +96,14 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
     return None
 
 
-def listing(scale: str, names: Sequence[str], needed: list[Job], missing: list[Job]) -> str:
+def listing(scale: Scale, names: Sequence[str], needed: list[Job], missing: list[Job]) -> str:
     """Scales and experiments, and of those chosen what is missing, row by row."""
-    lines = ["Scales:", *(f"  {name:8} {about.summary}" for name, about in SCALES.items()), "Experiments:"]
+    lines = ["Scales:", *(f"  {name:8} {about.summary}" for name, about in SCALES.items())]
+    lines += ["Experiments:"]
     lines += [f"  {name:24} {experiment(name).title}, {len(experiment(name).rows)} rows" for name in EXPERIMENTS]
-    lines += [f"At scale {scale}, of {', '.join(names)}, {len(needed)} networks, {len(missing)} to train or measure:"]
+    lines += [
+        f"At scale {scale.folder}, of {', '.join(names)}, {len(needed)} networks, {len(missing)} to train or measure:"
+    ]
     lines += [f"  {name}: {job.folder}" for job in missing for name in job.experiments[:1]]
     return "\n".join(lines)
 
@@ -112,7 +117,12 @@ def execute(missing: list[Job], arguments: Arguments) -> bool:
     places = processors(arguments.workers)
     data.load(missing[0].config.dataset, data_dir=arguments.data_dir)  # what is wrong with it is said here, once
     for job in missing:
-        spec: dict[str, Any] = {"scale": job.scale, "config": to_dict(job.config), "experiments": job.experiments}
+        spec: dict[str, Any] = {
+            "scale": job.scale.name,
+            "dataset": job.scale.dataset,
+            "config": to_dict(job.config),
+            "experiments": job.experiments,
+        }
         spec["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir)
         write_files(job.folder, {"job.json": spec})
     estimated = estimate(missing, places, workdir=local_path("workdir", arguments.workdir))
@@ -226,6 +236,6 @@ def share_done(job: Job) -> float:
     with contextlib.suppress(OSError, ValueError, IndexError):
         steps = read_jsonl(job.folder / "run" / "metrics.jsonl")[-1]["step"]
         total = job.config.total_steps
-        there = [result_file(job.folder, SCALES[job.scale], name).exists() for name in job.experiments]
+        there = [result_file(job.folder, job.scale, name).exists() for name in job.experiments]
         return 0.5 * min(1.0, steps / total) + 0.5 * sum(there) / len(there)
     return 0.0

@@ -1,9 +1,11 @@
 """How large the paper's experiments are run: what each scale changes, what it costs, and what it can decide."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from fs_jax._utils.validation import check_choice
 from fs_jax.config import AttackConfig, ModelConfig, TrainConfig, preset
 
 
@@ -11,6 +13,7 @@ from fs_jax.config import AttackConfig, ModelConfig, TrainConfig, preset
 class Scale:
     """A size of the paper's experiments."""
 
+    name: str
     summary: str
     """What it changes, what it costs, and what it can decide."""
     config: TrainConfig
@@ -25,10 +28,18 @@ class Scale:
     """On how many of these gradient-free attacks are run."""
     experiments: tuple[str, ...] | None = None
     """Which are run where none is named; None for all."""
+    dataset: str | None = None
+    """Another data set than its own, if one was asked for."""
+
+    @property
+    def folder(self) -> str:
+        """Of its networks and results."""
+        return self.name if self.dataset is None else f"{self.name}-{pathlib.Path(self.dataset).stem}"
 
 
 SCALES: dict[str, Scale] = {
     "trial": Scale(
+        "trial",
         "One epoch of scikit-learn's digits, 20 test images: to try the scripts; decides nothing.",
         dataclasses.replace(preset("digits"), epochs=1, decay_epochs=()),
         ("digits",),
@@ -37,6 +48,7 @@ SCALES: dict[str, Scale] = {
         2,
     ),
     "digits": Scale(
+        "digits",
         "scikit-learn's 8 x 8 digits, WRN-10-1, 12 epochs, radius 0.1, in five folds, so that all 1,797 images are "
         "tested. Minutes a row on two cores; decides effects of 3 points and more.",
         preset("digits"),
@@ -46,6 +58,7 @@ SCALES: dict[str, Scale] = {
         20,
     ),
     "small": Scale(
+        "small",
         "CIFAR-10 at 16 x 16, WRN-10-2, 16 epochs, radius 6/255, 1,000 test images. Some 20 minutes of one core a row; "
         "decides orderings.",
         TrainConfig(
@@ -61,6 +74,7 @@ SCALES: dict[str, Scale] = {
         50,
     ),
     "medium": Scale(
+        "medium",
         "CIFAR-10 at 32 x 32, WRN-10-2, 20 epochs, radius 4/255, 1,000 test images, of a few rows: an hour of two cores"
         " a row. Whether 1-step scattering is better than PGD-7 under AutoAttack.",
         TrainConfig(
@@ -76,6 +90,7 @@ SCALES: dict[str, Scale] = {
         ("equal_passes", "figure1_loss_curves", "figure2_embeddings", "table1_strong_attacks"),
     ),
     "short": Scale(
+        "short",
         "The paper's WRN-28-10 on CIFAR-10 in bfloat16 for 15 epochs, 1,000 test images: for a GPU or a TPU.",
         dataclasses.replace(
             preset("cifar10_wrn28_10"),
@@ -89,6 +104,7 @@ SCALES: dict[str, Scale] = {
         100,
     ),
     "paper": Scale(
+        "paper",
         "The paper's WRN-28-10 on CIFAR-10 for 200 epochs, all 10,000 test images: for a GPU or a TPU.",
         preset("cifar10_wrn28_10"),
         ("cifar10",),
@@ -97,6 +113,25 @@ SCALES: dict[str, Scale] = {
         1000,
     ),
 }
+
+
+def scale_of(name: str, dataset: str | None = None) -> Scale:
+    """A scale by name, on its own data or on another set's (`cifar100`, `svhn_cropped`, an .npz file).
+
+    Raises:
+      ValueError: for an unknown name, with the nearest one.
+
+    Example:
+      >>> scale_of("short", "svhn_cropped").folder
+      'short-svhn_cropped'
+    """
+    check_choice("scale", name, SCALES)
+    scale = SCALES[name]
+    if dataset is None:
+        return scale
+    return dataclasses.replace(
+        scale, dataset=dataset, datasets=(dataset,), config=dataclasses.replace(scale.config, dataset=dataset)
+    )
 
 
 def changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:

@@ -90,7 +90,7 @@ def show(data: Data) -> str:
     first, *others = rows
     counts = [numbers["total"] for numbers in rows[first].values()]
     images = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-    about = f"Accuracy in % of {images} test images, with 95% intervals; in brackets the paper's."
+    about = f"Accuracy in % of {images} test images, with 95% intervals; in brackets the paper's, on CIFAR-10 at 8/255."
     parts = [formatted(data, "pipe"), about]
     if spread := seed_spread(rows[first]):
         parts += [spread]

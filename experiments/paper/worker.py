@@ -14,7 +14,7 @@ from experiments.output import write_files
 from experiments.paper.costs import measure
 from experiments.paper.experiment import Network
 from experiments.paper.jobs import experiment, result_file
-from experiments.paper.scales import SCALES
+from experiments.paper.scales import scale_of
 from fs_jax.config import from_dict
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     from fs_jax._utils import backend
 
     backend.enable_compilation_cache()
-    scale, config = SCALES[job["scale"]], from_dict(job["config"])
+    scale, config = scale_of(job["scale"], job["dataset"]), from_dict(job["config"])
     dataset = data.load(config.dataset, data_dir=job["data_dir"])
     if argv[1:]:
         cost = pathlib.Path(argv[1])

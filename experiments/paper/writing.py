@@ -8,7 +8,7 @@ from typing import Any
 from experiments.output import made_on, write_files
 from experiments.paper.experiment import Data, Experiment, Finished
 from experiments.paper.jobs import finished_rows
-from experiments.paper.scales import SCALES
+from experiments.paper.scales import Scale
 from fs_jax._utils.files import read_jsonl
 from fs_jax._utils.text import radius
 from fs_jax.config import differences, from_dict, to_dict
@@ -25,7 +25,7 @@ def file_name(experiment: Experiment, seeds: Sequence[int]) -> str:
     return experiment.name if list(seeds) == [0] else f"{experiment.name}-seeds-{'-'.join(map(str, seeds))}"
 
 
-def check_results(experiment: Experiment, scale: str, seeds: Sequence[int], results: pathlib.Path) -> None:
+def check_results(experiment: Experiment, scale: Scale, seeds: Sequence[int], results: pathlib.Path) -> None:
     """Refuse to write over the results of another configuration.
 
     Raises:
@@ -34,7 +34,7 @@ def check_results(experiment: Experiment, scale: str, seeds: Sequence[int], resu
     path = results / f"{file_name(experiment, seeds)}.json"
     if not path.exists():
         return
-    here, there = SCALES[scale].config, json.loads(path.read_text(encoding="utf-8"))
+    here, there = scale.config, json.loads(path.read_text(encoding="utf-8"))
     try:
         changes = differences(here, from_dict(there["config"]))
         told = [f"{name} {now} here, {then} there" for name, (now, then) in changes.items()]
@@ -48,7 +48,7 @@ def check_results(experiment: Experiment, scale: str, seeds: Sequence[int], resu
 
 
 def write(
-    experiment: Experiment, scale: str, seeds: Sequence[int], workdir: pathlib.Path, results: pathlib.Path
+    experiment: Experiment, scale: Scale, seeds: Sequence[int], workdir: pathlib.Path, results: pathlib.Path
 ) -> pathlib.Path | None:
     """Write the rows that are finished; the Markdown's path, or None if there are none."""
     finished = finished_rows(experiment.name, scale, seeds, workdir)
@@ -57,13 +57,15 @@ def write(
     there = [of.row.label for of in finished]
     data: Data = {
         "experiment": experiment.name,
-        "scale": scale,
+        "scale": scale.name,
+        "dataset": scale.dataset,
+        "pixels": list(pixels(scale)),
         "seeds": list(seeds),
         "missing": [row.label for row in experiment.rows if row.label not in there],
-        "config": to_dict(SCALES[scale].config),
+        "config": to_dict(scale.config),
         "environment": finished[-1].results[-1]["environment"],
         "hours": hours(finished),
-        **experiment.collect(experiment, SCALES[scale], finished),
+        **experiment.collect(experiment, scale, finished),
     }
     name = file_name(experiment, seeds)
     figure = None if experiment.draw is None else f"{name}.png"
@@ -104,16 +106,22 @@ def as_markdown(experiment: Experiment, data: Data, figure: str | None) -> str:
 
 def caption(experiment: Experiment, data: Data) -> str:
     """Where the numbers come from: scale, radius, seeds, machine, command."""
-    scale = SCALES[data["scale"]]
     seeds = ", ".join(map(str, data["seeds"]))
-    options = "" if data["seeds"] == [0] else f" --seeds {' '.join(map(str, data['seeds']))}"
-    size = " x ".join(map(str, shape_of(scale.datasets[0])[:2]))
+    dataset = "" if data["dataset"] is None else f" on {data['dataset']}"
+    size = " x ".join(map(str, data["pixels"]))
     return (
-        f"Scale `{data['scale']}` ({size} pixels, L∞ radius {radius(scale.config.attack.epsilon)}), "
+        f"Scale `{data['scale']}`{dataset} ({size} pixels, L∞ radius {radius(data['config']['attack']['epsilon'])}), "
         f"seed{'s' * (len(data['seeds']) > 1)} {seeds}. The paper's: {experiment.source}. On "
         f"{made_on(data['environment'])}, {spent(data['hours'])}: "
-        f"`python -m experiments.paper.{experiment.name} --scale {data['scale']}{options}`"
+        f"`{command(data)}`"
     )
+
+
+def command(data: Data) -> str:
+    """That makes these results."""
+    seeds = "" if data["seeds"] == [0] else f" --seeds {' '.join(map(str, data['seeds']))}"
+    dataset = "" if data["dataset"] is None else f" --dataset {data['dataset']}"
+    return f"python -m experiments.paper.{data['experiment']} --scale {data['scale']}{dataset}{seeds}"
 
 
 def spent(hours: dict[str, float]) -> str:
@@ -126,7 +134,8 @@ def spent(hours: dict[str, float]) -> str:
     return f"{hours['training']:.1f} hours of training and {hours['measuring']:.1f} of measuring"
 
 
-def shape_of(dataset: str) -> tuple[int, int, int]:
+def pixels(scale: Scale) -> tuple[int, int]:
+    """Height and width of its images."""
     from fs_jax import data
 
-    return data.info(dataset).image_shape
+    return data.info(scale.datasets[0]).image_shape[:2]
