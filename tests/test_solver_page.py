@@ -23,7 +23,7 @@ def run(block):
 
 
 def test_all_examples_are_tested():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 8
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -54,3 +54,28 @@ def test_batch():
 def test_learned_metric():
     # 300 steps of Adam come this near; the smallest weight matters least to the plan, and is learned last.
     np.testing.assert_allclose(jnp.exp(run(3)["learned"]), [2, 0.5, 0.1], atol=0.02)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_divergence():
+    names = run(4)
+    x, distance = names["x"], names["distance"]
+    assert distance(x, x) == 0
+    np.testing.assert_allclose(distance(x, x + 0.5), 0.5, rtol=0.02)  # entropic: a little less than the exact 0.5
+    assert distance(names["moved"], x) < 0.05 * distance(x, x + 0.5)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_new_points():
+    np.testing.assert_allclose(run(5)["mapped"], [[1.2, 0.85]], atol=0.15)  # from 200 points, blurred
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_bounds():
+    names = run(6)
+    assert names["lower"] <= names["upper"] <= names["lower"] * 1.02
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_dustbin():
+    np.testing.assert_allclose(run(7)["matched"], [[0, 1], [1, 0], [0, 0]], atol=1e-3)

@@ -132,7 +132,7 @@ def execute(missing: list[Job], arguments: Arguments) -> bool:
     waiting = list(missing)
     running: dict[str, tuple[Job, subprocess.Popen]] = {}
     failed: list[pathlib.Path] = []
-    with tqdm(total=len(missing), unit="network", mininterval=5) as bar, contextlib.ExitStack() as stack:
+    with tqdm(total=len(missing), unit="network") as bar, contextlib.ExitStack() as stack:
         stack.callback(end, running)
         while waiting or running:
             for place in [place for place in places if place not in running]:
@@ -146,8 +146,10 @@ def execute(missing: list[Job], arguments: Arguments) -> bool:
                 if status not in (0, command_line.STOPPED):
                     failed.append(job.folder)
             done = len(missing) - len(waiting) - len(running) - len(failed)
-            bar.n = round(done + sum(share_done(job) for job, _ in running.values()), 2)
-            bar.update(0)
+            so_far = round(done + sum(share_done(job) for job, _ in running.values()), 2)
+            if so_far != bar.n:  # tqdm itself would wait for steps as large as the largest so far
+                bar.n = so_far
+                bar.refresh()
             if time.monotonic() > deadline:
                 break
             time.sleep(1)

@@ -5,10 +5,14 @@
     result.primal_cost                        # ⟨plan, cost⟩, differentiable
 
 The package needs JAX and nothing else of this project. In reading order: costs → problem → sinkhorn, ipot, released →
-result; the iterations and their derivatives are in the private modules.
+result; divergence, extension and bounds are made of results. The iterations and their derivatives are in the private
+modules.
 """
 
+from fs_jax.ot.bounds import Bounds, bounds, round_to_feasible
 from fs_jax.ot.costs import cosine_cost, euclidean_cost, sqeuclidean_cost
+from fs_jax.ot.divergence import Divergence, sinkhorn_divergence
+from fs_jax.ot.extension import barycentric_map, potential_at, relative_reg
 from fs_jax.ot.fixed import fixed_plan
 from fs_jax.ot.ipot import ipot
 from fs_jax.ot.released import released_sinkhorn
@@ -16,13 +20,21 @@ from fs_jax.ot.result import Status, Transport
 from fs_jax.ot.sinkhorn import sinkhorn
 
 __all__ = [
+    "Bounds",
+    "Divergence",
     "Status",
     "Transport",
+    "barycentric_map",
+    "bounds",
     "cosine_cost",
     "euclidean_cost",
     "fixed_plan",
     "ipot",
+    "potential_at",
+    "relative_reg",
     "released_sinkhorn",
+    "round_to_feasible",
     "sinkhorn",
+    "sinkhorn_divergence",
     "sqeuclidean_cost",
 ]

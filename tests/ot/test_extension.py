@@ -1,0 +1,89 @@
+"""Potentials and maps at new points, and the scale of a cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fs_jax.ot import barycentric_map, ipot, potential_at, relative_reg, sinkhorn, sqeuclidean_cost
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(6, 2)), RNG.normal(size=(9, 2)) + 1
+A, B = (weights / weights.sum() for weights in (RNG.uniform(0.5, 1.5, 6), RNG.uniform(0.5, 1.5, 9)))
+REG = 0.3
+COST = np.sum((X[:, None] - Y) ** 2, -1)
+
+
+@pytest.fixture(scope="module")
+def solved():
+    with jax.enable_x64(True):
+        return sinkhorn(COST, A, B, reg=REG, num_iters=3000, threshold=1e-12)
+
+
+def test_at_the_solved_points_they_are_the_solution(solved):
+    np.testing.assert_allclose(potential_at(COST, solved.g, reg=REG), solved.f - REG * np.log(A), rtol=1e-9)
+    np.testing.assert_allclose(potential_at(COST.T, solved.f, reg=REG), solved.g - REG * np.log(B), rtol=1e-9)
+    mapped = barycentric_map(COST, solved.g, Y, reg=REG)
+    np.testing.assert_allclose(mapped, solved.plan @ Y / A[:, None], rtol=1e-9)
+
+
+def test_new_points_are_where_a_problem_with_them_has_them(solved):
+    # A point of no weight to speak of changes nothing, and is solved with the others.
+    new = np.array([[0.3, -0.2]])
+    weights = np.concatenate([A * (1 - 1e-9), [1e-9]])
+    cost = sqeuclidean_cost(np.concatenate([X, new]), Y)
+    with_it = sinkhorn(cost, weights, B, reg=REG, num_iters=3000, threshold=1e-13)
+    mapped = barycentric_map(sqeuclidean_cost(new, Y), solved.g, Y, reg=REG)
+    np.testing.assert_allclose(mapped[0], with_it.plan[-1] @ Y / 1e-9, rtol=1e-6)  # the weight's own effect
+
+
+def test_the_map_goes_to_the_nearest_as_reg_gets_small():
+    shifted = X + 100
+    solved = ipot(sqeuclidean_cost(X, shifted), beta=1.0, num_iters=400)
+    mapped = barycentric_map(sqeuclidean_cost(X, shifted), solved.g, shifted, reg=1.0 / 400)
+    np.testing.assert_allclose(mapped, shifted, atol=1e-3)  # an assignment; the blur is exp(-gap / reg)
+
+
+def test_points_without_mass_attract_nothing():
+    b = np.where(np.arange(9) < 6, 1 / 6, 0.0)
+    solved = sinkhorn(COST, A, b, reg=REG, num_iters=2000, threshold=1e-12)
+    far = jnp.asarray(Y).at[6:].set(1e6)
+    np.testing.assert_allclose(
+        barycentric_map(COST, solved.g, far, reg=REG), solved.plan[:, :6] @ Y[:6] / A[:, None], rtol=1e-9
+    )
+
+
+def test_derivatives_are_those_of_differences(solved):
+    def total(x):
+        return jnp.sum(barycentric_map(sqeuclidean_cost(x, Y), solved.g, Y, reg=REG) ** 2)
+
+    direction, step = np.random.default_rng(1).normal(size=X.shape), 1e-4
+    slope = jnp.sum(jax.grad(total)(jnp.asarray(X)) * direction)
+    differences = (total(X + step * direction) - total(X - step * direction)) / (2 * step)
+    np.testing.assert_allclose(slope, differences, rtol=1e-6)  # second order in the step
+
+
+def test_the_scale_is_that_of_pairs_with_mass_and_has_no_gradient():
+    a = np.where(np.arange(6) < 4, 0.25, 0.0)
+    present, weights = np.asarray(COST)[:4], np.full((4, 1), 0.25) * B
+    mean = np.sum(weights * present)
+    np.testing.assert_allclose(relative_reg(0.1, COST, a, B), 0.1 * mean, rtol=1e-12)
+    deviation = np.sqrt(np.sum(weights * (present - mean) ** 2))
+    np.testing.assert_allclose(relative_reg(0.1, COST, a, B, to="std"), 0.1 * deviation, rtol=1e-12)
+    np.testing.assert_array_equal(jax.grad(lambda cost: relative_reg(0.1, cost, a, B))(COST), 0)
+    # So that a plan doesn't depend on the features' scale.
+    plans = [sinkhorn(c, A, B, reg=relative_reg(0.1, c)).plan for c in (COST, 1e4 * COST)]
+    np.testing.assert_allclose(*plans, rtol=1e-8)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: potential_at(COST, np.zeros(6), reg=REG), r"g: expected the potentials of the columns .*got shape \(6,\)"),
+    (lambda: potential_at(COST, np.zeros(9), reg=0), "reg: expected a finite number above 0"),
+    (lambda: barycentric_map(COST, np.zeros(9), X, reg=REG), r"y: expected one row per column of cost, \[9, d\]"),
+    (lambda: relative_reg(0.1, COST, to="median"), "to: expected one of 'mean', 'std', got 'median'"),
+])  # fmt: skip
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
