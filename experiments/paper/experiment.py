@@ -53,8 +53,9 @@ class Network(NamedTuple):
 class Measurement:
     """What is measured of a network."""
 
-    run: Callable[[Network, Scale, pathlib.Path], Data]
-    """(network, scale, where the result will be, beside which to keep what is done so far) -> the result."""
+    run: Callable[[Network, Scale, pathlib.Path], Data | None]
+    """(network, scale, where the result will be, beside which to keep what is done so far) -> the result; None if a
+    signal stopped it."""
     settings: Callable[[Scale], Any]
     """What the result depends on besides the network, as JSON: experiments of the same settings share results."""
     passes: Callable[[TrainConfig, Scale, int], float]

@@ -1,5 +1,6 @@
 """Loss and margin over PGD's steps (the paper's figure 1): `python -m experiments.paper.figure1_loss_curves`."""
 
+import functools
 import pathlib
 from collections.abc import Sequence
 
@@ -43,17 +44,15 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
     curves = []
     for name in OUTCOMES:
         for place in [place for place, of in enumerate(outcomes) if of == name][:SHOWN]:
-            ascended = {
-                loss: trajectory(network.logits_fn, images[place], labels[place], function, epsilon)
-                for loss, function in (("cross-entropy", cross_entropy), ("dlr", dlr))
-            }
+            one = (network.model, network.variables, images[place], labels[place], epsilon)
+            (loss, margin), (_, margin_dlr) = trajectory()(cross_entropy, *one), trajectory()(dlr, *one)
             curves.append(
                 {
                     "image": int(order[place]),
                     "outcome": name,
-                    "loss": summed_up(ascended["cross-entropy"][0]),
-                    "margin": summed_up(ascended["cross-entropy"][1]),
-                    "margin_dlr": summed_up(ascended["dlr"][1]),
+                    "loss": summed_up(loss),
+                    "margin": summed_up(margin),
+                    "margin_dlr": summed_up(margin_dlr),
                 }
             )
     counts = {name: outcomes.count(name) for name in (*OUTCOMES, "misclassified")}
@@ -68,18 +67,24 @@ def outcome(misclassified_at: dict[str, int]) -> str:
     return OUTCOMES[0] if misclassified_at["apgd-t"] < 0 else OUTCOMES[1]
 
 
-def trajectory(logits_fn, image, label, loss, epsilon):
-    """Cross-entropy and margin [steps + 1, starts] of PGD's iterates on an image."""
+@functools.cache
+def trajectory():
+    """A function of a loss, a network, an image, its label and the radius: PGD's iterates from several starts.
+
+    It gives their cross-entropy and margin [steps + 1, starts]; made once, and JAX is loaded here alone.
+    """
     import jax
     import jax.numpy as jnp
 
     from fs_jax.attacks import cross_entropy, logit_margin, pgd, random_start
+    from fs_jax.models import as_logits_fn
 
-    images, labels = jnp.stack([image] * STARTS), jnp.full(STARTS, label)
-    keys = jax.random.split(jax.random.key(0), STARTS)
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def ascend(loss, model, variables, image, label, epsilon):
+        logits_fn = as_logits_fn(model, variables)
+        images, labels = jnp.stack([image] * STARTS), jnp.full(STARTS, label)
+        keys = jax.random.split(jax.random.key(0), STARTS)
 
-    @jax.jit
-    def ascend(images, labels, start):
         def step(x, _):
             logits = logits_fn(x)
             moved = pgd(
@@ -88,9 +93,10 @@ def trajectory(logits_fn, image, label, loss, epsilon):
             )  # fmt: skip
             return moved, (cross_entropy(logits, labels), logit_margin(logits, labels))
 
+        start = jnp.clip(random_start(keys, images, epsilon), 0, 1)
         return jax.lax.scan(step, start, length=STEPS + 1)[1]
 
-    return ascend(images, labels, jnp.clip(random_start(keys, images, epsilon), 0, 1))
+    return ascend
 
 
 def summed_up(values) -> dict[str, list[float]]:

@@ -1,6 +1,5 @@
 """What the transport's plan is during training, and what it changes: `python -m experiments.paper.mechanism`."""
 
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from experiments.paper.experiment import FEATURE_SCATTERING, Data, Experiment, F
 from experiments.paper.figures import plans_over_training
 from experiments.paper.runner import main
 from experiments.paper.scales import Scale
-from fs_jax.config import TrainConfig, TransportConfig
+from fs_jax.config import TrainConfig, TransportConfig, to_dict
 
 PLANS = {
     **{f"Sinkhorn, τ = {reg:g}": TransportConfig(reg=reg) for reg in (0.001, 0.005, 0.01, 0.05, 0.5)},
@@ -24,7 +23,7 @@ POINTS = 16  # at which a training is looked at, at most
 BATCHES = 4
 
 
-def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
+def run(network: Network, scale: Scale, path: pathlib.Path) -> Data | None:
     """Train another network of this configuration, and look at batches of its training images on the way."""
     import json
 
@@ -33,79 +32,91 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
     from fs_jax import training
     from fs_jax._utils.files import read_jsonl
 
-    config, seen = network.config, path.with_suffix(".points.jsonl")
-    points = read_jsonl(seen) if seen.exists() else []
-    config = dataclasses.replace(config, train_size=len(network.dataset.train_labels))
-    every = -(-config.epochs // POINTS)
-    while True:  # an epoch at a time
-        run = training.train(
-            config, network.dataset, path.with_name("mechanism"), devices=jax.local_devices()[:1], monitor_images=0,
-            progress=False, max_minutes=0, steps_per_dispatch=config.steps_per_epoch,
-        )  # fmt: skip
-        epoch = int(run.state.step) // config.steps_per_epoch
-        if (epoch % every == 0 or run.finished) and epoch not in {point["epoch"] for point in points}:
-            points.append({"epoch": epoch, "plans": look(config, network, run.variables)})
-            write_files(seen.parent, {seen.name: "".join(f"{json.dumps(point)}\n" for point in points)})
-        if run.finished:
-            return {"points": points}
+    seen, every = path.with_suffix(".points.jsonl"), -(-network.config.epochs // POINTS)
+    points = {point["epoch"]: point for point in (read_jsonl(seen) if seen.exists() else [])}
+
+    def look_at(epoch, variables):
+        if epoch % every == 0 or epoch == network.config.epochs:
+            points[epoch] = {"epoch": epoch, "plans": look(network, variables)}
+            write_files(seen.parent, {seen.name: "".join(f"{json.dumps(point)}\n" for point in points.values())})
+
+    run = training.train(
+        network.config, network.dataset, path.with_name("mechanism"), devices=jax.local_devices()[:1],
+        monitor_images=0, progress=False, on_epoch=look_at,
+    )  # fmt: skip
+    return {"points": [points[epoch] for epoch in sorted(points)]} if run.finished else None
 
 
-def look(config: TrainConfig, network: Network, variables) -> Data:
+def look(network: Network, variables) -> Data:
     """Of each transport, on the same batches and noise: its plan, and the signs of the gradient that images get."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
+    from fs_jax.attacks import random_start
     from fs_jax.evaluation import as_float
-    from fs_jax.models import as_logits_fn
-    from fs_jax.training.transports import make_transport
 
-    rng = np.random.default_rng(config.seed)
-    chosen = rng.choice(len(network.dataset.train_labels), (BATCHES, config.batch_size), replace=False)
+    config, dataset = network.config, network.dataset
+    rng, key = np.random.default_rng(config.seed), jax.random.key(config.seed)
     found: Data = {label: [] for label in PLANS}
-    transports = {label: make_transport(of) for label, of in PLANS.items()}
-    identity = make_transport(TransportConfig(solver="identity"))
-    for place, batch in enumerate(chosen):
-        images, labels = as_float(network.dataset.train_images[batch]), network.dataset.train_labels[batch]
-        looked = _look(
-            tuple(transports.values()), identity, as_logits_fn(network.model, variables),
-            jax.random.fold_in(jax.random.key(config.seed), place), jnp.asarray(images), jnp.asarray(labels),
-            epsilon=config.attack.epsilon,
-        )  # fmt: skip
-        for label, values in zip(found, looked, strict=True):
-            found[label].append({name: float(value) for name, value in values.items()})
+    for place, batch in enumerate(rng.choice(len(dataset.train_labels), (BATCHES, config.batch_size), replace=False)):
+        images, labels = jnp.asarray(as_float(dataset.train_images[batch])), jnp.asarray(dataset.train_labels[batch])
+        keys = jax.random.split(jax.random.fold_in(key, place), len(batch))
+        start = random_start(keys, images, config.attack.epsilon)
+        arguments = (network.model, variables, images, start)
+        same, _ = signs(TransportConfig(solver="identity"), *arguments)
+        supervised = supervised_signs(network.model, variables, start, labels)
+        for label, transport in PLANS.items():
+            sign, solved = signs(transport, *arguments)
+            found[label].append(
+                {
+                    "diagonal": float(jnp.trace(solved.plan) / jnp.sum(solved.plan)),
+                    "marginal_error": float(solved.marginal_error),
+                    "identity_signs": float(jnp.mean(sign == same)),
+                    "cross_entropy_signs": float(jnp.mean(sign == supervised)),
+                }
+            )
     return {label: {name: float(np.mean([v[name] for v in of])) for name in of[0]} for label, of in found.items()}
 
 
-def _look(transports, identity, logits_fn, rng, images, labels, *, epsilon):
+@functools.cache
+def programs():
+    """The compiled functions: made once, and JAX is loaded here alone."""
     import jax
     import jax.numpy as jnp
 
     from fs_jax import ot
-    from fs_jax.attacks import cross_entropy, random_start
+    from fs_jax.attacks import cross_entropy
+    from fs_jax.models import as_logits_fn
+    from fs_jax.training.transports import make_transport
 
-    start = random_start(jax.random.split(rng, len(images)), images, epsilon)
-    natural = logits_fn(images)
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def transported(config, model, variables, images, start):
+        logits_fn = as_logits_fn(model, variables)
+        natural = logits_fn(images)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def signs(transport, start):
         def objective(x):
-            solved = transport(ot.cosine_cost(natural, logits_fn(x)))
+            solved = make_transport(config)(ot.cosine_cost(natural, logits_fn(x)))
             return solved.primal_cost, solved
 
         gradient, solved = jax.grad(objective, has_aux=True)(start)
         return jnp.sign(gradient), solved
 
-    same = signs(identity, start)[0]
-    supervised = jnp.sign(jax.grad(lambda x: cross_entropy(logits_fn(x), labels).sum())(start))
-    for transport in transports:
-        sign, solved = signs(transport, start)
-        yield {
-            "diagonal": jnp.trace(solved.plan) / jnp.sum(solved.plan),
-            "marginal_error": solved.marginal_error,
-            "identity_signs": jnp.mean(sign == same),
-            "cross_entropy_signs": jnp.mean(sign == supervised),
-        }
+    @functools.partial(jax.jit, static_argnums=0)
+    def supervised(model, variables, start, labels):
+        return jnp.sign(jax.grad(lambda x: cross_entropy(as_logits_fn(model, variables)(x), labels).sum())(start))
+
+    return transported, supervised
+
+
+def signs(*arguments):
+    """Of a transport's gradient to the images, and the transport."""
+    return programs()[0](*arguments)
+
+
+def supervised_signs(*arguments):
+    """Of the cross-entropy's gradient to the images."""
+    return programs()[1](*arguments)
 
 
 def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data:
@@ -129,9 +140,13 @@ def show(data: Data) -> str:
     ])  # fmt: skip
 
 
+def settings(scale: Scale) -> list:
+    return ["mechanism", {label: to_dict(transport) for label, transport in PLANS.items()}, POINTS, BATCHES]
+
+
 def passes(config: TrainConfig, scale: Scale, images: int) -> float:
     """The training, and a gradient for each transport at each point."""
-    points = min(POINTS, config.epochs)
+    points = min(POINTS, config.epochs) + 1
     return config.batch_size * (2.4 * config.total_steps + points * BATCHES * (len(PLANS) + 2))
 
 
@@ -140,7 +155,7 @@ EXPERIMENT = Experiment(
     title="What the transport does",
     source="(not in the paper)",
     rows=[FEATURE_SCATTERING],
-    measurement=Measurement(run, lambda scale: ["mechanism", list(PLANS), POINTS, BATCHES], passes),
+    measurement=Measurement(run, settings, passes),
     collect=collect,
     show=show,
     draw=plans_over_training,

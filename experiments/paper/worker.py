@@ -47,6 +47,8 @@ def main(argv: list[str]) -> int:
         if not path.exists():
             began = time.monotonic()
             result = experiment(name).measurement.run(network, scale, path)
+            if result is None:
+                return command_line.STOPPED
             seconds = round(time.monotonic() - began, 1)
             write_files(folder, {path.name: {"environment": backend.describe(), "seconds": seconds, **result}})
     return 0

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +67,7 @@ def train(
     checkpoint_minutes: float = 5.0,
     steps_per_dispatch: int | None = None,
     monitor_images: int = 512,
+    on_epoch: Callable[[int, dict[str, Any]], None] | None = None,
     progress: bool = True,
 ) -> Run:
     """Train, or resume training, until the configuration's last epoch.
@@ -92,6 +93,8 @@ def train(
       steps_per_dispatch: Steps that run on the devices without the host, and make one row of the log. By default as
         many as take ten seconds, by measurement, and 25 at most: a stop waits for them.
       monitor_images: How many images are monitored, at most; 0 for none.
+      on_epoch: Is called before the first epoch and after each, before its checkpoint, with the number of epochs done
+        and the variables to evaluate, on the host. A run that is killed calls it again for the epoch that it repeats.
       progress: Show a progress bar.
 
     Returns:
@@ -143,6 +146,8 @@ def train(
         images, labels = share((dataset.train_images[kept], dataset.train_labels[kept]), devices)
         state, ordered, stopping = replicate(state, devices), None, False
         monitor, pace = (dataset.train_images[monitored], dataset.train_labels[monitored]), _Pace(steps_per_dispatch)
+        if on_epoch is not None and step == 0:
+            on_epoch(0, unreplicate(state).evaluated(method))
         with _Log(workdir, step) as log, _progress_bar(config, step, progress) as bar, _say_what_is_kept(checkpoints):
             keeper = _Keeper(config, checkpoints, log, monitor)
             while step < config.total_steps and not stopping:
@@ -169,6 +174,8 @@ def train(
                 ends_epoch = step % config.steps_per_epoch == 0
                 if ends_epoch:
                     keeper.monitor(unreplicate(state))
+                    if on_epoch is not None:
+                        on_epoch(epoch + 1, unreplicate(state).evaluated(method))
                 # After the best one: a run that is killed in between comes back to before both.
                 if ends_epoch or stopping or keeper.seconds() >= 60 * checkpoint_minutes:
                     keeper.save(unreplicate(state))
