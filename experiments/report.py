@@ -76,7 +76,7 @@ def read(folder: pathlib.Path) -> dict[str, dict[str, Data]]:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("experiment") in EXPERIMENTS and data["scale"] in ORDER:
             found.setdefault(path.parent.name, {})[path.stem] = data
-    return dict(sorted(found.items(), key=lambda item: (ORDER.index(item[0].split("-")[0]), item[0])))
+    return dict(sorted(found.items(), key=lambda item: (ORDER.index(next(iter(item[1].values()))["scale"]), item[0])))
 
 
 def place(path: pathlib.Path) -> tuple[int, str]:
@@ -93,22 +93,24 @@ def page(results: dict[str, dict[str, Data]]) -> str:
     parts = [f"# {TITLE}", METHOD, words, "## What we find", HOW_CERTAIN]
     for of in results.values():
         first = next(iter(of.values()))
-        parts += [f"### {headline(first)}", SCALES[first["scale"]].summary, claims(of)]
+        design = SCALES[first["scale"]].summary if first["dataset"] is None else f"As scale {first['scale']} has it."
+        parts += [f"### {headline(first)}", design, claims(of)]
     for scale, of in results.items():
         parts += [f"## Results: {headline(next(iter(of.values())))}"]
         for name, data in of.items():
             about = experiment(data["experiment"])
             figure = None if about.draw is None else f"{scale}/{name}.png"
             parts += [deeper(writing.as_markdown(about, data, figure))]
-    parts += ["## What was run", overview(results)]
+    parts += ["## What was run", overview(results), "Networks that several experiments share are counted in each."]
     return "\n\n".join(parts) + "\n"
 
 
 HOW_CERTAIN = """\
-Each claim of the paper, and what our networks say of it. These are smaller than the paper's and trained for less, as
-said with each scale: what they show of the *method's parts* and of *how it is judged* is ours to say, but its
-accuracies on CIFAR-10 are not those of the released network. Intervals are of 95%, over test images; differences are of
-the same images. *Agrees* and *disagrees* mean that the interval says so, *undetermined* that it doesn't."""
+Claims of the paper, and what our networks say of them. Their size, data and training are said with each scale: what
+they show of the *method's parts* and of *how it is judged* holds there, and their accuracies are not those of the
+released network. Intervals are of 95%, over test images; differences are of the same images, for these networks: that
+other seeds would give others isn't in them. *Agrees* and *disagrees* mean that the whole interval says so,
+*undetermined* that it doesn't."""
 
 
 def headline(data: Data) -> str:
@@ -119,7 +121,7 @@ def headline(data: Data) -> str:
       >>> headline({"config": config, "pixels": [8, 8]})
       'digits, 8 x 8, radius 0.1'
     """
-    name, size = data["config"]["dataset"].split("_")[0], " x ".join(map(str, data["pixels"]))
+    name, size = pathlib.Path(data["config"]["dataset"]).stem.split("_")[0], " x ".join(map(str, data["pixels"]))
     return f"{NAMES.get(name, name)}, {size}, radius {radius(data['config']['attack']['epsilon'])}"
 
 
@@ -128,7 +130,9 @@ NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
 
 def claims(of: dict[str, Data]) -> str:
     """The paper's claims, and what these results say of them."""
-    found = findings.findings(of)
+    # Of several files of an experiment, that of most seeds.
+    best = {data["experiment"]: data for data in sorted(of.values(), key=lambda data: len(data["seeds"]))}
+    found = findings.findings(best)
     if not found:
         return "These results check none of the paper's claims yet."
     return "\n".join(f"- *{each.claim}* **{each.verdict.capitalize()}.** {each.evidence}" for each in found)

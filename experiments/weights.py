@@ -13,6 +13,7 @@ import hashlib
 import json
 import lzma
 import pathlib
+import re
 import tempfile
 from typing import Any
 
@@ -56,7 +57,11 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"output: expected a new file for {arguments.name}; got none. Give --output FILE.safetensors.")
     else:
         restore(arguments.name, arguments.output, arguments.folder)
-        print(f"{arguments.output}: {arguments.name}. Evaluate it: python -m experiments.evaluate --weights FILE")
+        of = manifest(arguments.folder)[arguments.name]
+        print(
+            f"{arguments.output}: {of['network']}. Evaluate it: python -m experiments.evaluate --weights "
+            f"{arguments.output} --dataset {of['dataset']} --epsilon {of['epsilon']:.6g} --suite autoattack"
+        )
 
 
 def listing(folder: pathlib.Path) -> str:
@@ -88,7 +93,7 @@ def keep(model: Any, variables: Any, about: dict[str, Any], name: str, folder: p
     from fs_jax.models import convert
 
     there = manifest(folder)
-    if name in there or not all(part.isidentifier() for part in name.split("/")):
+    if name in there or not re.fullmatch(r"\w+(/\w+)*", name):
         raise ValueError(f"name: expected a new one of letters, digits and _, such as small/ours; got {name!r}.")
     if "config" not in about:
         raise ValueError("keep: expected the folder of a run, which says how its network was trained; got a file.")

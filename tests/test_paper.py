@@ -74,8 +74,8 @@ def test_some_rows_can_be_asked_for(tmp_path):
 def test_equal_passes_are_equal():
     config = SCALES["medium"].config
     fewer = changed(config, at_equal_passes(PGD_7).changes)
-    assert fewer.epochs * (7 + 1) == pytest.approx(config.epochs * 2.4, rel=0.05)
-    assert fewer.decay_epochs == (4, 5)
+    assert fewer.epochs * (2 * 7 + 3) == pytest.approx(config.epochs * (2 + 3 + 1), rel=0.05)
+    assert fewer.decay_epochs == (5, 6)
 
 
 def test_changes_are_named_as_on_the_command_line():
@@ -85,9 +85,9 @@ def test_changes_are_named_as_on_the_command_line():
 
 
 def test_folds_are_pooled():
-    correct = tables.pooled([evaluated([2, 2, 1]), evaluated([0, 1])])
-    assert correct["clean"].tolist() == [True, True, True, False, True]
-    assert correct["pgd-20"].tolist() == [True, True, False, False, False]
+    correct = tables.pooled([evaluated([2, 2, 1]), evaluated([0, 1])], datasets=2)
+    assert correct["clean"].tolist() == [1, 1, 1, 0, 1]
+    assert correct["pgd-20"].tolist() == [1, 1, 0, 0, 0]
     assert tables.by_network([evaluated([2, 2, 1]), evaluated([0, 1])], "clean") == [1.0, 0.5]
     chained = evaluated([2, 1, 0])
     chained["attacks"][1]["after"] = ["clean"]
@@ -95,6 +95,19 @@ def test_folds_are_pooled():
     assert tables.survived(chained, "pgd-20").tolist() == [True, False, False]
     chained["attacks"][1]["num_images"] = 2
     assert tables.survived(chained, "pgd-20").tolist() == [True, False]
+
+
+def test_an_image_counts_once_however_many_seeds_there_are():
+    of_seeds = [evaluated([2, 2, 1, 0]), evaluated([2, 1, 0, 0])]
+    correct = tables.pooled(of_seeds, datasets=1)
+    assert correct["clean"].tolist() == [1, 1, 0.5, 0]
+    # Networks that agree on every image tell no more than one of them.
+    one, same = (np.arange(100) < 50 for _ in range(2))
+    several = tables.mean_accuracy(np.mean([one, same], 0))
+    assert several == tables.mean_accuracy(one)
+    mixed = tables.mean_accuracy(np.array([1, 0.5, 0, 0.5] * 25))
+    assert (mixed["accuracy"], mixed["total"]) == (0.5, 100)
+    assert mixed["high"] - mixed["accuracy"] == pytest.approx(1.96 * np.sqrt(0.125 / 99), rel=1e-6)
 
 
 @pytest.mark.parametrize(("ours", "theirs", "word"), [
@@ -134,6 +147,22 @@ def test_a_table_names_the_rows_that_are_missing(tmp_path):
     assert "Not run yet: τ = 0.005, τ = 0.05, τ = 0.5." in path.read_text(encoding="utf-8")
 
 
+def test_rows_are_compared_with_the_first_alone(tmp_path):
+    """Not with the first that happens to be finished."""
+    finish("matching", "trial", tmp_path)
+    scale, experiment = SCALES["trial"], jobs.experiment("matching")
+    whole = json.loads(
+        writing.write(experiment, scale, [0], tmp_path, tmp_path / "r").with_suffix(".json").read_text(encoding="utf-8")
+    )
+    assert whole["rows"]["identity plan"]["pgd-20"]["difference"]["verdict"] == "equal"
+    (first,) = jobs.configurations(experiment, scale, experiment.rows[0], [0])
+    jobs.result_file(jobs.folder_of(tmp_path, scale, first), scale, "matching").unlink()
+    rest = json.loads(
+        writing.write(experiment, scale, [0], tmp_path, tmp_path / "s").with_suffix(".json").read_text(encoding="utf-8")
+    )
+    assert rest["rows"]["identity plan"]["pgd-20"]["difference"] is None
+
+
 def test_the_gap_is_divided_among_the_attacks(tmp_path):
     finish("autoattack_gap", "trial", tmp_path, rows=1)
     path = writing.write(jobs.experiment("autoattack_gap"), SCALES["trial"], [0], tmp_path, tmp_path / "r")
@@ -143,17 +172,26 @@ def test_the_gap_is_divided_among_the_attacks(tmp_path):
     assert path.with_suffix(".png").stat().st_size > 1000
 
 
+ALL = ("β = 0.5", "β = 1")
+
+
 def test_no_result_is_overwritten(tmp_path):
     experiment = jobs.experiment("table4_ipot_beta")
     finish("table4_ipot_beta", "trial", tmp_path)
     path = writing.write(experiment, SCALES["trial"], [0], tmp_path, tmp_path)
-    writing.check_results(experiment, SCALES["trial"], [0], tmp_path)  # its own: more rows may come
+    writing.check_results(experiment, SCALES["trial"], [0], tmp_path, ALL)  # its own: more rows may come
     assert writing.file_name(experiment, [0, 1]) != path.stem  # of other seeds
     with pytest.raises(ValueError, match=r"results: expected a new folder.*epochs 200 here, 1 there"):
-        writing.check_results(experiment, SCALES["paper"], [0], tmp_path)
+        writing.check_results(experiment, SCALES["paper"], [0], tmp_path, ALL)
+    with pytest.raises(ValueError, match=r"has rows that this workdir has not: β = 0.5"):
+        writing.check_results(experiment, SCALES["trial"], [0], tmp_path, ["β = 1"])
+    finish("table4_ipot_beta", "trial", tmp_path / "other", rows=1)
+    with pytest.raises(ValueError, match=r"has rows that this workdir has not: β = 0.5"):
+        writing.write(experiment, SCALES["trial"], [0], tmp_path / "other", tmp_path)
+    assert "β = 0.5" in path.read_text(encoding="utf-8")
     path.with_suffix(".json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"results: expected .* none that this version reads"):
-        writing.check_results(experiment, SCALES["trial"], [0], tmp_path)
+        writing.check_results(experiment, SCALES["trial"], [0], tmp_path, ALL)
 
 
 def test_attacks_that_have_run_are_taken_over(tmp_path):
@@ -188,7 +226,7 @@ def test_attacks_that_have_run_are_taken_over(tmp_path):
 def test_what_is_wrong_is_said_at_once(words, message, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
         runner.run(["table4_ipot_beta"], [*words, "--workdir", str(tmp_path), "--results", str(tmp_path)])
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} <= {".runner.lock"}
 
 
 @pytest.mark.slow

@@ -43,44 +43,113 @@ def test_no_page_without_results(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def row(*, points=0.0, verdict="equal", accuracy=0.5):
+def row(*, points=0.0, half=1.0, verdict="equal", accuracy=0.5):
     numbers = {
-        "accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02,
-        "difference": {"points": points, "half": 1.0, "verdict": verdict},
+        "accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02, "total": 100,
+        "difference": {"points": points, "half": half, "verdict": verdict},
     }  # fmt: skip
-    return {name: numbers for name in ("pgd-20", "square", "apgd-t alone")}
+    names = ("clean", "pgd-20", "square", "apgd-t alone", "spsa", "spsa, 1 step", "square alone")
+    return {name: numbers for name in (*names, "local search, 10 rounds", "local-search-projected")}
 
 
-@pytest.mark.parametrize(("verdict", "said"), [
-    ("lower", "agrees"), ("higher", "disagrees"), ("equal", "undetermined"), ("undetermined", "undetermined"),
-])  # fmt: skip
-def test_who_is_more_robust_is_what_autoattack_says(verdict, said):
-    rows = {"feature scattering": row(), "PGD-7": row(verdict=verdict)}
-    (first, *_) = findings.findings({"main_table": {"rows": rows}})
-    assert (first.claim[:30], first.verdict) == ("Feature scattering is more rob", said)
+def table(reference, **rows):
+    return {"reference": reference, "rows": {reference: row(), **rows}}
 
 
-@pytest.mark.parametrize(("verdicts", "said"), [
-    (("equal", "equal"), "agrees"), (("equal", "undetermined"), "undetermined"), (("equal", "lower"), "disagrees"),
-])  # fmt: skip
-def test_stable_means_equal_everywhere(verdicts, said):
-    rows = {"τ = 0.01": row(), **{f"τ = {n}": row(verdict=verdict) for n, verdict in enumerate(verdicts)}}
-    (found,) = findings.findings({"table3_sinkhorn_tau": {"rows": rows}})
-    assert found.verdict == said
+def gap(lost):
+    return {"total": 1000, "parts": {"misclassified": 0.1, "PGD-20": 0.2, "loss": lost, "robust": 0.7 - lost}}
 
 
-@pytest.mark.parametrize(("verdict", "said"), [
-    ("lower", "agrees"), ("equal", "disagrees"), ("higher", "disagrees"), ("undetermined", "undetermined"),
-])  # fmt: skip
-def test_transport_matters_if_the_identity_plan_is_worse(verdict, said):
-    (found,) = findings.findings({"matching": {"rows": {"identity plan": row(verdict=verdict)}}})
-    assert (found.verdict, "mass" in found.evidence) == (said, False)
+def network(*, falls=5, purity=(0.9, 0.9)):
+    clean, attacked = ({"mean": mean, "half": 0.02} for mean in purity)
+    loss = {"mean": [1.0] + [2.0] * 100}
+    return {
+        "outcomes": {"survives PGD-20, falls to APGD-T": falls, "robust": 50 - falls},
+        "curves": [{"loss": loss}],
+        "purity": {"clean": clean, "supervised attack": attacked, "feature scattering": clean},
+    }
+
+
+def whole(**changes):
+    """Results of all experiments that claims are checked by."""
     plan = {"diagonal": 0.97, "identity_signs": 0.99}
-    points = [{"plans": {"Sinkhorn, τ = 0.01": plan}}]
-    (found,) = findings.findings({
-        "matching": {"rows": {"identity plan": row(verdict=verdict)}}, "mechanism": {"points": points},
-    })  # fmt: skip
-    assert "97.0% of its mass on the diagonal" in found.evidence
+    return {
+        "main_table": table("feature scattering", **{"PGD-7": row()}),
+        "equal_passes": table("feature scattering", **{"PGD-7, equal passes": row()}),
+        "autoattack_gap": {"networks": {"feature scattering": gap(0.2), "PGD-7": gap(0.01)}},
+        "matching": table("Sinkhorn, τ = 0.01", **{"identity plan": row()}),
+        "mechanism": {"points": [{"plans": {"Sinkhorn, τ = 0.01": plan}}]},
+        "table2_label_smoothing": table("Δ = 0.5", **{"Δ = 0": row()}),
+        "table3_sinkhorn_tau": table("τ = 0.01", **{"τ = 0.5": row()}),
+        "table4_ipot_beta": table("β = 1", **{"β = 0.5": row()}),
+        "ablation": table("transport, 1 step, Δ = 0.5", **{"transport, 1 step, Δ = 0": row()}),
+        "gradient_free": table("feature scattering"),
+        "figure1_loss_curves": {"networks": {"feature scattering": network()}},
+        "figure2_embeddings": {"networks": {"feature scattering": network(), "standard": network()}},
+        **changes,
+    }
+
+
+def verdict(about, results):
+    (found,) = (each for each in findings.findings(results) if about in each.claim)
+    return found.verdict
+
+
+def test_every_claim_is_checked():
+    assert len(findings.findings(whole())) == len(findings.CLAIMS)
+    # And its rows are those that the experiments have.
+    for name, data in whole().items():
+        labels = [row.label for row in jobs.experiment(name).rows]
+        assert set(data.get("rows", {})) <= set(labels)
+        assert data.get("reference", labels[0]) == labels[0]
+        assert set(data.get("networks", {})) <= set(labels)
+
+
+def test_what_is_not_there_says_nothing():
+    assert findings.findings({}) == []
+    without = whole(matching={"reference": "Sinkhorn, τ = 0.01", "rows": {"identity plan": {
+        name: {**of, "difference": None} for name, of in row().items()
+    }}})  # fmt: skip
+    assert len(findings.findings(without)) == len(findings.CLAIMS) - 1
+
+
+@pytest.mark.parametrize(("told", "said"), [
+    ("lower", "agrees"), ("higher", "disagrees"), ("equal", "disagrees"), ("undetermined", "undetermined"),
+])  # fmt: skip
+@pytest.mark.parametrize(("about", "experiment", "label"), [
+    ("more robust than adversarial", "main_table", "PGD-7"), ("One step", "equal_passes", "PGD-7, equal passes"),
+    ("Matching by transport", "matching", "identity plan"), ("smoothing", "ablation", "transport, 1 step, Δ = 0"),
+])  # fmt: skip
+def test_more_than_another_is_what_the_strongest_attack_says(about, experiment, label, told, said):
+    changed = table(whole()[experiment]["reference"], **{label: row(verdict=told)})
+    assert verdict(about, whole(**{experiment: changed})) == said
+
+
+@pytest.mark.parametrize(("points", "half", "said"), [
+    ((0.1, 0.2), 1.0, "agrees"), ((0.1, 1.2), 1.0, "undetermined"), ((0.1, 5.0), 1.0, "disagrees"),
+    ((0.0, 1.1), 1.0, "undetermined"),  # alone it were different; of two it may be by chance
+])  # fmt: skip
+def test_stable_means_equal_everywhere(points, half, said):
+    rows = {f"τ = {n}": row(points=each, half=half) for n, each in enumerate(points)}
+    assert verdict("Sinkhorn's τ", whole(table3_sinkhorn_tau=table("τ = 0.01", **rows))) == said
+
+
+@pytest.mark.parametrize(("lost", "said"), [(0.2, "disagrees"), (0.005, "agrees"), (0.02, "undetermined")])
+def test_pgd_tells_unless_autoattack_takes_more(lost, said):
+    networks = {"feature scattering": gap(lost), "PGD-7": gap(0.01)}
+    assert verdict("Accuracy under PGD", whole(autoattack_gap={"networks": networks})) == said
+
+
+@pytest.mark.parametrize(("falls", "said"), [(20, "disagrees"), (1, "undetermined")])
+def test_plateaus_are_evidence_if_nothing_falls_behind_them(falls, said):
+    networks = {"feature scattering": network(falls=falls)}
+    assert verdict("plateau", whole(figure1_loss_curves={"networks": networks})) == said
+
+
+@pytest.mark.parametrize(("standard", "said"), [(0.5, "agrees"), (0.9, "undetermined"), (0.95, "disagrees")])
+def test_clusters_hold_if_the_standard_networks_mix_more(standard, said):
+    networks = {"standard": network(purity=(0.9, standard)), "feature scattering": network()}
+    assert verdict("clusters", whole(figure2_embeddings={"networks": networks})) == said
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
@@ -101,10 +170,3 @@ def test_nothing_is_wider_than_the_window(width, tmp_path):
     wide, window = map(int, re.search(r"<title>(\d+) of (\d+)</title>", done.stdout).groups())
     assert wide <= window
     assert abs(window - width) < 40
-
-
-def test_every_claim_is_of_experiments_that_there_are():
-    names = set(
-        re.findall(r'results\["(\w+)"\]|results, "(\w+)"', pathlib.Path(findings.__file__).read_text(encoding="utf-8"))
-    )
-    assert {name for pair in names for name in pair if name} <= set(jobs.EXPERIMENTS)

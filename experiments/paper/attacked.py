@@ -56,15 +56,21 @@ def rescaled_pgd(scale: Scale, factor: float) -> Any:
     from jax.tree_util import Partial
 
     from fs_jax._utils.validation import check_number
-    from fs_jax.attacks import Attack, Specification, pgd_steps
-    from fs_jax.attacks.specification import Setting
+    from fs_jax.attacks import Attack, Setting, Specification, count, flag, length, pgd_steps
 
-    def build(*, epsilon, num_classes, factor):
+    def build(*, epsilon, num_classes, factor, num_steps, step_size, any_iterate):
         loss = Partial(_rescaled_cross_entropy, factor=factor)
-        return pgd_steps(epsilon=epsilon, step_size=epsilon / 4, num_steps=20, loss=loss, last_only=True)
+        last_only = not any_iterate
+        return pgd_steps(epsilon=epsilon, step_size=step_size, num_steps=num_steps, loss=loss, last_only=last_only)
 
-    setting = Setting(1.0, lambda name, value: check_number(name, value, above=0))
-    kind = Specification("pgd-rescaled", "PGD-20 on logits times a factor", build, {"factor": setting}, every_run=True)
+    settings = {
+        "factor": Setting(1.0, lambda name, value: check_number(name, value, above=0)),
+        "num_steps": count(20),
+        "step_size": length(lambda epsilon: epsilon / 4),
+        "any_iterate": flag(False),
+    }
+    # By PGD's own name, so that its random start is that of PGD-20: the factor is all that differs.
+    kind = Specification("pgd", "PGD on logits times a factor", build, settings, steps_in_name=True, every_run=True)
     return Attack(kind, scale.config.attack.epsilon, factor=factor, label=f"pgd-20, logits x {factor:g}")
 
 
@@ -107,8 +113,8 @@ def take_over(journal: pathlib.Path, attacks: Sequence[Any], images: int) -> Non
     wanted = {attack.name: json.loads(json.dumps(attack.described())) for attack in attacks}
     lines: list[Data] = []
     for other in sorted(journal.parent.glob("*.journal.jsonl")):
-        header, *rest = read_jsonl(other)
-        if header["images"] != images:
+        header, *rest = read_jsonl(other) or [{}]  # nothing in it yet, if its process was killed at once
+        if header.get("images") != images:
             continue
         same = {
             line["attack"] for line in rest if "settings" in line and line["settings"] == wanted.get(line["attack"])
@@ -131,8 +137,6 @@ def passes(attack: Any, images: int) -> float:
     standing = 1.0 if not attack.any_iterate else STANDING
     if attack.specification.name == "clean":
         return 0.4 * images
-    if attack.specification.name == "pgd-rescaled":
-        return 20 * images
     if attack.specification.name == "spsa":
         return 0.4 * images * standing * steps * 2 * settings["num_directions"]
     if attack.specification.name == "square" or attack.specification.name.startswith("local-search"):

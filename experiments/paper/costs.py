@@ -7,7 +7,7 @@ import tempfile
 import time
 from typing import TYPE_CHECKING
 
-from experiments.paper.jobs import Job, experiment, result_file
+from experiments.paper.jobs import Job, experiment, file_hash, result_file
 from fs_jax.config import TrainConfig, to_dict
 
 if TYPE_CHECKING:
@@ -20,9 +20,13 @@ MEASUREMENT_SECONDS = 6  # to trace and load the programs of a table's attacks
 
 def kind(config: TrainConfig) -> str:
     """What the time of a step depends on: networks of one kind take the same time."""
+    from fs_jax import data
+
+    info = data.info(config.dataset)
     plain = dataclasses.replace(config, seed=0, dataset="", epochs=1, decay_epochs=(), learning_rate=0.1, smoothing=0.5)
     plain = dataclasses.replace(plain, transport=dataclasses.replace(plain.transport, reg=0.01, beta=1.0))
-    return json.dumps(to_dict(plain), sort_keys=True)
+    data_set = [config.dataset.split("_fold")[0], *file_hash(config.dataset), info.image_shape, info.num_classes]
+    return json.dumps([data_set, to_dict(plain)], sort_keys=True)
 
 
 def measure(config: TrainConfig, dataset: "Dataset") -> dict[str, float]:

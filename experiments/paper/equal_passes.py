@@ -17,7 +17,7 @@ EXPERIMENT = table(
         at_equal_passes(PGD_7),
     ],
     attacks=and_autoattack,
-    reading="PGD-7 is trained for fewer epochs, so that all rows take about as many passes.",
+    reading="PGD-7 is trained for fewer epochs, so that all rows take about as many passes through the network.",
 )
 
 if __name__ == "__main__":

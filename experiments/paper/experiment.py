@@ -84,8 +84,8 @@ class Experiment:
     rows: Sequence[Row]
     """Others are compared with the first."""
     measurement: Measurement
-    collect: Callable[["Experiment", Scale, Sequence[Finished]], Data]
-    """What is kept of the results: all that text and figure show."""
+    collect: Callable[["Experiment", Scale, Sequence[Finished]], Data | None]
+    """What is kept of the results: all that text and figure show; None if these rows show nothing yet."""
     show: Callable[[Data], str]
     """The Markdown between title and caption."""
     draw: Callable[[Data, pathlib.Path], Any] | None = None
@@ -103,6 +103,11 @@ def full_step(config: TrainConfig) -> float:
     return config.attack.epsilon
 
 
+def quarter_step(config: TrainConfig) -> float:
+    """A quarter of the radius, as PGD has it."""
+    return config.attack.epsilon / 4
+
+
 FEATURE_SCATTERING = Row("feature scattering")
 STANDARD = Row("standard", {"method": "standard"})
 PGD_7 = Row("PGD-7", {"method": "pgd"})
@@ -112,11 +117,11 @@ TRADES = Row("TRADES", {"method": "trades"})
 def at_equal_passes(row: Row, *, steps: int = 7) -> Row:
     """The same row, trained for so many epochs that it takes about as many passes as the paper's method.
 
-    A training step of k attack steps takes k + 1 passes forward and backward, and feature scattering's a pass forward
-    besides, which counts 0.4: 2.4 with one step.
+    Forward counts 1, backward to the images 1, and backward to the weights as well 2: so a training step of k attack
+    steps counts 2 k + 3, and feature scattering's 1 more, for the natural images: 6 with one step.
     """
     scattering = row.changes.get("method", "feature_scatter") == "feature_scatter"
-    share = 2.4 / (steps + 1 + 0.4 * scattering)
+    share = 6 / (2 * steps + 3 + scattering)
 
     def epochs(config: TrainConfig) -> int:
         return max(1, round(share * config.epochs))

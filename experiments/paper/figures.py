@@ -8,15 +8,14 @@ from experiments.paper.experiment import Data
 from fs_jax.report._canvas import DASHED, GREY, PALETTE, colour_of, figure_path, legend_columns, new_figure, save
 
 
-def pgd_against_autoattack(data: Data, path: pathlib.Path) -> None:
-    """Each row's accuracy under APGD-T or AutoAttack against that under PGD-20, beside the diagonal."""
+def pgd_against_apgd_t(data: Data, path: pathlib.Path) -> None:
+    """Each row's accuracy under APGD-T against that under PGD-20, beside the diagonal."""
     rows = data["rows"]
-    judge = next(name for name in ("square", "apgd-t alone") if name in next(iter(rows.values())))
-    weak, strong = ([100 * row[name]["accuracy"] for row in rows.values()] for name in ("pgd-20", judge))
+    weak, strong = ([100 * row[name]["accuracy"] for row in rows.values()] for name in ("pgd-20", "apgd-t alone"))
     errors = [
         np.array([[100 * (row[name]["accuracy"] - row[name]["low"]) for row in rows.values()],
                   [100 * (row[name]["high"] - row[name]["accuracy"]) for row in rows.values()]])
-        for name in ("pgd-20", judge)
+        for name in ("pgd-20", "apgd-t alone")
     ]  # fmt: skip
     # A colour for rows that begin alike, a shape for each place among them; those that stand alone are black.
     beginnings = [label.split(",")[0] for label in rows]
@@ -38,7 +37,7 @@ def pgd_against_autoattack(data: Data, path: pathlib.Path) -> None:
         axes.set_ylim(0, limit)
         axes.set_box_aspect(1)
         axes.set_xlabel("accuracy under PGD-20 (%)")
-        axes.set_ylabel(f"accuracy under {'AutoAttack' if judge == 'square' else 'APGD-T'} (%)")
+        axes.set_ylabel("accuracy under APGD-T (%)")
         axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=7.5)
         save(figure, figure_path(path))
 
@@ -148,15 +147,17 @@ def plans_over_training(data: Data, path: pathlib.Path) -> None:
 
 def transfer_matrix(data: Data, path: pathlib.Path) -> None:
     """Accuracy of each network, a row, on the adversaries of each, a column."""
-    accuracies = np.array(data["accuracy"])
-    with new_figure(figsize=(5.6, 4.2)) as figure:
+    rows = data["rows"]
+    sources = list(next(iter(rows.values())))
+    values = 100 * np.array([[of["accuracy"] for of in row.values()] for row in rows.values()])
+    with new_figure(figsize=(2.6 + 0.85 * len(sources), 2.2 + 0.55 * len(rows))) as figure:
         axes = figure.add_subplot()
-        shown = axes.imshow(100 * accuracies, cmap="viridis", vmin=0, vmax=100)
-        for row, column in np.ndindex(accuracies.shape):
-            value = 100 * accuracies[row, column]
+        shown = axes.imshow(values, cmap="viridis", vmin=0, vmax=100)
+        for row, column in np.ndindex(values.shape):
+            value = values[row, column]
             axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="black" if value > 60 else "white")
-        axes.set_xticks(range(len(data["sources"])), data["sources"], rotation=20, ha="right")
-        axes.set_yticks(range(len(data["targets"])), data["targets"])
+        axes.set_xticks(range(len(sources)), [name.replace(", ", ",\n") for name in sources], fontsize=8)
+        axes.set_yticks(range(len(rows)), list(rows))
         axes.set_xlabel("adversaries of")
         axes.grid(visible=False)
         figure.colorbar(shown, label="accuracy (%)")

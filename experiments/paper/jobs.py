@@ -1,6 +1,7 @@
 """What has to be run: networks, each trained once whatever experiments need it, and measured once for each."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
@@ -59,19 +60,24 @@ def without_defaults(config: TrainConfig) -> TrainConfig:
     attack = config.attack
     if "num_steps" in own and attack.num_steps == own["num_steps"].default:
         attack = dataclasses.replace(attack, num_steps=None)
-    if config.method == "feature_scatter" and attack.step_size == attack.epsilon:
+    own_step = {"feature_scatter": attack.epsilon, "pgd": attack.epsilon / 4}.get(config.method)
+    if attack.step_size == own_step:
         attack = dataclasses.replace(attack, step_size=None)
     smoothing = None if "smoothing" in own and config.smoothing == own["smoothing"].default else config.smoothing
     return dataclasses.replace(config, attack=attack, smoothing=smoothing)
 
 
 def folder_of(workdir: pathlib.Path, scale: Scale, config: TrainConfig) -> pathlib.Path:
-    """Where a network is: the same configuration, of whatever table, has one folder; another version another one."""
-    return (
-        workdir
-        / scale.folder
-        / f"{config.method}-{pathlib.Path(config.dataset).stem}-{digest([__version__, to_dict(config)])}"
-    )
+    """Where a network is: the same configuration and data have one folder, whatever tables need it."""
+    key = digest([__version__, to_dict(config), *file_hash(config.dataset)])
+    return workdir / scale.folder / f"{config.method}-{pathlib.Path(config.dataset).stem}-{key}"
+
+
+@functools.cache
+def file_hash(dataset: str) -> list[str]:
+    """Of a data set that is a file: another one may come to have its name."""
+    path = pathlib.Path(dataset)
+    return [hashlib.sha256(path.read_bytes()).hexdigest()] if path.suffix == ".npz" and path.exists() else []
 
 
 def jobs(

@@ -9,11 +9,12 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import tyro
 
@@ -21,9 +22,9 @@ from experiments import command_line
 from experiments.output import write_files
 from experiments.paper import costs, writing
 from experiments.paper.experiment import Experiment
-from experiments.paper.jobs import EXPERIMENTS, Job, digest, experiment, is_finished, jobs, result_file
+from experiments.paper.jobs import EXPERIMENTS, Job, digest, experiment, finished_rows, is_finished, jobs, result_file
 from experiments.paper.scales import SCALES, Scale, scale_of
-from fs_jax._utils.files import local_path, read_jsonl
+from fs_jax._utils.files import local_path, locked, read_jsonl
 from fs_jax._utils.validation import check_choice, check_number
 from fs_jax.config import to_dict
 
@@ -62,7 +63,10 @@ def main(chosen: Experiment) -> None:
 def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
     """Run these experiments, or all of the scale, with the command line's words."""
     arguments = tyro.cli(Arguments, args=argv)
-    scale = scale_of(arguments.scale, arguments.dataset)
+    dataset = arguments.dataset  # a file by its whole name, as workers are in another folder
+    if dataset is not None and dataset.endswith(".npz"):
+        dataset = str(local_path("dataset", dataset).resolve())
+    scale = scale_of(arguments.scale, dataset)
     if not arguments.seeds:
         raise ValueError("seeds: expected one or more; got none.")
     for seed in arguments.seeds:
@@ -80,98 +84,104 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
     if arguments.list:
         print(listing(scale, names, needed, missing))
         return None
-    for name in names:
-        writing.check_results(experiment(name), scale, arguments.seeds, results)
-    stopped = bool(missing) and execute(missing, arguments)
-    written = []
-    for name in names:
-        path = writing.write(experiment(name), scale, arguments.seeds, workdir, results)
-        if path is not None:
-            written.append(path)
-            print(f"\n{path.read_text(encoding='utf-8')}")
+    with held(workdir):
+        for name in names:
+            rows = [row.label for row in experiment(name).rows if not arguments.rows or row.label in arguments.rows]
+            there = [of.row.label for of in finished_rows(name, scale, arguments.seeds, workdir)]
+            writing.check_results(experiment(name), scale, arguments.seeds, results, {*rows, *there})
+        stopped, failed = execute(missing, arguments) if missing else (False, [])
+        written = []
+        for name in names:
+            path = writing.write(experiment(name), scale, arguments.seeds, workdir, results)
+            if path is not None:
+                written.append(path)
+                print(f"\n{path.read_text(encoding='utf-8')}")
     print(f"Written: {', '.join(map(str, written)) or 'nothing, as no row is complete'}.")
+    if failed:
+        raise ChildProcessError("\n".join(failed))
     if stopped:
         print("Stopped. The same command resumes.")
         return command_line.STOPPED
     return None
 
 
+@contextlib.contextmanager
+def held(workdir: pathlib.Path) -> Iterator[None]:
+    """The workdir for this process alone; asked to end, it ends as by Ctrl-C: workers first."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = locked(workdir / "runner")
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        lock.release()
+
+
 def listing(scale: Scale, names: Sequence[str], needed: list[Job], missing: list[Job]) -> str:
-    """Scales and experiments, and of those chosen what is missing, row by row."""
+    """Scales and experiments; and of those chosen the rows, and what is missing."""
     lines = ["Scales:", *(f"  {name:8} {about.summary}" for name, about in SCALES.items())]
     lines += ["Experiments:"]
-    lines += [f"  {name:24} {experiment(name).title}, {len(experiment(name).rows)} rows" for name in EXPERIMENTS]
-    lines += [
-        f"At scale {scale.folder}, of {', '.join(names)}, {len(needed)} networks, {len(missing)} to train or measure:"
-    ]
-    lines += [f"  {name}: {job.folder}" for job in missing for name in job.experiments[:1]]
+    lines += [f"  {name:24} {experiment(name).title}" for name in EXPERIMENTS]
+    lines += [f"Rows of {', '.join(names)}:"]
+    lines += [f"  {label}" for label in dict.fromkeys(row.label for name in names for row in experiment(name).rows)]
+    lines += [f"At scale {scale.folder}: {len(needed)} networks, {len(missing)} to train or measure."]
     return "\n".join(lines)
 
 
-def execute(missing: list[Job], arguments: Arguments) -> bool:
-    """Run these jobs; whether they were stopped before their end."""
+def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
+    """Run these jobs; whether they were stopped before their end, and what failed."""
     from tqdm import tqdm
 
     from fs_jax import data
 
+    workdir, data_dir = local_path("workdir", arguments.workdir), arguments.data_dir
     places = processors(arguments.workers)
-    data.load(missing[0].config.dataset, data_dir=arguments.data_dir)  # what is wrong with it is said here, once
+    data.load(missing[0].config.dataset, data_dir=data_dir)  # what is wrong with it is said here, once
     for job in missing:
-        spec: dict[str, Any] = {
-            "scale": job.scale.name,
-            "dataset": job.scale.dataset,
-            "config": to_dict(job.config),
-            "experiments": job.experiments,
-        }
-        spec["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir)
+        spec: dict[str, Any] = {"scale": job.scale.name, "dataset": job.scale.dataset, "config": to_dict(job.config)}
+        spec |= {"experiments": job.experiments, "data_dir": None if data_dir is None else str(data_dir.resolve())}
         write_files(job.folder, {"job.json": spec})
-    estimated = estimate(missing, places, workdir=local_path("workdir", arguments.workdir))
-    print(f"{len(missing)} networks, {len(places)} at a time: about {words(estimated)}.", flush=True)
     began = time.monotonic()
-    deadline = float("inf") if arguments.max_minutes is None else time.monotonic() + 60 * arguments.max_minutes
-    waiting = list(missing)
-    running: dict[str, tuple[Job, subprocess.Popen]] = {}
-    failed: list[pathlib.Path] = []
-    with tqdm(total=len(missing), unit="network") as bar, contextlib.ExitStack() as stack:
+    deadline = float("inf") if arguments.max_minutes is None else began + 60 * arguments.max_minutes
+    running: dict[str, tuple[Job, Worker]] = {}
+    waiting, failed = list(missing), []
+    with contextlib.ExitStack() as stack:
         stack.callback(end, running)
-        while waiting or running:
-            for place in [place for place in places if place not in running]:
-                if waiting and time.monotonic() < deadline:
+        costs_of = time_kinds(missing, places, running, workdir, deadline)
+        if costs_of is None:
+            return True, []
+        each = [costs.seconds_of(job, costs_of[costs.kind(job.config)]) for job in missing]
+        estimated = max(sum(each) / len(places), max(each))
+        print(f"{len(missing)} networks, {len(places)} at a time: about {words(estimated)}.", flush=True)
+        bar = stack.enter_context(tqdm(total=len(missing), unit="network"))
+        timed = time.monotonic()
+        while (waiting or running) and time.monotonic() < deadline:
+            for place in places:
+                if waiting and place not in running:
                     running[place] = (waiting[0], start(waiting.pop(0), place))
-            for place, (job, process) in list(running.items()):
-                status = process.poll()
-                if status is None:
-                    continue
-                del running[place]
-                if status not in (0, command_line.STOPPED):
-                    failed.append(job.folder)
+            for place, (job, worker) in list(running.items()):
+                status = worker.process.poll()
+                if status is not None:
+                    del running[place]
+                    if status not in (0, command_line.STOPPED):
+                        failed.append(failure(job, worker))
             done = len(missing) - len(waiting) - len(running) - len(failed)
             so_far = round(done + sum(share_done(job) for job, _ in running.values()), 2)
             if so_far != bar.n:  # tqdm itself would wait for steps as large as the largest so far
                 bar.n = so_far
                 bar.refresh()
-            if time.monotonic() > deadline:
-                break
             time.sleep(1)
-    if failed:
-        raise ChildProcessError(failure(failed))
-    stopped = not all(is_finished(job) for job in missing)
+    stopped = not failed and not all(is_finished(job) for job in missing)
     if not stopped:
-        print(f"It took {words(time.monotonic() - began)}; estimated were {words(estimated)}.")
-    return stopped
+        print(f"It took {words(time.monotonic() - timed)}; estimated were {words(estimated)}.")
+    return stopped, failed
 
 
-def failure(failed: list[pathlib.Path]) -> str:
-    """What to say of networks that failed."""
-    log = (failed[0] / "log").read_text(encoding="utf-8", errors="replace")
-    advice = "What is finished is kept; the same command tries the others again."
-    if "RESOURCE_EXHAUSTED" in log or "Out of memory" in log:
-        advice = f"Out of memory: run fewer networks at a time (--workers 1), or a smaller scale. {advice}"
-    return f"{len(failed)} networks failed; the end of {failed[0] / 'log'} is:\n{log[-2000:]}\n{advice}"
-
-
-def estimate(missing: list[Job], places: list[str], workdir: pathlib.Path) -> float:
-    """Seconds that these jobs will take: a network of each kind is timed, once and for all."""
+def time_kinds(
+    missing: list[Job], places: list[str], running: dict, workdir: pathlib.Path, deadline: float
+) -> dict[str, dict[str, float]] | None:
+    """What a step and a pass cost of each kind of network, each timed once and for all; None if there was no time."""
     from tqdm import tqdm
 
     kinds = {costs.kind(job.config): job for job in missing}
@@ -179,13 +189,18 @@ def estimate(missing: list[Job], places: list[str], workdir: pathlib.Path) -> fl
     unknown = [name for name in kinds if not files[name].exists()]
     for begin in tqdm(range(0, len(unknown), len(places)), "Timing each kind of training", disable=not unknown):
         batch = list(zip(unknown[begin : begin + len(places)], places, strict=False))
-        processes = [start(kinds[name], place, str(files[name].resolve())) for name, place in batch]
-        for (name, _), process in zip(batch, processes, strict=True):
-            if process.wait():
-                raise ChildProcessError(f"timing failed; its log is {kinds[name].folder / 'log'}.")
-    cost = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
-    each = [costs.seconds_of(job, cost[costs.kind(job.config)]) for job in missing]
-    return max(sum(each) / len(places), max(each))
+        for name, place in batch:
+            running[place] = (kinds[name], start(kinds[name], place, str(files[name].resolve())))
+        for _, place in batch:
+            job, worker = running[place]
+            while worker.process.poll() is None:
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(0.2)
+            del running[place]
+            if worker.process.returncode:
+                raise ChildProcessError(failure(job, worker))
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
 
 
 def words(seconds: float) -> str:
@@ -198,39 +213,66 @@ def processors(count: int | None = None) -> list[str]:
     """Places to run at: an accelerator, or a processor, each."""
     if count is not None:
         check_number("workers", count, at_least=1, integer=True)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # an accelerator's memory is the workers'
-    import jax
+    # In a process of its own: this one would keep the accelerators from its workers.
+    asked = "import jax; print(*(f'{d.platform} {d.id}' for d in jax.local_devices()), sep=';')"
+    found = subprocess.run([sys.executable, "-c", asked], check=True, capture_output=True, text=True).stdout
+    devices = [device.split() for device in found.strip().splitlines()[-1].split(";")]
+    if devices[0][0] == "cpu":
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        devices = [["cpu", str(core)] for core in cores]
+    return [f"{':'.join(devices[i % len(devices)])}:{i}" for i in range(count or len(devices))]
 
-    accelerators = [device.id for device in jax.local_devices() if device.platform != "cpu"]
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    kind, there = ("gpu", accelerators) if accelerators else ("cpu", cores)
-    return [f"{kind}{there[i % len(there)]}.{i}" for i in range(count or len(there))]
+
+class Worker(NamedTuple):
+    """A process that trains and measures a network."""
+
+    process: subprocess.Popen
+    log: pathlib.Path
+    begins: int
+    """Where in the log its own lines begin."""
 
 
-def start(job: Job, place: str, *more: str) -> subprocess.Popen:
+def start(job: Job, place: str, *more: str) -> Worker:
     """A worker on its processor: several programs of one thread do more than one program of several."""
-    kind, number = place[:3], place[3:].split(".")[0]
+    kind, number, _ = place.split(":")
     environment = dict(os.environ)
-    if kind == "gpu":
-        environment["CUDA_VISIBLE_DEVICES"] = number
+    if kind in ("gpu", "cuda", "rocm"):
+        name = "ROCR_VISIBLE_DEVICES" if kind == "rocm" else "CUDA_VISIBLE_DEVICES"
+        seen = os.environ.get(name)  # of those that this process may use
+        environment[name] = seen.split(",")[int(number)] if seen else number
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    log = open(job.folder / "log", "ab")  # noqa: SIM115 - the worker's, until it ends
+    elif kind == "tpu":
+        environment |= {
+            "TPU_VISIBLE_CHIPS": number, "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1",
+        }  # fmt: skip
+    path = job.folder / "log"
+    log = open(path, "ab")  # noqa: SIM115 - the worker's, until it ends
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.paper.worker", str(job.folder.resolve()), *more],
         env=environment, stdout=log, stderr=log, cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
+    begins = log.tell()
     log.close()
     if kind == "cpu" and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(process.pid, {int(number)})  # before XLA counts its threads
-    return process
+    return Worker(process, path, begins)
 
 
-def end(running: dict[str, tuple[Job, subprocess.Popen]]) -> None:
+def failure(job: Job, worker: Worker) -> str:
+    """What to say of a worker that failed."""
+    log = worker.log.read_bytes()[worker.begins :].decode(errors="replace")
+    advice = "What is finished is kept; the same command tries the others again."
+    if "RESOURCE_EXHAUSTED" in log or "Out of memory" in log:
+        advice = f"Out of memory: run fewer networks at a time (--workers 1), or a smaller scale. {advice}"
+    return f"{job.folder.name} failed; the end of {worker.log} is:\n{log[-2000:]}\n{advice}"
+
+
+def end(running: dict[str, tuple[Job, Worker]]) -> None:
     """Stop what is running: training saves a checkpoint, and evaluations have their journals."""
-    for _, process in running.values():
-        process.terminate()
-    for _, process in running.values():
-        process.wait()
+    for _, worker in running.values():
+        worker.process.terminate()
+    for _, worker in running.values():
+        worker.process.wait()
 
 
 def share_done(job: Job) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,10 @@ class Scale:
     @property
     def folder(self) -> str:
         """Of its networks and results."""
-        return self.name if self.dataset is None else f"{self.name}-{pathlib.Path(self.dataset).stem}"
+        if self.dataset is None:
+            return self.name
+        stem = re.sub(r"[^\w.-]", "_", pathlib.Path(self.dataset).stem)
+        return f"{self.name}-{stem}"
 
 
 SCALES: dict[str, Scale] = {

@@ -30,26 +30,47 @@ def table(
 
 
 def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data:
-    """Accuracies by row and attack over all folds and seeds, and how each row differs from the first."""
+    """Accuracies by row and attack over all images, and how each row differs from the table's first one."""
+    reference = experiment.rows[0].label
+    correct = {of.row.label: pooled(of.results, len(scale.datasets)) for of in finished}
     rows: dict[str, Data] = {}
-    correct = {of.row.label: pooled(of.results) for of in finished}
-    reference = correct[finished[0].row.label]
     for row, results, _folders in finished:
         rows[row.label] = {}
         for name, images in correct[row.label].items():
+            compared = row.label != reference and reference in correct
             rows[row.label][name] = {
-                **accuracy(images), "paper": row.paper.get(name), "by_network": by_network(results, name),
-                "difference": None if row is finished[0].row else difference(images, reference[name]),
+                **mean_accuracy(images), "paper": row.paper.get(name), "by_network": by_network(results, name),
+                "difference": difference(images, correct[reference][name]) if compared else None,
             }  # fmt: skip
-    return {"rows": rows}
+    return {"rows": rows, "reference": reference}
 
 
-def pooled(evaluations: Sequence[Data]) -> dict[str, np.ndarray]:
-    """By attack, whether each image of all folds and seeds was classified correctly."""
+def pooled(evaluations: Sequence[Data], datasets: int) -> dict[str, np.ndarray]:
+    """By attack, for each image of all folds the share of its networks, of several seeds, that were right.
+
+    An image is counted once however many networks it was shown to: they agree more than other images would.
+
+    Args:
+      evaluations: Of the networks, all seeds of a data set together.
+      datasets: How many data sets, or folds, there are.
+    """
+    seeds = len(evaluations) // datasets
+    folds = [evaluations[begin : begin + seeds] for begin in range(0, len(evaluations), seeds)]
     return {
-        attack["name"]: np.concatenate([survived(evaluation, attack["name"]) for evaluation in evaluations])
+        attack["name"]: np.concatenate([np.mean([survived(e, attack["name"]) for e in fold], axis=0) for fold in folds])
         for attack in evaluations[0]["attacks"]
     }
+
+
+def mean_accuracy(images: np.ndarray) -> Data:
+    """The mean and its 95% interval over images: Wilson's of one network for each image, the normal one of several."""
+    if np.isin(images, (0, 1)).all():
+        return accuracy(images.astype(bool))
+    mean, half = float(np.mean(images)), float(1.96 * np.std(images, ddof=1) / np.sqrt(len(images)))
+    return {
+        "correct": float(np.sum(images)), "total": len(images), "accuracy": mean,
+        "low": max(0.0, mean - half), "high": min(1.0, mean + half),
+    }  # fmt: skip
 
 
 def survived(evaluation: Data, name: str) -> np.ndarray:
@@ -86,23 +107,25 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Data:
 
 def show(data: Data) -> str:
     """The accuracies, and below them the differences."""
-    rows = data["rows"]
-    first, *others = rows
-    counts = [numbers["total"] for numbers in rows[first].values()]
+    rows, reference = data["rows"], data["reference"]
+    first = next(iter(rows.values()))
+    counts = [numbers["total"] for numbers in first.values()]
     images = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
     about = f"Accuracy in % of {images} test images, with 95% intervals; in brackets the paper's, on CIFAR-10 at 8/255."
     parts = [formatted(data, "pipe"), about]
-    if spread := seed_spread(rows[first]):
+    if spread := seed_spread(first):
         parts += [spread]
-    if others:
-        text = [
-            [label, *(f"{d['points']:+.1f} ±{d['half']:.1f} {d['verdict']}" for d in differences(rows[label]))]
-            for label in others
-        ]
+    text = [
+        [label, *(f"{d['points']:+.1f} ±{d['half']:.1f} {d['verdict']}" for d in found)]
+        for label, row in rows.items()
+        if (found := differences(row))
+    ]
+    if text:
         parts += [
-            f"Points by which each row differs from *{first}*, on the same images, with 95% intervals. *Equal*: surely "
-            f"within ±{EQUAL:g}; *undetermined*: neither equal nor surely different.",
-            tabulate.tabulate(text, headers=["", *rows[first]], tablefmt="pipe"),
+            f"Points by which each row differs from *{reference}*, on the same images, with 95% intervals over images, "
+            f"for these networks. *Equal*: within ±{EQUAL:g} in the whole interval; *undetermined*: neither equal nor "
+            "different.",
+            tabulate.tabulate(text, headers=["", *first], tablefmt="pipe"),
         ]
     return "\n\n".join(parts)
 
@@ -119,7 +142,8 @@ def cell(numbers: Data) -> str:
 
 
 def differences(row: Data) -> list[Data]:
-    return [numbers["difference"] for numbers in row.values()]
+    """From the table's first row; none of itself, or where that hasn't been run."""
+    return [numbers["difference"] for numbers in row.values() if numbers["difference"] is not None]
 
 
 def seed_spread(row: Data) -> str | None:

@@ -26,6 +26,8 @@ TARGETS = (FEATURE_SCATTERING, STANDARD, PGD_7, TRADES)
 # Of the same kind, with another seed: so that no network meets its own adversaries.
 SOURCES = tuple(dataclasses.replace(row, label=f"{row.label}, another seed", add_to_seed=1) for row in TARGETS)
 
+ITSELF = "itself"
+
 
 def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
     """Make the adversaries of PGD-20, for others to be tried on."""
@@ -43,45 +45,45 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
     return {}
 
 
-def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data:
-    """Judge each target on the adversaries of each source; looks through the networks only, so it takes no time."""
+def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data | None:
+    """Judge each target on its own adversaries and on those of each source: passes forward alone."""
     import jax
     import numpy as np
 
     from experiments.networks import load_network
+    from fs_jax.evaluation.statistics import accuracy
     from fs_jax.models import as_logits_fn
 
     of = {each.row.label: each for each in finished}
-    targets = [row.label for row in TARGETS if row.label in of]
     sources = [row.label for row in SOURCES if row.label in of]
-    correct: dict[tuple[str, str], list[bool]] = {(target, source): [] for target in targets for source in sources}
-    for target in targets:
+    rows: Data = {}
+    for target in [row.label for row in TARGETS if row.label in of]:
+        correct: dict[str, list[bool]] = {name: [] for name in (ITSELF, *sources)}
         for place, folder in enumerate(of[target].folders):
             model, variables, _about = load_network(folder / "run")
             predict = jax.jit(lambda x, v, model=model: as_logits_fn(model, v)(x).argmax(-1))
-            for source in sources:
-                with np.load(of[source].folders[place] / "adversaries.npz") as file:
+            for name in correct:
+                source = folder if name == ITSELF else of[name].folders[place]
+                with np.load(source / "adversaries.npz") as file:
                     images, labels = file["images"], file["labels"]
                 for begin in range(0, len(labels), 256):
                     batch = slice(begin, begin + 256)
-                    correct[target, source].extend(np.asarray(predict(images[batch], variables)) == labels[batch])
-    return {
-        "targets": targets,
-        "sources": sources,
-        "total": len(next(iter(correct.values()), [])),
-        "accuracy": [[float(np.mean(correct[target, source])) for source in sources] for target in targets],
-    }
+                    correct[name].extend(np.asarray(predict(images[batch], variables)) == labels[batch])
+        rows[target] = {name: accuracy(np.array(right)) for name, right in correct.items()}
+    return {"rows": rows} if rows else None
 
 
 def show(data: Data) -> str:
+    rows = data["rows"]
+    first = next(iter(rows.values()))
     text = [
-        [target, *(f"{100 * accuracy:.1f}" for accuracy in row)]
-        for target, row in zip(data["targets"], data["accuracy"], strict=True)
+        [target, *(f"{100 * of['accuracy']:.1f} ±{50 * (of['high'] - of['low']):.1f}" for of in row.values())]
+        for target, row in rows.items()
     ]
     return "\n\n".join([
-        tabulate.tabulate(text, headers=["", *data["sources"]], tablefmt="pipe"),
-        f"Accuracy in % of the networks in rows, on {data['total']:,} adversaries that PGD-20 makes for those in "
-        "columns.",
+        tabulate.tabulate(text, headers=["", *first], tablefmt="pipe"),
+        f"Accuracy in % of the networks in rows, on {first[ITSELF]['total']:,} adversaries that PGD-20 makes for those "
+        "in columns, with 95% intervals.",
     ])  # fmt: skip
 
 
@@ -98,7 +100,7 @@ EXPERIMENT = Experiment(
     collect=collect,
     show=show,
     draw=transfer_matrix,
-    reading="Where another network's adversaries do more than a network's own, its gradients are masked.",
+    reading="Where another network's adversaries do more than a network's own, its own gradients mislead.",
 )
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ a file, it measures what a step and a pass of this network cost, and writes that
 """
 
 import json
+import os
 import pathlib
-import sys
+import signal
+import threading
 import time
 
 from experiments import command_line
@@ -19,6 +21,7 @@ from fs_jax.config import from_dict
 
 
 def main(argv: list[str]) -> int:
+    threading.Thread(target=end_with_parent, daemon=True).start()
     folder = pathlib.Path(argv[0])
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
 
@@ -54,8 +57,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def end_with_parent() -> None:
+    """Stop if the runner was killed: the next one starts workers of its own in these folders."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+    os._exit(command_line.STOPPED)  # in a measurement, which has its journal
+
+
 if __name__ == "__main__":
-    try:
-        command_line.run(main)
-    except KeyboardInterrupt:
-        sys.exit(command_line.STOPPED)
+    command_line.run(main)

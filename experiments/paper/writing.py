@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from experiments.output import made_on, write_files
@@ -25,19 +25,31 @@ def file_name(experiment: Experiment, seeds: Sequence[int]) -> str:
     return experiment.name if list(seeds) == [0] else f"{experiment.name}-seeds-{'-'.join(map(str, seeds))}"
 
 
-def check_results(experiment: Experiment, scale: Scale, seeds: Sequence[int], results: pathlib.Path) -> None:
-    """Refuse to write over the results of another configuration.
+def check_results(
+    experiment: Experiment, scale: Scale, seeds: Sequence[int], results: pathlib.Path, coming: Container[str]
+) -> None:
+    """Refuse to write over the results of another configuration, or over more rows than are coming.
+
+    Args:
+      experiment: The experiment.
+      scale: Its scale.
+      seeds: The rows' seeds.
+      results: Folder of the results.
+      coming: Labels of the rows that are there or will be run.
 
     Raises:
-      ValueError: naming the fields that differ.
+      ValueError: naming the fields that differ, or the rows that would be lost.
     """
     path = results / f"{file_name(experiment, seeds)}.json"
     if not path.exists():
         return
     here, there = scale.config, json.loads(path.read_text(encoding="utf-8"))
     try:
-        changes = differences(here, from_dict(there["config"]))
-        told = [f"{name} {now} here, {then} there" for name, (now, then) in changes.items()]
+        changes = {
+            **differences(here, from_dict(there["config"])),
+            **{name: (now, there["images"][name]) for name, now in images_of(scale).items()},
+        }
+        told = [f"{name} {now} here, {then} there" for name, (now, then) in changes.items() if now != then]
     except (KeyError, ValueError, TypeError) as error:
         told = [f"none that this version reads ({error!r})"]
     if told:
@@ -45,16 +57,35 @@ def check_results(experiment: Experiment, scale: Scale, seeds: Sequence[int], re
             f"results: expected a new folder, or results of this configuration; {path} has another: {'; '.join(told)}. "
             "Choose another folder with --results; nothing was changed."
         )
+    rows = [row.label for row in experiment.rows if row.label not in there["missing"]]
+    if lost := [label for label in rows if label not in coming]:
+        raise ValueError(
+            f"results: expected a new folder, or results of no other rows; {path} has rows that this workdir has not: "
+            f"{', '.join(lost)}. Choose another folder with --results, or leave --rows out; nothing was changed."
+        )
+
+
+def images_of(scale: Scale) -> dict[str, Any]:
+    """Which images a scale tests."""
+    fields = ("datasets", "test_images", "strong_images", "gradient_free_images")
+    return {name: json.loads(json.dumps(getattr(scale, name))) for name in fields}
 
 
 def write(
     experiment: Experiment, scale: Scale, seeds: Sequence[int], workdir: pathlib.Path, results: pathlib.Path
 ) -> pathlib.Path | None:
-    """Write the rows that are finished; the Markdown's path, or None if there are none."""
+    """Write the rows that are finished; the Markdown's path, or None if there is nothing to show.
+
+    Raises:
+      ValueError: as `check_results`, if results of more rows are there.
+    """
     finished = finished_rows(experiment.name, scale, seeds, workdir)
     if not finished:
         return None
     there = [of.row.label for of in finished]
+    check_results(experiment, scale, seeds, results, there)
+    if (collected := experiment.collect(experiment, scale, finished)) is None:
+        return None
     data: Data = {
         "experiment": experiment.name,
         "scale": scale.name,
@@ -63,9 +94,10 @@ def write(
         "seeds": list(seeds),
         "missing": [row.label for row in experiment.rows if row.label not in there],
         "config": to_dict(scale.config),
+        "images": images_of(scale),
         "environment": finished[-1].results[-1]["environment"],
         "hours": hours(finished),
-        **experiment.collect(experiment, scale, finished),
+        **collected,
     }
     name = file_name(experiment, seeds)
     figure = None if experiment.draw is None else f"{name}.png"
@@ -87,7 +119,11 @@ def hours(finished: Sequence[Finished]) -> dict[str, float]:
             batch * (row["step"] - before["step"]) / row["images_per_second"]
             for before, row in zip([{"step": 0}, *rows], rows, strict=False)
         )
-    measuring = sum(result["seconds"] for result in results.values())
+    measuring = sum(
+        # An evaluation's journal has the time of attacks that other processes ran.
+        sum(attack["seconds"] for attack in result["attacks"]) if "attacks" in result else result["seconds"]
+        for result in results.values()
+    )
     return {"training": round(training / 3600, 3), "measuring": round(measuring / 3600, 3)}
 
 

@@ -112,6 +112,6 @@ def _apply(model: nn.Module, dropout: Key[Array, ""]) -> Apply:
             )
         if features and not (isinstance(outputs, tuple) and len(outputs) == 2):
             raise ValueError("model: expected one that gives (logits, features), as its features are asked for.")
-        return (outputs[features] if isinstance(outputs, tuple) else outputs), {**variables, **moved}
+        return (outputs[int(features)] if isinstance(outputs, tuple) else outputs), {**variables, **moved}
 
     return apply

@@ -327,3 +327,17 @@ def test_another_number_of_devices_does_not_resume_a_run_whose_method_it_would_c
     loop.open_workdir(tmp_path / "run", loop._fit_to_data(dataclasses.replace(config, parts=4), DIGITS))
     with pytest.raises(ValueError, match=r"parts: 1 here, 4 there \(parts: devices with transport or BatchNorm"):
         train(config, DIGITS, tmp_path / "run", devices=jax.devices()[:1], progress=False)
+
+
+def test_a_function_is_called_before_the_first_epoch_and_after_each(tmp_path):
+    seen = []
+
+    def on_epoch(epoch, variables):
+        seen.append((epoch, float(np.abs(variables["params"]["fc"]["kernel"]).sum())))
+
+    stopped = train(SHORT, DIGITS, tmp_path, max_minutes=0, on_epoch=on_epoch, monitor_images=0, progress=False)
+    run = train(SHORT, DIGITS, tmp_path, on_epoch=on_epoch, monitor_images=0, progress=False)
+    assert not stopped.finished
+    assert [epoch for epoch, _ in seen] == list(range(SHORT.epochs + 1))
+    assert seen[-1][1] == pytest.approx(float(np.abs(run.variables["params"]["fc"]["kernel"]).sum()))
+    assert len({weights for _, weights in seen}) == len(seen)

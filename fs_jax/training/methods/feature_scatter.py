@@ -32,7 +32,7 @@ def feature_scatter(
     """Descend the smoothed cross-entropy of images that were moved to raise the transport cost of their logits.
 
     The attack ascends <T, C> between the logits of the batch as it is and as attacked, without labels, against the
-    network in inference mode. BatchNorm's running statistics come from the pass on the attacked images.
+    network in inference mode. BatchNorm's running statistics come from the pass that is trained on.
 
     Args:
       epsilon: Radius, in units of [0, 1].
