@@ -4,8 +4,10 @@ import csv
 import io
 import json
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from experiments.paper import attacked, costs, jobs, runner, tables, writing
 from experiments.paper.experiment import PGD_7, at_equal_passes
 from experiments.paper.scales import SCALES, changed, scale_of
+from fs_jax._utils.files import locked
 from fs_jax.attacks import parse_attack
 from fs_jax.config import TrainConfig
 from fs_jax.evaluation import evaluate
@@ -227,6 +230,54 @@ def test_what_is_wrong_is_said_at_once(words, message, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
         runner.run(["table4_ipot_beta"], [*words, "--workdir", str(tmp_path), "--results", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} <= {".runner.lock"}
+
+
+def test_a_workdir_is_for_one_run_at_a_time(tmp_path):
+    with runner.held(tmp_path), pytest.raises(BlockingIOError, match="workdir: expected a folder that no other run"):
+        runner.run(["table4_ipot_beta"], ["--workdir", str(tmp_path)])
+
+
+def test_workers_get_their_accelerators_from_those_that_may_be_used(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda words, env, **_: started.append(env))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    (job,) = jobs.jobs(SCALES["trial"], ["table1_strong_attacks"], [0], tmp_path)
+    job.folder.mkdir(parents=True)
+    for place in ("gpu:0:0", "gpu:1:1", "tpu:3:0"):
+        runner.start(job, place)
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in started] == ["2", "3", "2,3"]
+    assert started[2]["TPU_VISIBLE_CHIPS"] == "3"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
+def test_killed_twice_and_run_again(tmp_path):
+    command = [
+        sys.executable, "-m", "experiments.paper.table4_ipot_beta", "--scale", "trial",
+        "--workdir", str(tmp_path / "runs"), "--results", str(tmp_path / "results"),
+    ]  # fmt: skip
+    for number, seconds in ((signal.SIGKILL, 12), (signal.SIGTERM, 8)):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=seconds)
+        process.send_signal(number)
+        process.wait(timeout=90)
+        process.stdout.close()
+    deadline = time.monotonic() + 90  # for workers to see that their runner is gone
+    while any((folder / "run" / ".run.lock").exists() and in_use(folder) for folder in (tmp_path / "runs").glob("*/*")):
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "Not run yet" not in (tmp_path / "results" / "trial" / "table4_ipot_beta.md").read_text(encoding="utf-8")
+
+
+def in_use(folder):
+    try:
+        locked(folder / "run" / "run").release()
+    except BlockingIOError:
+        return True
+    return False
 
 
 @pytest.mark.slow

@@ -109,7 +109,13 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
 def held(workdir: pathlib.Path) -> Iterator[None]:
     """The workdir for this process alone; asked to end, it ends as by Ctrl-C: workers first."""
     workdir.mkdir(parents=True, exist_ok=True)
-    lock = locked(workdir / "runner")
+    try:
+        lock = locked(workdir / "runner")
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"workdir: expected a folder that no other run is using; got {workdir}, which one is. Wait for its end, or "
+            "choose another with --workdir."
+        ) from None
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -272,7 +278,10 @@ def end(running: dict[str, tuple[Job, Worker]]) -> None:
     for _, worker in running.values():
         worker.process.terminate()
     for _, worker in running.values():
-        worker.process.wait()
+        try:
+            worker.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:  # nothing is lost but what came since the last checkpoint
+            worker.process.kill()
 
 
 def share_done(job: Job) -> float:

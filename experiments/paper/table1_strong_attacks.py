@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.paper.attacked import attacked
 from experiments.paper.experiment import Data, Experiment, Finished, Row
 from experiments.paper.runner import main
 from experiments.paper.scales import Scale
-from experiments.paper.tables import collect, show
+from experiments.paper.tables import collected, shown, table
 
 PAPER = {"pgd-500x5": 64.5, "pgd-1000x5": 64.2, "cw-500x5": 56.8, "cw-1000x5": 56.6}
 
@@ -25,8 +24,11 @@ def attacks(scale: Scale) -> list[Any]:
 
 
 def with_lowest_runs(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data:
-    """The table, and of each attack the accuracy after the best of its runs alone, which is what the paper reports."""
-    data = collect(experiment, scale, finished)
+    """The table, and of each attack the accuracy after the best of its runs alone, which is what the paper reports.
+
+    Of several networks, folds or seeds, the best run of each.
+    """
+    data = collected(experiment, scale, finished)
     for row, results, _folders in finished:
         for place, attack in enumerate(results[0]["attacks"]):
             runs = [result["attacks"][place] for result in results]
@@ -49,15 +51,15 @@ def with_both(data: Data) -> str:
         + "."
         for label, row in data["rows"].items()
     ]
-    return "\n\n".join([show(data), *lines])
+    return "\n\n".join([shown(data), *lines])
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = table(
     name="table1_strong_attacks",
     title="Strong white-box attacks",
     source="table 1 of the paper's supplement (the lowest of 5 runs)",
     rows=[Row("feature scattering", paper=PAPER)],
-    measurement=attacked(attacks),
+    attacks=attacks,
     collect=with_lowest_runs,
     show=with_both,
     reading="The table has the worst case over all 5 starts and all iterates, which is stronger than the lowest run.",

@@ -14,22 +14,25 @@ from experiments.paper.experiment import Data, Experiment, Finished, Row
 from experiments.paper.scales import Scale
 from fs_jax.evaluation.statistics import accuracy, paired_difference
 
+Collect = Callable[[Experiment, Scale, Sequence[Finished]], Data]
+
 EQUAL = 2.0  # points: rows whose difference lies within are equal
 
 
 def table(
     *, name: str, title: str, source: str, rows: Sequence[Row], attacks: Attacks, reading: str = "",
-    draw: Callable[[Data, pathlib.Path], Any] | None = None,
+    draw: Callable[[Data, pathlib.Path], Any] | None = None, collect: Collect | None = None,
+    show: Callable[[Data], str] | None = None,
 ) -> Experiment:  # fmt: skip
     """An experiment that is a table: a row for each way to train, a column for each attack."""
     return Experiment(
         name=name, title=title, source=source, rows=rows, reading=reading, draw=draw,
-        measurement=attacked(attacks), collect=collect, show=show,
+        measurement=attacked(attacks), collect=collect or collected, show=show or shown,
         other_files=lambda data: {".csv": as_csv(data), ".tex": f"{formatted(data, 'latex_booktabs')}\n"},
     )  # fmt: skip
 
 
-def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data:
+def collected(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data:
     """Accuracies by row and attack over all images, and how each row differs from the table's first one."""
     reference = experiment.rows[0].label
     correct = {of.row.label: pooled(of.results, len(scale.datasets)) for of in finished}
@@ -105,7 +108,7 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Data:
     return {"points": mean, "half": half, "verdict": verdict}
 
 
-def show(data: Data) -> str:
+def shown(data: Data) -> str:
     """The accuracies, and below them the differences."""
     rows, reference = data["rows"], data["reference"]
     first = next(iter(rows.values()))
