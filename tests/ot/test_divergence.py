@@ -10,6 +10,7 @@ from ott.geometry import geometry
 from ott.tools import sinkhorn_divergence as ott_divergence
 
 from fs_jax.ot import Status, sinkhorn_divergence, sqeuclidean_cost
+from tests.parameters import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -54,7 +55,7 @@ def test_equal_sets_are_at_distance_zero_with_a_gradient_of_zero():
     assert value(X + 0.1, X, A, A) > 1e-3
 
 
-@pytest.mark.parametrize("grad", ["envelope", "implicit", "unroll"])
+@pytest.mark.parametrize("grad", mostly_slow(["envelope", "implicit", "unroll"], "envelope"))
 @pytest.mark.parametrize("of", ["x", "weights"])
 def test_gradient_is_that_of_the_value(grad, of):
     rng = np.random.default_rng(1)

@@ -1,0 +1,190 @@
+"""Checks Sinkhorn solvers against certified solutions: `python -m experiments.differential --count 1000`.
+
+    python -m experiments.differential --solvers mypackage.module:solve --count 500
+    python -m experiments.differential --list
+
+A solver is `solve(cost, a, b, reg)` that gives a mapping with `plan`. Ours, ott-jax's and POT's have names. Writes into
+the workdir `findings.jsonl`, a line for each solver and problem as it goes, from which a later run resumes; and in the
+end `report.md`, `report.json`, `findings.png`, and for each kind of finding a script that shows it on the simplest
+problem. The exit status is 1 if there are findings, other than that a solver says that it gave up.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import tyro
+
+from experiments import command_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Check Sinkhorn solvers against certified solutions."""
+
+    solvers: tuple[str, ...] = ("fs_jax-stabilized-float32", "fs_jax-stabilized-float64", "fs_jax-implicit-float64")
+    """Names of built-in ones, or package.module:function."""
+    count: int = 1000
+    """Problems: the first so many, of 15 kinds in turn."""
+    derivatives_every: int = 25
+    """Of how many problems one has its derivatives, jit and vmap checked too."""
+    workdir: pathlib.Path = pathlib.Path("runs/differential")
+    """A new folder, or the one to resume."""
+    list: bool = False
+    """List the built-in solvers and the kinds of problems, and run nothing."""
+
+
+def main(argv: list[str]) -> int:
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.differential")
+    os.environ.setdefault("JAX_ENABLE_X64", "1")  # before JAX is loaded: a solver of float32 gets arrays of float32
+
+    from fs_jax._utils.files import local_path, locked
+    from fs_jax._utils.validation import check_number
+    from fs_jax.ot import testing
+
+    if arguments.list:
+        print(listing())
+        return 0
+    check_number("count", arguments.count, at_least=1, integer=True)
+    check_number("derivatives_every", arguments.derivatives_every, at_least=1, integer=True)
+    solvers = [testing.load(name) for name in arguments.solvers]
+    workdir = local_path("workdir", arguments.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = locked(workdir / "findings.jsonl")
+    try:
+        found = run(solvers, arguments, workdir / "findings.jsonl")
+        report(solvers, found, arguments, workdir)
+    finally:
+        lock.release()
+    return int(any(check != testing.GAVE_UP for of in found.values() for each in of.values() for check, *_ in each))
+
+
+Found = dict[str, dict[int, list[list[Any]]]]
+"""By solver and number of the problem: each finding's check, text, error and what is allowed."""
+
+
+def run(solvers, arguments: Arguments, path: pathlib.Path) -> Found:
+    """What is found, each line on the disk as it comes."""
+    import warnings
+
+    from tqdm import tqdm
+
+    from fs_jax._utils.files import read_jsonl
+    from fs_jax.ot import testing
+
+    found: Found = {solver.name: {} for solver in solvers}
+    for line in read_jsonl(path) if path.exists() else []:
+        if line["solver"] in found and line["every"] == arguments.derivatives_every:
+            found[line["solver"]][line["problem"]] = line["findings"]
+    with open(path, "ab") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for solver in solvers:
+            left = [index for index in range(arguments.count) if index not in found[solver.name]]
+            for index in tqdm(left, solver.name, unit="problem", disable=not left):
+                derivatives = index % arguments.derivatives_every == 0
+                findings = testing.findings(solver, testing.case(index), derivatives=derivatives)
+                found[solver.name][index] = [list(finding) for finding in findings]
+                line = {
+                    "solver": solver.name, "problem": index, "every": arguments.derivatives_every,
+                    "findings": found[solver.name][index],
+                }  # fmt: skip
+                file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
+    return {name: {index: of[index] for index in range(arguments.count)} for name, of in found.items()}
+
+
+def report(solvers, found: Found, arguments: Arguments, workdir: pathlib.Path) -> None:
+    """Table, figure, JSON, and scripts of the simplest problem for each solver and check."""
+    import tabulate
+
+    from experiments.output import made_on, write_files
+    from fs_jax._utils import backend
+    from fs_jax.ot import testing
+
+    counts = {
+        name: collections.Counter(check for each in of.values() for check, *_ in each) for name, of in found.items()
+    }
+    checks = sorted(
+        {check for of in counts.values() for check in of}, key=lambda check: (check == testing.GAVE_UP, check)
+    )
+    judged = {
+        solver.name: sum(testing.is_claimed(solver, testing.case(index)) for index in range(arguments.count))
+        for solver in solvers
+    }
+    rows = [[name, judged[name], *(of[check] or "" for check in checks)] for name, of in counts.items()]
+    parts = [
+        f"# {arguments.count:,} transport problems",
+        tabulate.tabulate(rows, headers=["solver", "problems", *checks], tablefmt="pipe"),
+        "How many problems each check fails for, of those that a solver claims to solve. *Gave up*: it says so itself. "
+        f"Of every {arguments.derivatives_every}th problem derivatives, jit and vmap are checked too.",
+    ]
+    scripts: dict[str, str] = {}
+    for solver in solvers:
+        for check in checks:
+            if check == testing.GAVE_UP or not counts[solver.name][check]:
+                continue
+            index, finding = next(
+                (index, testing.Finding(*each))
+                for index, of in found[solver.name].items() for each in of if each[0] == check
+            )  # fmt: skip
+            simplest = testing.shrunk(solver, testing.as_seen(solver, testing.case(index)), finding)
+            name = f"{solver.name}-{check}".replace(":", "_").replace(" ", "_").replace(".", "_") + ".py"
+            scripts[name] = testing.script(solver, simplest, finding)
+            kind = testing.case(index).family
+            parts += [
+                f"**{solver.name}: {check}**, first for problem {index} ({kind}): {finding.text}. The simplest problem "
+                f"found is {' x '.join(map(str, simplest.cost.shape))}: [{name}](scripts/{name}).",
+            ]
+    environment = backend.describe()
+    parts += [f"On {made_on(environment)}: `python -m experiments.differential --solvers {' '.join(arguments.solvers)} "
+              f"--count {arguments.count} --derivatives-every {arguments.derivatives_every}`"]  # fmt: skip
+    write_files(workdir / "scripts", scripts)
+    data = {"environment": environment, "count": arguments.count, "problems": judged, "findings": counts}
+    text = "\n\n".join(parts) + "\n"
+    write_files(workdir, {"report.md": text, "report.json": data})
+    draw(found, workdir / "findings.png")
+    print(text)
+
+
+def draw(found: Found, path: pathlib.Path) -> None:
+    """Each problem by how sharp it is, its findings coloured: where a solver's troubles are."""
+    import numpy as np
+
+    from fs_jax.ot import testing
+    from fs_jax.report._canvas import GREY, PALETTE, new_figure, save
+
+    with new_figure(figsize=(8.0, 1.2 + 0.42 * len(found))) as figure:
+        axes = figure.add_subplot()
+        for place, of in enumerate(found.values()):
+            groups: dict[str, list[float]] = {"none": [], "gave up": [], "finding": []}
+            for index, each in of.items():
+                problem = testing.case(index)
+                kinds = {check for check, *_ in each}
+                which = "none" if not kinds else "gave up" if kinds == {testing.GAVE_UP} else "finding"
+                groups[which].append(max(problem.ratio, 1e-4))
+            for (which, ratios), colour, size in zip(
+                groups.items(), ("#CCCCCC", GREY, PALETTE[1]), (3, 8, 14), strict=True
+            ):
+                jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(ratios))
+                axes.scatter(ratios, place + jitter, s=size, color=colour, lw=0, label=which if place == 0 else None)
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(found)), list(found))
+        axes.invert_yaxis()
+        axes.set_xlabel("range of costs over reg")
+        figure.legend(loc="outside upper center", ncols=3)
+        save(figure, path)
+
+
+def listing() -> str:
+    from fs_jax.ot import testing
+
+    lines = ["Solvers:", *(f"  {name}" for name in testing.BUILT_IN), "Kinds of problems:"]
+    lines += [f"  {name:16} {make.__doc__}" for name, make in testing.FAMILIES.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

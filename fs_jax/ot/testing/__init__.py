@@ -1,0 +1,35 @@
+"""Differential tests of entropic optimal transport: any solver against certified solutions.
+
+    solver = load("package:function")          # solve(cost, a, b, reg) -> {"plan": ..., ...}
+    for case in cases(range(1000)):
+        print(findings(solver, case))           # what is wrong with its answer: usually nothing
+
+It needs NumPy and SciPy, and JAX only where a solver does. In reading order: solvers → families → reference → checks →
+shrinking. `python -m experiments.differential` runs it over thousands of problems.
+"""
+
+from fs_jax.ot.testing.checks import GAVE_UP, Finding, as_seen, findings, is_claimed
+from fs_jax.ot.testing.families import FAMILIES, Case, case, cases
+from fs_jax.ot.testing.reference import Reference, solve_exactly
+from fs_jax.ot.testing.shrinking import script, shrunk
+from fs_jax.ot.testing.solvers import BUILT_IN, Claims, Solver, load
+
+__all__ = [
+    "BUILT_IN",
+    "FAMILIES",
+    "GAVE_UP",
+    "Case",
+    "Claims",
+    "Finding",
+    "Reference",
+    "Solver",
+    "as_seen",
+    "case",
+    "cases",
+    "findings",
+    "is_claimed",
+    "load",
+    "script",
+    "shrunk",
+    "solve_exactly",
+]

@@ -1,0 +1,113 @@
+"""From a problem that a solver fails to the simplest one that it fails in the same way, and a script that shows it."""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from fs_jax.ot.testing.checks import Finding, findings
+from fs_jax.ot.testing.families import Case
+from fs_jax.ot.testing.solvers import Solver
+
+
+def shrunk(solver: Solver, problem: Case, finding: Finding, *, seconds: float = 60.0) -> Case:
+    """The simplest problem found of which the same check fails.
+
+    Fewer rows and columns, by halves and one by one; uniform weights; costs with fewer digits; a rounder reg. Each
+    change is kept if the named check still fails.
+
+    Args:
+      solver: The solver.
+      problem: A problem that it fails.
+      finding: How.
+      seconds: How long to look for simpler ones. (Each shape is compiled for, derivatives too if they are at fault.)
+    """
+    deadline = time.monotonic() + seconds
+
+    def fails(candidate: Case) -> bool:
+        derivatives = finding.check not in SOON
+        return any(of.check == finding.check for of in findings(solver, candidate, derivatives=derivatives))
+
+    changed = True
+    while changed:
+        changed = False
+        for candidate in _simpler(problem):
+            if time.monotonic() > deadline:
+                return problem
+            if fails(candidate):
+                problem, changed = candidate, True
+                break
+    return problem
+
+
+# Checks that need no derivative.
+SOON = frozenset({
+    "raises", "shape", "not finite", "negative", "masked", "marginals", "marginal_error", "form", "lost entries",
+    "primal_cost", "potentials", "gave up",
+})  # fmt: skip
+
+
+def _simpler(problem: Case) -> Iterator[Case]:
+    """Simpler problems, the boldest changes first."""
+    n, m = problem.cost.shape
+    for axis, size in ((0, n), (1, m)):
+        length = size // 2
+        while length >= 1:
+            for begin in range(0, size - length + 1, length):
+                kept = np.delete(np.arange(size), slice(begin, begin + length))
+                if len(kept) and (smaller := _restricted(problem, kept, axis)) is not None:
+                    yield smaller
+            length //= 2
+    even_a, even_b = (np.full(size, problem.a.sum() / size) for size in (n, m))
+    for a, b in ((even_a, even_b), (even_a, problem.b), (problem.a, even_b)):
+        if not (np.array_equal(a, problem.a) and np.array_equal(b, problem.b)):
+            yield problem._replace(a=a, b=b)
+    if abs(problem.a.sum() - 1) > 1e-6:
+        yield problem._replace(a=problem.a / problem.a.sum(), b=problem.b / problem.b.sum())
+    for digits in (0, 1, 2, 3):
+        cost = _rounded(problem.cost, digits)
+        if not np.array_equal(cost, problem.cost):
+            yield problem._replace(cost=cost)
+    for reg in (1.0, float(f"{problem.reg:.0e}")):
+        if reg != problem.reg and (reg != 1.0 or problem.reg < 1.0):
+            yield problem._replace(reg=reg)
+    if problem.cost.min() != 0:
+        yield problem._replace(cost=problem.cost - problem.cost.min())
+
+
+def _restricted(problem: Case, kept: np.ndarray, axis: int) -> Case | None:
+    cost = np.take(problem.cost, kept, axis)
+    a, b = (problem.a[kept], problem.b) if axis == 0 else (problem.a, problem.b[kept])
+    if not (a.sum() > 0 and b.sum() > 0):
+        return None
+    mass = min(float(a.sum()), float(b.sum())) if abs(problem.a.sum() - 1) > 1e-6 else 1.0
+    return problem._replace(cost=cost, a=a * (mass / float(a.sum())), b=b * (mass / float(b.sum())))
+
+
+def _rounded(cost: np.ndarray, digits: int) -> np.ndarray:
+    """To so many digits after the largest cost's first."""
+    largest = np.abs(cost).max()
+    unit = 10.0 ** float(np.floor(np.log10(largest)) - digits) if largest > 0 else 1.0
+    return np.round(cost / unit) * unit
+
+
+def script(solver: Solver, problem: Case, finding: Finding) -> str:
+    """A program of some ten lines that shows the finding with NumPy and the solver alone."""
+    dtype = solver.claims.dtype
+    numbers = {
+        name: np.array2string(np.asarray(value, dtype), separator=", ", floatmode="unique", threshold=10**6)
+        for name, value in (("cost", problem.cost), ("a", problem.a), ("b", problem.b))
+    }
+    lines = [
+        f"# {solver.name}: {finding.check}: {finding.text}",
+        "import numpy as np",
+        *(["import jax", 'jax.config.update("jax_enable_x64", True)'] if dtype == "float64" else []),
+        solver.accused,
+        *(f"{name} = np.array({text}, np.{dtype})" for name, text in numbers.items()),
+        f"answer = solve(cost, a, b, np.{dtype}({problem.reg!r}))",
+        'plan = np.asarray(answer["plan"], float)',
+        'print("marginals off by", abs(plan.sum(1) - a).sum() + abs(plan.sum(0) - b).sum(), "of", a.sum())',
+        'print({name: value for name, value in answer.items() if name != "plan"})',
+        "print(plan)",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,174 @@
+"""Solvers under test: what they are called with, what they claim, and those that are known by name."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from fs_jax._utils.validation import check_choice
+
+Solve = Callable[[Any, Any, Any, Any], Mapping[str, Any]]
+"""(cost [n, m], a [n], b [m], reg) -> a mapping with `plan` [n, m] and, where there are, `f`, `g`, `primal_cost`,
+`reg_cost`, `marginal_error`, `converged`, as `fs_jax.ot.Transport` has them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claims:
+    """What a solver says of itself. What it doesn't claim isn't judged.
+
+    A function says it as its attribute `claims`.
+    """
+
+    dtype: Literal["float32", "float64"] = "float64"
+    """What it computes in; its arguments come in it."""
+    marginal_error: float = 1e-3
+    """It solves until the plan's marginals are off by at most this, in L1 and units of mass, or says that it didn't: by
+    `converged`, or by NaN throughout."""
+    largest_ratio: float = float("inf")
+    """Up to which range of costs over reg, and so to which condition."""
+    zeros: bool = True
+    """Whether weights may be zero."""
+    unit_mass_only: bool = False
+    """Whether weights have to sum to one."""
+    gradients: tuple[Literal["cost", "a", "b"], ...] = ()
+    """By what the plan can be differentiated, with `jax.grad`."""
+    second_order: bool = False
+    """Whether also twice, by the cost."""
+    batched: bool = False
+    """Whether it runs under `jax.jit` and `jax.vmap`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """A solver under test."""
+
+    name: str
+    """`package:function`, or that of one that is built in."""
+    solve: Solve
+    claims: Claims = Claims()
+    accused: str = ""
+    """Lines of Python that define `solve`, for scripts that don't need this package."""
+
+
+def load(name: str) -> Solver:
+    """A solver by name: one of `BUILT_IN`, or `package.module:function`.
+
+    Raises:
+      ValueError: for an unknown name, with the nearest one, or one that can't be imported.
+
+    Example:
+      >>> load("fs_jax-stabilized-float32").claims.dtype
+      'float32'
+    """
+    if ":" not in name:
+        check_choice("solver", name, BUILT_IN)
+        return BUILT_IN[name]
+    module, function = name.split(":", 1)
+    try:
+        solve = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"solver: expected package.module:function that can be imported; got {name!r}: {error}"
+        ) from None
+    return Solver(name, solve, getattr(solve, "claims", Claims()), f"from {module} import {function} as solve")
+
+
+ITERATIONS = 5000
+
+
+def _ours(method: str, grad: str, threshold: float) -> Solve:
+    def solve(cost, a, b, reg):
+        from fs_jax.ot import sinkhorn
+
+        result = sinkhorn(cost, a, b, reg=reg, num_iters=ITERATIONS, threshold=threshold, method=method, grad=grad)  # type: ignore[arg-type]
+        return {**result._asdict(), "converged": result.converged}
+
+    return solve
+
+
+def _ott(lse_mode: bool, threshold: float) -> Solve:
+    def solve(cost, a, b, reg):
+        import jax
+        from ott.geometry import geometry
+        from ott.problems.linear import linear_problem
+        from ott.solvers.linear import sinkhorn
+
+        with jax.numpy_dtype_promotion("standard"):
+            problem = linear_problem.LinearProblem(geometry.Geometry(cost_matrix=cost, epsilon=reg), a, b)
+            out = sinkhorn.Sinkhorn(lse_mode=lse_mode, threshold=threshold, max_iterations=ITERATIONS)(problem)
+            return {
+                "plan": out.matrix, "f": out.f, "g": out.g, "primal_cost": out.primal_cost,
+                "reg_cost": out.reg_ot_cost, "converged": out.converged,
+            }  # fmt: skip
+
+    return solve
+
+
+def _pot(method: str, threshold: float) -> Solve:
+    def solve(cost, a, b, reg):
+        import warnings
+
+        import ot
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plan, log = ot.sinkhorn(
+                a, b, cost, float(reg), method=method, numItermax=ITERATIONS, stopThr=threshold, log=True
+            )
+        errors = log.get("err", [])
+        return {"plan": plan, "converged": bool(len(errors) and errors[-1] <= threshold)}
+
+    return solve
+
+
+# What scripts have of them, so that they run without this package.
+_FS_JAX = """\
+from fs_jax.ot import sinkhorn
+def solve(cost, a, b, reg):
+    out = sinkhorn(cost, a, b, reg=reg, num_iters={iterations}, threshold={threshold}, method={method!r}, grad={grad!r})
+    return dict(out._asdict(), converged=out.converged)"""
+_OTT = """\
+from ott.geometry import geometry
+from ott.problems.linear import linear_problem
+from ott.solvers.linear import sinkhorn
+def solve(cost, a, b, reg):
+    problem = linear_problem.LinearProblem(geometry.Geometry(cost_matrix=cost, epsilon=reg), a, b)
+    out = sinkhorn.Sinkhorn(lse_mode={lse_mode}, threshold={threshold}, max_iterations={iterations})(problem)
+    return dict(plan=out.matrix, f=out.f, g=out.g, primal_cost=out.primal_cost, converged=out.converged)"""
+_POT = """\
+import ot
+def solve(cost, a, b, reg):
+    return dict(plan=ot.sinkhorn(a, b, cost, reg, method={method!r}, numItermax={iterations}, stopThr={threshold}))"""
+
+
+def _built_in() -> dict[str, Solver]:
+    found = []
+    dtypes: tuple[tuple[Literal["float32", "float64"], float, float], ...] = (
+        # exp(-x) is zero in float32 from 103, and in float64 from 745: the algorithm to the letter is lost there.
+        ("float32", 1e-3, 80.0),
+        ("float64", 1e-6, 700.0),
+    )
+    for dtype, threshold, in_range in dtypes:
+        claims = Claims(dtype, threshold, gradients=("cost", "a", "b"), batched=True)
+        kernel = dataclasses.replace(claims, largest_ratio=in_range)
+        implicit = dataclasses.replace(claims, second_order=dtype == "float64")
+        for method, grad, of in (
+            ("stabilized", "unroll", claims), ("stabilized", "implicit", implicit), ("log", "unroll", claims),
+            ("kernel", "unroll", kernel),
+        ):  # fmt: skip
+            text = _FS_JAX.format(iterations=ITERATIONS, threshold=threshold, method=method, grad=grad)
+            name = f"fs_jax-{'implicit' if grad == 'implicit' else method}-{dtype}"
+            found.append(Solver(name, _ours(method, grad, threshold), of, text))
+        for lse_mode, name, of in ((True, "log", claims), (False, "kernel", kernel)):
+            text = _OTT.format(iterations=ITERATIONS, threshold=threshold, lse_mode=lse_mode)
+            found.append(Solver(f"ott-{name}-{dtype}", _ott(lse_mode, threshold), of, text))
+    for method, ratio in (("sinkhorn", 700.0), ("sinkhorn_log", float("inf")), ("sinkhorn_stabilized", float("inf"))):
+        # It stops by the L2 error of one marginal, which of 60 points is an eighth of L1's at most.
+        of = Claims(marginal_error=1e-3, largest_ratio=ratio, zeros=method != "sinkhorn_log")
+        text = _POT.format(iterations=ITERATIONS, threshold=1e-4, method=method)
+        found.append(Solver(f"pot-{method}", _pot(method, 1e-4), of, text))
+    return {solver.name: solver for solver in found}
+
+
+BUILT_IN = _built_in()
+"""Those of this project, of ott-jax and of POT, by name."""

@@ -1,0 +1,142 @@
+"""Solvers that are right, and solvers that are each broken in one way: what the tool has to find, and to name."""
+
+import numpy as np
+from scipy.special import logsumexp
+
+from fs_jax.ot.testing import Claims
+
+
+def log(weights):
+    with np.errstate(divide="ignore"):
+        return np.log(weights)
+
+
+def potentials(cost, a, b, reg, iterations=20_000, threshold=1e-8):
+    """Sinkhorn's in the log domain, in NumPy."""
+    f, g, error = np.zeros(len(a)), np.zeros(len(b)), np.inf
+    present = np.ix_(a > 0, b > 0)
+    for number in range(iterations):
+        g = np.where(b > 0, reg * (log(b) - logsumexp((f[a > 0, None] - cost[a > 0]) / reg, axis=0)), 0)
+        f = np.where(a > 0, reg * (log(a) - logsumexp((g[b > 0] - cost[:, b > 0]) / reg, axis=1)), 0)
+        if number % 20 == 0:
+            plan = np.exp((f[:, None] + g - cost)[present] / reg)
+            error = np.abs(plan.sum(0) - b[b > 0]).sum()
+            if error <= threshold:
+                break
+    return f, g, bool(error <= threshold)
+
+
+def plan_of(cost, a, b, reg, f, g):
+    there = (a > 0)[:, None] & (b > 0)
+    return np.where(there, np.exp(np.where(there, (f[:, None] + g - cost) / reg, 0)), 0)
+
+
+def right(cost, a, b, reg):
+    f, g, converged = potentials(cost, a, b, reg)
+    plan = plan_of(cost, a, b, reg, f, g)
+    primal_cost = np.sum(plan * np.where((a > 0)[:, None] & (b > 0), cost, 0))
+    return {"plan": plan, "f": f, "g": g, "converged": converged, "primal_cost": primal_cost}
+
+
+def stopped_early(cost, a, b, reg):
+    """The plan of three iterations, and says that it has converged."""
+    f, g, _ = potentials(cost, a, b, reg, iterations=3)
+    return {"plan": plan_of(cost, a, b, reg, f, g), "converged": True}
+
+
+def flag_before_the_plan(cost, a, b, reg):
+    """Converges, and then rounds the plan to half precision."""
+    answer = right(cost, a, b, reg)
+    return {"plan": answer["plan"].astype(np.float16).astype(float), "converged": answer["converged"]}
+
+
+def dropped_mask(cost, a, b, reg):
+    """A point without mass gets a little, so that no logarithm is of zero."""
+    a, b = (np.maximum(weights, 1e-6 * weights.sum()) for weights in (a, b))
+    return {"plan": right(cost, a, b * (a.sum() / b.sum()), reg)["plan"]}
+
+
+def flushed_kernel(cost, a, b, reg):
+    """The algorithm to the letter, with a kernel in float32."""
+    kernel = np.exp((-cost / reg).astype(np.float32)).astype(float)
+    u = np.ones(len(a))
+    with np.errstate(all="ignore"):
+        for _ in range(2000):
+            v = np.where(b > 0, b / (kernel.T @ u), 0)
+            u = np.where(a > 0, a / (kernel @ v), 0)
+        return {"plan": u[:, None] * kernel * v}
+
+
+def cost_of_a_shifted_matrix(cost, a, b, reg):
+    """Takes the smallest cost out, and forgets to give it back."""
+    answer = right(cost, a, b, reg)
+    return {**answer, "primal_cost": answer["primal_cost"] - cost.min() * answer["plan"].sum()}
+
+
+def potentials_of_another_gauge(cost, a, b, reg):
+    """f without reg log a, as if the plan were a b exp(...)."""
+    answer = right(cost, a, b, reg)
+    return {**answer, "f": answer["f"] - reg * np.where(a > 0, log(np.where(a > 0, a, 1)), 0)}
+
+
+def too_good(cost, a, b, reg):
+    """Says that its marginals are exact."""
+    answer = right(cost, a, b, reg)
+    return {"plan": answer["plan"] * 1.0001, "marginal_error": 0.0}
+
+
+def raising(cost, a, b, reg):
+    """Fails on more columns than rows."""
+    if cost.shape[0] < cost.shape[1]:
+        raise IndexError("index 5 is out of bounds")
+    return right(cost, a, b, reg)
+
+
+def constant_potentials(cost, a, b, reg):
+    """Differentiates the plan as if potentials were constants."""
+    import jax
+    import jax.numpy as jnp
+
+    from fs_jax.ot import sinkhorn
+
+    result = jax.lax.stop_gradient(sinkhorn(cost, a, b, reg=reg, num_iters=5000, threshold=1e-8, grad="none"))
+    there = (a > 0)[:, None] & (b > 0)
+    exponents = jnp.where(there, (result.f[:, None] + result.g[None, :] - cost) / reg, 0)
+    return {"plan": jnp.where(there, jnp.exp(exponents), 0)}
+
+
+constant_potentials.claims = Claims(marginal_error=1e-6, gradients=("cost",))
+
+
+def constant_in_second_order(cost, a, b, reg):
+    """First derivatives are right, and their system is held constant in the second."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from fs_jax.ot import sinkhorn
+
+    solve = functools.partial(sinkhorn, reg=reg, num_iters=5000, threshold=1e-8, grad="implicit")
+
+    @jax.custom_jvp
+    def plan(cost):
+        return solve(cost, a, b).plan
+
+    @plan.defjvp
+    def _(primals, tangents):
+        held = jax.lax.stop_gradient(primals[0])
+        _, linear = jax.linearize(lambda c: solve(c, a, b).plan, held)
+        return plan(primals[0]), linear(tangents[0])
+
+    return {"plan": plan(jnp.asarray(cost))}
+
+
+constant_in_second_order.claims = Claims(marginal_error=1e-6, gradients=("cost",), second_order=True)
+
+
+for solver in (
+    right, stopped_early, flag_before_the_plan, dropped_mask, flushed_kernel, cost_of_a_shifted_matrix,
+    potentials_of_another_gauge, too_good, raising,
+):  # fmt: skip
+    solver.claims = Claims(marginal_error=1e-6)

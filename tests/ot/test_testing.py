@@ -1,0 +1,194 @@
+"""The tool that tests solvers: finds nothing in one that is right, and what is wrong with those broken on purpose."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fs_jax.ot import sinkhorn
+from fs_jax.ot.testing import (
+    FAMILIES,
+    GAVE_UP,
+    Finding,
+    case,
+    cases,
+    findings,
+    load,
+    script,
+    shrunk,
+    solve_exactly,
+)
+from fs_jax.ot.testing.reference import gradients
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+ROOT = pathlib.Path(__file__).parents[2]
+# In each kind's turn; two of each.
+NUMBERS = range(2 * len(FAMILIES))
+BROKEN = {
+    "stopped_early": "marginals",
+    "flag_before_the_plan": "marginals",
+    "dropped_mask": "masked",
+    "cost_of_a_shifted_matrix": "primal_cost",
+    "potentials_of_another_gauge": "potentials",
+    "too_good": "marginal_error",
+    "raising": "raises",
+    "flushed_kernel": "lost entries",
+    "constant_potentials": "gradient by cost",
+    "constant_in_second_order": "second derivative",
+}
+
+SLOW = ("dropped_mask", "constant_potentials", "constant_in_second_order")  # 10 seconds and more each
+
+
+def broken(name):
+    return load(f"tests.ot.broken_solvers:{name}")
+
+
+def found(solver, numbers, derivatives=False):
+    return {
+        number: [f for f in findings(solver, case(number), derivatives=derivatives) if f.check != GAVE_UP]
+        for number in numbers
+    }
+
+
+def test_nothing_is_found_in_a_solver_that_is_right():
+    assert not any(found(broken("right"), NUMBERS).values())
+
+
+@pytest.mark.parametrize("name", [
+    "fs_jax-stabilized-float32",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in (
+        "fs_jax-stabilized-float64", "fs_jax-log-float32", "fs_jax-kernel-float32", "fs_jax-implicit-float64",
+    )),
+])  # fmt: skip
+def test_nothing_is_found_in_ours(name):
+    of_few = range(len(FAMILIES))
+    assert not any(found(load(name), of_few, derivatives=True).values())
+
+
+@pytest.mark.parametrize(("name", "check"), [
+    pytest.param(*of, marks=pytest.mark.slow if of[0] in SLOW else ()) for of in BROKEN.items()
+])  # fmt: skip
+def test_what_is_broken_is_found_named_shrunk_and_shown(name, check, tmp_path):
+    solver, derivatives = broken(name), name.startswith("constant")
+    small = (number for number in range(300) if not derivatives or case(number).cost.size <= 60)
+    for number in small:
+        of = [f for f in findings(solver, case(number), derivatives=derivatives) if f.check == check]
+        if of:
+            break
+    assert of, f"{check} isn't found"
+    simplest = shrunk(solver, case(number), of[0], seconds=10)
+    # A kernel of which nothing is lost has no finding; shapes are compiled for where derivatives are at fault.
+    assert simplest.cost.size <= (30 if derivatives or name == "flushed_kernel" else 4)
+    again = findings(solver, simplest, derivatives=derivatives)
+    assert check in {f.check for f in again}
+    text = script(solver, simplest, of[0])
+    assert len(text.splitlines()) <= 20
+    (tmp_path / "shown.py").write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "shown.py")], capture_output=True, text=True, encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0 or name == "raising", done.stderr
+    assert check in text.splitlines()[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_problems_are_what_they_are_said_to_be_and_solved_exactly(family):
+    for problem in cases(list(FAMILIES).index(family) + len(FAMILIES) * k for k in range(8)):
+        assert problem.family == family
+        assert problem.cost.shape == (len(problem.a), len(problem.b))
+        assert min(problem.a.min(), problem.b.min()) >= 0
+        assert problem.a.sum() == pytest.approx(problem.b.sum(), rel=1e-12)
+        reference = solve_exactly(problem)
+        assert reference is not None
+        off = np.abs(reference.plan.sum(1) - problem.a).sum() + np.abs(reference.plan.sum(0) - problem.b).sum()
+        assert off <= 1e-10 * problem.a.sum()
+        there = reference.plan > 1e-290  # those below have lost digits
+        exponents = (reference.f[:, None] + reference.g - problem.cost) / problem.reg
+        # Exponents of ten thousands, rounded.
+        np.testing.assert_allclose(np.log(reference.plan[there]), exponents[there], atol=1e-9 * (1 + problem.ratio))
+
+
+def test_the_same_number_is_the_same_problem_and_others_are_others():
+    np.testing.assert_array_equal(case(17).cost, case(17).cost)
+    one, other = case(0), case(15 * len(FAMILIES))
+    assert one.cost.shape != other.cost.shape or not np.array_equal(one.cost, other.cost)
+
+
+@pytest.mark.parametrize("number", [0, 1, 4, 9])
+def test_derivatives_of_the_reference_are_its_differences(number):
+    problem = next(p for p in cases(range(number, 1000, len(FAMILIES))) if p.cost.size > 4 and p.ratio < 1e3)
+    rng = np.random.default_rng(0)
+    weights, direction = rng.normal(size=problem.cost.shape), rng.normal(size=problem.cost.shape)
+    slope = np.sum(gradients(problem, solve_exactly(problem), weights)["cost"] * direction)
+    step = 1e-4 * problem.reg
+
+    def value(t):
+        return np.sum(weights * solve_exactly(problem._replace(cost=problem.cost + t * direction)).plan)
+
+    # Fourth order in a step of 1e-4 of reg; the rest is rounding, 1e-11 of the plan over the step.
+    differences = (8 * (value(step) - value(-step)) - (value(2 * step) - value(-2 * step))) / (12 * step)
+    assert slope == pytest.approx(differences, rel=1e-5, abs=1e-5 * np.abs(weights).max() / problem.reg)
+
+
+def test_the_reference_is_what_sinkhorn_tends_to():
+    problem = case(2)
+    result = sinkhorn(*map(jnp.asarray, problem[:3]), reg=problem.reg, num_iters=20_000, threshold=1e-12)
+    assert result.converged
+    np.testing.assert_allclose(result.plan, solve_exactly(problem).plan, atol=1e-11)
+
+
+def test_what_is_not_claimed_is_not_judged():
+    kernel = load("fs_jax-kernel-float32")
+    sharp = next(problem for problem in cases(range(100)) if problem.family == "sharp" and problem.cost.size > 100)
+    assert sharp.ratio > kernel.claims.largest_ratio
+    assert findings(kernel, sharp) == []
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("fs_jax-stabilised-float32", "solver: expected one of .* Did you mean 'fs_jax-stabilized-float32'"),
+    ("nowhere:solve", "solver: expected package.module:function that can be imported; got 'nowhere:solve'"),
+    ("numpy:sinkhorn", "solver: expected package.module:function that can be imported; got 'numpy:sinkhorn'"),
+])  # fmt: skip
+def test_unknown_solvers_are_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        load(name)
+
+
+def test_a_finding_is_told_with_its_numbers():
+    solver = broken("stopped_early")
+    number, (first, *_) = next((number, of) for number, of in found(solver, NUMBERS).items() if of)
+    assert isinstance(first, Finding)
+    assert first.error > first.allowed > 0
+    assert "says that it has converged" in first.text
+    assert case(number).number == number
+
+
+@pytest.mark.slow
+def test_the_command_finds_shows_and_resumes(tmp_path):
+    command = [
+        sys.executable, "-m", "experiments.differential", "--count", "30", "--workdir", str(tmp_path / "run"),
+        "--solvers", "tests.ot.broken_solvers:right", "tests.ot.broken_solvers:stopped_early",
+    ]  # fmt: skip
+
+    def run(*more):
+        return subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+
+    done = run()
+    assert done.returncode == 1, done.stderr
+    text = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert "says that it has converged" in text
+    (shown,) = (tmp_path / "run" / "scripts").iterdir()
+    assert "stopped_early" in shown.read_text(encoding="utf-8")
+    lines = (tmp_path / "run" / "findings.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 60
+    assert run("--count", "31").returncode == 1
+    again = (tmp_path / "run" / "findings.jsonl").read_text(encoding="utf-8").splitlines()
+    assert (again[:60], len(again)) == (lines, 62)
+    assert run("--count", "0").returncode == 2
