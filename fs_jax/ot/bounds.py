@@ -49,9 +49,9 @@ def round_to_feasible(plan: Float[Array, "n m"], a: Float[Array, " n"], b: Float
     """
     plan, a, b, _ = _checks.problem(plan, a, b)
     plan = plan * jnp.minimum(1, a * inverse(plan.sum(1)))[:, None]
-    plan = plan * jnp.minimum(1, b * inverse(plan.sum(0)))
+    plan = plan * jnp.minimum(1, b * inverse(plan.sum(0)))[None, :]
     rows, columns = jnp.maximum(0, a - plan.sum(1)), jnp.maximum(0, b - plan.sum(0))
-    return plan + rows[:, None] * columns * inverse(rows.sum())
+    return plan + rows[:, None] * columns[None, :] * inverse(rows.sum())
 
 
 def bounds(
@@ -94,6 +94,6 @@ def bounds(
     large = jnp.finfo(cost.dtype).max / 4
     # Feasible, and as large as can be, on both sides in turn.
     g = jnp.min(jnp.where(rows, cost - result.f.astype(cost.dtype)[:, None], large), 0)
-    f = jnp.min(jnp.where(columns, cost - g, large), 1)
+    f = jnp.min(jnp.where(columns, cost - g[None, :], large), 1)
     lower = jnp.sum(jnp.where(a > 0, a * f, 0)) + jnp.sum(jnp.where(b > 0, b * g, 0))
     return Bounds(lower, jnp.sum(plan * jnp.where(rows & columns, cost, 0)), plan)

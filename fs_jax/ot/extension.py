@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from fs_jax.ot import _checks
-from fs_jax.ot._numerics import MASKED, log_sum_exp
+from fs_jax.ot._numerics import MASKED, log_sum_exp, result_type
 
 
 def potential_at(
@@ -111,7 +111,7 @@ def relative_reg(
     cost, a, b, _ = _checks.problem(cost, a, b)
     reg = _checks.positive("reg", reg, cost.dtype)
     to = _checks.choice("to", to, ("mean", "std"))
-    weights = lax.stop_gradient(a[:, None] * b / (a.sum() * b.sum()))
+    weights = lax.stop_gradient(a[:, None] * b[None, :] / (a.sum() * b.sum()))
     cost = lax.stop_gradient(jnp.where(weights > 0, cost, 0))
     mean = jnp.sum(weights * cost)
     return reg * (mean if to == "mean" else jnp.sqrt(jnp.sum(weights * (cost - mean) ** 2)))
@@ -124,10 +124,10 @@ def _extended(cost, g, reg):
             f"got shape {jnp.shape(g)} for a cost of shape {jnp.shape(cost)}"
         )
     cost, g = jnp.asarray(cost), jnp.asarray(g)
-    cost = cost.astype(jnp.promote_types(cost.dtype, jnp.float32))
+    cost = cost.astype(result_type(cost, jnp.float32))
     return cost, g.astype(cost.dtype), _checks.positive("reg", reg, cost.dtype)
 
 
 def _exponents(cost, g, reg):
     """(g - cost) / reg, far below all else at points without mass."""
-    return jnp.where(g > MASKED / 2, (g - cost) / reg, MASKED)
+    return jnp.where(g[None, :] > MASKED / 2, (g[None, :] - cost) / reg, MASKED)

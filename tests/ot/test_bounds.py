@@ -7,8 +7,6 @@ import pytest
 
 from fs_jax.ot import bounds, ipot, round_to_feasible, sinkhorn
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
-
 
 def test_rounding_makes_a_plan_feasible_and_moves_little(make_problem):
     for seed in range(20):

@@ -12,8 +12,6 @@ from ott.tools import sinkhorn_divergence as ott_divergence
 from fs_jax.ot import Status, sinkhorn_divergence, sqeuclidean_cost
 from tests.parameters import mostly_slow
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
-
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(6, 2)), RNG.normal(size=(9, 2)) + 1
 A, B = (weights / weights.sum() for weights in (RNG.uniform(0.5, 1.5, 6), RNG.uniform(0.5, 1.5, 9)))
@@ -30,6 +28,7 @@ def value(x, y, a=A, b=B, **options):
     ).value
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_value_is_ott_jaxs():
     geometries = [geometry.Geometry(cost_matrix=jnp.asarray(cost), epsilon=REG) for cost in costs(X, Y)]
     # Their divergence adds reg (Σa - Σb)² / 2, which is zero.

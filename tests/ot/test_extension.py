@@ -7,8 +7,6 @@ import pytest
 
 from fs_jax.ot import barycentric_map, ipot, potential_at, relative_reg, sinkhorn, sqeuclidean_cost
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
-
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(6, 2)), RNG.normal(size=(9, 2)) + 1
 A, B = (weights / weights.sum() for weights in (RNG.uniform(0.5, 1.5, 6), RNG.uniform(0.5, 1.5, 9)))

@@ -329,6 +329,7 @@ def test_another_number_of_devices_does_not_resume_a_run_whose_method_it_would_c
         train(config, DIGITS, tmp_path / "run", devices=jax.devices()[:1], progress=False)
 
 
+@pytest.mark.slow
 def test_a_function_is_called_before_the_first_epoch_and_after_each(tmp_path):
     seen = []
 

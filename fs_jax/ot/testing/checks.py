@@ -35,7 +35,7 @@ def findings(solver: Solver, problem: Case, *, derivatives: bool = False) -> lis
 
     Example:
       >>> from fs_jax.ot.testing import case, load
-      >>> findings(load("fs_jax-stabilized-float64"), case(0))
+      >>> findings(load("fs_jax-stabilized-float32"), case(0))
       []
     """
     if not is_claimed(solver, problem):

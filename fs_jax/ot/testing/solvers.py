@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from fs_jax._utils.validation import check_choice
+from fs_jax.ot import _checks
 
 Solve = Callable[[Any, Any, Any, Any], Mapping[str, Any]]
 """(cost [n, m], a [n], b [m], reg) -> a mapping with `plan` [n, m] and, where there are, `f`, `g`, `primal_cost`,
@@ -61,8 +61,7 @@ def load(name: str) -> Solver:
       'float32'
     """
     if ":" not in name:
-        check_choice("solver", name, BUILT_IN)
-        return BUILT_IN[name]
+        return BUILT_IN[_checks.choice("solver", name, tuple(BUILT_IN))]
     module, function = name.split(":", 1)
     try:
         solve = getattr(importlib.import_module(module), function)
