@@ -48,13 +48,15 @@ NEWEST_ONLY = (
     "test_a_run_that_is_stopped_and_resumed_equals",
     "test_shapes_and_types_are_as_signatures_say",
 )
+NEWEST_ONLY_FILES = ("test_testing.py", "test_paper_page.py", "test_solver_page.py")  # programs of NumPy, and examples
 
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items):
     if sys.version_info < (3, 12):
         for item in items:
-            if isinstance(item, pytest.DoctestItem) or item.name.startswith(NEWEST_ONLY):
+            newest_only = item.name.startswith(NEWEST_ONLY) or item.path.name in NEWEST_ONLY_FILES
+            if isinstance(item, pytest.DoctestItem) or newest_only:
                 item.add_marker(pytest.mark.slow)
 
 

@@ -47,6 +47,7 @@ def test_they_meet_at_the_exact_solution(make_problem):
     assert found.upper - found.lower < 1e-3  # beta / num_iters is 2.5e-4
 
 
+@pytest.mark.slow
 def test_a_batch_is_a_loop(make_problem):
     costs, rows, columns = map(np.stack, zip(*(make_problem(4, 5, seed) for seed in range(3)), strict=True))
 

@@ -55,7 +55,7 @@ def test_equal_sets_are_at_distance_zero_with_a_gradient_of_zero():
 
 
 @pytest.mark.parametrize("grad", mostly_slow(["envelope", "implicit", "unroll"], "envelope"))
-@pytest.mark.parametrize("of", ["x", "weights"])
+@pytest.mark.parametrize("of", mostly_slow(["x", "weights"], "x"))
 def test_gradient_is_that_of_the_value(grad, of):
     rng = np.random.default_rng(1)
     direction = {"x": rng.normal(size=X.shape), "weights": rng.normal(size=A.shape)}[of]
@@ -80,6 +80,7 @@ def test_points_without_mass_have_no_part():
     np.testing.assert_array_equal(gradient[6:], 0)
 
 
+@pytest.mark.slow
 def test_a_batch_is_a_loop():
     sets = X + np.random.default_rng(2).normal(size=(3, 1, 2))
     together = jax.jit(jax.vmap(partial(value, y=Y)))(jnp.asarray(sets))
