@@ -57,12 +57,19 @@ def check_results(
             f"results: expected a new folder, or results of this configuration; {path} has another: {'; '.join(told)}. "
             "Choose another folder with --results; nothing was changed."
         )
-    rows = [row.label for row in experiment.rows if row.label not in there["missing"]]
-    if lost := [label for label in rows if label not in coming]:
+    if lost := lost_rows(experiment, path, coming):
         raise ValueError(
             f"results: expected a new folder, or results of no other rows; {path} has rows that this workdir has not: "
             f"{', '.join(lost)}. Choose another folder with --results, or leave --rows out; nothing was changed."
         )
+
+
+def lost_rows(experiment: Experiment, path: pathlib.Path, coming: Container[str]) -> list[str]:
+    """Rows that a results file has, and that what would be written in its place has not."""
+    if not path.exists():
+        return []
+    missing = json.loads(path.read_text(encoding="utf-8"))["missing"]
+    return [row.label for row in experiment.rows if row.label not in missing and row.label not in coming]
 
 
 def images_of(scale: Scale) -> dict[str, Any]:
@@ -76,14 +83,16 @@ def write(
 ) -> pathlib.Path | None:
     """Write the rows that are finished; the Markdown's path, or None if there is nothing to show.
 
-    Raises:
-      ValueError: as `check_results`, if results of more rows are there.
+    Results of more rows are kept, as those of a whole table where this run was stopped half-way.
     """
     finished = finished_rows(experiment.name, scale, seeds, workdir)
     if not finished:
         return None
     there = [of.row.label for of in finished]
-    check_results(experiment, scale, seeds, results, there)
+    name = file_name(experiment, seeds)
+    if lost := lost_rows(experiment, results / f"{name}.json", there):
+        print(f"Kept: {results / name}.md, which has more rows: {', '.join(lost)}.")
+        return None
     if (collected := experiment.collect(experiment, scale, finished)) is None:
         return None
     data: Data = {
@@ -99,7 +108,6 @@ def write(
         "hours": hours(finished),
         **collected,
     }
-    name = file_name(experiment, seeds)
     figure = None if experiment.draw is None else f"{name}.png"
     others: dict[str, Any] = {name + ending: text for ending, text in experiment.other_files(data).items()}
     write_files(results, {f"{name}.json": data, f"{name}.md": as_markdown(experiment, data, figure), **others})
