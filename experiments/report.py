@@ -119,13 +119,13 @@ def headline(data: Data) -> str:
     Example:
       >>> config = {"dataset": "digits", "attack": {"epsilon": 0.1}}
       >>> headline({"config": config, "pixels": [8, 8]})
-      'digits, 8 x 8, radius 0.1'
+      "scikit-learn's digits, 8 x 8, radius 0.1"
     """
     name, size = pathlib.Path(data["config"]["dataset"]).stem.split("_")[0], " x ".join(map(str, data["pixels"]))
     return f"{NAMES.get(name, name)}, {size}, radius {radius(data['config']['attack']['epsilon'])}"
 
 
-NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
+NAMES = {"digits": "scikit-learn's digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
 
 
 def claims(of: dict[str, Data]) -> str:

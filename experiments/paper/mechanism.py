@@ -41,7 +41,7 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data | None:
             write_files(seen.parent, {seen.name: "".join(f"{json.dumps(point)}\n" for point in points.values())})
 
     run = training.train(
-        network.config, network.dataset, path.with_name("mechanism"), devices=jax.local_devices()[:1],
+        network.config, network.dataset, path.with_suffix(".run"), devices=jax.local_devices()[:1],
         monitor_images=0, progress=False, on_epoch=look_at,
     )  # fmt: skip
     return {"points": [points[epoch] for epoch in sorted(points)]} if run.finished else None
