@@ -61,8 +61,8 @@ def main(argv: list[str]) -> None:
     results = read(folder)
     if not any(results.values()):
         raise FileNotFoundError(
-            f"results: expected folders of the paper's experiments, such as {folder / 'digits'}; there are none. "
-            "Make some: python -m experiments.paper --scale digits"
+            f"results: expected folders of the paper's experiments, such as {folder / 'digits'}; there are none "
+            "(trials are left out). Make some: python -m experiments.paper --scale digits"
         )
     text = page(results)
     write_files(folder, {"report.md": text, "report.html": as_html(text, results)})

@@ -38,7 +38,7 @@ class Arguments:
     output: pathlib.Path | None = None
     """A new file to restore it to, .safetensors."""
     keep: pathlib.Path | None = None
-    """The folder of a run, or a file of weights, to add under this name."""
+    """The folder of a run, to add its network under this name."""
     folder: pathlib.Path = FOLDER
     """Where they are."""
 
@@ -68,6 +68,8 @@ def listing(folder: pathlib.Path) -> str:
     """Names, networks and data sets."""
     import tabulate
 
+    if not manifest(folder):
+        return f"There are no networks in {folder} yet."
     rows = [
         [name, of["network"], of["dataset"], of["epsilon"], of["method"], of["bytes"]]
         for name, of in manifest(folder).items()
@@ -93,8 +95,10 @@ def keep(model: Any, variables: Any, about: dict[str, Any], name: str, folder: p
     from fs_jax.models import convert
 
     there = manifest(folder)
-    if name in there or not re.fullmatch(r"\w+(/\w+)*", name):
-        raise ValueError(f"name: expected a new one of letters, digits and _, such as small/ours; got {name!r}.")
+    if name in there:
+        raise ValueError(f"name: expected a new one; {name} is there.")
+    if not re.fullmatch(r"\w+(/\w+)*", name):
+        raise ValueError(f"name: expected letters, digits and _, such as small/ours; got {name!r}.")
     if "config" not in about:
         raise ValueError("keep: expected the folder of a run, which says how its network was trained; got a file.")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
@@ -126,6 +130,8 @@ def restore(name: str, path: pathlib.Path, folder: pathlib.Path = FOLDER) -> Non
       ValueError: for an unknown name, with the nearest one; for a file that exists; if any byte isn't what it was.
     """
     there = manifest(folder)
+    if not there:
+        raise ValueError(f"name: expected one of those in {folder}; there are none.")
     check_choice("name", name, there)
     if path.exists() or path.suffix != ".safetensors":
         raise ValueError(f"output: expected a new file .safetensors; got {path}{' exists' * path.exists()}.")

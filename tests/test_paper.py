@@ -1,6 +1,7 @@
 """The paper's tables: every declaration is whole, networks are shared, and numbers are pooled and compared rightly."""
 
 import csv
+import dataclasses
 import io
 import json
 import pathlib
@@ -120,6 +121,23 @@ def test_rows_are_equal_only_within_two_points_for_sure(ours, theirs, word):
     assert tables.difference(np.arange(1000) < ours, np.arange(1000) < theirs)["verdict"] == word
 
 
+def test_images_without_a_difference_prove_little_if_they_are_few():
+    same = np.ones(20, bool)
+    assert tables.difference(same, same)["verdict"] == "undetermined"
+    assert tables.difference(np.ones(200, bool), np.ones(200, bool))["verdict"] == "equal"
+
+
+def test_data_that_workers_would_fail_at_are_refused_before(tmp_path):
+    few = dataclasses.make_dataclass("Few", ["train_labels", "info"])
+    info = dataclasses.make_dataclass("Info", ["num_classes"])
+    missing = jobs.jobs(SCALES["trial"], ["main_table"], [0], tmp_path)
+    with pytest.raises(ValueError, match="dataset: expected at least 60 training images; got 30"):
+        runner.check_data(few(np.zeros(30), info(10)), missing)
+    with pytest.raises(ValueError, match=r"at least 4 classes for main_table; .* can be run: .*table4_ipot_beta"):
+        runner.check_data(few(np.zeros(90), info(3)), missing)
+    runner.check_data(few(np.zeros(90), info(4)), missing)
+
+
 def test_few_images_decide_nothing():
     rng = np.random.default_rng(0)
     assert tables.difference(rng.random(100) < 0.5, rng.random(100) < 0.5)["verdict"] == "undetermined"
@@ -140,7 +158,7 @@ def test_files_have_ours_and_the_papers(tmp_path):
     rows = list(csv.DictReader(io.StringIO(path.with_suffix(".csv").read_text(encoding="utf-8"))))
     assert rows[2] == {
         "row": "β = 1", "attack": "pgd-20", "correct": "15", "total": "20", "accuracy": "0.75", "low": rows[2]["low"],
-        "high": rows[2]["high"], "paper": "69.9",
+        "high": rows[2]["high"], "paper": "0.699",
     }  # fmt: skip
 
 
@@ -157,7 +175,7 @@ def test_rows_are_compared_with_the_first_alone(tmp_path):
     whole = json.loads(
         writing.write(experiment, scale, [0], tmp_path, tmp_path / "r").with_suffix(".json").read_text(encoding="utf-8")
     )
-    assert whole["rows"]["identity plan"]["pgd-20"]["difference"]["verdict"] == "equal"
+    assert whole["rows"]["identity plan"]["pgd-20"]["difference"]["points"] == 0
     (first,) = jobs.configurations(experiment, scale, experiment.rows[0], [0])
     jobs.result_file(jobs.folder_of(tmp_path, scale, first), scale, "matching").unlink()
     rest = json.loads(
@@ -224,6 +242,7 @@ def test_attacks_that_have_run_are_taken_over(tmp_path):
     (["--seeds", "-1"], "seeds: expected an integer of at least 0"), (["--workers", "0"], "workers: expected"),
     (["--seeds", "1", "1"], "seeds: expected each once"),
     (["--rows", "β = 2"], "rows: expected one of β = 1, β = 0.5; got 'β = 2'"),
+    (["--max-minutes", "0"], "max_minutes: expected a finite number above 0"),
     (["--scale", "small", "--data-dir", "/nowhere"], "data_dir: expected cifar10/<version>"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_at_once(words, message, tmp_path):
@@ -358,4 +377,4 @@ def test_other_published_sets_are_named_in_the_caption(dataset, tmp_path):
     path = writing.write(jobs.experiment("table4_ipot_beta"), scale, [0], tmp_path, tmp_path / "r")
     text = path.read_text(encoding="utf-8")
     assert f"--scale short --dataset {dataset}`" in text
-    assert "in brackets the paper's, on CIFAR-10" in text
+    assert "in (): the paper's, on CIFAR-10" in text

@@ -89,6 +89,7 @@ def attacked(attacks: Attacks) -> Measurement:
             for attack in attacks(scale)
         ],
         passes=lambda config, scale, images: sum(passes(attack, images) for attack in attacks(scale)),
+        least_classes=lambda scale: max(attack.specification.least_classes for attack in attacks(scale)),
     )
 
 

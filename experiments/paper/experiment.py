@@ -60,6 +60,8 @@ class Measurement:
     """What the result depends on besides the network, as JSON: experiments of the same settings share results."""
     passes: Callable[[TrainConfig, Scale, int], float]
     """(configuration, scale, test images) -> about how many passes of an image it takes, forward and backward."""
+    least_classes: Callable[[Scale], int] = lambda scale: 2
+    """How many classes the data set must have."""
 
 
 class Finished(NamedTuple):

@@ -107,7 +107,7 @@ def embeddings(data: Data, path: pathlib.Path) -> None:
                 for each, name in enumerate(names):
                     axes.scatter(*points[labels == each].T, s=5, color=class_colour(each, len(names)), label=name, lw=0)
                 purity = of["purity"][which]
-                axes.set_title(f"{label}: {which}\npurity {100 * purity['mean']:.0f} %", fontsize=9)
+                axes.set_title(f"network: {label}, images: {which}\npurity {100 * purity['mean']:.0f} %", fontsize=9)
                 axes.set(xticks=[], yticks=[])
                 axes.grid(visible=False)
         handles, texts = grid[0, 0].get_legend_handles_labels()

@@ -183,7 +183,7 @@ def share_of(count: int, total: int) -> Data:
 
 def said(of: Data) -> str:
     """An accuracy or a share with its interval, as text."""
-    return f"{100 * of['accuracy']:.1f} ±{50 * (of['high'] - of['low']):.1f}%"
+    return f"{100 * of['accuracy']:.1f}% [{100 * of['low']:.1f}, {100 * of['high']:.1f}]"
 
 
 CLAIMS: tuple[tuple[str, Callable[[Results], tuple[str, str]]], ...] = (

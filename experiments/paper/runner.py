@@ -73,6 +73,8 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
         check_number("seeds", seed, at_least=0, at_most=2**32 - 2, integer=True)
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise ValueError(f"seeds: expected each once; got {', '.join(map(str, arguments.seeds))}.")
+    if arguments.max_minutes is not None:
+        check_number("max_minutes", arguments.max_minutes, above=0)
     names = names or scale.experiments or EXPERIMENTS
     labels = dict.fromkeys(row.label for name in names for row in experiment(name).rows)
     for row in arguments.rows:
@@ -143,7 +145,8 @@ def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
 
     workdir, data_dir = local_path("workdir", arguments.workdir), arguments.data_dir
     places = processors(arguments.workers)
-    data.load(missing[0].config.dataset, data_dir=data_dir)  # what is wrong with it is said here, once
+    # What is wrong with the data is said here, once, and not by each worker after its training.
+    check_data(data.load(missing[0].config.dataset, data_dir=data_dir), missing)
     for job in missing:
         spec: dict[str, Any] = {"scale": job.scale.name, "dataset": job.scale.dataset, "config": to_dict(job.config)}
         spec |= {"experiments": job.experiments, "data_dir": None if data_dir is None else str(data_dir.resolve())}
@@ -182,6 +185,29 @@ def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
     if not stopped:
         print(f"It took {words(time.monotonic() - timed)}; estimated were {words(estimated)}.")
     return stopped, failed
+
+
+def check_data(dataset: Any, missing: list[Job]) -> None:
+    """Refuse what workers would fail at.
+
+    Raises:
+      ValueError: for too few images to train on, or classes for some experiment.
+    """
+    scale, batch = missing[0].scale, max(job.config.batch_size for job in missing)
+    if len(dataset.train_labels) < batch:
+        raise ValueError(f"dataset: expected at least {batch} training images; got {len(dataset.train_labels)}.")
+    names = dict.fromkeys(name for job in missing for name in job.experiments)
+    needed = {name: experiment(name).measurement.least_classes(scale) for name in names}
+    if too_few := [name for name, classes in needed.items() if classes > dataset.info.num_classes]:
+        others = [
+            name
+            for name in EXPERIMENTS
+            if experiment(name).measurement.least_classes(scale) <= dataset.info.num_classes
+        ]
+        raise ValueError(
+            f"dataset: expected at least {max(needed.values())} classes for {', '.join(too_few)}; "
+            f"{missing[0].config.dataset} has {dataset.info.num_classes}. These can be run: {', '.join(others)}."
+        )
 
 
 def time_kinds(

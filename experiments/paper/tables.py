@@ -114,7 +114,10 @@ def shown(data: Data) -> str:
     first = next(iter(rows.values()))
     counts = [numbers["total"] for numbers in first.values()]
     images = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-    about = f"Accuracy in % of {images} test images, with 95% intervals; in brackets the paper's, on CIFAR-10 at 8/255."
+    about = (
+        f"Accuracy in % of {images} test images, with 95% intervals over images; in (): the paper's, on CIFAR-10 at "
+        "8/255."
+    )
     parts = [formatted(data, "pipe"), about]
     if spread := seed_spread(first):
         parts += [spread]
@@ -140,7 +143,7 @@ def formatted(data: Data, style: str) -> str:
 
 
 def cell(numbers: Data) -> str:
-    text = f"{100 * numbers['accuracy']:.1f} ±{50 * (numbers['high'] - numbers['low']):.1f}"
+    text = f"{100 * numbers['accuracy']:.1f} [{100 * numbers['low']:.1f}, {100 * numbers['high']:.1f}]"
     return text if numbers["paper"] is None else f"{text} ({numbers['paper']:.1f})"
 
 
@@ -162,9 +165,10 @@ def seed_spread(row: Data) -> str | None:
 def as_csv(data: Data) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    fields = ("correct", "total", "accuracy", "low", "high", "paper")
-    writer.writerow(["row", "attack", *fields])
+    fields = ("correct", "total", "accuracy", "low", "high")
+    writer.writerow(["row", "attack", *fields, "paper"])
     for label, numbers in data["rows"].items():
         for name, of in numbers.items():
-            writer.writerow([label, name, *("" if of[field] is None else of[field] for field in fields)])
+            paper = "" if of["paper"] is None else round(of["paper"] / 100, 6)  # a share, as ours
+            writer.writerow([label, name, *(of[field] for field in fields), paper])
     return file.getvalue()

@@ -20,6 +20,7 @@ from experiments.paper.experiment import (
 from experiments.paper.figures import transfer_matrix
 from experiments.paper.runner import main
 from experiments.paper.scales import Scale
+from experiments.paper.tables import cell
 from fs_jax.config import TrainConfig
 
 TARGETS = (FEATURE_SCATTERING, STANDARD, PGD_7, TRADES)
@@ -69,21 +70,18 @@ def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) 
                 for begin in range(0, len(labels), 256):
                     batch = slice(begin, begin + 256)
                     correct[name].extend(np.asarray(predict(images[batch], variables)) == labels[batch])
-        rows[target] = {name: accuracy(np.array(right)) for name, right in correct.items()}
+        rows[target] = {name: {**accuracy(np.array(right)), "paper": None} for name, right in correct.items()}
     return {"rows": rows} if rows else None
 
 
 def show(data: Data) -> str:
     rows = data["rows"]
     first = next(iter(rows.values()))
-    text = [
-        [target, *(f"{100 * of['accuracy']:.1f} ±{50 * (of['high'] - of['low']):.1f}" for of in row.values())]
-        for target, row in rows.items()
-    ]
+    text = [[target, *map(cell, row.values())] for target, row in rows.items()]
     return "\n\n".join([
         tabulate.tabulate(text, headers=["", *first], tablefmt="pipe"),
         f"Accuracy in % of the networks in rows, on {first[ITSELF]['total']:,} adversaries that PGD-20 makes for those "
-        "in columns, with 95% intervals.",
+        "in columns, with 95% intervals. They are made anew, from other random starts than those of other tables.",
     ])  # fmt: skip
 
 
