@@ -117,9 +117,9 @@ def show(data: Data) -> str:
     text = [[label, *of["outcomes"].values()] for label, of in data["networks"].items()]
     return "\n\n".join([
         tabulate.tabulate(text, headers=header, tablefmt="pipe"),
-        f"How many of {LOOKED_AT} random test images (or all, if there are fewer) end how, by one start of PGD-20. Up "
-        f"to {SHOWN} of each outcome are drawn: mean and standard deviation over {STARTS} other random starts. The margin "
-        "is the logit of the true class less the largest other one: below 0 the image is misclassified.",
+        f"How many of {LOOKED_AT} random test images (all, if there are fewer) end how, by one start of PGD-20. Up "
+        f"to {SHOWN} of each outcome are drawn: mean and standard deviation over {STARTS} other random starts. The "
+        "margin is the logit of the true class less the largest other one: below 0 the image is misclassified.",
     ])  # fmt: skip
 
 

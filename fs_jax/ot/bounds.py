@@ -31,7 +31,7 @@ def round_to_feasible(plan: Float[Array, "n m"], a: Float[Array, " n"], b: Float
     remainders. Nothing becomes negative.
 
     Args:
-        plan: a plan, such as a solver's that stopped early.
+        plan: a plan without negative entries, such as a solver's that stopped early.
         a: mass of each row.
         b: mass of each column; the same total.
 
@@ -48,6 +48,7 @@ def round_to_feasible(plan: Float[Array, "n m"], a: Float[Array, " n"], b: Float
     Source: Altschuler, Weed and Rigollet (NeurIPS 2017), algorithm 2.
     """
     plan, a, b, _ = _checks.problem(plan, a, b)
+    plan = _of_one_mass(plan, a, b)
     plan = plan * jnp.minimum(1, a * inverse(plan.sum(1)))[:, None]
     plan = plan * jnp.minimum(1, b * inverse(plan.sum(0)))[None, :]
     rows, columns = jnp.maximum(0, a - plan.sum(1)), jnp.maximum(0, b - plan.sum(0))
@@ -70,11 +71,12 @@ def bounds(
     Args:
         cost: the cost that was solved.
         result: what `sinkhorn` or `ipot` returned.
-        a: the marginals that it was solved with.
+        a: the marginals that it was solved with; of others it is the bounds of another problem.
         b: as well.
 
     Returns:
-        `Bounds`, true up to rounding: some units in the last place of the costs.
+        `Bounds`, true up to rounding: some units in the last place of the costs, in float32 at least. NaN where the
+        masses differ and could not be looked at, under jit.
 
     Raises:
         TypeError, ValueError: an argument is not of the kind described.
@@ -96,4 +98,11 @@ def bounds(
     g = jnp.min(jnp.where(rows, cost - result.f.astype(cost.dtype)[:, None], large), 0)
     f = jnp.min(jnp.where(columns, cost - g[None, :], large), 1)
     lower = jnp.sum(jnp.where(a > 0, a * f, 0)) + jnp.sum(jnp.where(b > 0, b * g, 0))
+    lower = _of_one_mass(lower, a, b)
     return Bounds(lower, jnp.sum(plan * jnp.where(rows & columns, cost, 0)), plan)
+
+
+def _of_one_mass(value, a, b):
+    """The value; NaN where the masses differ, of which there is no plan."""
+    differ = jnp.abs(a.sum() - b.sum()) > 1e-3 * jnp.maximum(a.sum(), b.sum())
+    return jnp.where(differ, jnp.nan, value)

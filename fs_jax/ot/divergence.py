@@ -71,8 +71,9 @@ def sinkhorn_divergence(
         threshold: marginal error at which each stops; see `sinkhorn`.
         method: as in `sinkhorn`.
         grad: as in `sinkhorn`. "envelope", the default, is exact at convergence and costs nothing: at a solution the
-            cost's derivative is that at fixed plans. Where both sets are one it is zero, but for rounding, however
-            early the iterations stop. (First derivatives; "implicit" has those of any order.)
+            cost's derivative is that at fixed plans. Where one array is both sets it is zero, but for rounding, however
+            early the iterations stop; from a set to an equal one that is held fixed, at convergence. (First
+            derivatives; "implicit" has those of any order.)
 
     Returns:
         A `Divergence`: the value, and the three transports with their evidence. Rounding leaves an error of some units

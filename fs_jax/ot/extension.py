@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -89,7 +90,8 @@ def relative_reg(
 
         reg · E[C]    or    reg · (E[C²] - E[C]²)^½,    the mean over pairs of mass a_i b_j
 
-    No gradient goes through the scale: it is a unit, not part of what is minimised.
+    No gradient goes through the scale: it is a unit, not part of what is minimised. Costs that are all equal have no
+    scale, and negative ones no mean to speak of: there it is refused, or NaN under jit.
 
     Args:
         reg: in these units.
@@ -113,12 +115,19 @@ def relative_reg(
     to = _checks.choice("to", to, ("mean", "std"))
     weights = lax.stop_gradient(a[:, None] * b[None, :] / (a.sum() * b.sum()))
     cost = lax.stop_gradient(jnp.where(weights > 0, cost, 0))
-    mean = jnp.sum(weights * cost)
-    return reg * (mean if to == "mean" else jnp.sqrt(jnp.sum(weights * (cost - mean) ** 2)))
+    mean, largest = jnp.sum(weights * cost), jnp.max(jnp.abs(cost))
+    unit = jnp.where(largest > 0, largest, 1)  # taken out of what is squared
+    scale = mean if to == "mean" else unit * jnp.sqrt(jnp.sum(weights * ((cost - mean) / unit) ** 2))
+    is_scale = scale > 16 * jnp.finfo(cost.dtype).eps * largest
+    if not isinstance(is_scale, jax.core.Tracer) and not is_scale:
+        raise ValueError(f"cost: expected costs of a positive {to}, got {float(scale):.3g}")
+    return reg * jnp.where(is_scale, scale, jnp.nan)
 
 
 def _extended(cost, g, reg):
-    if jnp.ndim(cost) != 2 or jnp.shape(g) != (jnp.shape(cost)[1],):
+    if jnp.ndim(cost) != 2:
+        raise ValueError(f"cost: expected one matrix of shape [k, m], got shape {jnp.shape(cost)}")
+    if jnp.shape(g) != (jnp.shape(cost)[1],):
         raise ValueError(
             "g: expected the potentials of the columns of cost, [k, m]; "
             f"got shape {jnp.shape(g)} for a cost of shape {jnp.shape(cost)}"

@@ -64,3 +64,12 @@ def test_another_cost_is_refused(make_problem):
     cost, a, b = make_problem(6, 9)
     with pytest.raises(ValueError, match=r"result: expected that of a cost of shape \(6, 9\); got a plan \(9, 6\)"):
         bounds(cost, sinkhorn(cost.T, b, a, reg=0.1), a, b)
+
+
+def test_masses_that_differ_have_no_bounds(make_problem):
+    cost, a, b = make_problem(6, 9)
+    with pytest.raises(ValueError, match="b: expected the total mass of a"):
+        round_to_feasible(cost, a, 2 * b)
+    found = jax.jit(lambda b: bounds(cost, sinkhorn(cost, a, b, reg=0.1), a, b))(2 * b)
+    assert np.isnan(found.lower)
+    assert np.isnan(found.upper)

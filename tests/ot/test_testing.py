@@ -14,6 +14,7 @@ from fs_jax.ot.testing import (
     FAMILIES,
     GAVE_UP,
     Finding,
+    Solver,
     case,
     cases,
     findings,
@@ -139,6 +140,15 @@ def test_the_reference_is_what_sinkhorn_tends_to():
     result = sinkhorn(*map(jnp.asarray, problem[:3]), reg=problem.reg, num_iters=20_000, threshold=1e-12)
     assert result.converged
     np.testing.assert_allclose(result.plan, solve_exactly(problem).plan, atol=1e-11)
+
+
+@pytest.mark.parametrize("answer", [
+    lambda plan: plan, lambda plan: {}, lambda plan: {"plan": plan[:1]},
+    lambda plan: {"plan": plan, "f": plan, "g": plan[0]}, lambda plan: {"plan": plan, "converged": np.ones(2)},
+])  # fmt: skip
+def test_answers_of_another_shape_are_findings(answer):
+    solver = Solver("odd", lambda cost, a, b, reg: answer(np.outer(a, b)))
+    assert [f.check for f in findings(solver, case(17))] == ["shape"]
 
 
 def test_what_is_not_claimed_is_not_judged():

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from fs_jax.ot import _checks
 
 Solve = Callable[[Any, Any, Any, Any], Mapping[str, Any]]
-"""(cost [n, m], a [n], b [m], reg) -> a mapping with `plan` [n, m] and, where there are, `f`, `g`, `primal_cost`,
-`reg_cost`, `marginal_error`, `converged`, as `fs_jax.ot.Transport` has them."""
+"""(cost [n, m], a [n], b [m], reg) -> a mapping with `plan` [n, m] and, where there are, `f` [n], `g` [m],
+`primal_cost`, `marginal_error`, `converged`, as `fs_jax.ot.Transport` has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,12 @@ def _built_in() -> dict[str, Solver]:
             text = _FS_JAX.format(iterations=ITERATIONS, threshold=threshold, method=method, grad=grad)
             name = f"fs_jax-{'implicit' if grad == 'implicit' else method}-{dtype}"
             found.append(Solver(name, _ours(method, grad, threshold), of, text))
-        for lse_mode, name, of in ((True, "log", claims), (False, "kernel", kernel)):
+        # Its threshold is the error of one marginal, ours and the claims' that of both.
+        of_one = {"marginal_error": 2 * threshold}
+        for lse_mode, name, of in (
+            (True, "log", dataclasses.replace(claims, **of_one)),  # type: ignore[arg-type]
+            (False, "kernel", dataclasses.replace(kernel, **of_one)),  # type: ignore[arg-type]
+        ):
             text = _OTT.format(iterations=ITERATIONS, threshold=threshold, lse_mode=lse_mode)
             found.append(Solver(f"ott-{name}-{dtype}", _ott(lse_mode, threshold), of, text))
     for method, ratio in (("sinkhorn", 700.0), ("sinkhorn_log", float("inf")), ("sinkhorn_stabilized", float("inf"))):
