@@ -80,13 +80,13 @@ def test_what_is_broken_is_found_named_shrunk_and_shown(name, check, tmp_path):
         if of:
             break
     assert of, f"{check} isn't found"
-    simplest = shrunk(solver, case(number), of[0], seconds=10)
+    simplest = shrunk(solver, case(number), of[0], seconds=120)  # most take one; a busy machine more
     # A kernel of which nothing is lost has no finding; shapes are compiled for where derivatives are at fault.
     assert simplest.cost.size <= (30 if derivatives or name == "flushed_kernel" else 4)
     again = findings(solver, simplest, derivatives=derivatives)
     assert check in {f.check for f in again}
     text = script(solver, simplest, of[0])
-    assert len(text.splitlines()) <= 20
+    assert len(text.splitlines()) <= 30
     (tmp_path / "shown.py").write_text(text, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(tmp_path / "shown.py")], capture_output=True, text=True, encoding="utf-8",
