@@ -60,6 +60,7 @@ def test_names_are_new_and_networks_are_known(network, tmp_path):
 
 
 def test_those_of_the_repository_can_be_restored(tmp_path):
+    assert weights.manifest(weights.FOLDER)
     for number, name in enumerate(weights.manifest(weights.FOLDER)):
         weights.restore(name, tmp_path / f"{number}.safetensors")
         model, _ = convert.load_weights(tmp_path / f"{number}.safetensors")
