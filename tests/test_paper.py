@@ -252,7 +252,10 @@ def test_what_is_wrong_is_said_at_once(words, message, tmp_path):
 
 
 def test_a_workdir_is_for_one_run_at_a_time(tmp_path):
-    with runner.held(tmp_path), pytest.raises(BlockingIOError, match="workdir: expected a folder that no other run"):
+    with (
+        runner.locked_workdir(tmp_path),
+        pytest.raises(BlockingIOError, match="workdir: expected a folder that no other run"),
+    ):
         runner.run(["table4_ipot_beta"], ["--workdir", str(tmp_path)])
 
 

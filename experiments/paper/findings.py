@@ -121,9 +121,7 @@ def pgd_tells(results: Results) -> tuple[str, str]:
         f"Of all test images {said(ours)} survive PGD-20 and fall to AutoAttack; of the network that is trained with "
         f"PGD-7, {said(pgd)}."
     )
-    if 100 * ours["low"] > EQUAL:
-        return "disagrees", evidence
-    return ("agrees" if 100 * ours["high"] <= EQUAL else "undetermined"), evidence
+    return none_to_speak_of(ours), evidence
 
 
 def plateaus(results: Results) -> tuple[str, str]:
@@ -138,9 +136,7 @@ def plateaus(results: Results) -> tuple[str, str]:
         f"{flat} of {len(risen)} curves have 95% of their rise after 20 steps: they do have a plateau. But of "
         f"{falls + holds} images that survive PGD-20, {falls} fall to APGD-T ({said(share)})."
     )
-    if 100 * share["low"] > EQUAL:
-        return "disagrees", evidence
-    return ("agrees" if 100 * share["high"] <= EQUAL else "undetermined"), evidence
+    return none_to_speak_of(share), evidence
 
 
 def gradient_free_attacks_are_evidence(results: Results) -> tuple[str, str]:
@@ -179,6 +175,13 @@ def said_of_purity(purity: Data) -> str:
 def share_of(count: int, total: int) -> Data:
     """A share with its interval."""
     return accuracy(np.arange(total) < count)
+
+
+def none_to_speak_of(share: Data) -> str:
+    """What a claim is that rests on a share's being nothing, within the points that rows may differ and be equal."""
+    if 100 * share["low"] > EQUAL:
+        return "disagrees"
+    return "agrees" if 100 * share["high"] <= EQUAL else "undetermined"
 
 
 def said(of: Data) -> str:

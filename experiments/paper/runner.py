@@ -86,7 +86,7 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
     if arguments.list:
         print(listing(scale, names, needed, missing))
         return None
-    with held(workdir):
+    with locked_workdir(workdir):
         for name in names:
             rows = [row.label for row in experiment(name).rows if not arguments.rows or row.label in arguments.rows]
             there = [of.row.label for of in finished_rows(name, scale, arguments.seeds, workdir)]
@@ -108,7 +108,7 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
 
 
 @contextlib.contextmanager
-def held(workdir: pathlib.Path) -> Iterator[None]:
+def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
     """The workdir for this process alone; asked to end, it ends as by Ctrl-C: workers first."""
     workdir.mkdir(parents=True, exist_ok=True)
     try:

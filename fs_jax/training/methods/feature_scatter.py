@@ -46,9 +46,8 @@ def feature_scatter(
         these alone are trained on, as in the paper.
 
     Returns:
-      The method. Its metrics are, besides the accuracy on the attacked images, `natural_accuracy` (inference mode; not
-      with `penultimate`),
-      `transport_cost` <T, C> and `marginal_error` (L1) of the transport.
+      The method. Its metrics are, besides the accuracy on the attacked images, `transport_cost` <T, C> and
+      `marginal_error` (L1) of the transport and, where logits are scattered, `natural_accuracy` (inference mode).
 
     Example:
       >>> method = feature_scatter(transport=functools.partial(ot.ipot, beta=1.0))
