@@ -106,7 +106,7 @@ def code(solver) -> str:
     import inspect
     import sys
 
-    texts = [repr(solver.claims), sys.version]
+    texts = [repr(solver.claims), solver.source, sys.version]
     with contextlib.suppress(OSError, TypeError):
         texts.append(inspect.getsource(inspect.getmodule(solver.solve) or solver.solve))
     for library in ("fs_jax", "jax", "ott-jax", "POT", "numpy"):

@@ -82,8 +82,6 @@ def is_claimed(solver: Solver, problem: Case) -> bool:
     claims = solver.claims
     if not claims.zeros and not ((problem.a > 0).all() and (problem.b > 0).all()):
         return False
-    if claims.unit_mass_only and abs(problem.a.sum() - 1) > 1e-6:
-        return False
     # To the letter, a kernel doesn't take constants out.
     ratio = problem.ratio if np.isinf(claims.largest_ratio) else float(np.abs(problem.cost).max() / problem.reg)
     return ratio <= claims.largest_ratio

@@ -104,7 +104,7 @@ def script(solver: Solver, problem: Case, finding: Finding) -> str:
         f"# {solver.name}: {finding.check}: {told}",
         "import numpy as np",
         *(["import jax", 'jax.config.update("jax_enable_x64", True)'] if dtype == "float64" else []),
-        solver.accused,
+        solver.source,
         *(f"{name} = np.array({text}, np.{dtype})" for name, text in numbers.items()),
         f"answer = solve(cost, a, b, np.{dtype}({problem.reg!r}))",
         'plan = np.asarray(answer["plan"], float)',

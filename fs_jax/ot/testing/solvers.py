@@ -1,6 +1,7 @@
 """Solvers under test: what they are called with, what they claim, and those that are known by name."""
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -28,8 +29,6 @@ class Claims:
     """Up to which range of costs over reg, and so to which condition."""
     zeros: bool = True
     """Whether weights may be zero."""
-    unit_mass_only: bool = False
-    """Whether weights have to sum to one."""
     gradients: tuple[Literal["cost", "a", "b"], ...] = ()
     """By what the plan can be differentiated, with `jax.grad`."""
     second_order: bool = False
@@ -46,7 +45,7 @@ class Solver:
     """`package:function`, or that of one that is built in."""
     solve: Solve
     claims: Claims = Claims()
-    accused: str = ""
+    source: str = ""
     """Lines of Python that define `solve`, for scripts that don't need this package."""
 
 
@@ -75,52 +74,7 @@ def load(name: str) -> Solver:
 ITERATIONS = 5000
 
 
-def _ours(method: str, grad: str, threshold: float) -> Solve:
-    def solve(cost, a, b, reg):
-        from fs_jax.ot import sinkhorn
-
-        result = sinkhorn(cost, a, b, reg=reg, num_iters=ITERATIONS, threshold=threshold, method=method, grad=grad)  # type: ignore[arg-type]
-        return {**result._asdict(), "converged": result.converged}
-
-    return solve
-
-
-def _ott(lse_mode: bool, threshold: float) -> Solve:
-    def solve(cost, a, b, reg):
-        import jax
-        from ott.geometry import geometry
-        from ott.problems.linear import linear_problem
-        from ott.solvers.linear import sinkhorn
-
-        with jax.numpy_dtype_promotion("standard"):
-            problem = linear_problem.LinearProblem(geometry.Geometry(cost_matrix=cost, epsilon=reg), a, b)
-            out = sinkhorn.Sinkhorn(lse_mode=lse_mode, threshold=threshold, max_iterations=ITERATIONS)(problem)
-            return {
-                "plan": out.matrix, "f": out.f, "g": out.g, "primal_cost": out.primal_cost,
-                "reg_cost": out.reg_ot_cost, "converged": out.converged,
-            }  # fmt: skip
-
-    return solve
-
-
-def _pot(method: str, threshold: float) -> Solve:
-    def solve(cost, a, b, reg):
-        import warnings
-
-        import ot
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            plan, log = ot.sinkhorn(
-                a, b, cost, float(reg), method=method, numItermax=ITERATIONS, stopThr=threshold, log=True
-            )
-        errors = log.get("err", [])
-        return {"plan": plan, "converged": bool(len(errors) and errors[-1] <= threshold)}
-
-    return solve
-
-
-# What scripts have of them, so that they run without this package.
+# What defines each built-in solver, here and in scripts that run without this package.
 _FS_JAX = """\
 from fs_jax.ot import sinkhorn
 def solve(cost, a, b, reg):
@@ -137,7 +91,21 @@ def solve(cost, a, b, reg):
 _POT = """\
 import ot
 def solve(cost, a, b, reg):
-    return dict(plan=ot.sinkhorn(a, b, cost, reg, method={method!r}, numItermax={iterations}, stopThr={threshold}))"""
+    options = dict(method={method!r}, numItermax={iterations}, stopThr={threshold}, log=True, warn=False)
+    plan, log = ot.sinkhorn(a, b, cost, float(reg), **options)
+    return dict(plan=plan, converged=bool(len(log["err"]) and log["err"][-1] <= {threshold}))"""
+
+
+@functools.cache
+def _defined(source: str) -> Solve:
+    """The function that these lines define; it is made, and its library loaded, when it is first called."""
+    names: dict[str, Any] = {}
+    exec(source, names)
+    return names["solve"]
+
+
+def _of_source(name: str, claims: Claims, source: str) -> Solver:
+    return Solver(name, lambda *arguments: _defined(source)(*arguments), claims, source)
 
 
 def _built_in() -> dict[str, Solver]:
@@ -157,7 +125,7 @@ def _built_in() -> dict[str, Solver]:
         ):  # fmt: skip
             text = _FS_JAX.format(iterations=ITERATIONS, threshold=threshold, method=method, grad=grad)
             name = f"fs_jax-{'implicit' if grad == 'implicit' else method}-{dtype}"
-            found.append(Solver(name, _ours(method, grad, threshold), of, text))
+            found.append(_of_source(name, of, text))
         # Its threshold is the error of one marginal, ours and the claims' that of both.
         of_one = {"marginal_error": 2 * threshold}
         for lse_mode, name, of in (
@@ -165,12 +133,12 @@ def _built_in() -> dict[str, Solver]:
             (False, "kernel", dataclasses.replace(kernel, **of_one)),  # type: ignore[arg-type]
         ):
             text = _OTT.format(iterations=ITERATIONS, threshold=threshold, lse_mode=lse_mode)
-            found.append(Solver(f"ott-{name}-{dtype}", _ott(lse_mode, threshold), of, text))
+            found.append(_of_source(f"ott-{name}-{dtype}", of, text))
     for method, ratio in (("sinkhorn", 700.0), ("sinkhorn_log", float("inf")), ("sinkhorn_stabilized", float("inf"))):
         # It stops by the L2 error of one marginal, which of 60 points is an eighth of L1's at most.
         of = Claims(marginal_error=1e-3, largest_ratio=ratio, zeros=method != "sinkhorn_log")
         text = _POT.format(iterations=ITERATIONS, threshold=1e-4, method=method)
-        found.append(Solver(f"pot-{method}", _pot(method, 1e-4), of, text))
+        found.append(_of_source(f"pot-{method}", of, text))
     return {solver.name: solver for solver in found}
 
 
