@@ -18,12 +18,14 @@ from fs_jax.ot.ipot import ipot
 from fs_jax.ot.released import released_sinkhorn
 from fs_jax.ot.result import Status, Transport
 from fs_jax.ot.sinkhorn import sinkhorn
+from fs_jax.ot.unbalanced import Unbalanced, unbalanced_sinkhorn
 
 __all__ = [
     "Bounds",
     "Divergence",
     "Status",
     "Transport",
+    "Unbalanced",
     "barycentric_map",
     "bounds",
     "cosine_cost",
@@ -37,4 +39,5 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_divergence",
     "sqeuclidean_cost",
+    "unbalanced_sinkhorn",
 ]

@@ -36,6 +36,9 @@ _OTHER_NAMES = {
     "lse_mode": 'method ("log" or "kernel")',
     "implicit_diff": 'grad ("implicit" or "unroll")',
     "use_danskin": 'grad ("envelope")',
+    "reg_m": "rho",
+    "tau_a": "rho (tau is rho / (rho + reg))",
+    "tau_b": "rho (tau is rho / (rho + reg))",
     "initializer": "init",
     "warmstart": "init",
     "lse": "'log'",
@@ -79,11 +82,11 @@ def _hint(name: str, options: Sequence[str]) -> str:
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def problem(cost, a, b) -> tuple[jax.Array, jax.Array, jax.Array, str]:
+def problem(cost, a, b, *, any_mass: bool = False) -> tuple[jax.Array, jax.Array, jax.Array, str]:
     """The cost and both marginals as arrays of one floating dtype, and the name of the result's dtype.
 
     The result has the dtype that these three are promoted to, float32 where that is no floating one; it is computed
-    in float32 where it is narrower.
+    in float32 where it is narrower. With `any_mass` the masses may differ.
 
     Raises:
         TypeError: an argument is not numeric, or complex.
@@ -111,7 +114,8 @@ def problem(cost, a, b) -> tuple[jax.Array, jax.Array, jax.Array, str]:
     narrow = result_type(narrow, *given)
     dtype = result_type(narrow, jnp.float32)
     tolerance = max(_MASS_TOLERANCE.get(str(of), 0) for of in [*given, dtype])
-    if mass_a is not None and mass_b is not None and abs(mass_a - mass_b) > tolerance * max(mass_a, mass_b):
+    differ = mass_a is not None and mass_b is not None and abs(mass_a - mass_b) > tolerance * max(mass_a, mass_b)
+    if differ and not any_mass:
         raise ValueError(f"b: expected the total mass of a, {mass_a:.6g}, got {mass_b:.6g}; divide each by its sum")
     a, b = (_weights(w, size, dtype) for w, size in zip((a, b), cost.shape, strict=True))
     return cost.astype(dtype), a, b, str(narrow)
@@ -126,16 +130,21 @@ def _weights(given, size, dtype):
     return given.astype(dtype)
 
 
-def positive(name: str, value, dtype) -> jax.Array:
-    """A scalar above zero and finite, as an array of `dtype`; a traced one that isn't above zero becomes NaN.
+def positive(name: str, value, dtype, *, or_infinite: bool = False) -> jax.Array:
+    """A scalar above zero, finite unless said otherwise, as an array of `dtype`; a traced one that isn't becomes NaN.
 
     NaN spreads through the solver and comes out as `Status.NOT_FINITE`: a wrong sign is not silently a wrong plan.
     """
     seen, value = _scalar(name, value)
-    if seen is not None and not (np.isfinite(seen) and seen > 0):
-        raise ValueError(f"{name}: expected a finite number above 0, got {seen}")
+    if seen is not None and not (seen > 0 and (or_infinite or np.isfinite(seen))):
+        raise ValueError(f"{name}: expected a {'' if or_infinite else 'finite '}number above 0, got {seen}")
     value = value.astype(dtype)
     return jnp.where(value > 0, value, jnp.nan)
+
+
+def is_infinite(value) -> bool:
+    """Whether a number can be seen to be infinite."""
+    return not isinstance(value, jax.core.Tracer) and np.ndim(value) == 0 and bool(np.isposinf(value))
 
 
 def threshold(value, dtype) -> jax.Array | None:

@@ -26,22 +26,24 @@ def solve(scaled, a, b, start, threshold, options: Options):
 
 @solve.defjvp
 def _derivative(options, primals, tangents):
-    scaled, a, *_ = primals
+    scaled, *_ = primals
     d_scaled, d_a, d_b, *_ = tangents
     # By itself: in the derivative of this rule the potentials, and so the plan, have theirs.
     outcome = solve(*primals, options)
     plan = live_plan(lax.stop_gradient(outcome.plan), scaled, outcome.phi, outcome.gamma)
     d_plan = plan * d_scaled
-    right = jnp.concatenate([d_a - d_plan.sum(1), d_b - d_plan.sum(0)])
-    d_phi, d_gamma = jnp.split(_solve_symmetric(plan, right), [a.size])
+    d_phi, d_gamma = solve_symmetric(plan, d_a - d_plan.sum(1), d_b - d_plan.sum(0))
     d_outcome = jax.tree.map(jnp.zeros_like, outcome)._replace(phi=d_phi, gamma=d_gamma)
     return outcome, d_outcome
 
 
-def _solve_symmetric(plan, right):
-    """(dφ, dγ) as one vector, since JAX differentiates all of a linear system's right side or nothing."""
+def solve_symmetric(plan, right_rows, right_columns, damping=(0, 0)):
+    """(dφ, dγ) of the system above, its diagonal times 1 + damping, for marginals that are relaxed.
+
+    As one vector, since JAX differentiates all of a linear system's right side or nothing.
+    """
     n = plan.shape[0]
-    rows, columns = plan.sum(1), plan.sum(0)
+    rows, columns = (1 + damping[0]) * plan.sum(1), (1 + damping[1]) * plan.sum(0)
 
     def multiply(x):
         d_phi, d_gamma = x[:n], x[n:]
@@ -49,19 +51,22 @@ def _solve_symmetric(plan, right):
             [rows * d_phi + _matvec(plan, d_gamma), columns * d_gamma + _matvec(plan.T, d_phi)],
         )
 
-    return lax.custom_linear_solve(
-        multiply, right, lambda _, r: _solve_fixed_point(plan, rows, columns, r[:n], r[n:]), symmetric=True
-    )
+    def solve(_, right):
+        return _solve_fixed_point(plan, rows, columns, damping, right[:n], right[n:])
+
+    right = jnp.concatenate([right_rows, right_columns])
+    return jnp.split(lax.custom_linear_solve(multiply, right, solve, symmetric=True), [n])
 
 
-def _solve_fixed_point(plan, rows, columns, right_rows, right_columns):
-    """Least-norm solution of the system above, on what is left after the columns' elimination.
+def _solve_fixed_point(plan, rows, columns, damping, right_rows, right_columns):
+    """Least-norm solution of the system, on what is left after the columns' elimination.
 
     With x = √r dφ, y = √c dγ and A = diag(r)^-½ T diag(c)^-½ it reads x + A y = p, y + Aᵀ x = q, so (I - A Aᵀ) x =
-    p - A q. A's singular values are at most 1, and (√r, √c) is its singular pair at exactly 1: the constant that can
+    p - A q. A's singular values are at most 1, and (√r, √c) is its singular pair of the largest: the constant that can
     move between the potentials. It is projected out of the right side, and the matrix is made 1 on it, for what is
-    left of the right side there is rounding and must not be divided by rounding. A ridge of as much as the products'
-    rounding does the same for the other constants that the plan has when it falls into blocks.
+    left of the right side there is rounding and must not be divided by rounding; what x has of it is known
+    (`_constant`). A ridge of as much as the products' rounding does the same for the other constants that the plan has
+    when it falls into blocks.
 
     By conjugate gradients; where they leave more than rounding, by a dense factorisation; where that does, NaN.
     """
@@ -97,8 +102,22 @@ def _solve_fixed_point(plan, rows, columns, right_rows, right_columns):
 
     x = value_if(is_off(x), dense, x, scaled_plan, right)
     x = size * jnp.where(is_off(x), jnp.nan, x)
+    x += _constant(damping, right_rows, right_columns) * jnp.sqrt(rows / jnp.where(total > 0, total * total, 1))
     y = q - _matvec(scaled_plan.T, x)
     return jnp.concatenate([root_rows * x, root_columns * y])
+
+
+def _constant(damping, right_rows, right_columns):
+    """What the solution has of the constant, times the mass: zero where neither marginal is relaxed.
+
+    On that singular pair A is 1 / √((1 + ε_a)(1 + ε_b)), and (I - A Aᵀ) x = p - A q reads
+
+        (ε_a + ε_b + ε_a ε_b) x = (1 + ε_a) [Σ right_rows - Σ right_columns + ε_b Σ right_rows]
+    """
+    of_rows, of_columns = damping
+    factor = of_rows + of_columns + of_rows * of_columns
+    right = right_rows.sum() - right_columns.sum() + of_columns * right_rows.sum()
+    return jnp.where(factor > 0, (1 + of_rows) * right / jnp.where(factor > 0, factor, 1), 0)
 
 
 def _inverse_root(mass):

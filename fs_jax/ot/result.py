@@ -172,7 +172,7 @@ def transport(problem: Problem, outcome: Outcome, threshold, dtype, *, gauge=0, 
 
     f = jnp.where(problem.a != 0, problem.reg * values.phi + (problem.rows + gauge), MASKED)
     g = jnp.where(problem.b != 0, problem.reg * values.gamma + (problem.columns - gauge), MASKED)
-    plan, primal_cost, reg_cost, f, g = (_narrowed(x, dtype) for x in (plan, primal_cost, reg_cost, f, g))
+    plan, primal_cost, reg_cost, f, g = (narrowed(x, dtype) for x in (plan, primal_cost, reg_cost, f, g))
     error = marginal_error(plan, problem.a, problem.b)
 
     done, status = (lax.stop_gradient(x).astype(jnp.int32) for x in (outcome.done, outcome.status))
@@ -186,7 +186,7 @@ def transport(problem: Problem, outcome: Outcome, threshold, dtype, *, gauge=0, 
     return Transport(plan, primal_cost, reg_cost, f, g, error, done, status.astype(jnp.int32))
 
 
-def _narrowed(x, dtype):
+def narrowed(x, dtype):
     """The same in the caller's dtype; below the lowest number of it (`MASKED` in float16) is that number."""
     return x if x.dtype == dtype else jnp.maximum(x, float(jnp.finfo(dtype).min)).astype(dtype)
 

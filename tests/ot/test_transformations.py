@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fs_jax.ot import ipot, released_sinkhorn, sinkhorn
+from fs_jax.ot import ipot, released_sinkhorn, sinkhorn, unbalanced_sinkhorn
 from tests.parameters import mostly_slow
 
 entropic = partial(sinkhorn, reg=0.2, num_iters=12)
@@ -26,6 +26,8 @@ SOLVERS = {
     "none": partial(entropic, grad="none"),
     "ipot": partial(ipot, beta=0.5, num_iters=12),
     "ipot, threshold": partial(ipot, beta=0.5, num_iters=12, threshold=1e-2),
+    "unbalanced": partial(unbalanced_sinkhorn, reg=0.2, rho=(0.5, jnp.inf), num_iters=100, threshold=1e-9),
+    "unbalanced, envelope": partial(unbalanced_sinkhorn, reg=0.2, rho=1.0, num_iters=12, grad="envelope"),
     "released": lambda cost, a, b: released_sinkhorn(cost, reg=0.2),
 }
 
@@ -57,7 +59,7 @@ def assert_close(got, expected):
     jax.tree.map(close, got, expected)
 
 
-@pytest.mark.parametrize("name", mostly_slow(SOLVERS, "implicit, threshold", "released"))
+@pytest.mark.parametrize("name", mostly_slow(SOLVERS, "implicit, threshold", "unbalanced", "released"))
 def test_shard_map_with_replicated_weights(batch, name):
     check_shard_map(batch, name)
 

@@ -1,0 +1,247 @@
+"""Entropic transport whose marginals may be missed, at a price: for masses that differ, and for outliers."""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from fs_jax.ot import _checks, _relaxed
+from fs_jax.ot._implicit import solve_symmetric
+from fs_jax.ot._numerics import MASKED, inverse, log_weights
+from fs_jax.ot._relaxed import Marginal
+from fs_jax.ot.problem import Problem, make_problem
+from fs_jax.ot.result import ENVELOPE, Status, first_order_only, live_plan, narrowed
+
+GRADS = ("implicit", "envelope", "none")
+
+
+class Unbalanced(NamedTuple):
+    """The result of `unbalanced_sinkhorn`: a plan, its costs, and the evidence to judge them by.
+
+    Attributes:
+        plan: mass moved from each point to each, [n, m]: a_i b_j exp((f_i + g_j - cost_ij) / reg).
+        primal_cost: ⟨plan, cost⟩, of the mass that is moved.
+        reg_cost: the dual objective at these potentials: the minimum lies between it and `reg_cost + gap`.
+        f: potential of each row in units of the cost, [n]; a large negative number where a is zero.
+        g: potential of each column, [m].
+        gap: how far the dual objective is below the minimum at most, in units of cost times mass, rounded up. It also
+            bounds how far the plan is off: reg·KL(optimal plan | plan) <= gap.
+        num_iters: iterations done.
+        status: a `Status` as an integer: 0 CONVERGED, with gap <= threshold; 1 LIMIT; 2 NOT_FINITE; 3 STALLED.
+    """
+
+    plan: Float[Array, "n m"]
+    primal_cost: Float[Array, ""]
+    reg_cost: Float[Array, ""]
+    f: Float[Array, " n"]
+    g: Float[Array, " m"]
+    gap: Float[Array, ""]
+    num_iters: Int[Array, ""]
+    status: Int[Array, ""]
+
+    @property
+    def converged(self) -> Bool[Array, ""]:
+        """Whether `status` is CONVERGED."""
+        return self.status == Status.CONVERGED
+
+
+class Options(NamedTuple):
+    """What is known when a program is compiled."""
+
+    num_iters: int
+    dtype: str
+
+
+@_checks.answers_other_names
+def unbalanced_sinkhorn(
+    cost: Float[Array, "n m"],
+    a: Float[Array, " n"] | Bool[Array, " n"] | None = None,
+    b: Float[Array, " m"] | Bool[Array, " m"] | None = None,
+    *,
+    reg: float | Float[Array, ""],
+    rho: float | Float[Array, ""] | tuple[float | Float[Array, ""], float | Float[Array, ""]],
+    num_iters: int = 100,
+    threshold: float | Float[Array, ""] | None = None,
+    grad: Literal["implicit", "envelope", "none"] = "implicit",
+    init: tuple[Float[Array, " n"], Float[Array, " m"]] | None = None,
+) -> Unbalanced:
+    """Entropic optimal transport with relaxed marginals.
+
+        min over T >= 0 of ⟨T, C⟩ + reg·KL(T | a bᵀ) + ρ_a·KL(T 1 | a) + ρ_b·KL(Tᵀ 1 | b)
+
+    with KL(x | y) = Σ x log(x / y) - x + y. Mass that would cost more than about ρ_a + ρ_b a unit is not moved. With
+    both ρ infinite the problem is that of `sinkhorn`, with one of them the semi-relaxed one. Convergence does not slow
+    down as ρ grows.
+
+    Args:
+        cost: what it costs to move a unit of mass from row i to column j. Half precision is computed in float32 and
+            returned in half precision.
+        a: mass of each row, 1/n by default; a zero takes the row out of the problem, exactly. Or a boolean mask: the
+            rows that are True share a mass of one evenly.
+        b: mass of each column, 1/m by default; of any total, unless both `rho` are infinite.
+        reg: weight of the entropic term, in units of the cost.
+        rho: price of a marginal that is missed, in units of the cost: one number, or one for the rows and one for the
+            columns; `jnp.inf` for a marginal that has to be met. It may be traced and differentiated. (ott-jax's
+            tau is ρ / (ρ + reg).)
+        num_iters: iterations, at most (static under jit).
+        threshold: stop when the duality gap (in units of cost times mass) is at most this; by default all iterations
+            are done. It is looked at every ten iterations. One below what the dtype can reach ends early, with
+            `Status.STALLED`. In a batch each problem stops by its own.
+        grad: "implicit" differentiates the equations of the solution (of any order), which the iterations must have
+            reached; "envelope" holds plan and potentials fixed, so that the gradient of `reg_cost` is exact at
+            convergence, also by a, b, reg and rho (first derivatives); "none" gives zeros.
+        init: potentials (f, g) to start from, such as those of a similar problem; it is f that matters.
+
+    Returns:
+        An `Unbalanced`.
+
+    Raises:
+        TypeError: an argument is not of the kind described.
+        ValueError: a shape or value is refused; the message says which, and what was expected.
+        NotImplementedError: a second derivative is taken with grad="envelope".
+
+    Example:
+        >>> from fs_jax.ot import sqeuclidean_cost, unbalanced_sinkhorn
+        >>> x, y = jnp.array([[0.0], [1.0]]), jnp.array([[0.0], [1.0], [9.0]])  # an outlier
+        >>> result = unbalanced_sinkhorn(sqeuclidean_cost(x, y), jnp.ones(2), jnp.ones(3), reg=0.1, rho=1.0)
+        >>> print(result.plan.round(1))
+        [[0.9 0.  0. ]
+         [0.  0.9 0. ]]
+
+    Source: Chizat et al. (Mathematics of Computation 2018); the constant between the potentials: Séjourné, Vialard and
+    Peyré (AISTATS 2022). The gap is derived where it is computed (`_relaxed.gap`).
+    """
+    sides = rho if isinstance(rho, tuple | list) else (rho, rho)
+    if len(sides) != 2:
+        raise ValueError(f"rho: expected one number, or one for the rows and one for the columns; got {len(sides)}")
+    cost, a, b, dtype = _checks.problem(cost, a, b, any_mass=not all(_checks.is_infinite(r) for r in sides))
+    reg = _checks.positive("reg", reg, cost.dtype)
+    names = ("rho[0]", "rho[1]") if sides is rho else ("rho", "rho")
+    prices = [_checks.positive(name, r, cost.dtype, or_infinite=True) for name, r in zip(names, sides, strict=True)]
+    num_iters = _checks.count("num_iters", num_iters)
+    threshold = _checks.threshold(threshold, cost.dtype)
+    grad = _checks.choice("grad", grad, GRADS)
+    n, m = cost.shape
+    f = None if init is None else _checks.potentials(init, n, m, cost.dtype)[0]
+    return _solve(cost, a, b, reg, tuple(prices), threshold, f, Options(num_iters, dtype), grad)
+
+
+@partial(jax.jit, static_argnames=("options", "grad"))
+def _solve(cost, a, b, reg, rho, threshold, f, options, grad):
+    if grad == "none":
+        cost, a, b, reg, rho, f = lax.stop_gradient((cost, a, b, reg, rho, f))
+    problem, (rho_a, rho_b, threshold, f) = make_problem(cost, a, b, reg, *rho, threshold, f)
+    inverse_rho = (1 / rho_a, 1 / rho_b)
+    rows, columns = _marginals(problem, inverse_rho)
+    start = log_weights(problem.a) + ((0 if f is None else f) - problem.rows) / problem.reg
+    arguments = (problem.scaled, rows, columns)
+    if grad in ("envelope", "none"):
+        arguments = lax.stop_gradient(arguments)
+    limit = None if threshold is None else threshold / problem.reg
+    outcome = _implicit(*arguments, *lax.stop_gradient((start, limit)), options.num_iters)
+    if grad == "envelope":
+        primal_cost, reg_cost = _envelope_costs(problem, inverse_rho, lax.stop_gradient(outcome))
+        plan = outcome.plan
+    else:
+        primal_cost, reg_cost, plan = _costs(problem, inverse_rho, outcome)
+    return _result(problem, outcome, plan, primal_cost, reg_cost, threshold, options.dtype)
+
+
+def _marginals(problem: Problem, inverse_rho):
+    (a, b), (r_a, r_b) = (problem.a, problem.b), inverse_rho
+    return (
+        Marginal(a, problem.reg * r_a, problem.rows / problem.reg),
+        Marginal(b, problem.reg * r_b, problem.columns / problem.reg),
+    )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _implicit(scaled, rows: Marginal, columns: Marginal, start, limit, num_iters: int) -> _relaxed.Outcome:
+    """The iterations' `Outcome`; its potentials have the derivative of the solution.
+
+    Differentiating T 1 = a exp(-ε_a F) = x and the same of the columns, with φ = F + log a - shift,
+
+        [(1 + ε_a) diag(x)   T                 ] [dφ]   [x (dlog a + ...) - (T∘ds) 1 ]
+        [Tᵀ                  (1 + ε_b) diag(y) ] [dγ] = [y (dlog b + ...) - (T∘ds)ᵀ 1]
+
+    where "..." is ε (dlog a - dshift) - F dε.
+    """
+    return _relaxed.walk(num_iters)(scaled, rows, columns, start, limit)
+
+
+@_implicit.defjvp
+def _derivative(num_iters, primals, tangents):
+    scaled, rows, columns, *_ = primals
+    d_scaled, d_rows, d_columns, *_ = tangents
+    outcome = _implicit(*primals, num_iters)  # by itself, for derivatives of any order
+    plan = live_plan(lax.stop_gradient(outcome.plan), scaled, outcome.phi, outcome.gamma)
+    d_plan = plan * d_scaled
+
+    def right(side, d_side, potential, d_sum, axis):
+        weights, damping, shift = side
+        d_log = d_side.weights * inverse(weights)
+        free = jnp.where(weights != 0, potential - log_weights(weights) + shift, 0)
+        d_asked = (1 + damping) * d_log - damping * d_side.shift - d_side.damping * free
+        return plan.sum(axis) * d_asked - d_sum
+
+    right_rows = right(rows, d_rows, outcome.phi, d_plan.sum(1), 1)
+    right_columns = right(columns, d_columns, outcome.gamma, d_plan.sum(0), 0)
+    d_phi, d_gamma = solve_symmetric(plan, right_rows, right_columns, (rows.damping, columns.damping))
+    return outcome, jax.tree.map(jnp.zeros_like, outcome)._replace(phi=d_phi, gamma=d_gamma)
+
+
+def _costs(problem, inverse_rho, outcome):
+    """⟨T, C⟩, the dual objective at the potentials, and the plan, all functions of the problem and the potentials.
+
+    The dual objective is Σ a ρ_a (1 - exp(-f / ρ_a)) + Σ b ρ_b (1 - exp(-g / ρ_b)) - reg (|T| - |a| |b|).
+    """
+    plan = live_plan(lax.stop_gradient(outcome.plan), problem.scaled, outcome.phi, outcome.gamma)
+    dual = problem.reg * (problem.a.sum() * problem.b.sum() - plan.sum())
+    sides = zip(_marginals(problem, inverse_rho), (outcome.phi, outcome.gamma), inverse_rho, strict=True)
+    for side, potential, r in sides:
+        free = jnp.where(side.weights != 0, potential - log_weights(side.weights) + side.shift, 0)
+        dual += jnp.sum(side.weights * _saturated(problem.reg * free, r))
+    return jnp.sum(plan * problem.cost), dual, plan
+
+
+def _saturated(f, r):
+    """(1 - exp(-r f)) / r, which is f at r = 0; by its series where the quotient would lose its digits."""
+    small = jnp.abs(r * f) < 1e-3
+    divisor = jnp.where(small, 1, r)
+    series = f * (1 - r * f / 2 * (1 - r * f / 3 * (1 - r * f / 4)))
+    return jnp.where(small, series, -jnp.expm1(-divisor * jnp.where(small, 0, f)) / divisor)
+
+
+@jax.custom_jvp
+def _envelope_costs(problem, inverse_rho, outcome):
+    return _costs(problem, inverse_rho, outcome)[:2]
+
+
+@_envelope_costs.defjvp
+def _envelope_derivative(primals, tangents):
+    problem, inverse_rho, outcome = primals
+
+    def at_fixed_potentials(problem, inverse_rho):
+        _, dual, _ = _costs(problem, inverse_rho, outcome)
+        return jnp.sum(lax.stop_gradient(outcome.plan) * problem.cost), dual
+
+    return jax.jvp(at_fixed_potentials, first_order_only((problem, inverse_rho), ENVELOPE), tangents[:2])
+
+
+def _result(problem, outcome, plan, primal_cost, reg_cost, threshold, dtype):
+    k = problem.reg
+    f = jnp.where(problem.a != 0, k * (outcome.phi - log_weights(problem.a)) + problem.rows, MASKED)
+    g = jnp.where(problem.b != 0, k * (outcome.gamma - log_weights(problem.b)) + problem.columns, MASKED)
+    plan, primal_cost, reg_cost, f, g = (narrowed(x, dtype) for x in (plan, primal_cost, reg_cost, f, g))
+    gap = lax.stop_gradient(outcome.gap * problem.reg)
+    gap, done, status = lax.stop_gradient((gap, outcome.done, outcome.status))
+    finite = ~jnp.isnan(gap) & jnp.isfinite(primal_cost) & jnp.isfinite(reg_cost)
+    finite &= jnp.all(jnp.isfinite(f)) & jnp.all(jnp.isfinite(g))
+    status = jnp.where(finite, status, Status.NOT_FINITE)
+    if threshold is not None:
+        status = jnp.where(threshold >= 0, status, Status.NOT_FINITE)
+        status = jnp.where(finite & (gap <= threshold), Status.CONVERGED, status)
+    return Unbalanced(plan, primal_cost, reg_cost, f, g, gap, done.astype(jnp.int32), status.astype(jnp.int32))

@@ -1,0 +1,284 @@
+"""Relaxed marginals: against POT and ott-jax, the gap against both objectives, and derivatives against differences."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ot as pot
+import pytest
+from ott.geometry.geometry import Geometry
+from ott.problems.linear.linear_problem import LinearProblem
+from ott.solvers.linear.sinkhorn import Sinkhorn
+
+from fs_jax.ot import Status, sinkhorn, unbalanced_sinkhorn
+from tests.parameters import mostly_slow
+
+RHOS = [(1.0, 1.0), (0.3, 20.0), (1e4, 1e4), (np.inf, 0.5), (2.0, np.inf)]
+
+
+@pytest.fixture(scope="module")
+def unequal():
+    """A cost [6, 9] and weights of different mass."""
+    rng = np.random.default_rng(0)
+    return rng.uniform(0, 2, (6, 9)), rng.uniform(0.5, 1.5, 6), rng.uniform(0.2, 0.6, 9)
+
+
+@partial(jax.jit, static_argnames=("num_iters", "grad"))
+def solve(cost, a, b, reg=0.1, rho=1.0, *, num_iters=2000, threshold=1e-12, grad="implicit", init=None):
+    return unbalanced_sinkhorn(
+        cost, a, b, reg=reg, rho=rho, num_iters=num_iters, threshold=threshold, grad=grad, init=init
+    )
+
+
+def kl(x, y):
+    return np.sum(np.where(x > 0, x * np.log(np.where(x > 0, x, 1) / np.where(y > 0, y, 1)), 0) - x + y)
+
+
+def primal(plan, cost, a, b, reg, rho):
+    """The objective, in NumPy; infinite marginals are left out."""
+    plan, prices = np.asarray(plan, np.float64), np.broadcast_to(rho, 2)
+    marginals = zip(prices, (plan.sum(1), plan.sum(0)), (a, b), strict=True)
+    missed = sum(price * kl(x, w) for price, x, w in marginals if np.isfinite(price))
+    return np.sum(plan * cost) + reg * kl(plan, np.outer(a, b)) + missed
+
+
+@pytest.mark.parametrize("rho", mostly_slow([0.05, 1.0, 30.0], 1.0))
+def test_plan_is_pots(unequal, rho):
+    theirs = pot.unbalanced.sinkhorn_unbalanced(
+        unequal[1], unequal[2], unequal[0], 0.1, rho, reg_type="kl", numItermax=20000, stopThr=1e-15
+    )
+    result = solve(*unequal, rho=rho, threshold=1e-16)
+    # A gap of 1e-16 leaves a plan off by at most sqrt(2 gap mass / reg), here 1e-7, as the gap says.
+    np.testing.assert_allclose(result.plan, theirs, atol=1e-7)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_plan_is_ott_jaxs(unequal):
+    cost, a, b = unequal
+    # Their entropic term is KL(T | 1 1ᵀ): of ours the weights go into the cost.
+    shifted = jnp.asarray(cost - 0.1 * (np.log(a)[:, None] + np.log(b)[None, :]))
+    tau = 1.0 / (1.0 + 0.1)
+    theirs = Sinkhorn(threshold=1e-10, max_iterations=5000)(
+        LinearProblem(Geometry(cost_matrix=shifted, epsilon=0.1), a=jnp.asarray(a), b=jnp.asarray(b),
+                      tau_a=tau, tau_b=tau)
+    )  # fmt: skip
+    # Their threshold is the change of a potential relative to its size: some 1e-8 of the plan here.
+    np.testing.assert_allclose(solve(*unequal, threshold=1e-16).plan, theirs.matrix, atol=1e-7)
+
+
+@pytest.mark.parametrize("rho", RHOS)
+@pytest.mark.parametrize("num_iters", [10, 30])
+def test_the_minimum_is_between_reg_cost_and_that_plus_the_gap(unequal, rho, num_iters):
+    early = solve(*unequal, 0.02, rho, num_iters=num_iters, threshold=None)
+    solved = solve(*unequal, 0.02, rho, num_iters=20000, threshold=1e-11)
+    assert solved.status == Status.CONVERGED
+    rounding = 1e-13 * abs(solved.reg_cost)
+    assert early.reg_cost <= solved.reg_cost + solved.gap + rounding
+    assert solved.reg_cost <= early.reg_cost + early.gap + rounding
+    assert 0.02 * kl(np.asarray(solved.plan), np.asarray(early.plan)) <= early.gap + solved.gap + rounding
+
+
+def test_gap_is_the_difference_of_the_objectives_where_rho_is_small(unequal):
+    result = solve(*unequal, num_iters=10, threshold=None)
+    gap = primal(result.plan, *unequal, 0.1, 1.0) - result.reg_cost
+    assert gap > 1e-6
+    # Up by 1e-5 and by the rounding of marginals, as the gap's docstring has it.
+    assert gap <= result.gap <= 1.001 * gap
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_converged_is_never_wrong(dtype):
+    """Random problems of all scales: the gap bounds the distance to the optimum, found in float64."""
+    rng = np.random.default_rng(0)
+    cases = []
+    for _ in range(60):
+        scale, masses = 10 ** rng.uniform(-3, 5), 10 ** rng.uniform(-2, 2, 2)
+        cost = scale * (rng.uniform(size=(5, 7)) + rng.choice([0, 1e3]) * rng.uniform(size=(5, 1)))
+        a, b = (rng.uniform(0.1, 1, n) * (rng.uniform(size=n) > 0.2) * m for n, m in zip((5, 7), masses, strict=True))
+        a[0], b[0] = masses
+        reg, rho = scale * 10 ** rng.uniform(-3, 1), scale * 10 ** rng.uniform(-3, 6, 2)
+        cases.append((cost, a, b, reg, rho, scale * min(a.sum(), b.sum()) * 1e-2))
+    batch = [np.asarray(np.stack(x), dtype) for x in zip(*cases, strict=True)]
+
+    def many(cost, a, b, reg, rho, threshold):
+        return unbalanced_sinkhorn(
+            cost, a, b, reg=reg, rho=(rho[0], rho[1]), num_iters=1000, threshold=threshold, grad="none"
+        )
+
+    many = jax.jit(jax.vmap(many))
+    got = jax.tree.map(np.asarray, many(*batch))
+    *problems, thresholds = (jnp.asarray(x, jnp.float64) for x in batch)
+    exact = jax.tree.map(np.asarray, many(*problems, 1e-6 * thresholds))
+    assert np.mean(got.status == Status.CONVERGED) > 0.8
+    assert not np.any(got.status == Status.NOT_FINITE)
+    mass = np.asarray(problems[1].sum(1) + problems[2].sum(1))
+    size = np.abs(exact.reg_cost) + mass * np.max(np.where(np.abs(exact.f) < 1e29, np.abs(exact.f), 0), 1)
+    rounding = 8 * np.finfo(dtype).eps * size  # of the dual objective, a sum of so many terms of that size
+    assert np.all(got.reg_cost <= exact.reg_cost + exact.gap + rounding)
+    assert np.all(exact.reg_cost <= got.reg_cost + got.gap + rounding)
+    assert np.all((got.status != Status.CONVERGED) | (got.gap <= batch[-1]))
+
+
+@pytest.mark.parametrize("threshold", [None, 1e-10])
+def test_infinite_rho_is_sinkhorn(problem, threshold):
+    ours = solve(*problem, rho=np.inf, threshold=threshold)
+    balanced = sinkhorn(*problem, reg=0.1, num_iters=2000, threshold=1e-10)
+    np.testing.assert_allclose(ours.plan, balanced.plan, atol=1e-8)  # of either's marginal error
+    np.testing.assert_allclose(ours.reg_cost, balanced.reg_cost, rtol=1e-9)
+    near = solve(*problem, rho=1e9, threshold=threshold)
+    np.testing.assert_allclose(near.plan, balanced.plan, atol=1e-8)
+
+    def cost_of(solver, cost, a):
+        return solver(cost, a / a.sum(), problem[2]).primal_cost
+
+    gradients = jax.grad(partial(cost_of, partial(solve, rho=np.inf)), (0, 1))(*problem[:2])
+    expected = jax.grad(
+        partial(cost_of, partial(sinkhorn, reg=0.1, num_iters=2000, threshold=1e-10, grad="implicit")), (0, 1)
+    )(*problem[:2])
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-7), gradients, expected)
+
+
+def test_convergence_does_not_slow_down_as_rho_grows(problem):
+    cost, a, b = problem
+    balanced = solve(cost, a, b, 0.05, np.inf, threshold=1e-9).num_iters
+    for rho in (10.0, 1e3, 1e5):
+        result = solve(cost, a, 2 * b, 0.05, rho, threshold=1e-9)
+        assert result.converged
+        assert result.num_iters <= 2 * balanced
+
+
+def test_an_infinite_side_has_its_marginal_and_the_other_gives_way(unequal):
+    cost, a, b = unequal
+    result = solve(cost, a, b, rho=(np.inf, 1.0))
+    np.testing.assert_allclose(result.plan.sum(1), a, rtol=1e-6)  # sqrt of the gap's 1e-12
+    assert abs(result.plan.sum(0) - b).sum() > 1
+    turned = solve(cost.T, b, a, rho=(1.0, np.inf))
+    np.testing.assert_allclose(turned.plan.T, result.plan, atol=1e-6)
+
+
+def test_points_without_mass_are_not_there(unequal):
+    cost, a, b = unequal
+    padded = np.full((8, 10), 1e6), np.zeros(8), np.zeros(10)
+    padded[0][:6, :9], padded[1][:6], padded[2][:9] = cost, a, b
+    alone, result = solve(cost, a, b), solve(*padded)
+    np.testing.assert_allclose(result.plan[:6, :9], alone.plan, rtol=1e-10)  # the same sums with zeros among them
+    assert np.all(np.delete(result.plan, range(6), 0) == 0)
+    for name in ("reg_cost", "gap", "f"):
+        got, expected = getattr(result, name), getattr(alone, name)
+        np.testing.assert_allclose(got[:6] if name == "f" else got, expected, rtol=1e-9, atol=1e-15)
+    gradient = jax.grad(lambda c: solve(c, *padded[1:]).primal_cost)(padded[0])
+    assert np.all(gradient[6:] == 0)
+    assert np.all(np.isfinite(gradient))
+
+
+def arguments_of(unequal):
+    cost, a, b = unequal
+    return {"cost": jnp.asarray(cost), "a": a, "b": b, "reg": 0.1, "rho": (jnp.asarray(0.7), jnp.asarray(4.0))}
+
+
+@pytest.mark.parametrize("grad", ["implicit", "envelope"])
+def test_derivatives_are_those_of_the_values(unequal, grad):
+    """By every argument, along random directions, against central differences."""
+
+    def value(arguments):
+        result = solve(**arguments, grad=grad, threshold=1e-15)
+        weights = jnp.cos(jnp.arange(54)).reshape(6, 9)  # a function of the plan that is no cost
+        return result.reg_cost + (jnp.sum(weights * result.plan) + result.f[2] if grad == "implicit" else 0)
+
+    arguments = arguments_of(unequal)
+    gradient = jax.jit(jax.grad(value))(arguments)
+    rng = np.random.default_rng(1)
+    for name in arguments:
+        direction = jax.tree.map(jnp.zeros_like, arguments)
+        direction[name] = jax.tree.map(lambda x: rng.normal(size=np.shape(x)), arguments[name])
+
+        before, after = (value(jax.tree.map(lambda x, d, h=h: x + h * d, arguments, direction)) for h in (-1e-4, 1e-4))
+        expected = (after - before) / 2e-4
+        pairs = zip(jax.tree.leaves(gradient[name]), jax.tree.leaves(direction[name]), strict=True)
+        got = sum(np.sum(np.asarray(slope) * step) for slope, step in pairs)
+        # Differences err by h² times a third derivative, which has the scale of reg^-2 = 100; and the plans by 1e-7.
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_second_derivatives_are_those_of_the_gradient(unequal):
+    arguments = arguments_of(unequal)
+
+    def value(t):
+        changed = {"cost": arguments["cost"] + t * jnp.cos(arguments["cost"]), "rho": (0.7 + t, 4.0 - t)}
+        result = solve(**arguments | changed, threshold=1e-15)
+        return jnp.sum(jnp.sin(7 * result.plan))
+
+    first = jax.jit(jax.grad(value))
+    expected = (first(1e-4) - first(-1e-4)) / 2e-4
+    for outer in (jax.grad, jax.jacfwd):
+        np.testing.assert_allclose(jax.jit(outer(jax.grad(value)))(0.0), expected, rtol=1e-4)  # as above
+
+
+def test_gradient_by_rho_is_finite_where_rho_is_infinite(problem):
+    gradient = jax.grad(lambda rho: solve(*problem, rho=rho).reg_cost)(jnp.inf)
+    assert gradient == 0
+
+
+def test_envelope_refuses_second_derivatives(unequal):
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        jax.grad(jax.grad(lambda rho: solve(*unequal, rho=rho, grad="envelope").reg_cost))(1.0)
+
+
+def test_each_problem_of_a_batch_stops_by_its_own_gap(unequal):
+    rhos = jnp.array([0.1, 1.0, 100.0, 1e5])
+    batch = jax.vmap(lambda rho: solve(*unequal, 0.02, rho, threshold=1e-9))(rhos)
+    for i, rho in enumerate(rhos):
+        alone = solve(*unequal, 0.02, rho, threshold=1e-9)
+        assert batch.num_iters[i] == alone.num_iters
+        np.testing.assert_allclose(batch.plan[i], alone.plan, rtol=1e-7)  # the same sums in another program
+    assert np.all(batch.converged)
+    assert len(set(batch.num_iters.tolist())) > 1
+
+
+def test_potentials_of_a_similar_problem_save_iterations(unequal):
+    cost, a, b = unequal
+    first = solve(cost, a, b, 0.02, 5.0, threshold=1e-8)
+    cold = solve(cost + 1e-4, a, b, 0.02, 5.0, threshold=1e-8)
+    warm = solve(cost + 1e-4, a, b, 0.02, 5.0, threshold=1e-8, init=(first.f, first.g))
+    assert warm.num_iters < cold.num_iters
+
+
+def test_status_tells_what_happened(unequal):
+    few = solve(*unequal, 0.002, num_iters=5)
+    assert (few.status, few.num_iters) == (Status.LIMIT, 5)
+    single = [x.astype(np.float32) for x in unequal]
+    assert solve(*single, 0.1, 1.0, threshold=1e-12).status == Status.STALLED
+    nothing = np.where(np.arange(6) == 2, np.nan, unequal[1])
+    assert solve(unequal[0], nothing, unequal[2]).status == Status.NOT_FINITE
+    assert solve(*unequal, rho=-1.0).status == Status.NOT_FINITE  # under jit, where it cannot be refused
+    unequal_masses = solve(*unequal, rho=np.inf)  # no plan has both marginals
+    assert not unequal_masses.converged
+    assert unequal_masses.gap == np.inf
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_computed_in_float32(unequal, dtype):
+    half = [jnp.asarray(x, dtype) for x in unequal]
+    result = solve(*half, threshold=1e-4)
+    assert result.plan.dtype == dtype
+    assert result.converged
+    expected = solve(*(x.astype(jnp.float32) for x in half), threshold=1e-4)
+    np.testing.assert_allclose(result.plan, expected.plan.astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rho": 0.0}, "rho: expected a number above 0, got 0.0"),
+        ({"rho": (1.0, -2.0)}, r"rho\[1\]: expected a number above 0, got -2.0"),
+        ({"rho": (1.0, 2.0, 3.0)}, "rho: expected one number, or one for the rows and one for the columns; got 3"),
+        ({"rho": np.inf}, "b: expected the total mass of a"),
+        ({"grad": "unroll"}, "grad: expected one of 'implicit', 'envelope', 'none', got 'unroll'"),
+        ({"tau_a": 0.9}, r"tau_a, which is called rho \(tau is rho / \(rho \+ reg\)\) here"),
+        ({"reg_m": 0.9}, "reg_m, which is called rho here"),
+    ],
+)
+def test_what_is_refused(unequal, change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        unbalanced_sinkhorn(*unequal, **{"reg": 0.1, "rho": 1.0} | change)
