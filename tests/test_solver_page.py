@@ -23,7 +23,7 @@ def run(block):
 
 
 def test_all_examples_are_tested():
-    assert len(BLOCKS) == 9
+    assert len(BLOCKS) == 10
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -81,7 +81,17 @@ def test_dustbin():
     np.testing.assert_allclose(run(7)["matched"], [[0, 1], [1, 0], [0, 0]], atol=1e-3)
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_unbalanced():
+    result = run(8)["result"]
+    assert result.converged.all()
+    to_outliers = result.plan[:, :, :3].sum((1, 2))
+    assert to_outliers[0] < 1e-3
+    assert 0.01 < to_outliers[1] < 0.09
+    np.testing.assert_allclose(to_outliers[2], 0.1, rtol=0.01)  # a gap of 1e-3 of a cost of some 5
+
+
 def test_a_solver_of_ones_own_is_checked():
-    found = run(8)["found"]
+    found = run(9)["found"]
     checks = {finding.check for of in found.values() for finding in of}
     assert checks == {"marginals"}  # fifty iterations aren't enough for all, and it says that they are

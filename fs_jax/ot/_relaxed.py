@@ -5,8 +5,8 @@ T 1 = a exp(-ε_a F) and Tᵀ 1 = b exp(-ε_b G). Each is solved for in turn:
 
     G_j = -LSE_i(s_ij + φ_i) / (1 + ε_b)        F_i = -LSE_j(s_ij + γ_j) / (1 + ε_a)
 
-A constant that moves from G to F changes no plan, but the dual objective, and these updates would find it only in ρ / reg
-iterations. Its best value is known: the one at which both sides ask for the same mass. So it is set after each
+A constant that moves from G to F changes no plan, but the dual objective, and these updates would find it only in
+ρ / reg iterations. Its best value is known: the one at which both sides ask for the same mass. So it is set after each
 iteration (Séjourné, Vialard and Peyré 2022), and kept as a number of its own, k: F + k and G - k are the potentials.
 With it the iterations converge as fast as the balanced ones, which are those at ε = 0.
 """

@@ -22,10 +22,11 @@ class Unbalanced(NamedTuple):
     """The result of `unbalanced_sinkhorn`: a plan, its costs, and the evidence to judge them by.
 
     Attributes:
-        plan: mass moved from each point to each, [n, m]: a_i b_j exp((f_i + g_j - cost_ij) / reg).
+        plan: mass moved from each point to each, [n, m]: exp((f_i + g_j - cost_ij) / reg).
         primal_cost: ⟨plan, cost⟩, of the mass that is moved.
         reg_cost: the dual objective at these potentials: the minimum lies between it and `reg_cost + gap`.
-        f: potential of each row in units of the cost, [n]; a large negative number where a is zero.
+        f: potential of each row in units of the cost, [n]; a large negative number where a is zero. It includes
+            reg·log a, as in `Transport`: without it, f' = f - reg·log a, the solution has plan 1 = a exp(-f' / ρ_a).
         g: potential of each column, [m].
         gap: how far the dual objective is below the minimum at most, in units of cost times mass, rounded up. It also
             bounds how far the plan is off: reg·KL(optimal plan | plan) <= gap.
@@ -136,7 +137,7 @@ def _solve(cost, a, b, reg, rho, threshold, f, options, grad):
     problem, (rho_a, rho_b, threshold, f) = make_problem(cost, a, b, reg, *rho, threshold, f)
     inverse_rho = (1 / rho_a, 1 / rho_b)
     rows, columns = _marginals(problem, inverse_rho)
-    start = log_weights(problem.a) + ((0 if f is None else f) - problem.rows) / problem.reg
+    start = (log_weights(problem.a) if f is None else f / problem.reg) - problem.rows / problem.reg
     arguments = (problem.scaled, rows, columns)
     if grad in ("envelope", "none"):
         arguments = lax.stop_gradient(arguments)
@@ -196,7 +197,7 @@ def _derivative(num_iters, primals, tangents):
 def _costs(problem, inverse_rho, outcome):
     """⟨T, C⟩, the dual objective at the potentials, and the plan, all functions of the problem and the potentials.
 
-    The dual objective is Σ a ρ_a (1 - exp(-f / ρ_a)) + Σ b ρ_b (1 - exp(-g / ρ_b)) - reg (|T| - |a| |b|).
+    The dual objective is Σ a ρ_a (1 - exp(-F reg / ρ_a)) + Σ b ρ_b (1 - exp(-G reg / ρ_b)) - reg (|T| - |a| |b|).
     """
     plan = live_plan(lax.stop_gradient(outcome.plan), problem.scaled, outcome.phi, outcome.gamma)
     dual = problem.reg * (problem.a.sum() * problem.b.sum() - plan.sum())
@@ -232,9 +233,8 @@ def _envelope_derivative(primals, tangents):
 
 
 def _result(problem, outcome, plan, primal_cost, reg_cost, threshold, dtype):
-    k = problem.reg
-    f = jnp.where(problem.a != 0, k * (outcome.phi - log_weights(problem.a)) + problem.rows, MASKED)
-    g = jnp.where(problem.b != 0, k * (outcome.gamma - log_weights(problem.b)) + problem.columns, MASKED)
+    f = jnp.where(problem.a != 0, problem.reg * outcome.phi + problem.rows, MASKED)
+    g = jnp.where(problem.b != 0, problem.reg * outcome.gamma + problem.columns, MASKED)
     plan, primal_cost, reg_cost, f, g = (narrowed(x, dtype) for x in (plan, primal_cost, reg_cost, f, g))
     gap = lax.stop_gradient(outcome.gap * problem.reg)
     gap, done, status = lax.stop_gradient((gap, outcome.done, outcome.status))
