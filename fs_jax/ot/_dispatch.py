@@ -40,7 +40,8 @@ def unroll(scaled, a, b, start, threshold, options: Options):
 
 def _has_kernel(scaled, options):
     fits = scaled.dtype == jnp.float32 and max(scaled.shape) <= _triton.LARGEST
-    return fits and options.fused and options.method == "stabilized" and _triton.IS_HERE
+    is_wanted = options.fused and options.method == "stabilized" and not options.history
+    return fits and is_wanted and _triton.IS_HERE
 
 
 def _by_platform(has_kernel, plain, kernel, problem):

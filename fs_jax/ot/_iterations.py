@@ -37,6 +37,7 @@ class Options(NamedTuple):
     method: str
     fused: bool
     dtype: str  # of the result, whose plan is the one that is judged
+    history: bool = False  # whether the marginal error after each run is kept
 
 
 class State(NamedTuple):
@@ -116,7 +117,7 @@ def walk(options: Options, keep: bool):
 
     It gives the `Outcome`; and with `keep` the runs as one stack, and the last reference with its K. `start` is φ_0.
     """
-    num_iters, method, _, dtype = options
+    num_iters, method, _, dtype, history = options
     run = {"log": _log_run, "kernel": _kernel_run, "stabilized": _stabilized_run}[method]
 
     @in_chunks
@@ -125,13 +126,16 @@ def walk(options: Options, keep: bool):
         state = {"log": _start_log, "kernel": _start_kernel, "stabilized": _start_stabilized}[method](points, start)
         room = min(RUN, num_iters) if keep else None
 
+        def error_of(points, state):
+            return judged_error(finish(_plan_of(points, state), points.a)[0], a, b, dtype)
+
         def step(carry, length):
             state, progress = carry
             if threshold is None:
                 zero_off = jnp.zeros_like(progress, scaled.dtype)
                 counts = Counts(progress, jnp.zeros_like(progress, bool), zero_off, zero_off)
                 (state, counts), rows = run(points, None, room, length, state, counts)
-                return (state, counts.done), rows
+                return (state, counts.done), (rows, error_of(points, state) if history else None)
             stopped = progress.converged | progress.stalled | (progress.done >= num_iters)
             far = jnp.full_like(progress.best, jnp.inf)
             counts = Counts(progress.done, stopped, far, far)
@@ -139,14 +143,15 @@ def walk(options: Options, keep: bool):
             near = jnp.where(threshold > 8 * _slack(points), threshold - _slack(points), threshold)
             limit = Limit(jnp.where(progress.doubted, -1, near), num_iters)
             (state, counts), rows = run(points, limit, room, length, state, counts)
-            return (state, _judge(points, a, b, threshold, dtype, state, progress, counts, stopped)), rows
+            error = jnp.where(stopped, jnp.nan, error_of(points, state)) if history else None
+            return (state, _judge(points, a, b, threshold, dtype, state, progress, counts, stopped)), (rows, error)
 
         zero = jnp.zeros_like(scaled, shape=(), dtype=jnp.int32)
         progress = zero
         if threshold is not None:
             no, far = jnp.zeros_like(zero, bool), jnp.full_like(scaled, jnp.inf, shape=())
             progress = Progress(zero, no, no, no, far, zero)
-        (state, progress), runs = lax.scan(step, (state, progress), lengths(num_iters, threshold))
+        (state, progress), (runs, errors) = lax.scan(step, (state, progress), lengths(num_iters, threshold))
 
         plan, factor = finish(_plan_of(points, state), points.a)
         phi, gamma = potentials_of(points, state)
@@ -159,7 +164,7 @@ def walk(options: Options, keep: bool):
         if method == "kernel":
             flushed = _is_flushed(points, state, plan)
             status, accepted = jnp.where(flushed, Status.OUT_OF_RANGE, status), jnp.where(flushed, 0, accepted)
-        outcome = Outcome(plan, phi, gamma, *(x.astype(scaled.dtype) for x in (done, status, accepted)))
+        outcome = Outcome(plan, phi, gamma, *(x.astype(scaled.dtype) for x in (done, status, accepted)), errors)
         reference = (state.kernel, state.f, state.g) if keep and method != "log" else None
         return outcome, runs, reference
 

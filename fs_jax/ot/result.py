@@ -47,6 +47,7 @@ class Transport(NamedTuple):
         status: a `Status` as an integer: 0 CONVERGED, with marginal_error <= threshold; 1 LIMIT, which is no verdict:
             no threshold was given, or all iterations were done before it was met; 2 NOT_FINITE; 3 STALLED;
             4 OUT_OF_RANGE.
+        errors: with `history`, the marginal error every ten iterations, NaN once stopped; else None.
     """
 
     plan: Float[Array, "n m"]
@@ -57,6 +58,7 @@ class Transport(NamedTuple):
     marginal_error: Float[Array, ""]
     num_iters: Int[Array, ""]
     status: Int[Array, ""]
+    errors: Float[Array, " k"] | None = None
 
     @property
     def converged(self) -> Bool[Array, ""]:
@@ -76,6 +78,7 @@ class Outcome(NamedTuple):
         status: what it is where the threshold is not met, as a floating number.
         accepted: 1 where a plan that meets the threshold is a solution; 0 where the solver asks for more, and has not
             got it.
+        errors: of the plans after each run, if asked for.
     """
 
     plan: jax.Array
@@ -84,6 +87,7 @@ class Outcome(NamedTuple):
     done: jax.Array
     status: jax.Array
     accepted: jax.Array
+    errors: jax.Array | None = None
 
 
 @jax.custom_jvp
@@ -183,7 +187,8 @@ def transport(problem: Problem, outcome: Outcome, threshold, dtype, *, gauge=0, 
         status = jnp.where(threshold >= 0, status, Status.NOT_FINITE)
         met = finite & (outcome.accepted > 0) & (error <= threshold)
         status = jnp.where(met, Status.CONVERGED, status)
-    return Transport(plan, primal_cost, reg_cost, f, g, error, done, status.astype(jnp.int32))
+    errors = lax.stop_gradient(outcome.errors)
+    return Transport(plan, primal_cost, reg_cost, f, g, error, done, status.astype(jnp.int32), errors)
 
 
 def narrowed(x, dtype):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from fs_jax.ot import _checks, _dispatch, _implicit
 from fs_jax.ot._iterations import Options
+from fs_jax.ot._loops import RUN
 from fs_jax.ot.problem import make_problem
 from fs_jax.ot.result import Transport, transport
 
@@ -35,6 +36,8 @@ def sinkhorn(
     method: Literal["stabilized", "kernel", "log"] = "stabilized",
     grad: Literal["unroll", "implicit", "envelope", "none"] = "unroll",
     init: tuple[Float[Array, " n"], Float[Array, " m"]] | None = None,
+    reg_start: float | Float[Array, ""] | None = None,
+    history: bool = False,
     fused: bool = True,
 ) -> Transport:
     """Entropic optimal transport by Sinkhorn's alternating scalings.
@@ -68,6 +71,12 @@ def sinkhorn(
             `reg_cost` is exact at convergence (first derivatives); "none" gives zeros.
         init: potentials (f, g) to start from, such as those of a similar problem. The columns are updated first, so it
             is f that matters, up to a constant.
+        reg_start: start with this larger regularisation, such as the mean cost, and halve it every ten iterations down
+            to `reg`. Between sets of points of even weights, and at a `reg` below a hundredth of the costs, a marginal
+            error of 1e-3 is then met in a fraction of the iterations. With uneven weights, smaller thresholds or a
+            larger `reg` it may take more of them: try both. They come before the `num_iters` at `reg`, are included in the
+            result's, and are not differentiated: "unroll" takes their potentials as it takes `init`.
+        history: return the marginal error every ten iterations at `reg` too, as `errors`.
         fused: in programs for an NVIDIA GPU, do all iterations of a problem in one kernel: float32, up to 256 points
             on a side, `method` "stabilized". Elsewhere this changes nothing.
 
@@ -102,15 +111,22 @@ def sinkhorn(
     grad = _checks.choice("grad", grad, tuple(GRADS))
     n, m = cost.shape
     f = None if init is None else _checks.potentials(init, n, m, cost.dtype)[0]
-    return _solve(cost, a, b, reg, threshold, f, Options(num_iters, method, bool(fused), dtype), grad)
+    reg_start = None if reg_start is None else _checks.positive("reg_start", reg_start, cost.dtype)
+    return _solve(
+        cost, a, b, reg, reg_start, threshold, f, Options(num_iters, method, bool(fused), dtype, bool(history)), grad
+    )
 
 
 @partial(jax.jit, static_argnames=("options", "grad"))
-def _solve(cost, a, b, reg, threshold, f, options, grad):
+def _solve(cost, a, b, reg, reg_start, threshold, f, options, grad):
     if grad == "none":
         cost, a, b, reg, f = lax.stop_gradient((cost, a, b, reg, f))
     # "kernel" is the algorithm to the letter, whose range is that of exp(-cost / reg) itself.
-    problem, (threshold, f) = make_problem(cost, a, b, reg, threshold, f, centred=options.method != "kernel")
+    centred = options.method != "kernel"
+    problem, (reg_start, threshold, f) = make_problem(cost, a, b, reg, reg_start, threshold, f, centred=centred)
+    done = 0
+    if reg_start is not None:
+        f, done = _decreasing(*lax.stop_gradient((problem, reg_start, f)), options)
     start = ((0 if f is None else f) - problem.rows) / problem.reg
     # A constant can move from f to g. The largest start is taken out here, and given back with the result: beside a
     # large constant float32 would lose what is left.
@@ -121,10 +137,28 @@ def _solve(cost, a, b, reg, threshold, f, options, grad):
     if grad in ("envelope", "none"):
         arguments = lax.stop_gradient(arguments)
     outcome = GRADS[grad](*arguments, lax.stop_gradient(threshold), options)
+    outcome = outcome._replace(done=outcome.done + done)
     gauge = constant * problem.reg
     if grad == "implicit":
         gauge = _held(gauge, outcome.phi, problem)
     return transport(problem, outcome, threshold, options.dtype, gauge=gauge, envelope=grad == "envelope")
+
+
+def _decreasing(problem, reg_start, f, options):
+    """Potentials of the rows to start from, and the iterations that they took, from `reg_start` down to above reg."""
+    options = options._replace(num_iters=RUN, history=False)
+    f = jnp.zeros_like(problem.a) if f is None else f
+
+    def halve(carry):
+        reg, f, done = carry
+        start = (f - problem.rows) / reg
+        start -= jnp.max(jnp.where(problem.a != 0, start, -jnp.inf))
+        outcome = _dispatch.solve(problem._replace(reg=reg).scaled, problem.a, problem.b, start, None, options)
+        return reg / 2, reg * outcome.phi + problem.rows, done + RUN
+
+    carry = (reg_start, f, jnp.zeros_like(reg_start))
+    _, f, done = lax.while_loop(lambda carry: carry[0] > problem.reg, halve, carry)
+    return jnp.where(problem.a != 0, f, 0), done
 
 
 def _held(gauge, phi, problem):
