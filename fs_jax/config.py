@@ -66,7 +66,8 @@ class TransportConfig:
     num_iters: int = 50
     """Iterations of Algorithms 1 and 2 (the released variant stops by itself)."""
     scope: Scope = "global"
-    """One problem over the batch of all devices, or one for each device's part of it."""
+    """One problem over the batch of all devices, or one for each device's part of it. Of the one problem sinkhorn has a
+    device's rows on that device; the others gather it, and every device solves it whole."""
 
     def __post_init__(self):
         check_number("transport.reg", self.reg, above=0)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fs_jax.ot import _sharding
 from fs_jax.ot._numerics import result_type
 
 _Name = TypeVar("_Name", bound=str)  # a `Literal`, or any string
@@ -82,8 +83,10 @@ def _hint(name: str, options: Sequence[str]) -> str:
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def problem(cost, a, b, *, any_mass: bool = False) -> tuple[jax.Array, jax.Array, jax.Array, str]:
+def problem(cost, a, b, axis_name=None, *, any_mass: bool = False) -> tuple[jax.Array, jax.Array, jax.Array, str]:
     """The cost and both marginals as arrays of one floating dtype, and the name of the result's dtype.
+
+    With `axis_name`, `cost` and `a` have this device's rows.
 
     The result has the dtype that these three are promoted to, float32 where that is no floating one; it is computed
     in float32 where it is narrower. With `any_mass` the masses may differ.
@@ -113,21 +116,34 @@ def problem(cost, a, b, *, any_mass: bool = False) -> tuple[jax.Array, jax.Array
     given = [w.dtype for w, no in zip((a, b), listed, strict=True) if w is not None and w.dtype != bool and not no]
     narrow = result_type(narrow, *given)
     dtype = result_type(narrow, jnp.float32)
+    if axis_name is not None and a is not None and mass_a is not None and a.dtype != bool:
+        mass_a *= _sharding.num_shards(axis_name)  # what can be seen is the same on all devices
     tolerance = max(_MASS_TOLERANCE.get(str(of), 0) for of in [*given, dtype])
     differ = mass_a is not None and mass_b is not None and abs(mass_a - mass_b) > tolerance * max(mass_a, mass_b)
     if differ and not any_mass:
         raise ValueError(f"b: expected the total mass of a, {mass_a:.6g}, got {mass_b:.6g}; divide each by its sum")
-    a, b = (_weights(w, size, dtype) for w, size in zip((a, b), cost.shape, strict=True))
+    a, b = _weights(a, cost.shape[0], dtype, axis_name), _weights(b, cost.shape[1], dtype)
     return cost.astype(dtype), a, b, str(narrow)
 
 
-def _weights(given, size, dtype):
+def _weights(given, size, dtype, axis_name=None):
     """Uniform where none are given, and over the points of a mask."""
     if given is None:
-        return jnp.full(size, 1 / size, dtype)
+        return jnp.full(size, 1 / (size * _sharding.num_shards(axis_name)), dtype)
     if given.dtype == bool:
-        return given.astype(dtype) / jnp.maximum(given.sum(), 1).astype(dtype)
+        return given.astype(dtype) / jnp.maximum(_sharding.total(given.sum(), axis_name), 1).astype(dtype)
     return given.astype(dtype)
+
+
+def axis(name):
+    """None, or the name of an axis that is mapped where this is called."""
+    try:
+        _sharding.num_shards(name)
+    except (NameError, TypeError):
+        raise ValueError(
+            f"axis_name: expected the name of an axis that jax.shard_map or jax.pmap maps here, got {name!r}"
+        ) from None
+    return name
 
 
 def positive(name: str, value, dtype, *, or_infinite: bool = False) -> jax.Array:

@@ -40,8 +40,8 @@ def unroll(scaled, a, b, start, threshold, options: Options):
 
 def _has_kernel(scaled, options):
     fits = scaled.dtype == jnp.float32 and max(scaled.shape) <= _triton.LARGEST
-    is_wanted = options.fused and options.method == "stabilized" and not options.history
-    return fits and is_wanted and _triton.IS_HERE
+    fits = fits and options.axis_name is None and not options.history  # a kernel has all rows, and no looks
+    return fits and options.fused and options.method == "stabilized" and _triton.IS_HERE
 
 
 def _by_platform(has_kernel, plain, kernel, problem):

@@ -26,6 +26,7 @@ from jax import lax
 from fs_jax.ot._batching import in_chunks
 from fs_jax.ot._loops import RUN, lengths, once_if, value_if
 from fs_jax.ot._numerics import MASKED, largest, log_sum_exp, product, within
+from fs_jax.ot._sharding import AxisName, everywhere, maximum, minimum, somewhere, total, whole
 from fs_jax.ot.problem import Points
 from fs_jax.ot.result import Outcome, Status, finish, has_stalled, judged_error, rounding_floor
 
@@ -38,6 +39,7 @@ class Options(NamedTuple):
     fused: bool
     dtype: str  # of the result, whose plan is the one that is judged
     history: bool = False  # whether the marginal error after each run is kept
+    axis_name: AxisName | None = None  # over which the rows are sharded
 
 
 class State(NamedTuple):
@@ -117,17 +119,17 @@ def walk(options: Options, keep: bool):
 
     It gives the `Outcome`; and with `keep` the runs as one stack, and the last reference with its K. `start` is φ_0.
     """
-    num_iters, method, _, dtype, history = options
+    num_iters, method, _, dtype, history, axis_name = options
     run = {"log": _log_run, "kernel": _kernel_run, "stabilized": _stabilized_run}[method]
 
     @in_chunks
     def iterations(scaled, a, b, start, threshold):
-        points = Points.of(scaled, a, b)
+        points = Points.of(scaled, a, b, axis_name)
         state = {"log": _start_log, "kernel": _start_kernel, "stabilized": _start_stabilized}[method](points, start)
         room = min(RUN, num_iters) if keep else None
 
         def error_of(points, state):
-            return judged_error(finish(_plan_of(points, state), points.a)[0], a, b, dtype)
+            return judged_error(finish(_plan_of(points, state), points.a)[0], a, b, dtype, axis_name)
 
         def step(carry, length):
             state, progress = carry
@@ -179,15 +181,16 @@ def _judge(points, a, b, threshold, dtype, state, progress, counts, stopped):
     continue and the plan is judged after each run, until it is good enough or its error no longer falls. Where a bound
     of the error is known and is small enough, the plan need not be looked at: that takes as long as some iterations.
     """
-    shape, mass = points.scaled.shape, a.sum()
-    unmovable = jnp.sum(jnp.abs(a - points.a)) + jnp.sum(jnp.abs(b - points.b))
+    axis_name = points.axis_name
+    shape, mass = whole(points.scaled.shape, axis_name), total(a.sum(), axis_name)
+    unmovable = total(jnp.sum(jnp.abs(a - points.a)), axis_name) + jnp.sum(jnp.abs(b - points.b))
     sure = counts.still & ~stopped & (counts.bound + unmovable <= threshold) & (dtype == a.dtype.name)
     near_rounding = ~(counts.off > rounding_floor(shape, mass, a.dtype))
     doubted = progress.doubted | (counts.still & ~stopped) | near_rounding
 
     def judged(*vectors):
         plan, _ = finish(_plan_of(points, State(*vectors, None)), points.a)
-        return judged_error(plan, a, b, dtype)
+        return judged_error(plan, a, b, dtype, axis_name)
 
     needed = doubted & ~stopped & ~sure
     error = value_if(needed, judged, jnp.full_like(progress.best, jnp.inf), *state[:4])
@@ -217,7 +220,7 @@ def _start_stabilized(points, phi):
     """A reference for potentials that fit nothing yet: each row's and each column's largest entry in K is one."""
     s, present_a, present_b = points.scaled, points.present_a, points.present_b
     phi = jnp.where(present_a, phi, MASKED)
-    g = jnp.where(present_b, -jnp.max(s + phi[:, None], 0), MASKED)
+    g = jnp.where(present_b, -maximum(jnp.max(s + phi[:, None], 0), points.axis_name), MASKED)
     f = jnp.where(present_a, -jnp.max(s + g[None, :], 1), MASKED)
     # A row that starts far below the others (by e⁸⁷ in float32) weighs nothing, but its scaling must not be zero.
     u = jnp.maximum(jnp.exp(phi - f), jnp.finfo(f.dtype).tiny)
@@ -229,11 +232,11 @@ def _start_stabilized(points, phi):
 
 def _log_run(points, limit, room, length, state, counts):
     """Iterations in the log domain, on corrections to the reference."""
-    _, _, _, log_a, log_b, present_a, present_b = points
+    _, _, _, log_a, log_b, present_a, present_b, axis_name = points
     m = matrix(points.scaled, state.f, state.g)
 
     def iteration(du, _):
-        dv = jnp.where(present_b, log_b - log_sum_exp(m + du[:, None], 0), 0)
+        dv = jnp.where(present_b, log_b - log_sum_exp(m + du[:, None], 0, axis_name), 0)
         return jnp.where(present_a, log_a - log_sum_exp(m + dv[None, :], 1), 0), dv
 
     def error(dv, new_dv):
@@ -243,7 +246,7 @@ def _log_run(points, limit, room, length, state, counts):
     (du, dv), counts, rows = _iterate(iteration, error, points.b, limit, room, length, pair, counts)
     rows = None if room is None else Run(state.f, state.g, *rows[:2], jnp.ones_like(counts.still), rows[2])
     # What has grown goes into the reference, where it is rounded; what is small stays, and is exact.
-    grown = jnp.maximum(jnp.abs(du).max(), jnp.abs(dv).max()) > 1
+    grown = somewhere(jnp.maximum(jnp.abs(du).max(), jnp.abs(dv).max()) > 1, axis_name)
     f, g = jnp.where(present_a & grown, state.f + du, state.f), jnp.where(present_b & grown, state.g + dv, state.g)
     u, v = jnp.exp(jnp.where(grown, 0, du)), jnp.exp(jnp.where(grown, 0, dv))
     return (State(f, g, u, v, None), counts), rows
@@ -254,7 +257,7 @@ def _kernel_run(points, limit, room, length, state, counts):
     absent_a, absent_b = ((~there).astype(points.a.dtype) for there in (points.present_a, points.present_b))
 
     def iteration(u, _):
-        new_v = points.b / (product("ij,i->j", state.kernel, u) + absent_b)
+        new_v = points.b / (total(product("ij,i->j", state.kernel, u), points.axis_name) + absent_b)
         return points.a / (product("ij,j->i", state.kernel, new_v) + absent_a), new_v
 
     def error(v, new_v):
@@ -279,12 +282,13 @@ def _bound(points, u, v, off):
     )
     # Less what rounds off in limit = threshold - slack; the slack is twice what it need be.
     bound = off + (1 - 8 * bits.eps) * _slack(points)
-    return jnp.where(smallest > bits.tiny / bits.eps, bound, jnp.inf)
+    return jnp.where(minimum(smallest, points.axis_name) > bits.tiny / bits.eps, bound, jnp.inf)
 
 
 def _slack(points):
     """How far apart the marginal error of the test and of the plan are: the rounding of n and of m positive terms."""
-    return 2 * (sum(points.scaled.shape) + 8) * jnp.finfo(points.a.dtype).eps * points.a.sum()
+    shape, mass = whole(points.scaled.shape, points.axis_name), total(points.a.sum(), points.axis_name)
+    return 2 * (sum(shape) + 8) * jnp.finfo(points.a.dtype).eps * mass
 
 
 def _stabilized_run(points, limit, room, length, state, counts):
@@ -294,7 +298,7 @@ def _stabilized_run(points, limit, room, length, state, counts):
     neither is above 2e14. How far the potentials move in an iteration never grows from one to the next, so that what
     leaves the range within a run is still outside at its end.
     """
-    grown = ~within(largest(points.scaled, 0.18), state.u, state.v) & ~counts.still
+    grown = ~everywhere(within(largest(points.scaled, 0.18), state.u, state.v), points.axis_name) & ~counts.still
     state = once_if(grown, lambda state: _absorb(points, *potentials_of(points, state)), state)
     (end, end_counts), rows = _kernel_run(points, limit, room, length, state, counts)
 
@@ -305,7 +309,7 @@ def _stabilized_run(points, limit, room, length, state, counts):
         new = _absorb(points, *potentials_of(points, new))
         return new, counts, (new.u, new.v), counts, rows
 
-    out_of_range = ~within(largest(points.scaled, 0.37), end.u, end.v)
+    out_of_range = ~everywhere(within(largest(points.scaled, 0.37), end.u, end.v), points.axis_name)
     carry = (state, counts, (end.u, end.v), end_counts, rows)
     state, _, (u, v), counts, rows = once_if(out_of_range, again, carry)
     return (state._replace(u=u, v=v), counts), rows
@@ -371,5 +375,5 @@ def matrix(scaled, f, g):
 def _is_flushed(points, state, plan):
     """Whether K lost entries to underflow where the plan would have more mass than rounding may take."""
     entries = jnp.exp((points.scaled + jnp.log(state.u)[:, None]) + jnp.log(state.v)[None, :])
-    lost = jnp.sum(jnp.where(state.kernel < jnp.finfo(plan.dtype).tiny, entries, 0))
-    return ~(lost <= jnp.finfo(plan.dtype).eps * plan.sum())
+    lost = total(jnp.sum(jnp.where(state.kernel < jnp.finfo(plan.dtype).tiny, entries, 0)), points.axis_name)
+    return ~(lost <= jnp.finfo(plan.dtype).eps * total(plan.sum(), points.axis_name))

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from fs_jax.ot import _sharding
+
 # Far enough below zero that exp underflows whatever is added to it, and far enough from the end of float32 that two of
 # them and a cost still have a finite sum: unlike -inf it never makes NaN, in values or in gradients.
 MASKED = -1e30
@@ -22,10 +24,13 @@ def log_weights(weights: Float[Array, " n"]) -> Float[Array, " n"]:
     return jnp.where(present, jnp.log(jnp.where(present, weights, 1)), MASKED)
 
 
-def log_sum_exp(terms: Float[Array, "n m"], axis: int) -> Float[Array, " k"]:
-    """Log Σ exp(terms) along an axis of finite terms, the largest taken out of the sum."""
-    largest = lax.stop_gradient(terms.max(axis, keepdims=True))
-    return jnp.log(jnp.exp(terms - largest).sum(axis)) + largest.squeeze(axis)
+def log_sum_exp(terms: Float[Array, "n m"], axis: int, axis_name=None) -> Float[Array, " k"]:
+    """Log Σ exp(terms) along an axis of finite terms, the largest taken out of the sum.
+
+    With `axis_name` along the rows of all devices.
+    """
+    largest = _sharding.maximum(lax.stop_gradient(terms.max(axis, keepdims=True)), axis_name)
+    return jnp.log(_sharding.total(jnp.exp(terms - largest).sum(axis), axis_name)) + largest.squeeze(axis)
 
 
 def product(axes, left, right):
@@ -50,8 +55,8 @@ def inverse(weights):
     return jnp.where(weights != 0, 1 / jnp.where(weights != 0, weights, 1), 0)
 
 
-def normalised(plan, axis):
+def normalised(plan, axis, axis_name=None):
     # By the sum itself and not by the weights, which rounded potentials meet only to 6e-8 of an exponent of hundreds:
     # errors of rows that don't quite sum to one would grow from iteration to iteration.
-    total = plan.sum(axis, keepdims=True)
+    total = _sharding.total(plan.sum(axis, keepdims=True), axis_name)
     return plan / jnp.where(total == 0, 1, total)

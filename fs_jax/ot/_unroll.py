@@ -16,6 +16,7 @@ from fs_jax.ot._batching import in_chunks
 from fs_jax.ot._iterations import Options
 from fs_jax.ot._loops import lengths, once_if
 from fs_jax.ot._numerics import inverse, normalised, product
+from fs_jax.ot._sharding import total
 from fs_jax.ot.problem import Points
 from fs_jax.ot.result import UNROLL, first_order_only
 
@@ -32,8 +33,8 @@ def _derivative(options, primals, tangents):
     scaled, a, b, _, threshold = primals
     outcome, *path = _iterations.walk(options, True)(*primals)
     run_lengths = lengths(options.num_iters, threshold)
-    forward = partial(_forward, scaled, a, b, path[0], run_lengths)
-    back = partial(_back(options.method), scaled, a, b, *path, run_lengths)
+    forward = partial(_forward(options.axis_name), scaled, a, b, path[0], run_lengths)
+    back = partial(_back(options.method, options.axis_name), scaled, a, b, *path, run_lengths)
     d_phi, d_gamma = with_transpose(forward, back, tangents[:4])
     d_outcome = jax.tree.map(jnp.zeros_like, outcome)._replace(phi=d_phi, gamma=d_gamma)
     return outcome, d_outcome
@@ -63,31 +64,36 @@ def with_transpose(forward, back, tangents):
     return d_phi, d_gamma
 
 
-@in_chunks
-def _forward(scaled, a, b, runs, run_lengths, d_scaled, d_a, d_b, d_start):
+@cache
+def _forward(axis_name):
     """Tangents of the potentials: each sum over a row or column becomes the mean of its terms' tangents."""
-    points = Points.of(scaled, a, b)
-    d_log_a, d_log_b = (d * inverse(w) for d, w in ((d_a, points.a), (d_b, points.b)))
 
-    def over(carry, at):
-        run, length = at
-        along = _along(points, run)
+    @in_chunks
+    def forward(scaled, a, b, runs, run_lengths, d_scaled, d_a, d_b, d_start):
+        points = Points.of(scaled, a, b, axis_name)
+        d_log_a, d_log_b = (d * inverse(w) for d, w in ((d_a, points.a), (d_b, points.b)))
 
-        def iteration(i, carry):
-            d_phi, _ = carry
-            columns = normalised(along.plan(i, i), 0)
-            rows = normalised(along.plan(i + 1, i), 1)
-            new_d_gamma = d_log_b - jnp.sum(columns * (d_scaled + d_phi[:, None]), 0)
-            new_d_phi = d_log_a - jnp.sum(rows * (d_scaled + new_d_gamma[None, :]), 1)
-            return _where_active(run, i, (new_d_phi, new_d_gamma), carry)
+        def over(carry, at):
+            run, length = at
+            along = _along(points, run)
 
-        return lax.fori_loop(0, length, iteration, carry), None
+            def iteration(i, carry):
+                d_phi, _ = carry
+                columns = normalised(along.plan(i, i), 0, axis_name)
+                rows = normalised(along.plan(i + 1, i), 1)
+                new_d_gamma = d_log_b - total(jnp.sum(columns * (d_scaled + d_phi[:, None]), 0), axis_name)
+                new_d_phi = d_log_a - jnp.sum(rows * (d_scaled + new_d_gamma[None, :]), 1)
+                return _where_active(run, i, (new_d_phi, new_d_gamma), carry)
 
-    return lax.scan(over, (d_start, jnp.zeros_like(d_log_b)), (runs, run_lengths))[0]
+            return lax.fori_loop(0, length, iteration, carry), None
+
+        return lax.scan(over, (d_start, jnp.zeros_like(d_log_b)), (runs, run_lengths))[0]
+
+    return forward
 
 
 @cache
-def _back(method):
+def _back(method, axis_name):
     """Cotangents of (scaled, a, b, start) from those of the potentials: the transpose of `_forward`.
 
     With x = u φ̄ / a and y = v γ̄ / b, an iteration is passed backwards by
@@ -95,12 +101,13 @@ def _back(method):
         γ̄ ← γ̄ - v ∘ Kᵀ x        φ̄ ← -u_{k-1} ∘ K y        γ̄ ← 0
 
     and takes K ∘ (x vᵀ + u_{k-1} yᵀ) from the cotangent of `scaled`: terms of a matrix product, done once per run.
+    Where rows are sharded, γ̄ is that of a device's own copy, until `y` is made of the sum of all.
     """
     step = {"log": _back_log, "kernel": _back_kernel, "stabilized": _back_stabilized}[method]
 
     @in_chunks
     def back(scaled, a, b, runs, reference, run_lengths, c_phi, c_gamma):
-        points = Points.of(scaled, a, b)
+        points = Points.of(scaled, a, b, axis_name)
 
         def over(carry, at):
             one = partial(step, points, *at)
@@ -136,7 +143,7 @@ def _back_kernel(points, run, length, carry):
         ((c_phi, c_gamma), (total_a, total_b)), (xs, ys) = carry
         x = run.u[i + 1] * c_phi * inverse_a
         c_gamma = c_gamma - run.v[i] * product("ij,i->j", reference[0], x)
-        y = run.v[i] * c_gamma * inverse_b
+        y = run.v[i] * total(c_gamma, points.axis_name) * inverse_b
         new_c_phi = -run.u[i] * product("ij,j->i", reference[0], y)
         new = ((new_c_phi, jnp.zeros_like(c_gamma)), (total_a + c_phi, total_b + c_gamma))
         new, x, y = _where_active(run, i, (new, x, y), (carry[0], jnp.zeros_like(x), jnp.zeros_like(y)))
@@ -159,7 +166,7 @@ def _back_log(points, run, length, carry):
         ((c_phi, c_gamma), (total_a, total_b)), c_scaled = carry
         rows = normalised(along.plan(i + 1, i), 1) * c_phi[:, None]
         c_gamma = c_gamma - rows.sum(0)
-        columns = normalised(along.plan(i, i), 0) * c_gamma[None, :]
+        columns = normalised(along.plan(i, i), 0, points.axis_name) * total(c_gamma, points.axis_name)[None, :]
         new = ((-columns.sum(1), jnp.zeros_like(c_gamma)), (total_a + c_phi, total_b + c_gamma))
         return _where_active(run, i, (new, c_scaled - rows - columns), carry)
 

@@ -305,7 +305,7 @@ def _by_products(points, run, k, inner_iters, x, y):
     So what comes to them are factors near one. The last value says whether they are in the range in which the matrix'
     entries below 1e-38 (in float32), which are zero, do not count: as in the module `_iterations`.
     """
-    _, a, b, _, _, present_a, present_b = points
+    _, a, b, _, _, present_a, present_b, _ = points
     absent_a, absent_b = (~present_a).astype(a.dtype), (~present_b).astype(b.dtype)
     kernel = jnp.exp(_at(run, k, x, y))
 
@@ -323,7 +323,7 @@ def _by_products(points, run, k, inner_iters, x, y):
 
 def _on_logarithms(points, run, k, inner_iters, x, y):
     """The same at any range."""
-    _, _, _, log_a, log_b, present_a, present_b = points
+    _, _, _, log_a, log_b, present_a, present_b, _ = points
     zeros_a, zeros_b = jnp.zeros_like(x), jnp.zeros_like(y)
 
     def inner_iteration(y, _):

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from fs_jax.ot import _sharding
 from fs_jax.ot._numerics import log_weights
+from fs_jax.ot._sharding import AxisName
 
 
 class Problem(NamedTuple):
@@ -51,19 +53,23 @@ class Problem(NamedTuple):
         return lax.reduce_precision(scaled, bits.nexp, bits.nmant - 1)
 
 
-def make_problem(cost, a, b, reg, *others, centred: bool = True) -> tuple[Problem, tuple[jax.Array | None, ...]]:
+def make_problem(
+    cost, a, b, reg, *others, centred: bool = True, axis_name: AxisName | None = None
+) -> tuple[Problem, tuple[jax.Array | None, ...]]:
     """The problem, and the other operands, all varying over the same mesh axes.
 
     Inside `shard_map` a loop refuses to carry what varies over a device axis together with what does not. So a
     replicated operand is made varying here, once; the transpose of that is the sum over devices that its gradient
-    needs.
+    needs. With `axis_name`, rows are sharded over that axis, and all vary over it.
     """
     operands = (cost, a, b, reg, *others)
     nothing = sum(jnp.zeros_like(x, shape=(), dtype=cost.dtype) for x in operands if x is not None)
+    if axis_name is not None:
+        nothing += _sharding.varying_zero(axis_name, cost.dtype)
     cost, a, b, reg, *rest = (None if x is None else x.astype(cost.dtype) + nothing for x in operands)
     a, b = (jnp.where(w >= 0, w, jnp.nan) for w in (a, b))
     if centred:
-        rows, columns = _minima(*lax.stop_gradient((cost, a, b)))
+        rows, columns = _minima(*lax.stop_gradient((cost, a, b)), axis_name)
     else:
         rows, columns = jnp.zeros_like(a), jnp.zeros_like(b)
     return Problem(cost, a, b, reg, rows, columns), tuple(rest)
@@ -72,7 +78,8 @@ def make_problem(cost, a, b, reg, *others, centred: bool = True) -> tuple[Proble
 class Points(NamedTuple):
     """A problem as the iterations see it.
 
-    `present_a` and `present_b` say which points have mass; of a weight that is NaN, yes: it should come out.
+    `present_a` and `present_b` say which points have mass; of a weight that is NaN, yes: it should come out. Where the
+    rows are this device's alone, `axis_name` is the axis that they are sharded over.
     """
 
     scaled: jax.Array
@@ -82,24 +89,25 @@ class Points(NamedTuple):
     log_b: jax.Array
     present_a: jax.Array
     present_b: jax.Array
+    axis_name: AxisName | None
 
     @classmethod
-    def of(cls, scaled, a, b):
-        a, b = _solvable(a, b)
-        return cls(scaled, a, b, log_weights(a), log_weights(b), a != 0, b != 0)
+    def of(cls, scaled, a, b, axis_name=None):
+        a, b = _solvable(a, b, axis_name)
+        return cls(scaled, a, b, log_weights(a), log_weights(b), a != 0, b != 0, axis_name)
 
 
-def _solvable(a, b):
+def _solvable(a, b, axis_name):
     """The weights, all zero where the other side has no mass: nothing can be moved then."""
-    return jnp.where(jnp.any(b != 0), a, 0), jnp.where(jnp.any(a != 0), b, 0)
+    return jnp.where(jnp.any(b != 0), a, 0), jnp.where(_sharding.somewhere(jnp.any(a != 0), axis_name), b, 0)
 
 
-def _minima(cost, a, b):
+def _minima(cost, a, b, axis_name):
     """Of each row and then of each column, over the points that have mass: others may have any cost."""
     rows = _minimum(cost, b, 1)
-    return rows, _minimum(cost - rows[:, None], a[:, None], 0)
+    return rows, _minimum(cost - rows[:, None], a[:, None], 0, axis_name)
 
 
-def _minimum(cost, weights, axis):
-    smallest = jnp.min(jnp.where(weights != 0, cost, jnp.inf), axis)
+def _minimum(cost, weights, axis, axis_name=None):
+    smallest = _sharding.minimum(jnp.min(jnp.where(weights != 0, cost, jnp.inf), axis), axis_name)
     return jnp.where(jnp.isfinite(smallest), smallest, 0)

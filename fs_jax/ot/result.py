@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from fs_jax.ot import _sharding
 from fs_jax.ot._numerics import MASKED, log_weights
 from fs_jax.ot.problem import Problem
 
@@ -116,22 +117,24 @@ def finish(plan, a):
     return plan * factor[:, None], factor
 
 
-def marginal_error(plan, a, b):
+def marginal_error(plan, a, b, axis_name=None):
     """|plan 1 - a|₁ + |planᵀ 1 - b|₁, rounded up by what this computation may be off."""
     wide = plan.astype(a.dtype)
-    error = _distance(wide, a, 1) + _distance(wide, b, 0)
+    error = _sharding.total(_distance(wide, a, 1), axis_name) + _distance(wide, b, 0, axis_name)
     eps = jnp.finfo(a.dtype).eps
     # |x| sums to within (n + m) eps of itself. A compiler may compute the plan again for this, rounded otherwise than
     # the one that it stores: an eps of each entry, once for the rows and once for the columns.
-    return error * (1 + sum(plan.shape) * eps) + 2 * eps * lax.stop_gradient(a.sum())
+    points = sum(_sharding.whole(plan.shape, axis_name))
+    return error * (1 + points * eps) + 2 * eps * lax.stop_gradient(_sharding.total(a.sum(), axis_name))
 
 
-def judged_error(plan, a, b, dtype):
+def judged_error(plan, a, b, dtype, axis_name=None):
     """The marginal error of a plan as it will be returned, for iterations that decide whether to stop.
 
     The result is computed by another program; two units in the last place keep its rounding from changing the verdict.
     """
-    return marginal_error(plan.astype(dtype), a, b) + 2 * jnp.finfo(a.dtype).eps * a.sum()
+    error, mass = marginal_error(plan.astype(dtype), a, b, axis_name), _sharding.total(a.sum(), axis_name)
+    return error + 2 * jnp.finfo(a.dtype).eps * mass
 
 
 def rounding_floor(shape, mass, dtype):
@@ -148,47 +151,52 @@ def has_stalled(error, waited, looks, floor):
     return ((error <= floor) & (waited > 20 + looks // 2)) | jnp.isnan(error)
 
 
-def _distance(plan, weights, axis):
+def _distance(plan, weights, axis, axis_name=None):
     """Σ |Σ plan - weights|, the inner sums free of rounding but for the last place of the weights.
 
     Adding and subtracting σ, twice the sum, rounds an entry to a multiple of σ's last place. Of these multiples all
     partial sums are exact, in any order; what was rounded off is a 1e-7th of the mass, and so is the error of its sum
     to that.
     """
-    sigma = lax.stop_gradient(2 * plan.sum(axis, keepdims=True))
+    sigma = lax.stop_gradient(2 * _sharding.total(plan.sum(axis, keepdims=True), axis_name))
     head = (plan + sigma) - sigma
-    return jnp.sum(jnp.abs((head.sum(axis) - weights) + (plan - head).sum(axis)))
+    heads = _sharding.total(head.sum(axis), axis_name)
+    return jnp.sum(jnp.abs((heads - weights) + _sharding.total((plan - head).sum(axis), axis_name)))
 
 
-def transport(problem: Problem, outcome: Outcome, threshold, dtype, *, gauge=0, envelope: bool = False) -> Transport:
+def transport(
+    problem: Problem, outcome: Outcome, threshold, dtype, *, gauge=0, envelope: bool = False, axis_name=None
+) -> Transport:
     """The result at an outcome: the only place where costs and a status are made.
 
     `dtype` is that of the result, whose plan is the one that is judged; `gauge` is a constant, in units of the cost,
-    that moves from g to f; `envelope` holds plan and potentials fixed.
+    that moves from g to f; `envelope` holds plan and potentials fixed; over the axis `axis_name` rows are sharded.
     """
     values = jax.tree.map(lax.stop_gradient, outcome) if envelope else outcome
     plan = lax.stop_gradient(outcome.plan)
     if envelope:
-        primal_cost, reg_cost = _envelope_costs(problem, Outcome(plan, *values[1:]))
+        primal_cost, reg_cost = _envelope_costs(problem, Outcome(plan, *values[1:]), axis_name)
     else:
         plan = live_plan(plan, problem.scaled, values.phi, values.gamma)
-        primal_cost, reg_cost = _costs(problem, plan, plan, values.phi, values.gamma)
+        primal_cost, reg_cost = _costs(problem, plan, plan, values.phi, values.gamma, axis_name)
 
     f = jnp.where(problem.a != 0, problem.reg * values.phi + (problem.rows + gauge), MASKED)
     g = jnp.where(problem.b != 0, problem.reg * values.gamma + (problem.columns - gauge), MASKED)
     plan, primal_cost, reg_cost, f, g = (narrowed(x, dtype) for x in (plan, primal_cost, reg_cost, f, g))
-    error = marginal_error(plan, problem.a, problem.b)
+    error = marginal_error(plan, problem.a, problem.b, axis_name)
 
     done, status = (lax.stop_gradient(x).astype(jnp.int32) for x in (outcome.done, outcome.status))
     finite = jnp.isfinite(error) & jnp.isfinite(primal_cost) & jnp.isfinite(reg_cost)
-    finite &= jnp.all(jnp.isfinite(f)) & jnp.all(jnp.isfinite(g))
+    finite &= _sharding.everywhere(jnp.all(jnp.isfinite(f)), axis_name) & jnp.all(jnp.isfinite(g))
     status = jnp.where(finite, status, Status.NOT_FINITE)
     if threshold is not None:
         status = jnp.where(threshold >= 0, status, Status.NOT_FINITE)
         met = finite & (outcome.accepted > 0) & (error <= threshold)
         status = jnp.where(met, Status.CONVERGED, status)
     errors = lax.stop_gradient(outcome.errors)
-    return Transport(plan, primal_cost, reg_cost, f, g, error, done, status.astype(jnp.int32), errors)
+    copies = (primal_cost, reg_cost, g, error, done, status.astype(jnp.int32), errors)
+    primal_cost, reg_cost, g, error, done, status, errors = _sharding.replicated(copies, axis_name)
+    return Transport(plan, primal_cost, reg_cost, f, g, error, done, status, errors)
 
 
 def narrowed(x, dtype):
@@ -196,12 +204,13 @@ def narrowed(x, dtype):
     return x if x.dtype == dtype else jnp.maximum(x, float(jnp.finfo(dtype).min)).astype(dtype)
 
 
-def _costs(problem, fixed_plan, plan, phi, gamma):
+def _costs(problem, fixed_plan, plan, phi, gamma, axis_name):
     """⟨T, C⟩ of the fixed plan, and the regularised cost at the potentials, of which `plan` is a function."""
     _, a, b, reg, rows, columns = problem
+    total = partial(_sharding.total, axis_name=axis_name)
     # The dual objective, for it is exact to second order where the potentials are not quite converged.
-    dual = _pair(a, phi) + _pair(b, gamma) + a.sum() * b.sum() - plan.sum()
-    return jnp.sum(fixed_plan * problem.cost), reg * dual + jnp.sum(a * rows) + jnp.sum(b * columns)
+    dual = total(_pair(a, phi)) + _pair(b, gamma) + total(a.sum()) * b.sum() - total(plan.sum())
+    return total(jnp.sum(fixed_plan * problem.cost)), reg * dual + total(jnp.sum(a * rows)) + jnp.sum(b * columns)
 
 
 def _pair(weights, potential):
@@ -209,18 +218,18 @@ def _pair(weights, potential):
     return jnp.sum(jnp.where(weights != 0, weights * (potential - log_weights(weights)), 0))
 
 
-@jax.custom_jvp
-def _envelope_costs(problem, outcome):
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _envelope_costs(problem, outcome, axis_name):
     plan, phi, gamma, *_ = outcome
-    return _costs(problem, plan, live_plan(plan, problem.scaled, phi, gamma), phi, gamma)
+    return _costs(problem, plan, live_plan(plan, problem.scaled, phi, gamma), phi, gamma, axis_name)
 
 
 @_envelope_costs.defjvp
-def _envelope_derivative(primals, tangents):
+def _envelope_derivative(axis_name, primals, tangents):
     problem, (plan, phi, gamma, *_) = primals
 
     def at_fixed_potentials(problem):
-        return _costs(problem, plan, live_plan(plan, problem.scaled, phi, gamma), phi, gamma)
+        return _costs(problem, plan, live_plan(plan, problem.scaled, phi, gamma), phi, gamma, axis_name)
 
     return jax.jvp(at_fixed_potentials, (first_order_only(problem, ENVELOPE),), (tangents[0],))
 

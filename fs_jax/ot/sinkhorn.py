@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from fs_jax.ot import _checks, _dispatch, _implicit
+from fs_jax.ot import _checks, _dispatch, _implicit, _sharding
 from fs_jax.ot._iterations import Options
 from fs_jax.ot._loops import RUN
+from fs_jax.ot._sharding import AxisName
 from fs_jax.ot.problem import make_problem
 from fs_jax.ot.result import Transport, transport
 
@@ -39,6 +40,7 @@ def sinkhorn(
     reg_start: float | Float[Array, ""] | None = None,
     history: bool = False,
     fused: bool = True,
+    axis_name: AxisName | None = None,
 ) -> Transport:
     """Entropic optimal transport by Sinkhorn's alternating scalings.
 
@@ -79,6 +81,14 @@ def sinkhorn(
         history: return the marginal error every ten iterations at `reg` too, as `errors`.
         fused: in programs for an NVIDIA GPU, do all iterations of a problem in one kernel: float32, up to 256 points
             on a side, `method` "stabilized". Elsewhere this changes nothing.
+        axis_name: inside `jax.shard_map` or `jax.pmap`, the mapped axis over which the rows are sharded. Then `cost`,
+            `a` and the f of `init` have this device's rows, as many on each, and `b`, the g of `init` and the rest are
+            the same on all. So are the result's costs, g, error, count and status; its plan and f are this device's
+            rows. Iterations, stopping and derivatives are those of the whole problem, of which no device has more than
+            its rows; each iteration sums one vector [m] over devices. A gradient is as of `jax.lax.psum`: that of the
+            sum over devices of what each returns; under `shard_map` that checks what varies, a value that is the same
+            on all devices is one value, and counts once. ("implicit" has no dense factorisation to fall back on: where
+            conjugate gradients do not get there, its gradient is NaN.)
 
     Returns:
         A `Transport`.
@@ -103,7 +113,8 @@ def sinkhorn(
     Source: Cuturi, Sinkhorn Distances (NeurIPS 2013); Algorithm 1 of Zhang and Wang (NeurIPS 2019), which leaves the
     marginals 1/n out.
     """
-    cost, a, b, dtype = _checks.problem(cost, a, b)
+    axis_name = _checks.axis(axis_name)
+    cost, a, b, dtype = _checks.problem(cost, a, b, axis_name)
     reg = _checks.positive("reg", reg, cost.dtype)
     num_iters = _checks.count("num_iters", num_iters)
     threshold = _checks.threshold(threshold, cost.dtype)
@@ -112,9 +123,8 @@ def sinkhorn(
     n, m = cost.shape
     f = None if init is None else _checks.potentials(init, n, m, cost.dtype)[0]
     reg_start = None if reg_start is None else _checks.positive("reg_start", reg_start, cost.dtype)
-    return _solve(
-        cost, a, b, reg, reg_start, threshold, f, Options(num_iters, method, bool(fused), dtype, bool(history)), grad
-    )
+    options = Options(num_iters, method, bool(fused), dtype, bool(history), axis_name)
+    return _solve(cost, a, b, reg, reg_start, threshold, f, options, grad)
 
 
 @partial(jax.jit, static_argnames=("options", "grad"))
@@ -122,16 +132,19 @@ def _solve(cost, a, b, reg, reg_start, threshold, f, options, grad):
     if grad == "none":
         cost, a, b, reg, f = lax.stop_gradient((cost, a, b, reg, f))
     # "kernel" is the algorithm to the letter, whose range is that of exp(-cost / reg) itself.
-    centred = options.method != "kernel"
-    problem, (reg_start, threshold, f) = make_problem(cost, a, b, reg, reg_start, threshold, f, centred=centred)
+    centred, axis_name = options.method != "kernel", options.axis_name
+    problem, (reg_start, threshold, f) = make_problem(
+        cost, a, b, reg, reg_start, threshold, f, centred=centred, axis_name=axis_name
+    )
+    same = _sharding.agreed((problem.b, problem.reg, reg_start, threshold), axis_name)
+    problem, (reg_start, threshold) = problem._replace(b=same[0], reg=same[1]), same[2:]
     done = 0
     if reg_start is not None:
         f, done = _decreasing(*lax.stop_gradient((problem, reg_start, f)), options)
     start = ((0 if f is None else f) - problem.rows) / problem.reg
     # A constant can move from f to g. The largest start is taken out here, and given back with the result: beside a
     # large constant float32 would lose what is left.
-    constant = lax.stop_gradient(jnp.max(jnp.where(problem.a != 0, start, -jnp.inf)))
-    constant = jnp.where(jnp.isfinite(constant), constant, 0)
+    constant = _largest(lax.stop_gradient(start), problem.a, axis_name)
     start -= constant
     arguments = (problem.scaled, problem.a, problem.b, start)
     if grad in ("envelope", "none"):
@@ -140,8 +153,9 @@ def _solve(cost, a, b, reg, reg_start, threshold, f, options, grad):
     outcome = outcome._replace(done=outcome.done + done)
     gauge = constant * problem.reg
     if grad == "implicit":
-        gauge = _held(gauge, outcome.phi, problem)
-    return transport(problem, outcome, threshold, options.dtype, gauge=gauge, envelope=grad == "envelope")
+        gauge = _held(gauge, outcome.phi, problem, axis_name)
+    envelope = grad == "envelope"
+    return transport(problem, outcome, threshold, options.dtype, gauge=gauge, envelope=envelope, axis_name=axis_name)
 
 
 def _decreasing(problem, reg_start, f, options):
@@ -152,7 +166,7 @@ def _decreasing(problem, reg_start, f, options):
     def halve(carry):
         reg, f, done = carry
         start = (f - problem.rows) / reg
-        start -= jnp.max(jnp.where(problem.a != 0, start, -jnp.inf))
+        start -= _largest(start, problem.a, options.axis_name)
         outcome = _dispatch.solve(problem._replace(reg=reg).scaled, problem.a, problem.b, start, None, options)
         return reg / 2, reg * outcome.phi + problem.rows, done + RUN
 
@@ -161,13 +175,18 @@ def _decreasing(problem, reg_start, f, options):
     return jnp.where(problem.a != 0, f, 0), done
 
 
-def _held(gauge, phi, problem):
+def _largest(start, a, axis_name):
+    """Of the points with mass; 0 where that is no number."""
+    largest = _sharding.maximum(jnp.max(jnp.where(a != 0, start, -jnp.inf)), axis_name)
+    return jnp.where(jnp.isfinite(largest), largest, 0)
+
+
+def _held(gauge, phi, problem, axis_name):
     """The constant that moves from g to f, so that the mean of f over the rows has no derivative.
 
     The fixed point's equations don't say where the constant is.
     """
     there = problem.a != 0
-    mean = jnp.sum(jnp.where(there, problem.reg * phi + problem.rows, 0)) / jnp.maximum(there.sum(), 1).astype(
-        phi.dtype
-    )
+    f = _sharding.total(jnp.sum(jnp.where(there, problem.reg * phi + problem.rows, 0)), axis_name)
+    mean = f / jnp.maximum(_sharding.total(there.sum(), axis_name), 1).astype(phi.dtype)
     return lax.stop_gradient(mean + gauge) - mean

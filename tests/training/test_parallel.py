@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from fs_jax import data
+from fs_jax import data, ot
 from fs_jax.config import AttackConfig, TransportConfig, preset
 from fs_jax.training import (
     create_state,
@@ -24,6 +24,8 @@ from fs_jax.training import (
 )
 from fs_jax.training.configured import pmap_train_steps
 from fs_jax.training.methods import METHODS
+from fs_jax.training.methods.feature_scatter import _over_devices
+from fs_jax.training.methods.method import Context
 from fs_jax.training.parallel import AXIS, share
 from tests.parameters import mostly_slow
 
@@ -104,6 +106,43 @@ def check_four_devices(start, one, step, batch, rng):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), unreplicate(many), single)
     for copy in range(1, 4):  # the devices' copies are one state
         jax.tree.map(lambda x, copy=copy: np.testing.assert_array_equal(x[0], x[copy]), many)
+
+
+@pytest.mark.usefixtures("float64")
+def test_sharded_transport_gives_a_devices_images_the_gradient_of_the_gathered_one():
+    rng = np.random.default_rng(0)
+    natural, attacked, weights = rng.normal(size=(16, 5)), rng.normal(size=(16, 5)), rng.normal(size=(5, 5))
+    sharded = functools.partial(ot.sinkhorn, reg=0.01, num_iters=50)
+
+    def gradient(transport, axis_name, natural, attacked):
+        cost, solve = _over_devices(transport, axis_name)
+        return jax.grad(lambda x: solve(cost(natural, jnp.tanh(x @ weights))).primal_cost)(attacked)
+
+    whole = gradient(sharded, None, natural, attacked)
+    for transport in (sharded, lambda cost: sharded(cost)):  # of the second it is not known that it takes rows alone
+        on_each = jax.pmap(functools.partial(gradient, transport, AXIS), AXIS)
+        parts = on_each(natural.reshape(4, 4, 5), attacked.reshape(4, 4, 5))
+        # Of the sum of four copies. 50 iterations at cost / reg of hundreds: some 1e3 of float64's 1e-16.
+        np.testing.assert_allclose(parts.reshape(16, 5), 4 * whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("transport", "gathers"), [(ot.sinkhorn, False), (lambda cost, reg: ot.sinkhorn(cost, reg=reg), True)]
+)
+def test_no_device_has_the_transport_of_the_whole_batch(transport, gathers):
+    images = jnp.zeros((4, 6, 3, 1, 1))
+
+    def on_each(keys, images):
+        method = METHODS["feature_scatter"].build(epsilon=0.1, transport=functools.partial(transport, reg=0.01))
+
+        def apply(variables, images, **_):
+            return images.reshape(len(images), -1), variables
+
+        batch = {"images": images, "labels": jnp.zeros(6, jnp.int32)}
+        return method.loss(apply, {"params": {}, "batch_stats": {}}, batch, Context(keys, axis_name=AXIS))[0]
+
+    program = str(jax.make_jaxpr(jax.pmap(on_each, AXIS))(jax.random.split(jax.random.key(0), (4, 6)), images))
+    assert ("f32[24,24]" in program, "f32[6,24]" in program) == (gathers, not gathers)
 
 
 @pytest.mark.slow

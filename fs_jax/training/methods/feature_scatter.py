@@ -1,6 +1,7 @@
 """The paper's method: train on images whose features were scattered."""
 
 import functools
+import inspect
 from typing import Literal, get_args
 
 import jax
@@ -40,7 +41,9 @@ def feature_scatter(
       num_steps: Number of steps.
       smoothing: The paper's Delta: the true class has 1 - smoothing.
       transport: From a cost matrix to a `fs_jax.ot.Transport`; by default Algorithm 1 with reg 0.01 and 50 iterations.
-      scope: One transport problem over the batch of all devices, "global", or one for each device's part.
+      scope: One transport problem over the batch of all devices, "global", or one for each device's part. Of the one
+        over N images on D devices a transport that takes an `axis_name`, as `fs_jax.ot.sinkhorn` does, has N/D rows
+        on each; another, such as `fs_jax.ot.ipot`, is solved whole, [N, N], by each.
       penultimate: 1 to scatter the features before the last layer, 0 the logits, as the released code does.
       clean_weight: Weight of the loss of the images as they are, in [0, 1); the attacked ones' has the rest. By default
         these alone are trained on, as in the paper.
@@ -62,11 +65,11 @@ def feature_scatter(
 
     def loss(apply, variables, batch, context):
         images, labels = batch["images"], batch["labels"]
+        cost, solve = _over_devices(transport, context.axis_name if scope == "global" else None)
         scattered, natural, solved = attacks.scatter(
             infer(apply, variables, features=bool(penultimate)), context.keys, images,
             epsilon=epsilon, step_size=step_size, num_steps=num_steps, start=batch.get("start"),
-            cost=functools.partial(_gathered_cost, axis_name=context.axis_name if scope == "global" else None),
-            transport=transport,
+            cost=cost, transport=solve,
         )  # fmt: skip
         trained_on = jnp.concatenate([scattered, images]) if clean_weight else scattered
         logits, variables = apply(variables, trained_on, train=True)
@@ -86,14 +89,24 @@ def feature_scatter(
     return Method(loss)
 
 
-def _gathered_cost(x, y, axis_name):
-    """Cosine cost between the logits of all devices on `axis_name`, or of this one where that is None.
+def _over_devices(transport, axis_name):
+    """The cost between natural and attacked logits, and the transport, of one problem over the devices of an axis.
 
-    The gathered problem is the same on every device, so its gradient to a device's own images, summed over the
-    devices by the transpose of the gathering, is the whole problem's times their number: of the same sign.
+    A device has the rows of its own natural images, or where the transport does not take rows alone, all rows. The
+    result is the same on every device, so its gradient to a device's own images, summed over the devices by the
+    transpose of the gathering, is the whole problem's times their number: of the same sign.
     """
-    if axis_name is not None:
-        x, y = (jax.lax.all_gather(logits, axis_name, tiled=True) for logits in (x, y))
+    if axis_name is None:
+        return ot.cosine_cost, transport
+    takes_rows = "axis_name" in inspect.signature(transport).parameters
+    cost = functools.partial(_gathered_cost, gathers_rows=not takes_rows, axis_name=axis_name)
+    return cost, functools.partial(transport, axis_name=axis_name) if takes_rows else transport
+
+
+def _gathered_cost(x, y, gathers_rows, axis_name):
+    """Cosine cost from this device's x, or those of all devices, to the y of all devices."""
+    gather = functools.partial(jax.lax.all_gather, axis_name=axis_name, tiled=True)
+    x, y = gather(x) if gathers_rows else x, gather(y)
     return ot.cosine_cost(x, y)
 
 
