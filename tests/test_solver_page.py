@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def run(block):
 
 
 def test_all_examples_are_tested():
-    assert len(BLOCKS) == 10
+    assert len(BLOCKS) == 11
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -91,7 +92,18 @@ def test_unbalanced():
     np.testing.assert_allclose(to_outliers[2], 0.1, rtol=0.01)  # a gap of 1e-3 of a cost of some 5
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_sharded_rows():
+    names = run(9)
+    # The same iterations in float32, on sums in another order.
+    np.testing.assert_allclose(names["value"], names["alone"], rtol=1e-5)
+    whole = jax.grad(
+        lambda x: ot.sinkhorn(ot.sqeuclidean_cost(x, names["y"]), reg=0.1, num_iters=2000, threshold=1e-3).primal_cost
+    )
+    np.testing.assert_allclose(names["gradient"], whole(names["x"]), atol=1e-6)
+
+
 def test_a_solver_of_ones_own_is_checked():
-    found = run(9)["found"]
+    found = run(10)["found"]
     checks = {finding.check for of in found.values() for finding in of}
     assert checks == {"marginals"}  # fifty iterations aren't enough for all, and it says that they are

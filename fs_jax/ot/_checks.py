@@ -136,8 +136,10 @@ def _weights(given, size, dtype, axis_name=None):
 
 
 def axis(name):
-    """None, or the name of an axis that is mapped where this is called."""
+    """None, or the name of an axis that is mapped where this is called, or several."""
     try:
+        if not (name is None or isinstance(name, str | tuple)):
+            raise TypeError
         _sharding.num_shards(name)
     except (NameError, TypeError):
         raise ValueError(

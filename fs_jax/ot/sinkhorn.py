@@ -76,8 +76,8 @@ def sinkhorn(
         reg_start: start with this larger regularisation, such as the mean cost, and halve it every ten iterations down
             to `reg`. Between sets of points of even weights, and at a `reg` below a hundredth of the costs, a marginal
             error of 1e-3 is then met in a fraction of the iterations. With uneven weights, smaller thresholds or a
-            larger `reg` it may take more of them: try both. They come before the `num_iters` at `reg`, are included in the
-            result's, and are not differentiated: "unroll" takes their potentials as it takes `init`.
+            larger `reg` it may take more of them: try both. They come before the `num_iters` at `reg`, are included in
+            the result's, and are not differentiated: "unroll" takes their potentials as it takes `init`.
         history: return the marginal error every ten iterations at `reg` too, as `errors`.
         fused: in programs for an NVIDIA GPU, do all iterations of a problem in one kernel: float32, up to 256 points
             on a side, `method` "stabilized". Elsewhere this changes nothing.

@@ -225,6 +225,32 @@ def test_vmap_and_forward_mode_on_each_device(make_problem, way):
 
 
 @pytest.mark.slow
+def test_rows_over_several_axes_and_problems_over_another(make_problem):
+    costs = np.stack([make_problem(4, 10, seed)[0] for seed in range(2)])
+    devices = np.array(jax.devices())
+    several = jax.sharding.Mesh(devices.reshape(2, 2), ("p", "q"))
+
+    def solve(axis_name, cost):
+        return sinkhorn(cost, reg=0.1, threshold=1e-3, axis_name=axis_name)
+
+    expected = [solve(None, cost) for cost in costs]
+    specs = jax.tree.map(lambda s: P(("p", "q")) if s == P(AXIS) else s, RESULT)
+    got = jax.shard_map(partial(solve, ("p", "q")), mesh=several, in_specs=P(("p", "q")), out_specs=specs)(costs[0])
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13), got, expected[0])
+
+    @partial(jax.shard_map, mesh=several, in_specs=P("p", "q"), out_specs=(P("p"), P("p", "q"), P("p")))
+    def each(costs):
+        result = solve("q", costs[0])
+        return result.primal_cost[None], result.plan[None], result.num_iters[None]
+
+    assert expected[0].num_iters != expected[1].num_iters  # so they can't wait for each other's sums
+    for of_all, of_each in zip(
+        each(costs), zip(*[(r.primal_cost, r.plan, r.num_iters) for r in expected], strict=True), strict=True
+    ):
+        np.testing.assert_allclose(of_all, of_each, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.slow
 def test_second_derivatives_of_implicit(points):
     (x, y, *_), _ = points
     direction = np.random.default_rng(1).normal(size=x.shape)
