@@ -4,9 +4,10 @@
     python -m experiments.benchmarks.solvers --largest 1e8    # sizes up to B·n² = 1e8, for a GPU
 
 Two tables. At equal iterations (50, what one training step does): milliseconds for the value ⟨T, C⟩ of every problem,
-and for value and gradient by unrolling. At equal marginal error (1e-3 in L1): milliseconds until every problem is
-there. Costs are uniform on [0, 1], float32; each figure is the median of rounds in which every contender runs once.
-Errors are relative, against the same iterations in float64 in the log domain, on the first problems of the batch.
+and for value and gradient by unrolling; and the seconds to compile each. At equal marginal error (1e-3 in L1):
+milliseconds until every problem has it. Costs are uniform on [0, 1], float32; each figure is the median of rounds in
+which every contender runs once. Errors are relative, against the same iterations in float64 in the log domain, on the
+first problems of the batch.
 
 ott-jax as its documentation says for vmap: min_iterations = max_iterations makes its loop a scan. Its gradient is taken
 with an unreachable threshold instead, since the scan's (ott-jax 0.6) walks back over the wrong iterations. POT is NumPy
@@ -17,6 +18,7 @@ Writes solvers.json, solvers.md and solvers.png to the results folder.
 
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from importlib import metadata
@@ -122,11 +124,20 @@ def milliseconds(programs: Mapping[Name, Callable], rounds: int) -> dict[Name, f
 
 
 @lru_cache
-def batched(function: Callable, gradient: bool, has_aux: bool, shape: tuple[int, int, int]) -> tuple[Callable, float]:
-    """The compiled function of a batch and reg (or its value and gradient), and the megabytes that it works in."""
+def batched(
+    function: Callable, gradient: bool, has_aux: bool, shape: tuple[int, int, int]
+) -> tuple[Callable, float, float]:
+    """The compiled function of a batch and reg (or its value and gradient), megabytes that it works in, and seconds.
+
+    The seconds are those of tracing and compiling it, with nothing cached.
+    """
     function = jax.value_and_grad(function, has_aux=has_aux) if gradient else function
+    jax.clear_caches()
+    began = time.perf_counter()
     compiled = jax.jit(jax.vmap(function, in_axes=(0, None))).lower(jnp.zeros(shape), 0.1).compile()
-    return compiled, compiled.memory_analysis().temp_size_in_bytes / 1e6  # type: ignore[union-attr]  # never None here
+    seconds = time.perf_counter() - began
+    megabytes = compiled.memory_analysis().temp_size_in_bytes / 1e6  # type: ignore[union-attr]  # never None here
+    return compiled, megabytes, seconds
 
 
 def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
@@ -146,8 +157,8 @@ def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
         gradients |= {"fs_jax kernel": OURS["kernel"], "ott-jax kernel": OTT[False, True]}
     forward = {name: batched(function, False, False, costs.shape) for name, function in values.items()}
     both = {name: batched(function, True, False, costs.shape) for name, function in gradients.items()}
-    programs = {("value", name): partial(program, costs, reg) for name, (program, _) in forward.items()}
-    programs |= {("gradient", name): partial(program, costs, reg) for name, (program, _) in both.items()}
+    programs = {("value", name): partial(program, costs, reg) for name, (program, *_) in forward.items()}
+    programs |= {("gradient", name): partial(program, costs, reg) for name, (program, *_) in both.items()}
     if costs.shape[0] <= POT_PROBLEMS and reg >= 0.01:
         programs["value", "POT"] = partial(pot_value, np.asarray(costs, np.float64), reg)
     programs["value", PRODUCTS] = partial(batched(products, False, False, costs.shape)[0], costs, reg)
@@ -158,6 +169,8 @@ def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
         if ("value", name) not in times:
             continue
         row = {"solver": name, "value_ms": times["value", name]}
+        if name in forward:
+            row["value_compile_s"] = forward[name][2]
         if name == PRODUCTS:
             rows.append(row)
             continue
@@ -168,7 +181,7 @@ def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
             scale = np.abs(exact[1]).max((1, 2), keepdims=True)
             row["gradient_ms"] = times["gradient", name]
             row["gradient_error"] = float(np.max(np.abs(gradient - exact[1]) / scale))
-            row["gradient_megabytes"] = both[name][1]
+            row["gradient_megabytes"], row["gradient_compile_s"] = both[name][1:]
         rows.append(row)
     return rows
 
@@ -264,6 +277,7 @@ def write(result: dict, out: Path) -> None:
         "gradient_ms": "gradient, ms",
     }
     accuracy = {"value_error": "value error", "gradient_error": "gradient error", "gradient_megabytes": "MB"}
+    accuracy |= {"value_compile_s": "value, compile s", "gradient_compile_s": "gradient, compile s"}
     converged = {"iterations": "iterations (mean)", "marginal_error": "marginal error (worst)"}
     speed = {"shape": "[B, n, n]", "reg": "τ"} | {k: k for k in ("value", "gradient", "gradient / value")}
     speed |= {"products": "products' share of the value"}
