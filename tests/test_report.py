@@ -1,4 +1,4 @@
-"""Tables say what the records say, figures show it, and files are whole."""
+"""Tables and figures show what the records have, and files are complete."""
 
 import itertools
 import json
@@ -59,7 +59,7 @@ def test_numeric_names_are_not_reformatted():
     assert row[0] == "1e3"
 
 
-def test_caption_names_what_differs_and_leaves_the_clean_pass_out():
+def test_caption_gives_ranges_and_ignores_the_clean_pass():
     assert report.caption(EVALUATIONS) == (
         "Accuracy in % of 2,000 images with 95% intervals; L∞ radius 8/255; 5 restarts"
     )
@@ -86,7 +86,7 @@ def test_caption_names_what_differs_and_leaves_the_clean_pass_out():
         ({"a": {"attacks": [PGD, PGD], "worst": PGD}}, "got two of 'pgd-20'"),
     ],
 )
-def test_bad_evaluations_are_named(evaluations, message):
+def test_bad_evaluations_raise_an_error(evaluations, message):
     with pytest.raises(ValueError, match=message):
         report.accuracy_table(evaluations)
 
@@ -97,7 +97,7 @@ def test_bars_show_accuracies_and_intervals(tmp_path):
     bars = [container for container in axes.containers if hasattr(container, "patches")]
     assert [container.get_label() for container in bars] == ["standard", "feature scattering"]
     np.testing.assert_allclose([bar.get_height() for bar in bars[1]], [90, 0, 45.14, 45.14])
-    # pgd-20 wasn't run on the first network: its bars stand at clean, cw-20 and the worst case.
+    # pgd-20 wasn't run on the first network: it has bars at clean, cw-20 and the worst case.
     np.testing.assert_array_equal(np.round([bar.get_center()[0] for bar in bars[0]]), [0, 1, 3])
     (_, _, (intervals,)) = bars[1].errorbar.lines
     np.testing.assert_allclose(
@@ -183,7 +183,7 @@ def test_a_long_run_is_smoothed_by_a_centred_mean_and_the_figure_says_so(tmp_pat
         ({"a": [{"step": 1, "epoch": 0.1}, {"step": 2}]}, r"metrics\['a'\], row 2: expected 'step' and 'epoch'"),
     ],
 )
-def test_bad_metrics_are_named(tmp_path, metrics, message):
+def test_bad_metrics_raise_an_error(tmp_path, metrics, message):
     with pytest.raises(ValueError, match=message):
         report.training_curves(metrics, tmp_path / "curves.png")
     assert listing(tmp_path) == []
@@ -200,7 +200,7 @@ def attacked_pair(channels, count=2):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_examples_magnify_the_perturbation_to_the_whole_range(tmp_path, channels):
+def test_examples_scale_the_perturbation_to_the_full_range(tmp_path, channels):
     images, adversarial, signs = attacked_pair(channels)
     labels = np.array([1, 0])
     path = tmp_path / "examples.png"
@@ -215,9 +215,9 @@ def test_examples_magnify_the_perturbation_to_the_whole_range(tmp_path, channels
     assert png_size(path) == (int(width * 160), int(height * 160))
 
 
-def test_examples_say_what_the_network_says_and_how_sure_it_is(tmp_path):
+def test_examples_show_predictions_with_probabilities(tmp_path):
     images, adversarial, _ = attacked_pair(3)
-    clean = np.log(np.array([[0.75, 0.25, 1e-9], [0.1, 0.3, 0.6]])) + 1000  # a softmax without care overflows
+    clean = np.log(np.array([[0.75, 0.25, 1e-9], [0.1, 0.3, 0.6]])) + 1000  # a naive softmax overflows
     figure = report.attack_examples(
         images, adversarial, np.array([0, 1]), clean, np.array([1, 1]), tmp_path / "examples.png",
         class_names=["cat", "dog", "ship"], epsilon=EPSILON, title="a title",
@@ -245,7 +245,7 @@ def test_examples_say_what_the_network_says_and_how_sure_it_is(tmp_path):
         ({"path": "examples.jpg"}, "path: expected a name that ends in .png or .svg"),
     ],
 )
-def test_bad_examples_are_named(tmp_path, change, message):
+def test_bad_examples_raise_an_error(tmp_path, change, message):
     labels = np.array([0, 1])
     images = np.full((2, 8, 8, 1), 0.5)
     arguments = {
@@ -262,7 +262,7 @@ def attack_record(name, **more):
     return record(name, 0.4514, 0.43, 0.4738, total=2000, lowest_single_run=None, **costs) | more
 
 
-def test_the_table_of_attacks_says_what_each_found_and_took():
+def test_the_table_of_attacks_has_results_and_costs():
     attacks = [attack_record("pgd-20"), attack_record("pgd-100x5", lowest_single_run=0.46)]
     header, _, *rows = cells(report.attack_table({"attacks": attacks, "worst": PGD}))
     assert header == ["attack", "decides", "images", "accuracy, %", "lowest run", "seconds", "forward", "backward"]
@@ -272,7 +272,7 @@ def test_the_table_of_attacks_says_what_each_found_and_took():
         ["pgd-100x5", "any iterate", "1,500 of 2,000", "45.1 [43.0, 47.4]", "46.0", *costs],
         ["worst case", "", "2,000", "45.1 [43.0, 47.4]", "", "", "", ""],
     ]
-    assert len(cells(report.attack_table({"attacks": attacks}))) == 4  # no worst case, no row for it
+    assert len(cells(report.attack_table({"attacks": attacks}))) == 4  # no row without a worst case
 
 
 def test_strength_is_shown_over_steps_and_over_the_radius(tmp_path):
@@ -295,16 +295,18 @@ def test_strength_is_shown_over_steps_and_over_the_radius(tmp_path):
         report.attack_strength([], [], tmp_path / "none.png")
 
 
-def test_surfaces_show_each_image_and_where_its_class_changes(tmp_path):
+def test_surfaces_show_each_image_and_its_decision_boundary(tmp_path):
     slope = np.broadcast_to(np.linspace(0, 1, 5), (5, 5, 5)) * np.arange(1, 6)[:, None, None]
-    margins = np.where(np.arange(5)[:, None, None] < 3, 0.6 - slope, 1.0)  # two images stand everywhere
+    margins = np.where(
+        np.arange(5)[:, None, None] < 3, 0.6 - slope, 1.0
+    )  # two images are classified correctly everywhere
     figure = report.loss_surfaces(
         slope, margins, tmp_path / "surface.png", epsilon=EPSILON, titles=["a", "b", "c", "d", "e"]
     )
     shown = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in shown] == ["a", "b", "c", "d", "e"]
     np.testing.assert_allclose(shown[0].get_xlim(), (-8, 8))
-    # Filled contours of the loss, and a line where there is a change.
+    # Filled contours of the loss, and a line where the class changes.
     assert [len(axes.collections) for axes in shown] == [2, 2, 2, 1, 1]
     assert png_size(tmp_path / "surface.png")
 
@@ -343,7 +345,7 @@ def test_figures_need_no_display_and_the_module_loads_no_matplotlib(tmp_path):
     png_size(tmp_path / "bars.png")
 
 
-def test_jsonl_cut_anywhere_in_its_last_line_gives_the_lines_before(tmp_path):
+def test_jsonl_cut_in_its_last_line_gives_the_lines_before(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": 1, "loss": 2.5}, {"step": 2, "note": "ε = 8/255"}]
     first, second = (json.dumps(row, ensure_ascii=False).encode() for row in rows)
@@ -356,7 +358,7 @@ def test_jsonl_cut_anywhere_in_its_last_line_gives_the_lines_before(tmp_path):
 
 
 @pytest.mark.parametrize("broken", [b'{"step": 2, "lo\n', b'{"step": 2, "lo{"step": 2}\n', b"[2, 3]\n", b'"\xce\n'])
-def test_jsonl_broken_elsewhere_names_the_line(tmp_path, broken):
+def test_jsonl_broken_elsewhere_raises_an_error_with_the_line(tmp_path, broken):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\n' + broken + b'{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3: expected a JSON object; got "):

@@ -1,1 +1,1 @@
-"""What several rooms need: files, validation, keys, the backend. Not public: it may change in any release."""
+"""Shared code of the packages: files, validation, keys, the backend. Not public: it may change in any release."""

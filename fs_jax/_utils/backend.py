@@ -1,4 +1,4 @@
-"""What depends on the machine: compiler options, batch sizes, the compilation cache. Everything else is portable."""
+"""Settings that depend on the machine: compiler options, batch sizes, the compilation cache."""
 
 import contextlib
 import functools
@@ -13,9 +13,9 @@ from jaxtyping import PyTree
 
 from fs_jax._utils.files import cache_home
 
-# XLA's CPU backend hands convolutions, dots and reductions to YNNPACK. For the small channel counts of a narrow
-# network its convolutions are slower than XLA's own. Its reductions are faster over a batch, as BatchNorm's in
-# training, but slower over the pixels of few images: they make a forward pass of WRN-10-2 on 32 of them half as fast.
+# XLA's CPU backend uses YNNPACK for convolutions, dots and reductions. Its convolutions are slower than XLA's own for
+# the small channel counts of a narrow network. Its reductions are faster over a batch, as in BatchNorm in training, but
+# slower over the pixels of few images: with them, a forward pass of WRN-10-2 on 32 images takes twice as long.
 _YNN, _DOTS, _REDUCTIONS = (
     "xla_cpu_experimental_ynn_fusion_type",
     "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
@@ -28,11 +28,11 @@ def compiler_options(platform: str, *, training: bool = False) -> dict[str, str]
     """Options for `jax.jit(..., compiler_options=...)` that suit networks on this platform.
 
     Args:
-      platform: "cpu", "gpu" or "tpu": where the program will run.
-      training: Whether the program has BatchNorm take its batch's statistics.
+      platform: "cpu", "gpu" or "tpu": the platform that the program will run on.
+      training: Whether BatchNorm uses the statistics of its batch in the program.
 
     Returns:
-      A dictionary, or None where the defaults are best: on GPU and TPU, and on a CPU whose XLA doesn't know them.
+      A dictionary, or None for the defaults: on GPU and TPU, and on a CPU whose XLA doesn't have these options.
 
     Example:
       >>> double = jax.jit(lambda x: 2 * x, compiler_options=compiler_options(platform_of(jnp.ones(3))))
@@ -51,9 +51,9 @@ def compiler_options(platform: str, *, training: bool = False) -> dict[str, str]
 
 
 def batch_size(platform: str) -> int:
-    """How many images an evaluation has in a batch, if nobody says: 32 on a CPU, 256 on GPU and TPU.
+    """The default batch size of evaluations: 32 on a CPU, 256 on GPU and TPU.
 
-    On a CPU what a pass over few images computes stays in the cache; an accelerator needs many to be busy.
+    On a CPU, the activations of a small batch fit in the cache; an accelerator needs a large batch to be busy.
 
     Example:
       >>> batch_size("cpu"), batch_size("gpu")
@@ -63,7 +63,7 @@ def batch_size(platform: str) -> int:
 
 
 def platform_of(arrays: PyTree) -> str:
-    """Where programs of these arrays run: where they are, or else on the default device.
+    """The platform that programs of these arrays run on: that of the arrays, or else of the default device.
 
     Example:
       >>> platform_of([]) in ("cpu", "gpu", "tpu")
@@ -76,10 +76,10 @@ def platform_of(arrays: PyTree) -> str:
 
 
 def enable_compilation_cache(directory: str | os.PathLike | None = None) -> pathlib.Path:
-    """Keep compiled programs on disk, so that the next run starts at once: those that took JAX's threshold of a second.
+    """Keep compiled programs on disk, for later processes: those that took a second or more to compile.
 
     Args:
-      directory: Where to; by default `$JAX_COMPILATION_CACHE_DIR`, else `fs_jax/xla` in the user's cache folder.
+      directory: The folder; by default `$JAX_COMPILATION_CACHE_DIR`, else `fs_jax/xla` in the user's cache folder.
 
     Returns:
       The folder in use.
@@ -93,7 +93,7 @@ def describe(platform: str | None = None) -> dict[str, str | int]:
     """Hardware and versions, for result files.
 
     Args:
-      platform: Of the devices that were used; by default the default device's.
+      platform: Platform of the devices that were used; by default that of the default device.
 
     Example:
       >>> describe()["fs_jax"]
@@ -123,7 +123,7 @@ def describe(platform: str | None = None) -> dict[str, str | int]:
 
 @functools.cache
 def _commit() -> str:
-    """Of the clone that this file is in, with a plus sign if files differ from it; empty elsewhere."""
+    """The commit of this file's git clone, with a plus sign if files were changed; empty if it isn't in a clone."""
     root = pathlib.Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""

@@ -1,10 +1,10 @@
-"""Libraries that a part of the package needs, and that a plain `pip install fs_jax` leaves out."""
+"""Optional libraries: those that a plain `pip install fs_jax` doesn't install."""
 
 import importlib.util
 
 
 def require(*modules: str) -> None:
-    """Raise a `ModuleNotFoundError` that says what to install, if one of these can't be imported.
+    """Raise a `ModuleNotFoundError` that says what to install, unless all of these can be imported.
 
     Example:
       >>> require("numpy")
@@ -14,8 +14,8 @@ def require(*modules: str) -> None:
     """
     for name in modules:
         try:
-            there = importlib.util.find_spec(name) is not None
-        except ModuleNotFoundError:  # of the package that it would be in
-            there = False
-        if not there:
+            installed = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:  # its parent package isn't installed
+            installed = False
+        if not installed:
             raise ModuleNotFoundError(f'{name} is not installed. This needs: pip install "fs_jax[train]"', name=name)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read though a writer was killed."""
+"""Files that are written completely or not at all, and JSONL files that may end in an incomplete line."""
 
 import contextlib
 import json
@@ -14,28 +14,28 @@ import platformdirs
 
 
 def local_path(argument: str, path: str | os.PathLike) -> pathlib.Path:
-    """The path, with ~ expanded, unless it is the address of something elsewhere.
+    """Expand ~ in a local path; raise an error for the address of a bucket or another remote place.
 
-    Locks, logs that are appended to and files that are replaced whole need a file system. (`pathlib` would make a local
-    folder named `gs:` of a bucket.)
+    Locks, append-only logs and atomic replacement need a file system. (`pathlib` would turn the address of a bucket
+    into a local folder named `gs:`.)
 
     Example:
       >>> local_path("workdir", "gs://bucket/run")
       Traceback (most recent call last):
       ValueError: workdir: expected a local folder; got the address gs://bucket/run. Mount it, or use a local...
     """
-    if address := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", os.fspath(path)):  # of two letters at least: not a drive
+    if address := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", os.fspath(path)):  # at least two letters: not a drive
         rest = os.fspath(path)[address.end() :]
         raise ValueError(
             f"{argument}: expected a local folder; got the address {address[1]}://{rest}. Mount it, or use a local "
-            "folder and copy that; nothing was written."
+            "folder and copy it; nothing was written."
         )
     return pathlib.Path(path).expanduser()
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file that appears at `path` when it is complete, and not at all if writing fails.
+    """Open a binary file that appears at `path` when it is complete, and not at all if writing fails.
 
     Example:
       >>> import tempfile
@@ -58,7 +58,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file whole or not at all.
+    """Write a text file completely, or not at all.
 
     Example:
       >>> import tempfile
@@ -72,7 +72,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    r"""Read one JSON object per line, and leave out a last line that a killed run didn't finish.
+    r"""Read one JSON object per line, and drop an incomplete last line, which a killed process didn't finish.
 
     Args:
       path: A JSONL file.
@@ -81,7 +81,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
       The objects, in the order of the lines. Blank lines are skipped.
 
     Raises:
-      ValueError: Another line isn't a JSON object; the message has its number.
+      ValueError: if another line isn't a JSON object; the message has its number.
 
     Example:
       >>> import pathlib, tempfile
@@ -90,14 +90,14 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
       >>> read_jsonl(path)
       [{'step': 1, 'loss': 2.3}]
     """
-    lines = pathlib.Path(path).read_bytes().split(b"\n")  # what follows the last newline is unfinished
+    lines = pathlib.Path(path).read_bytes().split(b"\n")  # the text after the last newline is incomplete
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:  # not JSON, or cut inside a character
+        except ValueError as error:  # not JSON, or cut within a character
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number}: expected a JSON object; got {line[:60]!r} ({error}).") from None
@@ -108,10 +108,12 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def locked(path: str | os.PathLike) -> filelock.BaseFileLock:
-    """A lock on this file, until it is released or the process ends; the file beside it stays.
+    """Lock a file until the lock is released or the process ends.
+
+    The lock is a file of its own beside it, which isn't removed.
 
     Raises:
-      BlockingIOError: if another process has it.
+      BlockingIOError: if another process has locked it.
 
     Example:
       >>> import tempfile
@@ -119,7 +121,7 @@ def locked(path: str | os.PathLike) -> filelock.BaseFileLock:
       >>> lock = locked(path)
       >>> locked(path)
       Traceback (most recent call last):
-      BlockingIOError: ...records.jsonl: another process is writing it. Wait for its end.
+      BlockingIOError: ...records.jsonl: another process is writing to it. Wait until it has finished.
       >>> lock.release()
     """
     path = pathlib.Path(path)
@@ -127,10 +129,10 @@ def locked(path: str | os.PathLike) -> filelock.BaseFileLock:
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise BlockingIOError(f"{path}: another process is writing it. Wait for its end.") from None
+        raise BlockingIOError(f"{path}: another process is writing to it. Wait until it has finished.") from None
     return lock
 
 
 def cache_home() -> pathlib.Path:
-    """The project's folder among the user's caches, `~/.cache/fs_jax` on Linux."""
+    """The project's folder in the user's cache folder, `~/.cache/fs_jax` on Linux."""
     return platformdirs.user_cache_path("fs_jax", appauthor=False)

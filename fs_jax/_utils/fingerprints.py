@@ -1,4 +1,4 @@
-"""Hashes of arrays, to tell networks and data apart."""
+"""Fingerprints of networks and data: hashes of arrays."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 
 def fingerprint(tree: PyTree) -> str:
-    """A hash of names, shapes, types and values of a tree of arrays: equal for equal weights, wherever they are.
+    """A hash of the names, shapes, types and values of a tree of arrays. It doesn't depend on the device.
 
     Example:
       >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": np.zeros(2)}) != fingerprint({"w": np.ones(2)})

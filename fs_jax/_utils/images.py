@@ -1,4 +1,4 @@
-"""Images and labels: what they have to be, and images as floating point."""
+"""Checks of images and labels, and conversion of images to floating point."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ Images = UInt8[np.ndarray | jax.Array, "..."] | Float[np.ndarray | jax.Array, ".
 
 
 def as_float(images: Images) -> Float[np.ndarray | jax.Array, "..."]:
-    """Images in [0, 1]: those of uint8 divided by 255, in float32; others as they are. NumPy stays NumPy.
+    """Images in [0, 1]: uint8 is divided by 255, in float32; others are returned unchanged. NumPy arrays stay NumPy.
 
     Example:
       >>> as_float(np.array([0, 255], np.uint8)).tolist()
@@ -21,7 +21,7 @@ def as_float(images: Images) -> Float[np.ndarray | jax.Array, "..."]:
 
 
 def check_images(images: Images, *, uint8_too: bool = False) -> None:
-    """Raise an error unless these are images [N, H, W, C] in [0, 1], as far as values are known.
+    """Raise an error unless these are images [N, H, W, C] in [0, 1]. Under `jit`, values can't be checked.
 
     Example:
       >>> check_images(np.full((1, 2, 2, 1), 2.0))
@@ -46,7 +46,7 @@ def check_images(images: Images, *, uint8_too: bool = False) -> None:
 
 
 def check_labels(labels: Int[np.ndarray | jax.Array, "n"], images: Images) -> None:
-    """Raise an error unless there is an integer for each image.
+    """Raise an error unless labels are integers, one for each image.
 
     Example:
       >>> check_labels(np.zeros(3), np.zeros((3, 2, 2, 1)))
@@ -62,7 +62,7 @@ def check_labels(labels: Int[np.ndarray | jax.Array, "n"], images: Images) -> No
 
 
 def check_classes(labels: Int[np.ndarray | jax.Array, "n"], num_classes: int) -> None:
-    """Raise an error unless the labels, where they are known, are of the network's classes.
+    """Raise an error unless labels are classes of the network. Under `jit`, values can't be checked.
 
     Example:
       >>> check_classes(np.array([0, 5]), 5)
@@ -78,7 +78,7 @@ def check_classes(labels: Int[np.ndarray | jax.Array, "n"], num_classes: int) ->
 
 
 def known(value: Any) -> np.ndarray | None:
-    """The value as an array, or None while it is being traced.
+    """The value as an array, or None if it is traced.
 
     Example:
       >>> jax.eval_shape(lambda x: known(x), 1.0) is None

@@ -1,18 +1,18 @@
-"""Keys: one for each image and run, so that what an image draws depends on no other, nor on the machine."""
+"""Keys, one for each image and run, so that an image's random numbers don't depend on its batch or on the machine."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 IMPLEMENTATION = "threefry2x32"
-"""Of all keys that images draw from. (Under JAX's "rbg" what is drawn depends on the batch.)"""
+"""The implementation of all keys for images. (With JAX's "rbg", random numbers depend on the batch.)"""
 
 
 def image_keys(rng: Key[Array, ""] | Key[Array, "n"], count: int) -> Key[Array, "n"]:
-    """One key per image: `rng` itself where it holds them already, else `fold_in(rng, position)`.
+    """One key per image: `rng` itself if it has one key per image, else `fold_in(rng, position)`.
 
-    Keys of JAX's "rbg" implementations, which some people set as the default on a TPU, become the threefry keys that
-    they are made of, so that `jax.random.key(0)` gives the same numbers under either.
+    Keys of JAX's "rbg" implementations, a common default on TPUs, are converted to the threefry keys that they consist
+    of, so that `jax.random.key(0)` gives the same numbers with either.
 
     Raises:
       TypeError, ValueError: if `rng` is neither a key nor `count` keys.
@@ -32,7 +32,7 @@ def image_keys(rng: Key[Array, ""] | Key[Array, "n"], count: int) -> Key[Array, 
 
 
 def run_keys(keys: Key[Array, "n"], run: Int[Array, "n"]) -> Key[Array, "n"]:
-    """The key of a run of each image: `fold_in(key, run)`.
+    """The keys of a run of each image: `fold_in(key, run)`.
 
     Example:
       >>> run_keys(jax.random.split(jax.random.key(0), 3), jnp.array([0, 0, 1])).shape
@@ -42,10 +42,10 @@ def run_keys(keys: Key[Array, "n"], run: Int[Array, "n"]) -> Key[Array, "n"]:
 
 
 def threefry(rng: Key[Array, "..."]) -> Key[Array, "..."]:
-    """The keys as those of `IMPLEMENTATION`.
+    """Convert keys to `IMPLEMENTATION`.
 
     Raises:
-      TypeError: if they aren't keys, or of an implementation that JAX doesn't bring along.
+      TypeError: if they aren't keys, or not of an implementation that comes with JAX.
 
     Example:
       >>> threefry(jax.random.key(0, impl="rbg")) == jax.random.key(0, impl="threefry2x32")
@@ -54,12 +54,12 @@ def threefry(rng: Key[Array, "..."]) -> Key[Array, "..."]:
     if not isinstance(rng, jax.Array):
         raise TypeError(f"rng: expected a key, such as jax.random.key(0); got {rng!r}.")
     if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-        # An old-style key, jax.random.PRNGKey: an array of integers, one axis more than the keys it holds.
+        # An old-style key, jax.random.PRNGKey: an array of integers, with one more axis.
         rng = jax.random.wrap_key_data(rng)
     implementation = str(jax.random.key_impl(rng))
     if implementation == IMPLEMENTATION:
         return rng
     if implementation not in ("rbg", "unsafe_rbg"):
         raise TypeError(f"rng: expected a key of {IMPLEMENTATION} or rbg; got {implementation}.")
-    # Both halves of such a key are threefry keys, equal unless it comes from elsewhere than `key` and `fold_in`.
+    # Both halves of an rbg key are threefry keys, which are equal if it was made by `key` and `fold_in`.
     return jax.random.wrap_key_data(jax.random.key_data(rng)[..., :2], impl=IMPLEMENTATION)

@@ -1,4 +1,4 @@
-"""Checks of what users pass: errors say argument, expected, got."""
+"""Checks of arguments; errors say argument, expected and got."""
 
 import difflib
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def check_choice(argument: str, value: Any, choices: Iterable[str]) -> None:
-    """Raise a ValueError that names the nearest choice unless `value` is one of them."""
+    """Raise a ValueError with the nearest choice unless `value` is one of the choices."""
     choices = list(choices)
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
@@ -26,7 +26,7 @@ def check_number(
     below: float | None = None,
     integer: bool = False,
 ) -> None:
-    """Raise an error that names argument, expected and got unless `value` is a finite number in the range."""
+    """Raise an error with argument, expected and got unless `value` is a finite number in the range."""
     words = ["an integer" if integer else "a finite number"]
     words += [f"above {above}"] if above is not None else []
     words += [f"of at least {at_least}"] if at_least is not None else []

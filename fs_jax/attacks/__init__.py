@@ -1,4 +1,4 @@
-"""Attacks in L-infinity on images in [0, 1]. They see a network only as `logits_fn: images -> logits`."""
+"""L-infinity attacks on images in [0, 1]. A network is any function `logits_fn` from images to logits."""
 
 from fs_jax.attacks.apgd import apgd, apgd_steps
 from fs_jax.attacks.autoattack import AttackRecord, autoattack, autoattack_attacks

@@ -1,4 +1,4 @@
-"""APGD: gradient ascent with momentum whose step size is halved, image by image, where it no longer helps."""
+"""APGD: gradient ascent with momentum, which halves the step size of an image when it makes no more progress."""
 
 from typing import Literal, NamedTuple, get_args
 
@@ -16,7 +16,7 @@ from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judge
 Loss = Literal["ce", "dlr", "targeted"]
 
 MOMENTUM = 0.25
-RISES = 0.75  # the share of an interval's steps in which the loss has to rise, or the step size is halved
+RISES = 0.75  # the step size is halved if the loss rose in at most this share of an interval's steps
 
 
 def apgd(
@@ -36,47 +36,50 @@ def apgd(
 
       z = P(x_k + eta sign(grad L(x_k))),    x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1})),
 
-    but x_1 = z. eta is 2 epsilon at first. At checkpoints, for 100 steps after 22, 41, 57, 70, 80, 87, 93 and 99, it is
-    halved and the image goes back to its iterate of highest loss: if the loss rose in at most 0.75 of the steps since
-    the last checkpoint, or if eta wasn't halved there and the highest loss hasn't risen since. A misclassified iterate
-    counts whenever it occurs, x_0 included, and the image stays there.
+    except that x_1 = z. The step size eta is 2 epsilon at first. At checkpoints (of 100 steps, after 22, 41, 57, 70,
+    80, 87, 93 and 99), eta is halved and the image restarts from its iterate of the highest loss, if one of these is
+    true: the loss rose in at most 0.75 of the steps since the last checkpoint; or eta wasn't halved at the last
+    checkpoint and the highest loss hasn't risen since. The attack stops at the first misclassified iterate, which may
+    be x_0.
 
     Args:
       logits_fn: Network, from images to logits [N, classes]; inference mode.
-      rng: A key, from which image i takes `fold_in(rng, i)`, or a key for each image.
+      rng: A key, of which image i uses `fold_in(rng, i)`; or one key for each image.
       images: Images [N, H, W, C] in [0, 1].
       labels: True classes [N].
       epsilon: Radius, in units of [0, 1].
       num_steps: Steps of each run, at least 1.
       loss: L: the cross-entropy "ce", the difference of logits ratio "dlr" (at least 3 classes), or "targeted" (APGD-T,
-        at least 4): `targeted_dlr` towards another class in each run, the rivals at the clean image, nearest first.
-      num_runs: Random starts of each image, 1 by default; of a targeted attack the number of targets, 9 by default and
-        at most the number of wrong classes.
+        at least 4 classes): `targeted_dlr`, with another target in each run. Targets are the wrong classes in order of
+        decreasing logits at the clean image.
+      num_runs: Number of random starts, 1 by default. With "targeted" the number of targets, 9 by default and at most
+        the number of wrong classes.
 
     Returns:
-      Images [N, H, W, C] in the ball: misclassified, else of the lowest margin met. No gradient flows through.
+      Images [N, H, W, C] in the ball: the misclassified iterates, or else those of the lowest margin. No gradient flows
+        through them.
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
-        no steps, an unknown loss, too few classes for it. (Values are checked where they are known, so not under jit.)
+        no steps, an unknown loss, too few classes for it. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
       >>> images = jnp.full((1, 4, 4, 1), 0.56)
       >>> attacked = apgd(logits_fn, jax.random.key(0), images, jnp.array([0]), epsilon=0.1)
-      >>> int(logits_fn(attacked).argmax())  # class 0 likes bright images, so the attack darkens this one
+      >>> int(logits_fn(attacked).argmax())  # class 0 is for bright images, so the attack darkens this one
       1
 
     Source: Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
     attacks", ICML 2020, algorithm 1.
     """
-    check_attack(logits_fn, images, labels, epsilon=epsilon, num_steps=num_steps)
-    rivals = jax.eval_shape(logits_fn, images).shape[-1] - 1
+    wrong_classes = check_attack(logits_fn, images, labels, epsilon=epsilon, num_steps=num_steps) - 1
     if num_runs is None:
-        num_runs = min(9, rivals) if loss == "targeted" else 1
-    if num_runs < 1 or (loss == "targeted" and num_runs > rivals):
+        num_runs = min(9, wrong_classes) if loss == "targeted" else 1
+    if num_runs < 1 or (loss == "targeted" and num_runs > wrong_classes):
         raise ValueError(
-            f"num_runs: expected at least 1, and at most the {rivals} wrong classes as targets; got {num_runs}."
+            f"num_runs: expected at least 1, and with targets at most {wrong_classes}, the number of wrong classes; "
+            f"got {num_runs}."
         )
     attack = apgd_steps(epsilon=epsilon, num_steps=num_steps, loss=loss, num_runs=num_runs)
     return adversaries(attack, logits_fn, rng, images, labels, uses_gradients=True)
@@ -90,22 +93,23 @@ def apgd_steps(
     num_runs: int | None = None,
     num_draws: int | None = None,
 ) -> Stepwise:
-    """`apgd` cut in steps.
+    """`apgd` as a `Stepwise`.
 
     Args:
       epsilon: Radius, in units of [0, 1].
       num_steps: Steps of each run.
       loss: "ce", "dlr" or "targeted".
-      num_runs: Random starts, 1 by default; targets, 9 by default: fewer than there are classes.
-      num_draws: For a randomised network, one that is called with images and a key for each, `logits_fn(images, keys)`:
-        the gradients of so many draws are averaged (expectation over transformation), and so are the logits by which
-        the best iterate is chosen. A run makes all its steps; `packed` judges that iterate by one more draw.
+      num_runs: Number of random starts, 1 by default; with "targeted" of targets, 9 by default, which must be less than
+        the number of classes.
+      num_draws: For a randomised network, which takes images and a key for each, `logits_fn(images, keys)`: average the
+        gradients of this number of draws (expectation over transformation), and the logits that choose the best
+        iterate. A run then makes all its steps, and `packed` judges the best iterate with one more draw.
 
     Returns:
       The attack, for `stepwise.run` and `packing.packed`.
 
     Raises:
-      ValueError: for an unknown loss, or draws for the targeted one.
+      ValueError: for an unknown loss, or `num_draws` with the targeted loss.
 
     Example:
       >>> apgd_steps(loss="targeted").num_runs
@@ -115,7 +119,7 @@ def apgd_steps(
         raise ValueError(f"loss: expected one of {', '.join(get_args(Loss))}; got {loss!r}.")
     targeted = loss == "targeted"
     if targeted and num_draws is not None:
-        raise ValueError("num_draws: expected None for the targeted loss, which ranks the targets without a draw.")
+        raise ValueError("num_draws: expected None for the targeted loss, which ranks the targets without drawing.")
     ascended = Partial({"ce": _cross_entropy, "dlr": _dlr, "targeted": targeted_dlr}[loss])
     if num_draws is None:
         start, step, gradient = _targeted_start if targeted else _start, _step, Partial(_gradient, loss=ascended)
@@ -137,22 +141,22 @@ def apgd_steps(
 class _State(NamedTuple):
     iterate: Float[Array, "n h w c"]
     before: Float[Array, "n h w c"]
-    """The iterate before this one; for the momentum."""
+    """The previous iterate, for the momentum."""
     direction: Float[Array, "n h w c"]
-    """Sign of the gradient at the iterate: a gradient that isn't a number leads to an iterate that isn't."""
+    """Sign of the gradient at the iterate; a NaN here makes the next iterate NaN too."""
     loss: Float[Array, "n"]
-    """The last one computed."""
+    """The loss that was computed last."""
     best: Float[Array, "n h w c"]
     """Iterate of the highest loss."""
     best_direction: Float[Array, "n h w c"]
     best_loss: Float[Array, "n"]
     step_size: Float[Array, "n"]
     rises: Int[Array, "n"]
-    """In how many steps since the last checkpoint the loss rose."""
+    """Number of steps since the last checkpoint in which the loss rose."""
     checked_loss: Float[Array, "n"]
     """The highest loss at the last checkpoint."""
     halved: Bool[Array, "n"]
-    """Whether the step size was halved there."""
+    """Whether the step size was halved at the last checkpoint."""
     targets: Int[Array, "n"]
     keys: Key[Array, "n"]
     progress: Progress
@@ -178,7 +182,7 @@ def _start(logits_fn, keys, images, labels, run, *, epsilon, gradient, targets=N
         step_size=jnp.full(len(labels), 2 * epsilon, images.dtype),
         rises=jnp.zeros(len(labels), jnp.int32),
         checked_loss=loss,
-        halved=jnp.ones(len(labels), bool),  # so that the first checkpoint asks about the rises alone
+        halved=jnp.ones(len(labels), bool),  # so that the first checkpoint depends on `rises` alone
         targets=targets,
         keys=keys,
         progress=first_judged(first, logits, labels),
@@ -194,14 +198,14 @@ def _drawn_step(logits_fn, state, images, labels, **settings):
 
 
 def _undecided(state):
-    """Draws that happened to go wrong end no run, or an image that is robust to most draws would seem broken."""
+    """Don't end a run at one misclassified draw: an image that is robust to most draws would count as misclassified."""
     progress = state.progress
-    ended = jnp.where(jnp.isfinite(progress.margin), -1, progress.misclassified_at)  # by what isn't a number
+    ended = jnp.where(jnp.isfinite(progress.margin), -1, progress.misclassified_at)  # but end it at a NaN
     return state._replace(progress=progress._replace(misclassified_at=ended))
 
 
 def _noise(key, shape, dtype):
-    """Uniform noise, stretched until it touches the unit ball."""
+    """Uniform noise, scaled to the surface of the unit ball."""
     noise = jax.random.uniform(key, shape, dtype, -1, 1)
     return noise / jnp.max(jnp.abs(noise))
 
@@ -248,10 +252,10 @@ def _step(logits_fn, state, images, labels, *, epsilon, gradient, intervals):
 
 
 def _intervals(num_steps: int) -> Int[np.ndarray, "num_steps"]:
-    """For each step, if a checkpoint follows it, how many steps it closes; else 0.
+    """For each step, the length of the interval that ends with it, if it is followed by a checkpoint; else 0.
 
-    The first interval has a share of 0.22 of the steps, each one 0.03 less than that before, down to 0.06; rounded
-    down, and at least one step.
+    The first interval has 0.22 of the steps. Each interval has 0.03 less than the one before, down to 0.06. Lengths are
+    rounded down, to at least one step.
     """
     length, shrink, least = (max(hundredths * num_steps // 100, 1) for hundredths in (22, 3, 6))
     intervals, end = np.zeros(num_steps, np.int32), length
@@ -263,7 +267,7 @@ def _intervals(num_steps: int) -> Int[np.ndarray, "num_steps"]:
 
 
 def _gradient(logits_fn, iterates, labels, targets, keys, step, *, loss):
-    """Signs of each image's gradient, its loss, and its logits, of one pass."""
+    """Signs of each image's gradient, its loss and its logits, from one pass."""
 
     def total(x):
         logits = logits_fn(x)
@@ -275,7 +279,7 @@ def _gradient(logits_fn, iterates, labels, targets, keys, step, *, loss):
 
 
 def _mean_gradient(logits_fn, iterates, labels, targets, keys, step, *, loss, num_draws):
-    """Signs of the mean gradient of some draws of a randomised network; the last one's loss; the mean of the logits."""
+    """Signs of the mean gradient over draws of a randomised network; the loss of the last draw; the mean logits."""
     keys = jax.vmap(jax.random.fold_in)(keys, step)
 
     def total(x, draw):
@@ -316,14 +320,14 @@ _CONSTANTS = {"alpha": 1 - MOMENTUM, "rho": RISES}
 
 APGD_CE = Specification(
     "apgd-ce",
-    "AutoAttack's APGD on the cross-entropy",
+    "AutoAttack's APGD with the cross-entropy",
     _build("ce"),
     {"num_steps": count(100), "restarts": count(1), "num_draws": count(None)},
     constants={"loss": "ce", **_CONSTANTS},
 )
 APGD_DLR = Specification(
     "apgd-dlr",
-    "APGD on the difference of logits ratio",
+    "APGD with the difference of logits ratio",
     _build("dlr"),
     {"num_steps": count(100), "restarts": count(5), "num_draws": count(None)},
     constants={"loss": "dlr", **_CONSTANTS},
@@ -331,7 +335,7 @@ APGD_DLR = Specification(
 )
 APGD_T = Specification(
     "apgd-t",
-    "AutoAttack's APGD towards one class after another",
+    "AutoAttack's targeted APGD, with one target class in each run",
     _build_targeted,
     {"num_steps": count(100), "targets": count(9)},
     constants={"loss": "targeted", **_CONSTANTS},

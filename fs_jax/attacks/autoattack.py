@@ -1,4 +1,4 @@
-"""AutoAttack: attacks in order, each on the images that are still classified correctly; what is left is robust."""
+"""AutoAttack: a list of attacks, each on the images that the earlier ones didn't misclassify."""
 
 import warnings
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fs_jax.attacks.chain import Log, check_chain, randomised, run_chain
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.packing import bound
 from fs_jax.attacks.registry import Attack, parse_attack
-from fs_jax.attacks.sanity import answers_warnings, masking_warnings
+from fs_jax.attacks.sanity import masking_warnings, network_warnings
 
 VERSIONS: dict[str, dict[str, dict[str, Any]]] = {
     "standard": {"apgd-ce": {}, "apgd-t": {}, "fab-t": {}, "square": {}},
@@ -26,26 +26,26 @@ VERSIONS: dict[str, dict[str, dict[str, Any]]] = {
         "apgd-t": {},
         "fab-t": {},
     },
-    # For networks that draw random numbers: each gradient is the mean of 20. One draw judges each run's best iterate:
-    # more runs break more images by chance as well.
+    # For randomised networks: each gradient is the mean of 20 draws. One draw judges the best iterate of each run, so
+    # that more runs also find more misclassified draws by chance.
     "rand": {"apgd-ce": {"num_draws": 20}, "apgd-dlr": {"restarts": 1, "num_draws": 20}},
 }
-"""The authors' versions: their attacks in order, with the settings that differ from an attack's own."""
+"""The authors' versions: their attacks in order, with the settings that differ from the attack's defaults."""
 
 
 def autoattack_attacks(
     version: str | Sequence[str | Attack] = "standard", *, epsilon: float = 8 / 255, num_classes: int = 10
 ) -> list[Attack]:
-    """The attacks of a version in their order: first the clean images, then each on what those before it left.
+    """The attacks of a version, in order: first the clean images, then each attack after all earlier ones.
 
     Args:
-      version: A key of `VERSIONS`; or a list of words such as "apgd-ce" or "pgd-20", or of `Attack`s of this radius.
+      version: A key of `VERSIONS`; or a list of words such as "apgd-ce" or "pgd-20", or of `Attack`s with this radius.
       epsilon: Radius, in units of [0, 1].
-      num_classes: Classes of the network.
+      num_classes: Number of classes of the network.
 
     Raises:
-      TypeError, ValueError: for an unknown version or attack, none, one twice, one of another radius, or too few
-        classes for one.
+      TypeError, ValueError: for an unknown version or attack, an empty list, an attack that is listed twice or has
+        another radius, or too few classes.
 
     Example:
       >>> [attack.name for attack in autoattack_attacks()]
@@ -64,11 +64,13 @@ def _chain(version, epsilon) -> list[Attack]:
     else:
         chosen = [parse_attack(attack, epsilon) if isinstance(attack, str) else attack for attack in version]
     if wrong := [attack for attack in chosen if not isinstance(attack, Attack)]:
-        raise TypeError(f"version: expected words and Attacks; got {wrong[0]!r}. Of a Specification, write Attack(it).")
-    chosen = chosen[1:] if chosen and chosen[0].specification.name == "clean" else chosen  # it comes first in any case
+        raise TypeError(
+            f"version: expected words and Attacks; got {wrong[0]!r}. If it is a Specification, write Attack(it)."
+        )
+    chosen = chosen[1:] if chosen and chosen[0].specification.name == "clean" else chosen  # it is added below
     names = [attack.name for attack in chosen]
     if not chosen or len({"clean", *names}) <= len(names):
-        raise ValueError(f"version: expected one attack at least, and none twice; got {['clean', *names]}.")
+        raise ValueError(f"version: expected at least one attack, and none twice; got {['clean', *names]}.")
     for attack in chosen:
         if attack.epsilon != epsilon or attack.num_images is not None or attack.apart:
             raise ValueError(
@@ -79,26 +81,26 @@ def _chain(version, epsilon) -> list[Attack]:
 
 
 class AttackRecord(NamedTuple):
-    """What `autoattack` found."""
+    """The result of `autoattack`."""
 
     images: Float[np.ndarray, "n h w c"]
-    """For each image the misclassified one; where it is robust, the one of the lowest margin found."""
+    """The misclassified adversary of each image; for robust images, the one with the lowest margin."""
     robust: Bool[np.ndarray, "n"]
-    """Whether it survived everything."""
+    """Whether an image is robust to all attacks."""
     stages: dict[str, float]
-    """Share of images robust after each attack; first, as `clean`, before any."""
+    """Share of images that are robust after each attack; the first entry, `clean`, is the clean accuracy."""
     broken_by: list[str]
-    """The attack that broke each image: `clean` if it was misclassified as it is, empty where it is robust."""
+    """The attack that first misclassified each image: `clean` for the clean image, empty for robust images."""
     steps: Int[np.ndarray, "n"]
-    """The step of that attack at which it was; -1 where it is robust."""
+    """The step of that attack; -1 for robust images."""
     margin: Float[np.ndarray, "n"]
-    """Of `images`: logit of the label less the highest other one."""
+    """Margins of `images`: logit of the label minus the highest other logit."""
     queries: dict[str, tuple[int, int]]
-    """For each attack, the (forward, backward) passes of single images that it took."""
+    """For each attack, the number of forward and of backward passes, of single images."""
     settings: dict[str, Any]
     """Version, radius, and the settings of each attack."""
     warnings: list[str]
-    """Why these numbers may mislead, where there is a sign of it."""
+    """Reasons why these numbers may mislead; empty if none was found."""
 
 
 def autoattack(
@@ -114,40 +116,41 @@ def autoattack(
 ) -> AttackRecord:
     """AutoAttack in L-infinity, on any number of images.
 
-    APGD-CE, APGD-T, FAB-T and Square in this order, each from the clean images, each on those that are still classified
-    correctly. Misclassified images are dropped at once, also within an attack; the others are packed (see `packing`).
+    The standard version runs APGD-CE, APGD-T, FAB-T and Square, in this order. Each starts from the clean images, and
+    attacks those that the earlier ones didn't misclassify. Misclassified images are dropped at once, also within an
+    attack, and the rest compacted (see `packed`).
 
-    `fs_jax.evaluation.evaluate` runs the same attacks with the same numbers, on a log that it resumes from.
+    `fs_jax.evaluation.evaluate` runs the same attacks, with the same results, and can resume.
 
     Args:
       logits_fn: Network, from images to logits [N, classes]; inference mode. For "rand", a function of images and a
         key for each, `logits_fn(images, keys)`.
-      rng: A key. What happens to an image depends on it and on the image's position, not on the batch.
+      rng: A key. The result for an image depends on it and on the image's position, not on the batch.
       images: Images [N, H, W, C]: uint8, or floating point in [0, 1].
       labels: True classes [N].
       epsilon: Radius, in units of [0, 1].
-      version: "standard"; "plus", with five starts, APGD-DLR and untargeted FAB besides; "rand", for networks that draw
-        random numbers (`VERSIONS` has what they are); or a list of words and `Attack`s, as `evaluate` takes it.
-      batch_size: Most images at a time; by default 32 on a CPU, else 256.
+      version: "standard"; "plus", which adds restarts, APGD-DLR and untargeted FAB; "rand", for randomised networks
+        (`VERSIONS` has their attacks); or a list of words and `Attack`s, as in `evaluate`.
+      batch_size: The largest batch; by default 32 on a CPU, else 256.
       progress: Show a progress bar for each attack.
 
     Returns:
-      What was broken, where, by which attack, and what it cost.
+      The robust images, the adversaries, the attack that found each, and the number of passes.
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
-        an unknown version or attack, too few classes for one.
+        an unknown version or attack, too few classes for an attack.
       FloatingPointError: if the network gives logits that aren't finite.
 
     Warns:
-      UserWarning: what `sanity_warnings` says of the first 100 images; and if Square, which sees no gradient, breaks
-        images that APGD and the other attacks before it didn't.
+      UserWarning: the warnings of `sanity_warnings` for the first 100 images; and if Square, which uses no gradients,
+        misclassifies images that APGD and the other attacks before it didn't.
 
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1.001 - x.mean((1, 2, 3))], -1)
-      >>> images = np.linspace(0.45, 0.65, 5, dtype=np.float32).reshape(5, 1, 1, 1)  # class 0 likes bright images
+      >>> images = np.linspace(0.45, 0.65, 5, dtype=np.float32).reshape(5, 1, 1, 1)  # class 0 is for bright images
       >>> record = autoattack(logits_fn, jax.random.key(0), images, np.zeros(5, int), epsilon=0.08, version=["apgd-ce"])
       >>> record.stages, record.broken_by
       ({'clean': 0.6, 'apgd-ce': 0.4}, ['clean', 'clean', 'apgd-ce', '', ''])
@@ -158,9 +161,9 @@ def autoattack(
     images, labels, rng = np.asarray(images), np.asarray(labels), threefry(rng)
     attacks = _chain(version, epsilon)
     check_chain(logits_fn, images, labels, attacks)
-    drawn_from = rng if randomised(attacks[0]) else None
-    network = bound(logits_fn, images, drawn_from)
-    doubts = answers_warnings(logits_fn, images, labels, attacks, rng=drawn_from, batch_size=batch_size)
+    draws_from = rng if randomised(attacks[0]) else None
+    network = bound(logits_fn, images, draws_from)
+    found_warnings = network_warnings(logits_fn, images, labels, attacks, rng=draws_from, batch_size=batch_size)
     found, log = np.array(as_float(images)), Log()
     stages = run_chain(
         network, rng, images, labels, attacks, log=log, batch_size=batch_size, worst_images=found, progress=progress
@@ -171,9 +174,9 @@ def autoattack(
             margin[place] = min(margin[place], outcome.margin)
             if outcome.misclassified_at >= 0:
                 broken_by[place], steps[place] = stage.attack.name, outcome.misclassified_at
-    doubts += masking_warnings(stages)
-    for doubt in doubts:
-        warnings.warn(doubt, stacklevel=2)
+    found_warnings += masking_warnings(stages)
+    for warning in found_warnings:
+        warnings.warn(warning, stacklevel=2)
     settings = {
         "version": version if isinstance(version, str) else [attack.name for attack in attacks[1:]],
         "epsilon": epsilon,
@@ -188,5 +191,5 @@ def autoattack(
         margin=margin,
         queries={stage.attack.name: stage.passes for stage in stages[1:]},
         settings=settings,
-        warnings=doubts,
+        warnings=found_warnings,
     )

@@ -1,7 +1,7 @@
-"""Attacks in their order on any number of images: what `autoattack` and `fs_jax.evaluation.evaluate` both run.
+"""Run a list of attacks on any number of images; `autoattack` and `fs_jax.evaluation.evaluate` both use this.
 
-Each attack goes through `packed`, so that a misclassified image costs nothing more. What happens to an image depends on
-the key, the attack and the image's index: not on the batch, nor on an interruption.
+Each attack is run by `packed`, which drops misclassified images. The result for an image depends on the key, the attack
+and the image's index, not on the batch or on interruptions.
 """
 
 import time
@@ -18,7 +18,7 @@ from fs_jax._utils import backend
 from fs_jax._utils.images import Images, as_float, check_classes, check_images, check_labels
 from fs_jax._utils.keys import IMPLEMENTATION, threefry
 from fs_jax._utils.validation import check_number
-from fs_jax.attacks.linf import LogitsFn
+from fs_jax.attacks.linf import LogitsFn, check_logits_fn
 from fs_jax.attacks.network import Network
 from fs_jax.attacks.packing import bound, inputs_of, packed
 from fs_jax.attacks.registry import Attack
@@ -26,24 +26,24 @@ from fs_jax.attacks.stepwise import Stepwise
 
 
 class Outcome(NamedTuple):
-    """What one run of an attack did to one image."""
+    """The result of one run of an attack on one image."""
 
-    index: int  # type: ignore[assignment]  # a tuple's own `index` looks for values: of no use here
-    """Of the image in the split."""
+    index: int  # type: ignore[assignment]  # hides a tuple's method `index`, which isn't needed here
+    """Index of the image in the split."""
     run: int
-    """Random start, or target."""
+    """Number of the random start, or of the target."""
     steps: int
-    """Steps done."""
+    """Number of steps made."""
     misclassified_at: int
     """The step at which the image was first misclassified, 0 for the start; -1 if it wasn't."""
     margin: float
-    """Lowest margin: logit of the label less the highest other one, above 0 where the image is classified correctly."""
+    """Lowest margin: logit of the label minus the highest other logit, above 0 for a correctly classified image."""
     distance: float
-    """Size of the perturbation there, in L-infinity on [0, 1], to 6 digits."""
+    """L-infinity norm of the perturbation with this margin, in units of [0, 1], to 6 digits."""
 
 
 class Log:
-    """Outcomes by attack, in memory; `fs_jax.evaluation.Journal` keeps them in a file too.
+    """The outcomes of each attack, in memory; `fs_jax.evaluation.Journal` also writes them to a file.
 
     Example:
       >>> log = Log()
@@ -55,9 +55,9 @@ class Log:
 
     def __init__(self):
         self.outcomes: dict[str, dict[tuple[int, int], Outcome]] = {}
-        """By attack; then by index of the image and run."""
+        """For each attack, the outcomes by (index of the image, run)."""
         self.seconds: dict[str, float] = {}
-        """By attack, how long it took."""
+        """For each attack, how long it took."""
 
     def begin(self, attack: str, settings: Mapping[str, Any]) -> None:
         """Start an attack, or resume it."""
@@ -65,38 +65,38 @@ class Log:
         self.seconds.setdefault(attack, 0.0)
 
     def append(self, attack: str, outcomes: Iterable[Outcome], *, seconds: float) -> None:
-        """Add outcomes of an attack that was begun, and the seconds that they took."""
+        """Add outcomes of an attack after `begin`, and the seconds that they took."""
         self.seconds[attack] += seconds
         self.outcomes[attack].update({(outcome.index, outcome.run): outcome for outcome in outcomes})
 
 
 class Stage(NamedTuple):
-    """What an attack found."""
+    """The result of one attack of the list."""
 
     attack: Attack
     stepwise: Stepwise
     covered: Bool[np.ndarray, "n"]
-    """Which images it was meant for: all, or the first ones of the split."""
+    """The images that its accuracy counts: all, or the first `num_images` of the split."""
     attacked: Bool[np.ndarray, "n"]
-    """Which of these no attack before it had broken."""
+    """The images among these that the attacks of `after` didn't misclassify."""
     robust: Bool[np.ndarray, "n"]
-    """Which of these it didn't break either."""
+    """The images among these that this attack didn't misclassify either."""
     lowest: dict[int, Outcome]
-    """By position, the run with the lowest margin."""
+    """For each position, the outcome of the run with the lowest margin."""
     passes: tuple[int, int]
-    """Forward and backward passes of single images that it took."""
+    """Number of forward and of backward passes, of single images."""
 
 
 def check_chain(
     logits_fn: LogitsFn, images: Images, labels: Int[np.ndarray, "n"], attack_list: Sequence[Attack]
 ) -> int:
-    """Refuse what `run_chain` can't work on, before any work.
+    """Check the arguments of `run_chain` without running it.
 
     Returns:
       The number of classes of the network.
 
     Raises:
-      TypeError, ValueError: naming the argument, what was expected, what was given, and what to do.
+      TypeError, ValueError: with the argument, what was expected, what was given, and what to do.
 
     Example:
       >>> check_chain(lambda x: x.reshape(len(x), -1), np.zeros((9, 2, 2, 1), np.uint8), np.zeros(9, int), [])
@@ -108,7 +108,7 @@ def check_chain(
     check_labels(labels, images)
     names = [attack.name for attack in attack_list]
     if len(set(names)) < len(names):
-        raise ValueError(f"attacks: expected each once; got {', '.join(names)}. Give one of them another label.")
+        raise ValueError(f"attacks: expected different names; got {', '.join(names)}. Give one of them a label.")
     for place, attack in enumerate(attack_list):
         if missing := set(attack.after) - set(names[:place]):
             raise ValueError(f"{attack.name}: expected to come after {', '.join(sorted(missing))}; got {names}.")
@@ -116,31 +116,19 @@ def check_chain(
             raise ValueError(f"{attack.name}: expected adversaries of shape {images.shape}; got {attack.images.shape}.")
     if attack_list and len({randomised(attack) for attack in attack_list}) > 1:
         raise ValueError(
-            "attacks: expected num_draws for all of them, for a randomised network, or for none; got it for "
-            f"{', '.join(attack.name for attack in attack_list if randomised(attack))}."
+            "attacks: expected num_draws for all of them (a randomised network) or for none; got it for "
+            f"{', '.join(attack.name for attack in attack_list if randomised(attack))} only."
         )
     key = jax.random.key(0, impl=IMPLEMENTATION) if any(map(randomised, attack_list)) else None
-    try:
-        logits = jax.eval_shape(lambda *inputs: logits_fn(*inputs), *inputs_of(images, key))
-    except Exception as error:  # whatever the network does
-        wanted = f"images {('N', *images.shape[1:])}".replace("'", "") + (
-            " and a key for each" if key is not None else ""
-        )
-        raise ValueError(
-            f"logits_fn: expected a function that takes {wanted}, in inference mode (an NNX module after `eval()`); it "
-            f"raised {type(error).__name__}: {error}"
-        ) from error
-    if not hasattr(logits, "shape") or len(logits.shape) != 2 or logits.shape[0] != 2:
-        got = logits.shape if hasattr(logits, "shape") else f"a {type(logits).__name__}"
-        raise ValueError(f"logits_fn: expected logits of shape [N, classes]; got {got} for 2 images.")
-    check_classes(labels, logits.shape[1])
+    num_classes = check_logits_fn(logits_fn, *inputs_of(images, key))
+    check_classes(labels, num_classes)
     for attack in attack_list:
-        attack.steps(logits.shape[1])
-    return logits.shape[1]
+        attack.steps(num_classes)
+    return num_classes
 
 
 def randomised(attack: Attack) -> bool:
-    """Whether it is for a network that draws random numbers, `logits_fn(images, keys)`.
+    """Whether an attack is for a randomised network, `logits_fn(images, keys)`.
 
     Example:
       >>> randomised(Attack("apgd-ce", num_draws=20)), randomised(Attack("square"))
@@ -162,31 +150,31 @@ def run_chain(
     worst_images: Float[np.ndarray, "k h w c"] | None = None,
     progress: bool = False,
 ) -> list[Stage]:
-    """Run attacks in their order, each on the images that those it comes `after` didn't break.
+    """Run a list of attacks in order, each on the images that the attacks of its `after` didn't misclassify.
 
     Args:
-      logits_fn: Network, from images to logits [N, classes]; for attacks with draws, from images and a key for each.
-      rng: A key. Image i draws from it by its index, `first + i`, the attack and the run.
+      logits_fn: Network, from images to logits [N, classes]; for a randomised network, from images and a key for each.
+      rng: A key. Image i uses the key of its index, `first + i`, of the attack and of the run.
       images: Images [N, H, W, C]: uint8, or floating point in [0, 1].
       labels: True classes [N].
       attack_list: The attacks.
-      log: Where outcomes go as they come. What it has isn't done again.
+      log: Log that outcomes are added to. Outcomes that it already has aren't computed again.
       first: Index of the first image in its split.
-      batch_size: Most images at a time; by default 32 on a CPU, else 256.
-      worst_images: Where each image's adversary of the lowest margin goes, of attacks that aren't apart: [N, H, W, C]
-        or, of the first k images only, [k, H, W, C].
+      batch_size: The largest batch; by default 32 on a CPU, else 256.
+      worst_images: Array that each image's adversary of the lowest margin is written to, over the attacks of the worst
+        case: [N, H, W, C], or [k, H, W, C] for the first k images only.
       progress: Show a progress bar for each attack.
 
     Returns:
-      What each attack found.
+      The result of each attack.
 
     Raises:
-      TypeError, ValueError: as `check_chain`; or if the log has another attack, or this one with other settings.
+      TypeError, ValueError: as `check_chain`; or if the log has another attack, or the same with other settings.
       FloatingPointError: if the network gives logits that aren't finite.
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
-      >>> images = np.linspace(0.45, 0.65, 5, dtype=np.float32).reshape(5, 1, 1, 1)  # class 0 likes bright images
+      >>> images = np.linspace(0.45, 0.65, 5, dtype=np.float32).reshape(5, 1, 1, 1)  # class 0 is for bright images
       >>> attack_list = [Attack("clean"), Attack("pgd", 0.08, after=["clean"])]
       >>> stages = run_chain(logits_fn, jax.random.key(0), images, np.zeros(5, int), attack_list, log=Log())
       >>> [stage.robust.tolist() for stage in stages]
@@ -202,7 +190,7 @@ def run_chain(
         log.begin(attack.name, attack.described())
     if left_out := log.outcomes.keys() - {attack.name for attack in attack_list}:
         raise ValueError(
-            f"attacks: expected {', '.join(sorted(left_out))} too, as in the journal; got "
+            f"attacks: expected {', '.join(sorted(left_out))} too, which the journal has; got "
             f"{', '.join(attack.name for attack in attack_list)}. Give all of them, or write to another folder."
         )
     worst = _Worst(worst_images, len(labels))
@@ -231,7 +219,7 @@ def run_chain(
 def _run(
     attack, stepwise, network, rng, images, labels, attacked, among, *, log, first, batch_size, worst, progress
 ):  # fmt: skip
-    """Make the runs of an attack that the log doesn't hold yet, and put them there."""
+    """Make the runs of an attack that the log doesn't have yet, and add their outcomes to it."""
     done = log.outcomes[attack.name]
     keys = attack.keys(rng, first + jnp.arange(len(labels)), stepwise.num_runs)
     given = images if attack.images is None else attack.images
@@ -257,26 +245,30 @@ def _run(
 def _outcome(attack, job, images, first):
     image = as_float(images[job.image])
     change = float(np.max(np.abs(job.adversarial - image)))
-    # By more than what the images' own type rounds; a perturbation outside of the ball must not count.
+    # A perturbation outside of the ball must not count; the tolerance is the rounding of the images' type.
     if attack.specification.norm is not None and change > attack.epsilon + 4 * float(jnp.finfo(image.dtype).eps):
-        raise ValueError(f"{attack.name}: expected images within {attack.epsilon:.6g}; it gave one at {change:.6g}.")
+        raise ValueError(
+            f"{attack.name}: expected images within {attack.epsilon:.6g}; it gave one at {change:.6g}. Project them "
+            "on the ball (see `fs_jax.attacks.project`)."
+        )
     misclassified_at = job.step if job.misclassified else -1
-    return Outcome(first + job.image, job.run, job.step, misclassified_at, job.margin, round(change, 6))  # float32's
+    # 6 digits, the precision of float32.
+    return Outcome(first + job.image, job.run, job.step, misclassified_at, job.margin, round(change, 6))
 
 
 def _even(batch_size, count):
-    """A size not far below this one that divides the count: where all images end together, no other is compiled."""
+    """A batch size slightly below this one that divides the count: if all images end together, one size is compiled."""
     return next((size for size in range(batch_size, batch_size // 2, -1) if count % size == 0), batch_size)
 
 
 def _missing(attack, stepwise, attacked, done, first) -> Iterator[list[tuple[int, int]]]:
-    """What is left to do, as jobs for `packed`."""
+    """The jobs that are missing, for `packed`."""
     if attack.specification.every_run:
         missing = [[(i, r) for i in attacked if (first + i, r) not in done] for r in range(stepwise.num_runs)]
-        # Where all images end together, one start after another; else side by side.
+        # If only the last iterate counts, all images end together: then one random start after another.
         yield from [[job for of_run in missing for job in of_run]] if attack.any_iterate else missing
         return
-    # Every image at its first run that is missing; the next ones follow if it survives that.
+    # For each image its first missing run; the next ones follow while it is robust.
     last = {outcome.index - first: outcome for _, outcome in sorted(done.items())}
     begin = {i: last[i].run + 1 if i in last else 0 for i in attacked}
     if jobs := [
@@ -288,7 +280,7 @@ def _missing(attack, stepwise, attacked, done, first) -> Iterator[list[tuple[int
 
 
 def _lowest(outcomes: Iterable[Outcome], first: int) -> dict[int, Outcome]:
-    """By position, the run with the lowest margin."""
+    """For each position, the outcome of the run with the lowest margin."""
     lowest: dict[int, Outcome] = {}
     for outcome in outcomes:
         place = outcome.index - first
@@ -304,23 +296,24 @@ def _passes(stepwise, outcomes):
 
 
 class _Worst:
-    """Each image's adversary of the lowest margin."""
+    """The adversary of the lowest margin of each image."""
 
     def __init__(self, images, total):
         self._images, self._margins = images, np.full(total, np.inf)
 
     def know(self, margins):
-        """Of these, the images are in their places already."""
+        """Record margins of adversaries that the array already has, as (position, margin)."""
         for place, margin in margins:
             self._margins[place] = min(self._margins[place], margin)
 
     def offer(self, place, margin, adversarial):
+        """Write this adversary if its margin is lower than that of the array's."""
         if self._images is not None and place < len(self._images) and margin < self._margins[place]:
             self._images[place], self._margins[place] = adversarial, margin
 
 
 class _Bar:
-    """Steps that are made or, by misclassified images, spared; and the accuracy if no other image is broken."""
+    """A progress bar: steps made, or skipped because an image is misclassified; and the accuracy so far."""
 
     def __init__(self, attack, stepwise, attacked, among, done, first, *, progress):
         self._side_by_side, self._stepwise, self._among = attack.specification.every_run, stepwise, among
@@ -338,9 +331,9 @@ class _Bar:
         made = forward // max(1, self._stepwise.passes[1][0])
         broken = [outcome for outcome in outcomes if outcome.misclassified_at >= 0]
         runs = 1 if self._side_by_side else self._stepwise.num_runs
-        spared = sum((runs if self._side_by_side else runs - o.run) * each - o.steps for o in broken)
+        skipped = sum((runs if self._side_by_side else runs - o.run) * each - o.steps for o in broken)
         self._robust -= {outcome.index for outcome in broken}
-        self._bar.update(min(made + spared, self._bar.total - self._bar.n))
+        self._bar.update(min(made + skipped, self._bar.total - self._bar.n))
         self._bar.set_postfix(accuracy=f"{len(self._robust) / max(1, self._among):.1%}")
 
     def __enter__(self):

@@ -1,4 +1,4 @@
-"""The clean image, judged like an attack: the first of every evaluation."""
+"""The clean images, as an attack that changes nothing; every evaluation starts with it."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from fs_jax.attacks.stepwise import Progress, Stepwise, first_judged
 
 
 def whole(start: Partial, *, forward: int = 1, draws: bool = False) -> Stepwise:
-    """An attack that is done with its start, `start(logits_fn, keys, images, labels, run) -> Progress`.
+    """An attack without steps: `start(logits_fn, keys, images, labels, run) -> Progress` is all of it.
 
     Example:
       >>> whole(Partial(judge)).num_steps
@@ -21,7 +21,7 @@ def whole(start: Partial, *, forward: int = 1, draws: bool = False) -> Stepwise:
 
 
 def judge(logits_fn, keys, images, labels, run) -> Progress:
-    """The images as they are."""
+    """Classify the images unchanged."""
     return first_judged(images, logits_fn(images), labels)
 
 
@@ -47,7 +47,7 @@ def _build(*, epsilon, num_classes, num_draws):
 
 CLEAN = Specification(
     "clean",
-    "the images as they are",
+    "the clean images, unchanged",
     _build,
     {"num_draws": count(None)},
     fixed_radius=0.0,

@@ -1,4 +1,4 @@
-"""FAB: small perturbations found by projecting on linearised decision boundaries, of all classes or of one target."""
+"""FAB: finds small perturbations by projecting on linearised decision boundaries, of all classes or of one target."""
 
 import functools
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from fs_jax.attacks.losses import logit_margin, wrong_class
 from fs_jax.attacks.specification import Specification, count
 from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, where
 
-ALPHA_MAX = 0.1  # at most this share of a step goes towards the clean image's own projection
+ALPHA_MAX = 0.1  # the largest weight of the clean image's own projection in a step
 OVERSHOOT = 1.05
 BACKWARD = 0.9
 
@@ -29,58 +29,61 @@ def fab(
     targeted: bool = False,
     num_runs: int | None = None,
 ) -> Float[Array, "n h w c"]:
-    """Fast adaptive boundary attack in L-infinity: searches for a small perturbation, not only for one in the ball.
+    """Fast adaptive boundary attack in L-infinity: searches for the smallest perturbation that is misclassified.
 
-    At the iterate x_k every boundary between the true class y and another class i is linearised; of these hyperplanes,
-    {x: z_i - z_y + <grad(z_i - z_y), x - x_k> = 0}, the one nearest in L-infinity, |z_i - z_y| / ||grad(z_i - z_y)||_1,
-    is taken. With d_k and d the moves in [0, 1] that project x_k and the clean image x on it (see `to_hyperplane`),
+    At the iterate x_k, the boundary between the true class y and each other class i is linearised, which gives the
+    hyperplanes {x: z_i - z_y + <grad(z_i - z_y), x - x_k> = 0}. The step uses the one that is nearest in L-infinity, at
+    distance |z_i - z_y| / ||grad(z_i - z_y)||_1. Let d_k and d be the moves inside [0, 1] that project x_k and the
+    clean image x on it (see `to_hyperplane`). Then
 
       alpha = min(||d_k|| / (||d_k|| + ||d||), 0.1),
-      x_{k+1} = clip((1 - alpha) (x_k + 1.05 d_k) + alpha (x + 1.05 d), 0, 1);
+      x_{k+1} = clip((1 - alpha) (x_k + 1.05 d_k) + alpha (x + 1.05 d), 0, 1).
 
-    if that is misclassified it is a perturbation found, and the search goes on from x + 0.9 (x_{k+1} - x). What lies
-    outside the ball counts as nothing, though the search may pass there. The first run starts at the image, the others
-    at x + epsilon/2 * u / ||u||, u uniform in [-1, 1].
+    If x_{k+1} is misclassified, the search continues from x + 0.9 (x_{k+1} - x), closer to the image. Iterates may be
+    outside the ball, but only those inside count. The first run starts at the image, the others at
+    x + epsilon/2 * u / ||u||, u uniform in [-1, 1].
 
-    Targeted (FAB-T), each run looks at the boundary with one class alone, the rivals at the clean image, nearest first;
-    that costs one backward pass for each step, however many classes there are. Every run then starts at the image.
+    With `targeted` (FAB-T), each run uses the boundary with one class only: the wrong classes in order of decreasing
+    logits at the clean image. A step then takes one backward pass for any number of classes. All runs start at the
+    image.
 
     Args:
       logits_fn: Network, from images to logits [N, classes]; inference mode.
-      rng: A key, from which image i takes `fold_in(rng, i)`, or a key for each image.
+      rng: A key, of which image i uses `fold_in(rng, i)`; or one key for each image.
       images: Images [N, H, W, C] in [0, 1].
       labels: True classes [N].
       epsilon: Radius, in units of [0, 1].
       num_steps: Steps of each run, at least 1.
-      targeted: One class for each run, in place of the nearest boundary of all.
-      num_runs: Runs of each image, 5 by default; if targeted the number of targets, 9 by default and at most the number
+      targeted: Use one target class in each run, in place of the nearest of all boundaries.
+      num_runs: Runs of each image, 5 by default. If targeted the number of targets, 9 by default and at most the number
         of wrong classes.
 
     Returns:
-      Images [N, H, W, C] in the ball: misclassified, else of the lowest margin met. No gradient flows through.
+      Images [N, H, W, C] in the ball: the misclassified iterates, or else those of the lowest margin. No gradient flows
+        through them.
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
-        no steps, no runs. (Values are checked where they are known, so not under jit.)
+        no steps, no runs. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
       >>> images = jnp.full((1, 4, 4, 1), 0.6)
       >>> attacked = fab(logits_fn, jax.random.key(0), images, jnp.array([0]), epsilon=0.2)
-      >>> float(attacked.mean().round(3))  # the boundary is at 0.5, and 1.05 times as far it is crossed
+      >>> float(attacked.mean().round(3))  # the boundary is at 0.5; the step overshoots it by 1.05
       0.495
 
     Source: Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020,
     algorithm 1; targeted, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
     attacks" (AutoAttack), ICML 2020, by the same authors.
     """
-    check_attack(logits_fn, images, labels, epsilon=epsilon, num_steps=num_steps)
-    rivals = jax.eval_shape(logits_fn, images).shape[-1] - 1
+    wrong_classes = check_attack(logits_fn, images, labels, epsilon=epsilon, num_steps=num_steps) - 1
     if num_runs is None:
-        num_runs = min(9, rivals) if targeted else 5
-    if num_runs < 1 or (targeted and num_runs > rivals):
+        num_runs = min(9, wrong_classes) if targeted else 5
+    if num_runs < 1 or (targeted and num_runs > wrong_classes):
         raise ValueError(
-            f"num_runs: expected at least 1, and at most the {rivals} wrong classes as targets; got {num_runs}."
+            f"num_runs: expected at least 1, and with targets at most {wrong_classes}, the number of wrong classes; "
+            f"got {num_runs}."
         )
     attack = fab_steps(epsilon=epsilon, num_steps=num_steps, targeted=targeted, num_runs=num_runs)
     return adversaries(attack, logits_fn, rng, images, labels, uses_gradients=True)
@@ -94,15 +97,17 @@ def fab_steps(
     num_runs: int | None = None,
     num_classes: int = 10,
 ) -> Stepwise:
-    """`fab` cut in steps. Its state holds, as `distance`, that of the closest misclassified iterate, near or far.
+    """`fab` as a `Stepwise`. The `distance` in its state is that of the closest misclassified iterate, in or out of the
+    ball.
 
     Args:
       epsilon: Radius, in units of [0, 1].
       num_steps: Steps of each run.
-      targeted: One class for each run.
-      num_runs: Runs of each image, 5 by default; targets, 9 by default: fewer than there are classes.
-      num_classes: Classes of the network: untargeted steps take a backward pass for all but the true one. Only `passes`
-        depends on it.
+      targeted: Use one target class in each run.
+      num_runs: Runs of each image, 5 by default; if targeted the number of targets, 9 by default, which must be less
+        than the number of classes.
+      num_classes: Classes of the network. An untargeted step takes one backward pass for each wrong class; `passes`
+        depends on it, and nothing else.
 
     Returns:
       The attack, for `stepwise.run` and `packing.packed`.
@@ -118,21 +123,23 @@ def fab_steps(
 
 
 def to_hyperplane(point: Float[Array, "d"], normal: Float[Array, "d"], value: Float[Array, ""]) -> Float[Array, "d"]:
-    """The smallest move, in L-infinity, that takes a point of the unit box to a hyperplane, inside the box.
+    """The smallest move, in L-infinity, from a point of the unit box to a hyperplane, inside the box.
 
-    argmin_d ||d||_inf subject to <normal, d> = -value and 0 <= point + d <= 1. Moves that are no larger than need be
-    have the form d_j = -sign(value normal_j) min(r, room_j), room_j being the way to the box's wall; and
-    sum_j |normal_j| min(r, room_j) = |value| says what r is. The left side is concave, increasing and piecewise linear
-    in r, so that Newton's method from r = 0 rises to the root and is there, exactly, after finitely many steps: few,
-    as each takes in all walls that its radius reaches. (FAB's authors sort the rooms, which costs far more.)
+    argmin_d ||d||_inf subject to <normal, d> = -value and 0 <= point + d <= 1. The solution has the form
+    d_j = -sign(value normal_j) min(r, limit_j), where limit_j is the distance to the box's wall in this direction and
+    r solves sum_j |normal_j| min(r, limit_j) = |value|. The left side is concave, increasing and piecewise linear in r.
+    So Newton's method from r = 0 increases to the root and reaches it exactly after finitely many iterations: few in
+    practice, as each one accounts for all walls within its radius. (FAB's authors sort the limits, which costs far
+    more.)
 
     Args:
       point: Point in the unit box [d].
-      normal: Normal vector of the hyperplane [d]; zeros are allowed, and nothing moves there.
-      value: What <normal, x> exceeds the hyperplane's by at the point.
+      normal: Normal vector of the hyperplane [d]; coordinates where it is zero don't move.
+      value: <normal, point> minus the value of <normal, x> on the hyperplane.
 
     Returns:
-      The move [d]. If the hyperplane doesn't meet the box: to the box's point closest to it by value.
+      The move [d]. If the hyperplane doesn't intersect the box, the move to the point of the box where <normal, x> is
+        closest to its value on the hyperplane.
 
     Example:
       >>> to_hyperplane(jnp.array([0.1, 0.5]), jnp.array([1.0, 1.0]), 0.4).round(3).tolist()
@@ -142,28 +149,28 @@ def to_hyperplane(point: Float[Array, "d"], normal: Float[Array, "d"], value: Fl
     """
     weight, needed = jnp.abs(normal), jnp.abs(value)
     direction = -jnp.sign(value) * jnp.sign(normal)
-    room = jnp.where(direction > 0, 1 - point, point)
+    limit = jnp.where(direction > 0, 1 - point, point)
 
     def radius(at_wall):
         rest = jnp.sum(jnp.where(at_wall, 0, weight))
-        still = needed - jnp.sum(jnp.where(at_wall, weight * room, 0))
+        still = needed - jnp.sum(jnp.where(at_wall, weight * limit, 0))
         return jnp.where(rest > 0, still / rest, jnp.inf)
 
     def advance(carry):
         at_wall, _ = carry
-        now = at_wall | (room < radius(at_wall))
+        now = at_wall | (limit < radius(at_wall))
         return now, jnp.any(now != at_wall)
 
     at_wall, _ = jax.lax.while_loop(lambda carry: carry[1], advance, (jnp.zeros(point.shape, bool), jnp.array(True)))
-    return direction * jnp.minimum(radius(at_wall), room)
+    return direction * jnp.minimum(radius(at_wall), limit)
 
 
 class _Boundary(NamedTuple):
     iterate: Float[Array, "n h w c"]
     target: Int[Array, "n"] | None
-    """The class whose boundary is approached; None for whichever is nearest."""
+    """The class whose boundary is used; None for the nearest boundary."""
     distance: Float[Array, "n"]
-    """Of the closest misclassified iterate, in L-infinity; infinite if there is none yet."""
+    """L-infinity distance of the closest misclassified iterate; infinite if there is none yet."""
     progress: Progress
 
 
@@ -199,7 +206,7 @@ def _step_to_target(logits_fn, state, images, labels, *, epsilon):
 
 
 def _nearest_boundary(logits_fn, iterates, labels):
-    """Lead over the true class [N], and its gradient, of each image's class with the nearest linearised boundary."""
+    """z_i - z_y [N] and its gradient, for the class i whose linearised boundary is nearest to each image."""
     logits, vjp = jax.vjp(lambda x: logits_fn(x).astype(jnp.float32), iterates)
     num_classes = logits.shape[-1]
     one_hot = functools.partial(jax.nn.one_hot, num_classes=num_classes, dtype=logits.dtype)
@@ -211,8 +218,8 @@ def _nearest_boundary(logits_fn, iterates, labels):
         distance = jnp.abs(value) / (1e-12 + jnp.sum(jnp.abs(normal), (1, 2, 3)))  # finite where gradients vanish
         return where(distance < best[0], (distance, value, normal), best), None
 
-    # One class after the other, so that one gradient and the best so far are all that is held.
-    # Where no distance is a number, nor is the value.
+    # A loop over classes, so that only one gradient and the best so far are in memory. If all distances are NaN, so is
+    # the value.
     inf, nan = (jnp.full(len(labels), number, iterates.dtype) for number in (jnp.inf, jnp.nan))
     none = inf, nan, jnp.zeros_like(iterates)
     (_, value, normal), _ = jax.lax.scan(nearer, none, jnp.arange(1, num_classes, dtype=labels.dtype))
@@ -220,14 +227,15 @@ def _nearest_boundary(logits_fn, iterates, labels):
 
 
 def _towards(value, normal, logits_fn, state, images, labels, epsilon):
-    """The step on the hyperplanes value + <normal, x - iterate> = 0."""
+    """A step towards the hyperplanes value + <normal, x - iterate> = 0."""
     project = jax.vmap(lambda point, normal, value: to_hyperplane(point.ravel(), normal.ravel(), value))
     value = value.astype(images.dtype)
     value_at_image = value + jnp.sum(normal * (images - state.iterate), (1, 2, 3))
     move = project(state.iterate, normal, value).reshape(images.shape)
     move_of_image = project(images, normal, value_at_image).reshape(images.shape)
 
-    length, length_of_image = (jnp.maximum(_length(m), 1e-8) for m in (move, move_of_image))  # of none, equal lengths
+    # Lengths are at least 1e-8, so that alpha is defined if neither moves.
+    length, length_of_image = (jnp.maximum(_length(m), 1e-8) for m in (move, move_of_image))
     alpha = jnp.minimum(length / (length + length_of_image), ALPHA_MAX)[:, None, None, None]
     biased = (1 - alpha) * (state.iterate + OVERSHOOT * move) + alpha * (images + OVERSHOOT * move_of_image)
     iterate = jnp.clip(biased, 0, 1).astype(images.dtype)
@@ -235,11 +243,10 @@ def _towards(value, normal, logits_fn, state, images, labels, epsilon):
     margin = logit_margin(logits_fn(iterate), labels).astype(jnp.float32)
     distance, misclassified = _length(iterate - images), ~(margin > 0)
     closer = misclassified & (distance < state.distance)
-    # Of a correctly classified image the lowest margin in the ball is kept; of a misclassified one, the smallest
-    # perturbation.
+    # Keep the iterate of the lowest margin in the ball; once one is misclassified, the smallest perturbation.
     progress, step = state.progress, state.progress.step + 1
     better = (distance <= epsilon) & jnp.where(misclassified, closer, margin < progress.margin)
-    better |= jnp.isnan(margin)  # wherever that is: no image passes for robust by it
+    better |= jnp.isnan(margin)  # in or outside the ball, so that no image is called robust because of a NaN
     return state._replace(
         iterate=where(misclassified, images + BACKWARD * (iterate - images), iterate),
         distance=jnp.where(closer, distance, state.distance),
@@ -276,14 +283,14 @@ _CONSTANTS = {"alpha_max": ALPHA_MAX, "eta": OVERSHOOT, "beta": BACKWARD}
 
 FAB = Specification(
     "fab",
-    "the nearest boundary, by linearisation",
+    "projections on the nearest linearised decision boundary",
     _build,
     {"num_steps": count(100), "restarts": count(5)},
     constants={"targeted": False, **_CONSTANTS},
 )
 FAB_T = Specification(
     "fab-t",
-    "AutoAttack's FAB towards one class after another",
+    "AutoAttack's targeted FAB, with one target class in each run",
     _build_targeted,
     {"num_steps": count(100), "targets": count(9)},
     constants={"targeted": True, **_CONSTANTS},

@@ -1,4 +1,4 @@
-"""Local search: a few pixels at a time are changed by much, those first of which the network depends most."""
+"""Local search: in each round, changes the few pixels that the network depends on most, by a large amount."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack, project
 from fs_jax.attacks.specification import Specification, count
 from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, judged
 
-# LocSearchAdv's p, r, d, t, and the most pixels it starts with: of 10% of them, 128.
+# LocSearchAdv's p, r, d and t; it starts with 10% of the pixels, but at most 128.
 _PUSH = 10
 _GROWTH = 1.5
 _HALF_SIDE = 5
@@ -30,33 +30,34 @@ def local_search(
     num_steps: int = 150,
     chunk_size: int = 32,
 ) -> Float[Array, "n h w c"]:
-    """LocSearchAdv: greedy search over single pixels, with forward passes alone. Not bounded by a radius, as published.
+    """LocSearchAdv: greedy search over single pixels, with forward passes alone. As published, it has no radius.
 
-    In values v = x - 1/2, in [-1/2, 1/2]. The candidates are at first a random 10% of the pixels, at most 128. A round
-    pushes each candidate by itself, in all its channels, to 10 sign(v), and notes the true class's probability. The 5
-    candidates that lower it most get 1.5 v, cyclically: less 1 above 1/2, and 1 more below -1/2. All pixels within 5
-    rows and 5 columns of those 5 are the next round's candidates.
+    Pixels have values v = x - 1/2 in [-1/2, 1/2]. The first candidates are a random 10% of the pixels, at most 128. A
+    round sets each candidate alone, in all channels, to 10 sign(v), and computes the probability of the true class. The
+    5 candidates that lower it most are changed to 1.5 v, cyclically: minus 1 if that is above 1/2, plus 1 if it is
+    below -1/2. The candidates of the next round are all pixels within 5 rows and 5 columns of these 5.
 
-    What it changes it changes by up to 1, so its successes say nothing about a radius: the attack doesn't belong in one
-    table with bounded ones. With `epsilon` below 1 each round ends with the projection on that ball: a variant of ours,
-    which is comparable, and weaker.
+    Changes may be as large as 1, so a success says nothing about a radius: don't compare it with attacks that have one.
+    With `epsilon` below 1 each round ends with the projection on that ball. This variant is ours; it can be compared,
+    and it is weaker.
 
     Args:
-      logits_fn: Network, from images to logits [N, classes]; inference mode. Its inputs may leave [0, 1] in one
-        pixel, by up to 9.5.
-      rng: A key, from which image i takes `fold_in(rng, i)`, or a key for each image: for the first candidates.
+      logits_fn: Network, from images to logits [N, classes]; inference mode. In its inputs, one pixel may be outside
+        [0, 1], by up to 9.5.
+      rng: Key of the first candidates: a key, of which image i uses `fold_in(rng, i)`; or one key for each image.
       images: Images [N, H, W, C] in [0, 1].
       labels: True classes [N].
-      epsilon: Radius of the projected variant, in units of [0, 1]; 1, the range of the images, bounds nothing.
-      num_steps: Rounds, at least 1.
-      chunk_size: Candidates of each image at a time: memory is that of N chunk_size images.
+      epsilon: Radius of the projected variant, in units of [0, 1]; with 1, the range of the images, there is no bound.
+      num_steps: Number of rounds, at least 1.
+      chunk_size: Candidates evaluated at a time for each image: memory is that of N chunk_size images.
 
     Returns:
-      Images [N, H, W, C] in [0, 1]: misclassified, else of the lowest margin met. No gradient flows through.
+      Images [N, H, W, C] in [0, 1]: the misclassified iterates, or else those of the lowest margin. No gradient flows
+        through them.
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
-        no rounds. (Values are checked where they are known, so not under jit.)
+        no rounds. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
@@ -74,10 +75,10 @@ def local_search(
 
 
 def local_search_steps(*, epsilon: Scalar = 1.0, num_steps: int = 150, chunk_size: int = 32) -> Stepwise:
-    """`local_search` in rounds, with the same arguments and errors.
+    """`local_search` as a `Stepwise` whose steps are rounds, with the same arguments and errors.
 
     Returns:
-      The attack, for `stepwise.run` and `packing.packed`. Its passes are the most that a round can take.
+      The attack, for `stepwise.run` and `packing.packed`. Its `passes` are an upper bound for a round.
 
     Example:
       >>> local_search_steps().passes  # 5 neighbourhoods of 11 by 11 candidates, and the round's result
@@ -119,10 +120,10 @@ def _step(logits_fn, state, images, labels, *, epsilon, chunk):
 
 
 def _probability_when_pushed(logits_fn, images, candidates, labels, chunk):
-    """The true class's probability with one pixel pushed, for every candidate pixel [N, H, W]; elsewhere infinity."""
+    """The true class's probability if one pixel is pushed, for each candidate pixel [N, H, W]; infinity for others."""
     count, height, width, channels = images.shape
     size, pixels = len(chunk), height * width
-    # The candidates' positions, in front; then positions past the end.
+    # The positions of the candidates, padded with positions past the end.
     order = jax.vmap(lambda mask: jnp.nonzero(mask, size=pixels, fill_value=pixels)[0])(
         candidates.reshape(count, pixels)
     )
@@ -143,14 +144,14 @@ def _probability_when_pushed(logits_fn, images, candidates, labels, chunk):
 
 
 def _lowest(scores):
-    """Where the lowest of the finite scores [H, W] are."""
+    """Mask of the lowest finite scores [H, W]."""
     values, positions = jax.lax.top_k(-scores.ravel(), min(_CHANGED, scores.size))
     chosen = jnp.zeros(scores.size, bool).at[positions].set(jnp.isfinite(values))
     return chosen.reshape(scores.shape)
 
 
 def _neighbourhood(mask):
-    """All pixels within the half side of one in the mask [H, W]."""
+    """Mask of all pixels within `_HALF_SIDE` rows and columns of the mask's [H, W]."""
     side = 2 * _HALF_SIDE + 1
     return jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, (side, side), (1, 1), "SAME")
 
@@ -161,7 +162,7 @@ def _build(*, epsilon, num_classes, num_steps):
 
 LOCAL_SEARCH = Specification(
     "local-search",
-    "greedy search over single pixels, without gradients; no radius bounds it",
+    "greedy search over single pixels, without gradients and without a radius",
     _build,
     {"num_steps": count(150)},
     norm=None,
@@ -170,7 +171,7 @@ LOCAL_SEARCH = Specification(
 )
 LOCAL_SEARCH_PROJECTED = Specification(
     "local-search-projected",
-    "the same, projected on the ball after each round",
+    "local search with a projection on the ball after each round",
     _build,
     {"num_steps": count(150)},
     uses_gradients=False,

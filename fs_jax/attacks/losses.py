@@ -1,4 +1,4 @@
-"""Losses that attacks ascend, and the margin: above 0 where an image is classified correctly. One value per image."""
+"""Losses that attacks maximise, and the margin, above 0 for correctly classified images; one value per image."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def cross_entropy(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) ->
 
 
 def logit_margin(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) -> Float[Array, "n"]:
-    """How far the true class leads: z_y - max_{i != y} z_i. Above 0 for an image that is classified correctly.
+    """The margin of the true class: z_y - max_{i != y} z_i, above 0 for an image that is classified correctly.
 
     Args:
       logits: [N, classes], at least 2 classes.
@@ -46,10 +46,10 @@ def cw_margin(logits: Float[Array, "n classes"], labels: Int[Array, "n"], margin
     Args:
       logits: [N, classes].
       labels: True classes [N].
-      margin: How far the wrong class is pushed past the true one; 50 in the paper's code.
+      margin: The loss is constant once the wrong class leads by this; 50 in the paper's code.
 
     Returns:
-      Losses [N], at most 0, rising as the image nears misclassification.
+      Losses [N], at most 0; they grow as an image gets closer to misclassification.
 
     Example:
       >>> cw_margin(jnp.array([[3.0, 1.0]]), jnp.array([0])).tolist()
@@ -63,15 +63,15 @@ def cw_margin(logits: Float[Array, "n classes"], labels: Int[Array, "n"], margin
 def dlr(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) -> Float[Array, "n"]:
     """Difference of logits ratio: -(z_y - max_{i != y} z_i) / (z_(1) - z_(3) + 1e-12), z_(k) the k-th largest logit.
 
-    Unlike the cross-entropy it doesn't change when the logits are scaled or shifted, so that a confident network can't
-    make its gradients vanish.
+    Unlike the cross-entropy it doesn't change when the logits are scaled or shifted, so its gradients don't vanish for
+    confident networks.
 
     Args:
       logits: [N, classes], at least 3 classes.
       labels: True classes [N].
 
     Returns:
-      Losses [N], -1 and more; above 0 where misclassified.
+      Losses [N], at least -1; above 0 for misclassified images.
 
     Raises:
       ValueError: for fewer than 3 classes.
@@ -96,10 +96,10 @@ def targeted_dlr(
     Args:
       logits: [N, classes], at least 4 classes.
       labels: True classes [N].
-      targets: Classes to reach [N].
+      targets: Target classes [N].
 
     Returns:
-      Losses [N]; above 0 where the target leads the true class.
+      Losses [N]; above 0 if the target's logit is larger than the true class's.
 
     Raises:
       ValueError: for fewer than 4 classes.
@@ -116,7 +116,7 @@ def targeted_dlr(
 
 
 def wrong_class(logits: Float[Array, "n classes"], labels: Int[Array, "n"], rank: Int[Array, "n"]) -> Int[Array, "n"]:
-    """The class of this rank among the wrong ones, by falling logit; 0 is the nearest rival.
+    """The wrong class of this rank, in order of decreasing logits; rank 0 is the wrong class with the largest logit.
 
     Args:
       logits: [N, classes].
@@ -139,7 +139,7 @@ def _check_classes(logits, least, loss, remaining):
     if logits.shape[-1] < least:
         raise ValueError(
             f"logits_fn: expected at least {least} classes, which the {loss} loss compares; got {logits.shape[-1]}. "
-            f"Attacks that remain: {remaining}."
+            f"Attacks that work: {remaining}."
         )
 
 

@@ -1,4 +1,4 @@
-"""MI-FGSM: signed steps along a running sum of normalised gradients."""
+"""MI-FGSM: signed steps along an accumulated sum of normalised gradients."""
 
 from typing import NamedTuple
 
@@ -30,30 +30,30 @@ def mi_fgsm(
 
       g_{k+1} = decay g_k + grad L(x_k) / ||grad L(x_k)||_1,    x_{k+1} = P(x_k + epsilon / num_steps * sign(g_{k+1})).
 
-    A misclassified iterate counts whenever it occurs, x included, and the image stays there.
+    The attack stops at the first misclassified iterate, which may be x.
 
     Args:
       logits_fn: Network, from images to logits [N, classes]; inference mode.
-      rng: Not used, as nothing is drawn: here because all attacks are called alike.
+      rng: Not used, as nothing is random; all attacks have this argument.
       images: Images [N, H, W, C] in [0, 1].
       labels: True classes [N].
       epsilon: Radius, in units of [0, 1].
       num_steps: Number of steps, at least 1.
-      decay: How much of the sum is kept in each step, at least 0; with 0 it is the iterative method without momentum.
+      decay: Factor of the sum in each step, at least 0; with 0 this is the iterative method without momentum.
 
     Returns:
-      Images [N, H, W, C] in the ball: the misclassified ones, else those of the lowest margin met. No gradient flows
-      through.
+      Images [N, H, W, C] in the ball: the misclassified iterates, or else those of the lowest margin. No gradient flows
+        through them.
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius
-        or decay, no steps. (Values are checked where they are known, so not under jit.)
+        or decay, no steps. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
       >>> images = jnp.full((1, 4, 4, 1), 0.56)
       >>> attacked = mi_fgsm(logits_fn, jax.random.key(0), images, jnp.array([0]), epsilon=0.1)
-      >>> float(attacked.mean().round(3))  # class 0 likes bright images; below 0.5 the other one wins
+      >>> float(attacked.mean().round(3))  # class 0 is for bright images; below 0.5 the other class is predicted
       0.49
 
     Source: Dong et al., "Boosting adversarial attacks with momentum", CVPR 2018, algorithm 1.
@@ -65,7 +65,7 @@ def mi_fgsm(
 
 
 def mi_fgsm_steps(*, epsilon: Scalar = 8 / 255, num_steps: int = 10, decay: float = 1.0) -> Stepwise:
-    """`mi_fgsm` cut in steps, with the same arguments.
+    """`mi_fgsm` as a `Stepwise`, with the same arguments.
 
     Returns:
       The attack, for `stepwise.run` and `packing.packed`.
@@ -81,7 +81,7 @@ def mi_fgsm_steps(*, epsilon: Scalar = 8 / 255, num_steps: int = 10, decay: floa
 class _Momentum(NamedTuple):
     iterate: Float[Array, "n h w c"]
     direction: Float[Array, "n h w c"]
-    """The running sum of normalised gradients."""
+    """The accumulated sum of normalised gradients."""
     progress: Progress
 
 
@@ -92,7 +92,7 @@ def _start(logits_fn, keys, images, labels, run):
 def _step(logits_fn, state, images, labels, *, epsilon, step_size, decay):
     gradient = jax.grad(lambda x: jnp.sum(cross_entropy(logits_fn(x), labels)))(state.iterate)
     size = jnp.sum(jnp.abs(gradient), (1, 2, 3), keepdims=True)
-    # Where a gradient vanishes, so does its share of the sum.
+    # A gradient of zero adds nothing.
     direction = (decay * state.direction + gradient / jnp.where(size == 0, 1, size)).astype(images.dtype)
     iterate = project(state.iterate + step_size * jnp.sign(direction), images, epsilon).astype(images.dtype)
     return _Momentum(iterate, direction, judged(state.progress, iterate, logits_fn(iterate), labels))
@@ -104,7 +104,7 @@ def _build(*, epsilon, num_classes, num_steps, decay):
 
 MI_FGSM = Specification(
     "mi-fgsm",
-    "signed steps of radius / steps along a running sum of gradients",
+    "signed steps of radius / steps along an accumulated sum of gradients",
     _build,
     {"num_steps": count(10), "decay": Setting(1.0, lambda name, value: check_number(name, value, at_least=0))},
     steps_in_name=True,

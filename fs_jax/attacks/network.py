@@ -1,11 +1,11 @@
-"""A network as compiled programs take it: its arrays are their arguments, and nothing outlives the function that it is.
+"""A network for compiled programs: its arrays are arguments of the programs, so that they keep no weights in memory.
 
-`jax.jit` keeps a function, with all that it captures, for as long as the process lives, and knows it again by its
-identity alone: a module that was trained in the meantime would be attacked as it was. Attacks are called with functions
-of all kinds: `lambda x: model.apply(variables, x)`, an NNX module, a bound method, a partial. So each call traces the
-function anew, takes the arrays out of the trace, and lowers its programs; that takes a fraction of a second. Compiling,
-which takes long, is skipped if the same lowered program was compiled before, whatever function it came from; compiled
-programs hold no weights.
+`jax.jit` keeps a function, and everything that it captures, until the process ends, and recognises a function by its
+identity alone: a module that you train between two calls would be attacked with its old weights. Attacks are called
+with functions of all kinds: `lambda x: model.apply(variables, x)`, an NNX module, a bound method, a partial. So each
+call traces the function again, takes the arrays out of the trace, and lowers its programs, which takes a fraction of a
+second. Compilation takes much longer; it is skipped if the same lowered program was compiled before, even for another
+function. Compiled programs hold no weights.
 """
 
 import collections
@@ -26,12 +26,12 @@ from fs_jax._utils import backend
 
 
 class Network:
-    """A function from images to logits, or from images and keys, and its programs; made by `bind`."""
+    """A function from images (or from images and keys) to logits, with its compiled programs; made by `bind`."""
 
     def __init__(self, rebuilt: Callable, own: list[jax.Array], captured: list[Any], trusted: Any):
         self._rebuilt, self._num_own, self._captured = rebuilt, len(own), captured
         self.arrays = [*own, *(x if isinstance(x, jax.Array) else jnp.asarray(x) for x in captured)]
-        """All that it holds and captures."""
+        """All arrays that the function holds or captures."""
         self._programs = {} if trusted is None else _programs_of(trusted)
 
     def __call__(self, *inputs):
@@ -39,13 +39,13 @@ class Network:
 
     @property
     def platform(self) -> str:
-        """Where its programs run: "cpu", "gpu" or "tpu"."""
+        """The platform that the programs run on: "cpu", "gpu" or "tpu"."""
         return backend.platform_of(self.arrays)
 
     def compiled(self, program: Callable, *, donate: bool = False, **static: Any) -> Callable:
-        """`program(network, *arguments, **static)`, compiled, as a function of the arguments: pytrees of arrays.
+        """`program(network, *arguments, **static)` as a compiled function of `arguments`, which are pytrees of arrays.
 
-        `donate` gives up the buffers of the first argument.
+        With `donate`, the buffers of the first argument are donated.
         """
 
         def run(*arguments):
@@ -60,7 +60,7 @@ class Network:
                     return program(self._at(arrays), *arguments, **static)
 
                 options = backend.compiler_options(self.platform)
-                # Unused arguments too, so that equal programs take equal arguments.
+                # Unused arguments are kept, so that equal programs take equal arguments.
                 jitted = jax.jit(flat, donate_argnums=1 if donate else (), keep_unused=True)
                 lowered = jitted.lower(self.arrays, first, rest)
                 self._programs[key] = _compiled(lowered, options, self.arrays)
@@ -69,14 +69,14 @@ class Network:
         return run
 
     def _at(self, arrays):
-        """The function with these in place of its own arrays and of those that it captured."""
+        """The function with these arrays in place of those that it holds and captures."""
 
         def logits(*inputs):
             own, captured = arrays[: self._num_own], arrays[self._num_own :]
             trace = _trace(self._rebuilt, own, inputs)
             consts = list(_constants(trace))
             if len(consts) == len(self._captured):
-                # By position; but not what depends on the batch's size, which stays in the program.
+                # Matched by position. Constants that depend on the batch size stay in the program.
                 pairs = zip(consts, self._captured, captured, strict=True)
                 consts = [new if _same(const, old) else const for const, old, new in pairs]
             (out,) = _evaluated(trace, iter(consts), jax.tree.leaves((own, inputs)))
@@ -86,7 +86,7 @@ class Network:
 
 
 def bind(logits_fn: Callable, *inputs: jax.ShapeDtypeStruct) -> Network | None:
-    """The function as a `Network`, traced at inputs of these shapes; None if it captures what is being traced itself.
+    """Trace a function at inputs of these shapes and make it a `Network`; None if it captures values that are traced.
 
     Example:
       >>> weights = jnp.ones((4, 2))
@@ -116,7 +116,7 @@ def bind(logits_fn: Callable, *inputs: jax.ShapeDtypeStruct) -> Network | None:
 def on_network(program: Callable, logits_fn: Callable, images: Any, *arguments: Any, **static: Any) -> Any:
     """`program(logits_fn, images, *arguments, **static)`, compiled once for each network, shape and static argument.
 
-    Where it is being traced already, in jit or under a transformation, it is simply called.
+    Inside `jit` or another transformation the program is called without compiling it separately.
 
     Example:
       >>> double = lambda logits_fn, images: 2 * logits_fn(images)
@@ -132,7 +132,7 @@ def on_network(program: Callable, logits_fn: Callable, images: Any, *arguments: 
 
 
 def hashable(function: Callable) -> Callable:
-    """The function for a static argument: a `functools.partial` equals another one of the same function and arguments.
+    """Make a function hashable for static arguments: partials of the same function and arguments become equal.
 
     Example:
       >>> hashable(functools.partial(jnp.sum, axis=0)) == hashable(functools.partial(jnp.sum, axis=0))
@@ -155,9 +155,9 @@ class _Bound(NamedTuple):
 
 
 def _opened(logits_fn):
-    """A partial as a pytree of what it binds; and whether it is of a function that can do nothing but what it is given.
+    """A partial as a pytree of what it binds, and whether the function inside depends on its arguments alone.
 
-    Such a function has no closure and no state, so that its programs are known by its identity, as to `jax.jit`.
+    A module-level function without a closure does, so its programs can be found by its identity, as `jax.jit` does.
     """
     if not isinstance(logits_fn, functools.partial):  # JAX's Partial is one too
         return logits_fn, False
@@ -168,7 +168,7 @@ def _opened(logits_fn):
 
 
 def _trace(rebuilt, own, inputs) -> ClosedJaxpr:
-    # A new function each time: JAX remembers a function's trace, and with it the arrays of that time.
+    # A new function each time, because JAX caches the trace of a function, with the arrays that it had then.
     return jax.make_jaxpr(lambda own, *inputs: rebuilt(own)(*inputs))(own, *inputs)
 
 
@@ -177,7 +177,7 @@ def _is_jit(equation):
 
 
 def _constants(trace: ClosedJaxpr) -> Iterator[Any]:
-    """The arrays that a trace captures, and those that jitted functions in it have captured."""
+    """The arrays that a trace captures, and those that jitted functions in it capture."""
     yield from trace.consts
     for equation in trace.jaxpr.eqns:
         if _is_jit(equation):
@@ -185,7 +185,7 @@ def _constants(trace: ClosedJaxpr) -> Iterator[Any]:
 
 
 def _evaluated(trace: ClosedJaxpr, constants: Iterator[Any], arguments: list[Any]) -> list[Any]:
-    """What a trace computes with these constants, in the order of `_constants`."""
+    """The outputs of a trace with these constants, which are in the order of `_constants`."""
     if not any(map(_is_jit, trace.jaxpr.eqns)):
         return jax.core.eval_jaxpr(trace.jaxpr, [next(constants) for _ in trace.consts], *arguments)
     values = dict(zip(trace.jaxpr.constvars, (next(constants) for _ in trace.consts), strict=True))
@@ -228,13 +228,13 @@ def _described(struct):
 def _hashable(value):
     try:
         hash(value)
-    except TypeError:  # an array in it, say
+    except TypeError:  # it holds an array, for example
         return False
     return True
 
 
 def _settings():
-    """What the tracing depends on besides."""
+    """The settings of JAX that tracing depends on."""
     config = jax.config
     return (
         config.jax_enable_x64, config.jax_default_matmul_precision, config.jax_numpy_dtype_promotion,
@@ -244,14 +244,14 @@ def _settings():
 
 _LEAST_RECENT = 128
 _executables: collections.OrderedDict[Any, Any] = collections.OrderedDict()
-"""Compiled programs by what was lowered. They hold no arrays but those that a program has of its own."""
+"""Compiled programs by a hash of the lowered program. They hold no arrays except a program's own constants."""
 _trusted: collections.OrderedDict[Any, dict[Any, Any]] = collections.OrderedDict()
-"""By what is bound to a function that can be trusted, its programs."""
+"""Programs of functions that depend on their arguments alone, by what is bound to the function."""
 _lock = threading.Lock()
 
 
 def _kept(store, key, make, most):
-    """What the store has under the key, or else what `make` gives; the least recently used are dropped."""
+    """The store's value of this key, or else a new one from `make`; the least recently used values are dropped."""
     with _lock:
         if key in store:
             store.move_to_end(key)
@@ -270,7 +270,7 @@ def _programs_of(trusted):
 
 def _compiled(lowered, options, arrays):
     text = lowered.as_text()
-    if "callback" in text:  # a Python function goes with it, which must not be kept alive
+    if "callback" in text:  # the program refers to a Python function, which must not be kept alive
         return lowered.compile(compiler_options=options)
     devices = tuple(str(array.sharding) for array in arrays)
     key = (hashlib.sha256(text.encode()).digest(), str(options), devices, _settings())

@@ -1,9 +1,9 @@
-"""Any number of images through a stepwise attack, with no work on those that are done.
+"""Batch compaction: run a stepwise attack on any number of images, and compute nothing for those that are finished.
 
 The host keeps a queue of jobs, (image, run), and a batch of slots on the device. A compiled program advances all slots
-together; an image that is done leaves its slot, and a compiled start puts the next job there. When fewer jobs are left
-than there are slots, the batch shrinks, to one of a few fixed sizes: each is compiled once, and only when it is used.
-What happens to an image depends on its key and its run alone, not on the company it keeps.
+together. When an image is finished its slot becomes free, and a compiled program starts the next job there. When fewer
+jobs remain than there are slots, the batch shrinks to one of a few fixed sizes; each size is compiled once, when it is
+first used. The result for an image depends on its key and its run, not on the other images in the batch.
 """
 
 import collections
@@ -21,51 +21,51 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from fs_jax._utils import backend
 from fs_jax._utils.images import as_float
 from fs_jax._utils.keys import image_keys, run_keys
-from fs_jax.attacks.linf import LogitsFn
+from fs_jax.attacks.linf import LogitsFn, check_logits_fn
 from fs_jax.attacks.losses import logit_margin
 from fs_jax.attacks.network import Network, bind
 from fs_jax.attacks.stepwise import Stepwise, unfinished, where
 
 _SHRINKS = 3
-"""The batch may halve this many times; the smallest size is also that in which slots are filled again."""
+"""The batch may halve this many times; free slots are refilled in groups of the smallest size."""
 
 _CONFIRMATION = 2**31 - 1
-"""What is folded into a run's key for its last draw; no step has this number."""
+"""Folded into a run's key for its last draw; no step has this number."""
 
 _SECONDS = 2
-"""After how long the host looks at the device, within a factor of 2; sooner when there is something to do."""
+"""How often the host checks the device, within a factor of 2; earlier if slots can be refilled or the batch shrunk."""
 
 
 class Finished(NamedTuple):
-    """What became of one job: the attack is done with this image in this run."""
+    """The result of one job: one run of the attack on one image."""
 
     image: int
     """Position among the images given."""
     run: int
     misclassified: bool
     step: int
-    """The step at which it was misclassified, 0 being the start; else all of the run's. (A randomised network is judged
-    at the run's end.)"""
+    """The step at which the image was misclassified, 0 for the start; otherwise the number of steps of the run. (With a
+    randomised network, an image is judged at the end of the run.)"""
     margin: float
-    """Lowest z_y - max_{i != y} z_i found; above 0 where it is classified correctly. Of a randomised network, that of
-    one draw for the iterate of the lowest mean margin."""
+    """Lowest z_y - max_{i != y} z_i found; above 0 if the image is still classified correctly. With a randomised
+    network, the margin of one new draw, for the iterate of the lowest mean margin."""
     adversarial: Float[np.ndarray, "h w c"]
-    """The image in the ball that has it."""
+    """The image in the ball with this margin."""
 
 
 class Look(NamedTuple):
-    """What the host saw when it looked at the device."""
+    """A progress report of `packed`."""
 
     finished: list[Finished]
-    """Jobs that ended since the last look; there may be none."""
+    """Jobs that finished since the last report; there may be none."""
     running: int
     """Jobs in the batch now."""
     waiting: int
-    """Jobs in the queue now. (Unless every run is wanted, an image that survives a run queues again.)"""
+    """Jobs in the queue now. (Unless `every_run`, an image that is robust to a run is queued for the next run.)"""
     forward: int
-    """Forward passes of single images spent since the last look, those on empty slots included."""
+    """Forward passes of single images since the last report, including those of empty slots."""
     backward: int
-    """Backward passes, likewise."""
+    """Backward passes, counted in the same way."""
 
 
 def packed(
@@ -79,35 +79,36 @@ def packed(
     every_run: bool = False,
     jobs: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[Look]:
-    """Run a stepwise attack over any number of images; yields what has finished, every few seconds or sooner.
+    """Run a stepwise attack on any number of images; yields results as they come, every few seconds or sooner.
 
-    Memory is bounded by the batch size: only images in the batch are on the device. Results come as the jobs end, in no
-    particular order.
+    Misclassified images are dropped at once and the rest compacted, without recompiling. Memory is bounded by the batch
+    size: only the images of the batch are on the device. Jobs finish in no particular order.
 
     Args:
       attack: The attack, such as `pgd_steps(...)` or `apgd_steps(...)`.
-      logits_fn: Network, from images to logits [N, classes]: any function. The next call compiles nothing, with this
-        one or with another that computes the same of other variables.
-      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image. Run r of an image draws from
-        `fold_in(its key, r)`. Or a key for each image and run.
+      logits_fn: Network, from images to logits [N, classes]: any function. A second call compiles nothing, neither with
+        this function nor with one that computes the same from other weights.
+      rng: A key, of which image i uses `fold_in(rng, i)`; or one key for each image, of which run r uses
+        `fold_in(key, r)`; or one key for each image and run.
       images: Images [N, H, W, C] on the host: uint8, or floating point in [0, 1].
       labels: True classes [N].
-      batch_size: Most images that go through the network at a time; by default 32 on a CPU, else 256. An attack that
-        sends several variants of each (its `breadth`) is at work on so many fewer, but on one at least.
-      every_run: Make every run of every image. By default an image that a run breaks makes no later ones.
-      jobs: What to do, as (image, run): by default all of it. Without `every_run`, for each image its first run that is
-        to be made, the later ones following by themselves. To resume, pass what is missing, with the same `rng`.
+      batch_size: The largest number of images in one pass through the network; by default 32 on a CPU, else 256. An
+        attack that evaluates several variants of each image (see `Stepwise.breadth`) has fewer images in its batch.
+      every_run: Make all runs of each image. By default the runs of an image end with the first that succeeds.
+      jobs: Jobs to do, as (image, run); by default all. Without `every_run`, give the first run of each image that is
+        still to be made; its later runs follow. To resume, pass the missing jobs and the same `rng`.
 
     Yields:
-      Looks: jobs that have finished, how many are left, what was spent.
+      A `Look`: the jobs that finished, the numbers of jobs that are running and waiting, and the passes computed.
 
     Raises:
+      ValueError: if the network's output isn't logits [N, classes].
       FloatingPointError: if the network gives logits that aren't finite.
 
     Example:
       >>> from fs_jax.attacks import pgd_steps
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
-      >>> images = np.linspace(0.4, 0.8, 5, dtype=np.float32).reshape(5, 1, 1, 1)  # class 0 likes bright images
+      >>> images = np.linspace(0.4, 0.8, 5, dtype=np.float32).reshape(5, 1, 1, 1)  # class 0 is for bright images
       >>> looks = list(packed(pgd_steps(), logits_fn, jax.random.key(0), images, np.zeros(5, int), batch_size=2))
       >>> {done.image: done.misclassified for look in looks for done in look.finished}
       {0: True, 1: True, 2: False, 3: False, 4: False}
@@ -116,6 +117,8 @@ def packed(
     keys = _keys_of_runs(rng, len(labels), attack.num_runs)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1; got {batch_size}.")
+    if not isinstance(logits_fn, Network):
+        check_logits_fn(logits_fn, *inputs_of(images, keys if attack.draws else None))
     network = bound(logits_fn, images, keys if attack.draws else None, size=batch_size)
     if batch_size is None:
         batch_size = backend.batch_size(network.platform)
@@ -133,7 +136,9 @@ def bound(
     *,
     size: int | None = None,
 ) -> Network:
-    """The function as a `Network` of so many images like these, and of keys if it takes any; a `Network` as it is.
+    """Make a function a `Network`, traced with `size` images like these, and with keys if given.
+
+    A `Network` is returned unchanged.
 
     Example:
       >>> bound(lambda x: x.sum((1, 2)), np.zeros((9, 2, 2, 3), np.uint8)).platform in ("cpu", "gpu", "tpu")
@@ -144,8 +149,8 @@ def bound(
     network = bind(logits_fn, *inputs_of(images, keys, size=size or 2))
     if network is None:
         raise TypeError(
-            "logits_fn: expected a function of arrays that are known; it captures some that are being traced. Call "
-            "this outside of jax.jit and of transformations."
+            "logits_fn: expected a function that captures concrete arrays; it captures traced ones. Call this outside "
+            "of jax.jit and other transformations."
         )
     return network
 
@@ -153,7 +158,7 @@ def bound(
 def inputs_of(
     images: np.ndarray | Array, keys: Key[Array, "..."] | None = None, *, size: int = 2
 ) -> list[jax.ShapeDtypeStruct]:
-    """What a network of images like these takes, and of keys if it takes any: by default two, as one may be squeezed.
+    """Shapes of a network's inputs: `size` images like these, and keys if given.
 
     Example:
       >>> inputs_of(np.zeros((9, 2, 2, 3), np.uint8))
@@ -184,7 +189,7 @@ def _looks(attack, batch, waiting, batch_size, every_run):
             batch.shrink(size)
         while waiting and batch.free >= min(smallest, len(waiting)):
             batch.fill([waiting.popleft() for _ in range(min(smallest, len(waiting)))], smallest)
-        # Back to the host as soon as there are slots to fill, or the next smaller size would do.
+        # Return to the host as soon as slots can be refilled, or the remaining jobs fit into the next smaller size.
         smaller = max((s for s in sizes if s < size), default=0)
         until_idle = min(smallest, len(waiting)) if waiting else size - smaller
         began = time.monotonic()
@@ -197,14 +202,14 @@ def _looks(attack, batch, waiting, batch_size, every_run):
 
 
 def _best_size(sizes: list[int], running: int, waiting: int) -> int:
-    """The largest size that can be filled; but one that holds all that are running."""
+    """The largest size that can be filled, but at least as large as the number of running jobs."""
     filled = max((size for size in sizes if size <= running + waiting), default=sizes[0])
     holding = min(size for size in sizes if size >= running)
     return max(filled, holding)
 
 
 class _Batch:
-    """Slots on the device, and on the host which job is in which."""
+    """The slots on the device, and on the host the job of each slot."""
 
     def __init__(self, attack, network, keys, images, labels):
         self.jobs: list[tuple[int, int] | None] = []
@@ -223,18 +228,18 @@ class _Batch:
         return self.jobs.count(None)
 
     def begin(self, jobs, size):
-        """Slots of this size, with these jobs in them."""
+        """Start a batch of this size with these jobs."""
         self._slots = self._started(jobs, size)
         self.jobs = jobs + [None] * (size - len(jobs))
 
     def shrink(self, size):
-        """Move what is running to a batch of a smaller size."""
+        """Move the running jobs to a smaller batch."""
         order = sorted(range(len(self.jobs)), key=lambda slot: self.jobs[slot] is None)[:size]
         self._slots = _take(self._slots, np.array(order))
         self.jobs = [self.jobs[slot] for slot in order]
 
     def fill(self, jobs, size):
-        """Start these jobs, in a batch of their own of this size, and put them where slots are free."""
+        """Start these jobs as a separate batch of this size, and copy them into free slots."""
         started = self._started(jobs, size)
         free = [slot for slot, job in enumerate(self.jobs) if job is None][: len(jobs)]
         nowhere = [len(self.jobs)] * (size - len(jobs))
@@ -243,7 +248,7 @@ class _Batch:
             self.jobs[slot] = job
 
     def advance(self, limit, until_idle) -> list[Finished]:
-        """Take steps, this many at most, until so many slots are idle; frees those of the jobs that ended."""
+        """Make at most `limit` steps, until `until_idle` slots are idle; frees the slots of jobs that finished."""
         busy = np.array([job is not None for job in self.jobs])
         self._slots, steps = self._network.compiled(_advance, donate=True)(
             self._slots, self._step, busy, self._attack.num_steps, limit, until_idle
@@ -280,19 +285,19 @@ class _Batch:
         return finished
 
     def _drawn_again(self, adversarial):
-        """Their margins under one more draw of a randomised network, which no attack has seen."""
+        """Margins under one more draw of a randomised network, which the attack hasn't used."""
         image, run = np.array([job or (0, 0) for job in self.jobs]).T
         labels = self._labels[image].astype(np.int32)
         margins = self._network.compiled(_drawn_margins)(self._keys[image, run], adversarial, labels)
         return np.asarray(margins)
 
     def take_passes(self) -> tuple[int, int]:
-        """Forward and backward passes since this was last asked."""
+        """Forward and backward passes since the last call."""
         spent, self._passes = self._passes, np.zeros(2, np.int64)
         return int(spent[0]), int(spent[1])
 
     def _started(self, jobs, size):
-        image, run = np.resize(np.array(jobs), (size, 2)).T  # filled up with repetitions
+        image, run = np.resize(np.array(jobs), (size, 2)).T  # padded with repetitions
         self._passes += size * np.array(self._attack.passes[0])
         return self._network.compiled(_start)(
             self._start,
@@ -348,7 +353,7 @@ def _put(slots, where_to, started):
 
 
 def as_partial(function: Callable) -> Partial:
-    """The function as a pytree, which a compiled program can take as an argument; a `Partial` is one already.
+    """The function as a `Partial`, a pytree that a compiled program can take as an argument.
 
     Example:
       >>> jax.jit(lambda f, x: f(x))(as_partial(jnp.sin), 0.0).item()

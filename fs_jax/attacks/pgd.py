@@ -1,4 +1,4 @@
-"""White-box attacks by signed gradients: FGSM, PGD and CW as the paper reports them."""
+"""White-box attacks with signed gradients: FGSM, PGD and CW, as the paper reports them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,27 +35,27 @@ def pgd(
 
     Args:
       logits_fn: Network, from images to logits [N, classes]; inference mode.
-      rng: Key of the random start, or one for each image (see `random_start`).
+      rng: Key of the random start, or one key for each image (see `random_start`).
       images: Images [N, H, W, C] in [0, 1].
       labels: True classes [N].
       epsilon: Radius, in units of [0, 1].
-      step_size: Step, in units of [0, 1].
+      step_size: Step size, in units of [0, 1].
       num_steps: Number of steps, at least 1.
-      loss: What is ascended: a function of logits and labels, one value per image.
-      start: First iterate, the sum of image and noise, in place of a random one.
+      loss: The loss to maximise: a function of logits and labels, with one value per image.
+      start: First iterate, the sum of image and noise, in place of a random start.
 
     Returns:
       Attacked images [N, H, W, C]; no gradient flows through them.
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
-        no steps. (Values are checked where they are known, so not under jit.)
+        no steps. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
       >>> images = jnp.full((1, 4, 4, 1), 0.5)
       >>> attacked = pgd(logits_fn, jax.random.key(0), images, jnp.array([0]), epsilon=0.1, step_size=0.05)
-      >>> float(attacked.mean().round(3))  # class 0 likes bright images, so the attack darkens this one
+      >>> float(attacked.mean().round(3))  # class 0 is for bright images, so the attack darkens this one
       0.4
 
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018.
@@ -88,8 +88,8 @@ def fgsm(
 ) -> Float[Array, "n h w c"]:
     """The paper's "FGSM": one signed step of the size of the radius, from a uniform random start.
 
-    The fast gradient sign method proper starts from the image: pass `start=images`. Arguments, result and errors are
-    those of `pgd`; `step_size` is epsilon by default.
+    The original fast gradient sign method starts from the image: pass `start=images` for that. Arguments, result and
+    errors are as in `pgd`; `step_size` is epsilon by default.
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
@@ -114,9 +114,9 @@ def cw(
     num_steps: int = 20,
     start: Float[Array, "n h w c"] | None = None,
 ) -> Float[Array, "n h w c"]:
-    """The paper's "CW": `pgd` on the margin loss `cw_margin` in place of the cross-entropy.
+    """The paper's "CW": `pgd` with the margin loss `cw_margin` in place of the cross-entropy.
 
-    Arguments, result and errors are those of `pgd`.
+    Arguments, result and errors are as in `pgd`.
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
@@ -148,17 +148,17 @@ def pgd_steps(
     loss: Callable[[Array, Array], Array] = cross_entropy,
     last_only: bool = False,
 ) -> Stepwise:
-    """`pgd` cut in steps; with `loss=cw_margin`, `cw`. Each run starts at noise of its own.
+    """`pgd` as a `Stepwise`; with `loss=cw_margin`, `cw`. Each run has its own random start.
 
     Args:
       epsilon: Radius, in units of [0, 1].
-      step_size: Step, in units of [0, 1].
+      step_size: Step size, in units of [0, 1].
       num_steps: Steps of each run.
-      num_runs: Random starts of each image.
-      loss: What is ascended: a function of logits and labels, one value per image.
-      last_only: Judge the last iterate alone, as the paper's code reports its attacks: then no image counts as
-        misclassified before its last step. By default a misclassified iterate counts whenever it occurs, and the image
-        is done with that; not the start, which may lie outside [0, 1].
+      num_runs: Number of random starts.
+      loss: The loss to maximise: a function of logits and labels, with one value per image.
+      last_only: Judge the last iterate alone, as the paper's code does: no image counts as misclassified before its
+        last step. By default the attack stops at the first misclassified iterate of an image. (The start isn't judged,
+        as it may be outside [0, 1].)
 
     Returns:
       The attack, for `stepwise.run` and `packing.packed`.
@@ -178,7 +178,7 @@ def pgd_steps(
 class _Ascent(NamedTuple):
     iterate: Float[Array, "n h w c"]
     direction: Float[Array, "n h w c"] | None
-    """Sign of the loss's gradient at the iterate: where that isn't a number, nor will the next iterate be."""
+    """Sign of the loss's gradient at the iterate; a NaN here makes the next iterate NaN too."""
     progress: Progress
 
 
@@ -199,13 +199,13 @@ def _unjudged_start(logits_fn, keys, images, labels, run, *, epsilon):
 
 def _step_to_the_last(logits_fn, state, images, labels, *, epsilon, step_size, loss, num_steps):
     iterate = _ascended(loss, logits_fn, state.iterate, images, labels, epsilon, step_size)
-    on_the_way = state.progress._replace(step=state.progress.step + 1)
-    last = on_the_way.step == num_steps
+    not_judged = state.progress._replace(step=state.progress.step + 1)
+    last = not_judged.step == num_steps
 
     def at_the_end():
-        return where(last, judged(state.progress, iterate, logits_fn(iterate), labels), on_the_way)
+        return where(last, judged(state.progress, iterate, logits_fn(iterate), labels), not_judged)
 
-    return _Ascent(iterate, None, jax.lax.cond(last.any(), at_the_end, lambda: on_the_way))
+    return _Ascent(iterate, None, jax.lax.cond(last.any(), at_the_end, lambda: not_judged))
 
 
 def _ascended(loss, logits_fn, iterate, images, labels, epsilon, step_size):
@@ -217,9 +217,9 @@ def _moved(iterate, direction, images, epsilon, step_size):
 
 
 def signed_gradient(loss, logits_fn, iterates, labels):
-    """Sign of the gradient of each image's loss, and the logits of the same pass."""
+    """Signs of the gradient of each image's loss, and the logits of the same pass."""
 
-    # The sum over images leaves each image the gradient of its own loss alone; its sign is that of the mean's.
+    # The gradient of the sum is each image's own gradient; its sign is the same as that of the mean.
     def total(x):
         logits = logits_fn(x)
         return jnp.sum(loss(logits, labels)), logits
@@ -243,7 +243,7 @@ _ITERATED = {"step_size": length(lambda epsilon: epsilon / 4), "num_steps": coun
 
 FGSM = Specification(
     "fgsm",
-    "one signed step of the size of the radius, from a random start",
+    "one signed step as large as the radius, from a random start",
     _build(cross_entropy),
     {"step_size": length(lambda epsilon: epsilon), **_SHARED},
     every_run=True,

@@ -1,4 +1,4 @@
-"""All attacks by name, and an attack with its settings, as evaluations take it."""
+"""The registry of attacks, and `Attack`: an attack with its settings, as evaluations take it."""
 
 import dataclasses
 import re
@@ -43,22 +43,23 @@ REGISTRY: dict[str, Specification] = {
         LOCAL_SEARCH_PROJECTED,
     )
 }
-"""The attacks that can be asked for by name."""
+"""The attacks by name."""
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Attack:
-    """An attack and its settings, on [0, 1] images.
+    """An attack with its settings, for `evaluate` and `autoattack`.
 
     Args:
-      kind: A name in `REGISTRY`, or a `Specification` of one's own.
-      epsilon: Radius, in units of [0, 1]. An attack that has its own (0 for the clean image) keeps it.
-      after: Names of attacks before this one: images that they broke are skipped, and count as broken.
-      num_images: How many images are attacked, the first ones of the split; by default all.
-      apart: Whether it is left out of the worst case, as an attack at another radius. One that keeps to none always is.
-      label: Name in records and tables, if not kind, steps and starts.
-      images: Adversaries made elsewhere, [N, H, W, C] in [0, 1], in the place of the images (see `transfer`).
-      settings: What the specification lets be set; the rest has its defaults.
+      kind: A name in `REGISTRY`, or your own `Specification`.
+      epsilon: Radius, in units of [0, 1]. An attack with a fixed radius (0 for the clean images) ignores it.
+      after: Names of earlier attacks. Images that they misclassified are skipped, and count as misclassified.
+      num_images: Attack only this many images, the first ones of the split; by default all.
+      apart: Exclude the attack from the worst case and report it separately, as one at another radius. This is always
+        so for an attack without a norm.
+      label: Name in records and tables; by default the kind with its steps and restarts.
+      images: Adversarial images made elsewhere, [N, H, W, C] in [0, 1], used in place of the images (see `transfer`).
+      settings: Settings of the attack, as its `Specification` lists them; the others keep their defaults.
 
     Raises:
       TypeError, ValueError: for an unknown attack or setting, with the nearest name, or a value out of range.
@@ -71,9 +72,10 @@ class Attack:
     specification: Specification
     epsilon: float
     settings: Mapping[str, Any]
-    """All that can be set, with the values in use."""
+    """All settings, with the values in use."""
     given: Mapping[str, Any] = dataclasses.field(compare=False, repr=False)
-    """Those that were set; the others follow the radius where it changes."""
+    """The settings that were given; `replace` computes the defaults of the others again, as they may depend on the
+    radius."""
     after: tuple[str, ...]
     num_images: int | None
     apart: bool
@@ -115,51 +117,51 @@ class Attack:
 
     @property
     def name(self) -> str:
-        """Kind, steps and starts, as in `pgd-20`, `cw-100x5`, `fgsm`; or the label."""
+        """The kind with its steps and restarts, as in `pgd-20`, `cw-100x5`, `fgsm`; or the label."""
         restarts = self.settings.get("restarts", 1)
         starts = f"x{restarts}" if restarts > 1 and self.specification.every_run else ""
         return self.label or self._stream + starts
 
     @property
     def any_iterate(self) -> bool:
-        """Whether a misclassified iterate counts whenever it occurs, or the last one alone."""
+        """Whether any misclassified iterate counts, or only the last iterate."""
         return self.settings.get("any_iterate", True)
 
     @property
     def judged_by(self) -> str:
-        """Which iterates decide, for tables."""
+        """Which iterates decide whether an image is misclassified, for tables."""
         if self.specification.judges_only:
             return "the image"
         return "any iterate" if self.any_iterate else "last iterate"
 
     def steps(self, num_classes: int) -> Stepwise:
-        """The attack as `fs_jax.attacks.packed` runs it, on a network of so many classes.
+        """The attack as a `Stepwise`, for a network with this number of classes.
 
         Raises:
-          ValueError: if these are too few.
+          ValueError: if the attack needs more classes.
         """
         least = self.specification.least_classes
         if num_classes < least:
             remaining = [name for name, other in REGISTRY.items() if num_classes >= other.least_classes]
             raise ValueError(
                 f"{self.name}: expected a network of at least {least} classes; it has {num_classes}. "
-                f"Attacks that remain, as for autoattack(version=[...]) and evaluate: {', '.join(remaining)}."
+                f"Attacks that work, in autoattack(version=[...]) and evaluate: {', '.join(remaining)}."
             )
         return self.specification.build(epsilon=self.epsilon, num_classes=num_classes, **self.settings)
 
     def keys(self, rng: Key[Array, ""], indices: Int[np.ndarray | Array, "n"], num_runs: int) -> Key[Array, "n runs"]:
-        """What the images of these indices draw from in each run: whatever the batch, and whatever is run besides.
+        """The key of each image in each run. It depends on the image's index alone, not on batches or other attacks.
 
-        More starts begin with those of fewer, so they can only find more.
+        The first runs are the same for any number of runs, so more restarts find at least as much.
         """
         rng = jax.random.fold_in(rng, zlib.crc32(self._stream.encode()) & 0x7FFFFFFF)
         fold, runs = jax.vmap(jax.random.fold_in, (None, 0)), jnp.arange(num_runs)
-        if not self.any_iterate:  # Run r is the plain function, such as `pgd`, with the key fold_in(rng, r).
+        if not self.any_iterate:  # Run r equals the plain function, such as `pgd`, with the key fold_in(rng, r).
             return jax.vmap(fold, (0, None), 1)(fold(rng, runs), indices)
         return jax.vmap(fold, (0, None))(fold(rng, indices), runs)
 
     def described(self) -> dict[str, Any]:
-        """All of it as plain data, for records."""
+        """The attack as plain data, for records."""
         return {
             "kind": self.specification.name,
             "norm": self.specification.norm,
@@ -172,13 +174,13 @@ class Attack:
         }
 
     def published(self, stepwise: Stepwise) -> dict[str, Any]:
-        """Its settings and constants under its authors' names, with the runs that the network's classes allow."""
+        """Settings and constants under the authors' names, with the number of runs that the network's classes allow."""
         settings = {name: value for name, value in self.settings.items() if value is not None}
         runs: dict[str, int] = {name: stepwise.num_runs for name in ("restarts", "targets") if name in settings}
         return {**settings, **runs, **self.specification.constants}
 
     def replace(self, **changes: Any) -> "Attack":
-        """The same attack but for these arguments.
+        """A copy with these arguments changed.
 
         Example:
           >>> Attack("pgd").replace(num_steps=50).name
@@ -192,21 +194,21 @@ class Attack:
 
     @property
     def _stream(self):
-        """What its random numbers are named after."""
+        """The name that keys of random numbers are derived from."""
         steps = f"-{self.settings['num_steps']}" if self.specification.steps_in_name else ""
         return self.specification.name + steps
 
 
 def parse_attack(text: str, epsilon: float = 8 / 255, **settings: Any) -> Attack:
-    """The attack that a word such as `pgd-20` or `cw-100x5` names: kind, steps, random starts.
+    """The attack that a word names: `cw-100x5` is the kind "cw" with 100 steps and 5 restarts.
 
     Args:
-      text: A name in `REGISTRY`, with steps and starts where the attack has them in its name.
+      text: A name in `REGISTRY`, followed by steps and restarts for attacks that have them in their names.
       epsilon: Radius, in units of [0, 1].
-      settings: Settings besides, for attacks that have them. (AutoAttack's keep their number of restarts.)
+      settings: More settings; attacks ignore those that they don't have. (AutoAttack's keep their own `restarts`.)
 
     Raises:
-      ValueError: for another word, with the nearest one.
+      ValueError: for an unknown word, with the nearest known one.
 
     Example:
       >>> parse_attack("cw-100").settings["num_steps"], parse_attack("fgsm", restarts=3).name
@@ -219,11 +221,11 @@ def parse_attack(text: str, epsilon: float = 8 / 255, **settings: Any) -> Attack
         *(["num_steps"] if specification.steps_in_name else []), *(["restarts"] if specification.every_run else [])
     }  # fmt: skip
     if not fits:
-        # With 20 for any number of steps, so that a typo meets its neighbour.
+        # Listed with 20 steps, so that the nearest word to a typo such as pdg-20 is found.
         words = [name + ("-20" if other.steps_in_name else "") for name, other in REGISTRY.items()]
         check_choice("attack", text, words)
-    specification = cast(Specification, specification)  # None is refused by now
+    specification = cast(Specification, specification)  # check_choice has refused None
     free = {name: value for name, value in settings.items() if name in specification.settings}
-    if not specification.every_run:  # AutoAttack's attacks have their own number of starts
+    if not specification.every_run:  # AutoAttack's attacks have their own number of restarts
         free.pop("restarts", None)
     return Attack(specification, epsilon, **{**free, **named})

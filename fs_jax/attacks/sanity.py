@@ -1,6 +1,6 @@
-"""Signs that an evaluation misleads, in a network's own answers and in what attacks did; as AutoAttack's authors check.
+"""Warnings that an evaluation may mislead, from the network's logits and from results of attacks, as AutoAttack's.
 
-`autoattack` and `fs_jax.evaluation.evaluate` look for them. The longer checklist, which follows a suite, is
+`autoattack` and `fs_jax.evaluation.evaluate` give them. The longer checklist, which follows a suite, is
 `fs_jax.evaluation.gradient_masking`.
 """
 
@@ -16,13 +16,13 @@ from fs_jax._utils.images import Images, as_float, check_images, check_labels
 from fs_jax._utils.keys import image_keys
 from fs_jax._utils.validation import check_number
 from fs_jax.attacks.chain import Stage
-from fs_jax.attacks.linf import LogitsFn
+from fs_jax.attacks.linf import LogitsFn, check_logits_fn
 from fs_jax.attacks.losses import cross_entropy
-from fs_jax.attacks.packing import bound
+from fs_jax.attacks.packing import bound, inputs_of
 from fs_jax.attacks.registry import Attack
 
-LOOKED_AT = 100
-"""Images whose answers `autoattack` and `evaluate` check, the first ones; the authors' code takes a batch."""
+CHECKED_IMAGES = 100
+"""`autoattack` and `evaluate` check the logits of this many images, the first ones; the authors' code uses a batch."""
 
 
 def sanity_warnings(
@@ -34,24 +34,25 @@ def sanity_warnings(
     batch_size: int | None = None,
     gradients: bool = True,
 ) -> list[str]:
-    """What a network's answers to clean images say against any evaluation of it, in words; nothing where all is well.
+    """Check a network on clean images for properties that make evaluations under attack misleading.
 
-    Whether the logits look like probabilities, whether gradients vanish, whether answers differ from call to call or
-    depend on what else is in the batch.
+    There is a warning if the logits are probabilities, if gradients are zero, and if logits change from call to call or
+    depend on the other images in the batch.
 
     Args:
       logits_fn: Network, from images to logits [N, classes]; with `rng`, from images and a key for each.
       images: Images [N, H, W, C]: uint8, or floating point in [0, 1].
       labels: True classes [N].
-      rng: For a randomised network, what it draws from: then its answers may differ.
-      batch_size: Most images at a time; by default 32 on a CPU, else 256.
-      gradients: Look at gradients too; not for a network that has none, and is attacked without.
+      rng: For a randomised network, the key that it draws from. Its logits may then change from call to call.
+      batch_size: The largest batch; by default 32 on a CPU, else 256.
+      gradients: Check gradients too. Set it to False for a network that can't be differentiated.
 
     Returns:
-      One sentence for each doubt.
+      The warnings; an empty list if there is no problem.
 
     Raises:
-      TypeError, ValueError: for wrong shapes or dtypes, or images outside [0, 1].
+      TypeError, ValueError: for wrong shapes or dtypes, or images outside [0, 1]; or if the network's output isn't
+        logits [N, classes].
       FloatingPointError: if the network gives logits that aren't finite.
 
     Example:
@@ -67,27 +68,28 @@ def sanity_warnings(
     if batch_size is not None:
         check_number("batch_size", batch_size, at_least=1, integer=True)
     keys = None if rng is None else image_keys(rng, len(labels))
+    check_logits_fn(logits_fn, *inputs_of(images, keys))
     images, network = as_float(images), bound(logits_fn, images, keys)
     size = min(batch_size or backend.batch_size(network.platform), len(labels))
     parts = []
     for begin in range(0, len(labels), size):
         real = np.arange(begin, min(begin + size, len(labels)))
-        rows = np.resize(real, size)  # the last batch repeats its images up to its size
+        rows = np.resize(real, size)  # the last batch is padded with repetitions
         drawn = [] if keys is None else [keys[rows]]
-        look = _logits_and_flatness if gradients else _logits_alone
-        part = network.compiled(look)(images[rows], labels[rows], *drawn)
+        program = _logits_and_flatness if gradients else _logits_alone
+        part = network.compiled(program)(images[rows], labels[rows], *drawn)
         parts.append([np.asarray(array)[: len(real)] for array in part])
     logits, flat = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if not np.isfinite(logits).all():
         bad = np.flatnonzero(~np.isfinite(logits).all(-1))
         raise FloatingPointError(
-            f"logits_fn: expected finite logits; got others for {len(bad)} images as they are, the first at {bad[0]}."
+            f"logits_fn: expected finite logits; got others for {len(bad)} clean images, the first at {bad[0]}."
         )
-    doubts = _doubts(logits, flat)
-    return doubts if keys is not None else doubts + _doubts_about_calls(logits_fn, images[:4])
+    found = _warnings_about_logits(logits, flat)
+    return found if keys is not None else found + _warnings_about_calls(logits_fn, images[:4])
 
 
-def answers_warnings(
+def network_warnings(
     logits_fn: LogitsFn,
     images: Images,
     labels: Int[np.ndarray, "n"],
@@ -96,17 +98,17 @@ def answers_warnings(
     rng: Key[Array, ""] | None,
     batch_size: int | None,
 ) -> list[str]:
-    """`sanity_warnings` of the first images, as far as these attacks ask for it.
+    """`sanity_warnings` for the first images, as far as these attacks need them.
 
     Example:
       >>> images, labels = np.ones((1, 2, 2, 1)), np.zeros(1, int)
-      >>> answers_warnings(jnp.ravel, images, labels, [Attack("clean")], rng=None, batch_size=1)
+      >>> network_warnings(jnp.ravel, images, labels, [Attack("clean")], rng=None, batch_size=1)
       []
     """
     if all(attack.specification.judges_only for attack in attack_list):
         return []
     gradients = any(attack.specification.uses_gradients for attack in attack_list)
-    few = slice(LOOKED_AT)
+    few = slice(CHECKED_IMAGES)
     return sanity_warnings(logits_fn, images[few], labels[few], rng=rng, batch_size=batch_size, gradients=gradients)
 
 
@@ -123,26 +125,26 @@ def _logits_and_flatness(network, images, labels, *keys):
     return logits, jnp.all(gradient == 0, (1, 2, 3))
 
 
-def _doubts(logits, flat):
-    """The authors' checks, and their thresholds."""
-    doubts = []
+def _warnings_about_logits(logits, flat):
+    """The authors' checks, with their thresholds."""
+    found = []
     if (logits.min() > -1e-5) and (logits.max() < 1 + 1e-5) and np.all(np.abs(logits.sum(-1) - 1) < 1e-5):
-        doubts.append(
+        found.append(
             "logits_fn returns what looks like probabilities, which makes gradients vanish: return the logits, from "
             "before the softmax."
         )
     if flat.any():
-        doubts.append(
+        found.append(
             f"{flat.sum()} of {len(flat)} images have a cross-entropy gradient of exactly zero: attacks that follow "
             "gradients may find too little. Compare with Square, and look for saturated or quantised layers."
         )
-    return doubts
+    return found
 
 
-def _doubts_about_calls(logits_fn, images):
-    """Whether an image's logits depend on the call, or on the other images of the batch."""
+def _warnings_about_calls(logits_fn, images):
+    """Check whether an image's logits depend on the call, or on the other images of the batch."""
 
-    def logits_of(images):  # traced for itself, as a number may be drawn while tracing too
+    def logits_of(images):  # traced again in each call, as the network may draw random numbers while it is traced
         logits = bound(logits_fn, images, size=len(images)).compiled(_logits)(images)
         return logits / (jnp.linalg.norm(logits, axis=-1, keepdims=True) + 1e-10)
 
@@ -152,13 +154,13 @@ def _doubts_about_calls(logits_fn, images):
     first = logits_of(images)
     if differ(first, logits_of(images)):
         return [
-            "logits_fn gives other logits when called again: for a network that draws random numbers use version "
-            "'rand', and pass the keys it draws from."
+            "logits_fn gives different logits when it is called again: for a network that draws random numbers use "
+            "version 'rand', and pass the keys that it draws from."
         ]
     if differ(first[:1], logits_of(np.repeat(images[:1], len(images), 0))):
         return [
-            "logits_fn gives an image other logits among other images, as BatchNorm does in training mode: use its "
-            "inference mode."
+            "logits_fn gives an image different logits in different batches, as BatchNorm does in training mode: use "
+            "its inference mode."
         ]
     return []
 
@@ -168,10 +170,10 @@ def _logits(network, images):
 
 
 def masking_warnings(stages: Sequence[Stage]) -> list[str]:
-    """Whether attacks that see no gradient broke images that all the others, APGD among them, had tried and didn't.
+    """Warn if gradient-free attacks broke images that all attacks with gradients, APGD among them, had tried in vain.
 
-    More than 0.2% of the images say so, as with the authors; one or two may be chance. Attacks that are apart don't
-    count.
+    The threshold is the authors' 0.2% of the images, and at least 3 images, as one or two may be chance. Attacks that
+    are excluded from the worst case don't count.
 
     Example:
       >>> masking_warnings([])
@@ -179,21 +181,20 @@ def masking_warnings(stages: Sequence[Stage]) -> list[str]:
     """
     stages = [stage for stage in stages if not stage.attack.apart]
     others = [stage for stage in stages if stage.attack.specification.uses_gradients]
-    blind = [
+    gradient_free = [
         stage
         for stage in stages
         if not stage.attack.specification.uses_gradients and stage.attack.specification.name != "clean"
     ]
-    if not blind or not any(stage.attack.specification.name.startswith("apgd") for stage in others):
-        return []  # weaker attacks by gradients say nothing of gradients
+    if not gradient_free or not any(stage.attack.specification.name.startswith("apgd") for stage in others):
+        return []  # if the attacks with gradients are weak, this says nothing about gradients
     survived = np.all([stage.attacked & stage.robust for stage in others], axis=0)
-    broken = survived & np.any([stage.attacked & ~stage.robust for stage in blind], axis=0)
-    share = broken.sum() / max(1, int(np.any([stage.covered for stage in blind], axis=0).sum()))
+    broken = survived & np.any([stage.attacked & ~stage.robust for stage in gradient_free], axis=0)
+    share = broken.sum() / max(1, int(np.any([stage.covered for stage in gradient_free], axis=0).sum()))
     if share <= 0.002 or broken.sum() <= 2:
         return []
-    names = " and ".join(stage.attack.name for stage in blind)
+    names = " and ".join(stage.attack.name for stage in gradient_free)
     return [
-        f"{names}, blind to gradients, broke {share:.1%} of the images though all attacks by gradients had failed on "
-        "them: gradients may be masked, and robustness lower still. Try more queries, or an attack made for this "
-        "defence."
+        f"{names}, without gradients, broke {share:.1%} of the images, on which all attacks with gradients had failed: "
+        "gradients may be masked, and robustness even lower. Try more queries, or an attack made for this defence."
     ]

@@ -1,4 +1,4 @@
-"""The feature-scattering attack: images are moved so that their features, as a set, go far from the natural ones."""
+"""The feature-scattering attack: perturbs a batch so that its features, as a set, move away from the natural ones."""
 
 import functools
 from collections.abc import Callable
@@ -16,19 +16,19 @@ from fs_jax.ot import Transport, cosine_cost, sinkhorn
 CostFn = Callable[[Float[Array, "n d"], Float[Array, "m d"]], Float[Array, "n m"]]
 TransportFn = Callable[[Float[Array, "n m"]], Transport]
 
-# Algorithm 1 at the paper's weight; 50 iterations as the paper's experiments with it.
+# Algorithm 1 with the paper's weight, and 50 iterations as in the paper's experiments.
 _paper_transport = functools.partial(sinkhorn, reg=0.01, num_iters=50)
 
 
 class Scatter(NamedTuple):
-    """What `scatter` gives: the images, and what it computed on the way."""
+    """The result of `scatter`: the images, and intermediate results."""
 
     images: Float[Array, "n h w c"]
     """Scattered images, in the ball and in [0, 1]."""
     natural_logits: Float[Array, "n classes"]
     """Logits of the natural images."""
     transport: Transport
-    """The transport problem at the last iterate that was left: its `primal_cost` was ascended."""
+    """The transport problem of the last step, at the iterate before it; the step increases its `primal_cost`."""
 
 
 def feature_scatter(
@@ -43,29 +43,29 @@ def feature_scatter(
     transport: TransportFn = _paper_transport,
     start: Float[Array, "n h w c"] | None = None,
 ) -> Float[Array, "n h w c"]:
-    """Scatter the features of a batch: ascend the transport cost between natural and attacked logits. No labels.
+    """Scatter the features of a batch: maximise the transport cost between natural and attacked logits, without labels.
 
     x'_0 = x + u with u uniform in the ball; x'_{k+1} = project(x'_k + step_size * sign(grad D(x'_k))) with
     D(x') = <T, C>, C = cost(f(x), f(x')), T the transport plan of C between uniform marginals. The natural logits f(x)
-    are held fixed; the gradient goes through the cost and, as the transport's derivative has it, the plan.
+    are held constant. The gradient is taken through the cost and, if `transport` differentiates it, the plan.
 
     Args:
       logits_fn: Network, from images to logits [N, classes]; inference mode.
-      rng: Key of the random start, or one for each image (see `random_start`).
+      rng: Key of the random start, or one key for each image (see `random_start`).
       images: Images [N, H, W, C] in [0, 1].
       epsilon: Radius, in units of [0, 1].
-      step_size: Step, in units of [0, 1].
+      step_size: Step size, in units of [0, 1].
       num_steps: Number of steps, at least 1; the paper trains with 1.
-      cost: From natural logits [N, d] and attacked ones [N, d] to a cost matrix [N, N].
-      transport: From a cost matrix to a `Transport`; Algorithm 1 with reg 0.01 by default.
-      start: First iterate, the sum of image and noise, in place of a random one.
+      cost: Function of natural logits [N, d] and attacked logits [N, d] that returns a cost matrix [N, N].
+      transport: Function of a cost matrix that returns a `Transport`; by default Algorithm 1 with reg 0.01.
+      start: First iterate, the sum of image and noise, in place of a random start.
 
     Returns:
       Scattered images [N, H, W, C]; no gradient flows through them.
 
     Raises:
-      TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], a negative radius, no steps. (Values are
-        checked where they are known, so not under jit.)
+      TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], a negative radius, no steps. (Under
+        `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: x.reshape(len(x), -1)
@@ -101,7 +101,7 @@ def scatter(
     transport: TransportFn = _paper_transport,
     start: Float[Array, "n h w c"] | None = None,
 ) -> Scatter:
-    """`feature_scatter` with its by-products, for training loops that log them; the same arguments.
+    """`feature_scatter` with its intermediate results, for training loops that log them; the same arguments.
 
     Example:
       >>> images = jax.random.uniform(jax.random.key(0), (4, 2, 2, 1))

@@ -1,4 +1,4 @@
-"""What an attack is to all that runs attacks: its name, what may be set, and how to build it."""
+"""The specification of an attack: its name, its settings, and how to build it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,16 +9,16 @@ from fs_jax.attacks.stepwise import Stepwise
 
 
 class Setting(NamedTuple):
-    """Something about an attack that may be set."""
+    """A setting of an attack."""
 
     default: Any
-    """Its value where nobody sets it; a function of the radius, if it depends on that."""
+    """The default value; a function of the radius if it depends on the radius."""
     check: Callable[[str, Any], None]
-    """(name, value) -> None, or an error that says argument, expected and got."""
+    """(name, value) -> None; raises an error that says argument, expected and got."""
 
 
 def count(default: int | None) -> Setting:
-    """A whole number, at least 1; or None where that is the default.
+    """A setting that is an integer of at least 1; or None, if that is the default.
 
     Example:
       >>> count(20).check("num_steps", 0)
@@ -34,7 +34,7 @@ def count(default: int | None) -> Setting:
 
 
 def length(default: float | Callable[[float], float]) -> Setting:
-    """A number in [0, 1], the range of the images.
+    """A setting that is a number in [0, 1], the range of the images.
 
     Example:
       >>> length(lambda epsilon: epsilon / 4).default(0.1)
@@ -44,7 +44,7 @@ def length(default: float | Callable[[float], float]) -> Setting:
 
 
 def flag(default: bool) -> Setting:
-    """True or False.
+    """A setting that is True or False.
 
     Example:
       >>> flag(False).check("any_iterate", 1)
@@ -61,7 +61,7 @@ def flag(default: bool) -> Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Specification:
-    """An attack, for the registry: one of these and a `Stepwise` are all that a new attack needs.
+    """An attack, for the registry. A new attack is one of these and a `Stepwise`.
 
     Example:
       >>> from fs_jax.attacks import pgd_steps
@@ -72,35 +72,37 @@ class Specification:
     """
 
     name: str
-    """The word by which it is asked for, and under which its results are kept."""
+    """The attack's name, in command lines and in records."""
     summary: str
-    """What it is, in a line, for help texts."""
+    """One line that describes it, for help texts."""
     build: Callable[..., Stepwise]
-    """(epsilon=, num_classes=, **settings) -> the attack."""
+    """(epsilon=, num_classes=, **settings) -> the attack as a `Stepwise`."""
     settings: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
-    """What may be set besides the radius. `restarts` counts its random starts, `num_draws` the draws of a randomised
-    network in each of its gradients; `any_iterate` says whether a misclassified iterate counts whenever it occurs."""
+    """The settings besides the radius. Three names mean the same for all attacks: `restarts`, the number of random
+    starts; `num_draws`, how many draws of a randomised network each gradient averages; `any_iterate`, whether any
+    misclassified iterate counts, or only the last one."""
     norm: Literal["linf"] | None = "linf"
-    """The norm that its radius is of; None for an attack that keeps to none, and is no part of a worst case. (Other
-    norms would need more: the chain measures perturbations in L-infinity, and a worst case is over one ball.)"""
+    """The norm of the radius; None for an attack without a radius, which is never part of a worst case. (Other norms
+    would need more work: perturbations are measured in L-infinity, and a worst case is over one ball.)"""
     fixed_radius: float | None = None
-    """The radius that it has whatever is asked for."""
+    """A radius that the attack has always, whatever radius is asked for."""
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What is the same always, under its authors' names, for the record."""
+    """Constants of the attack under its authors' names, for records."""
     uses_gradients: bool = True
-    """Whether it looks at gradients of the network."""
+    """Whether it computes gradients of the network."""
     judges_only: bool = False
-    """Whether it only judges images as they are given."""
+    """Whether it only classifies the images that it is given."""
     steps_in_name: bool = False
-    """Whether its number of steps belongs to its name, as in `pgd-20`."""
+    """Whether its name has the number of steps, as in `pgd-20`."""
     every_run: bool = False
-    """Whether images that one random start breaks make the others too, for the accuracy after each start alone."""
+    """Whether each image makes all its runs, even after one of them has succeeded. Then the accuracy after each random
+    start alone is known too."""
     least_classes: int = 2
-    """With fewer classes it means nothing."""
+    """The smallest number of classes that it works with."""
 
     def __post_init__(self):
         if self.norm not in ("linf", None):
             raise ValueError(
-                f"norm: expected 'linf' or None; got {self.norm!r}. Perturbations are measured in L-infinity, so those "
-                "of another norm can't be in a worst case: give None, and they are reported apart."
+                f"norm: expected 'linf' or None; got {self.norm!r}. Perturbations are measured in L-infinity, so an "
+                "attack in another norm can't be in the worst case: use None, and it is reported separately."
             )

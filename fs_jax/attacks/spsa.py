@@ -1,4 +1,4 @@
-"""SPSA: gradient descent on the margin, where differences along random directions stand for the gradient."""
+"""SPSA: gradient descent on the margin, with gradients estimated by differences along random directions."""
 
 from typing import NamedTuple
 
@@ -31,35 +31,37 @@ def spsa(
 ) -> Float[Array, "n h w c"]:
     """Simultaneous perturbation stochastic approximation: no gradients are used, only many forward passes.
 
-    From a random start in the ball, each step descends the margin m(x) = z_y - max_{i != y} z_i by Adam, and projects
-    on the ball and on [0, 1]. The gradient is estimated by `estimated_gradient`, along new directions in each step. The
-    strong attack of the paper has 8192 directions and 100 steps: 1.6 million forward passes for each image.
+    From a random start in the ball, each step decreases the margin m(x) = z_y - max_{i != y} z_i with Adam, and
+    projects on the ball and on [0, 1]. `estimated_gradient` estimates the gradient, along new directions in each step.
+    The strong attack of the paper has 8192 directions and 100 steps: 1.6 million forward passes for each image.
 
     Args:
-      logits_fn: Network, from images to logits [N, classes]; inference mode. It is asked about images outside of [0, 1]
-        by up to `delta`.
-      rng: A key, from which image i takes `fold_in(rng, i)`, or a key for each image.
+      logits_fn: Network, from images to logits [N, classes]; inference mode. Its inputs may be outside [0, 1] by up to
+        `delta`.
+      rng: A key, of which image i uses `fold_in(rng, i)`; or one key for each image.
       images: Images [N, H, W, C] in [0, 1].
       labels: True classes [N].
       epsilon: Radius, in units of [0, 1].
-      num_steps: Steps, at least 1.
+      num_steps: Number of steps, at least 1.
       num_directions: Directions in each step, at least 1; each takes two forward passes.
-      delta: How far along a direction the margin is looked at, in units of [0, 1].
-      learning_rate: Adam's, in units of [0, 1].
-      chunk_size: Directions of each image at a time: memory is that of 2 N chunk_size images.
+      delta: Distance along a direction at which the margin is evaluated, in units of [0, 1].
+      learning_rate: Adam's learning rate, in units of [0, 1].
+      chunk_size: Directions evaluated at a time for each image: memory is that of 2 N chunk_size images.
 
     Returns:
-      Images [N, H, W, C] in the ball: misclassified, else of the lowest margin met. No gradient flows through.
+      Images [N, H, W, C] in the ball: the misclassified iterates, or else those of the lowest margin. No gradient flows
+        through them.
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
-        no steps, no directions or ones of no length. (Values are checked where they are known, so not under jit.)
+        no steps, no directions, or a `delta`, `learning_rate` or `chunk_size` that isn't above 0. (Under `jit`, values
+        can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
       >>> images = jnp.full((1, 4, 4, 1), 0.56)
       >>> attacked = spsa(logits_fn, jax.random.key(0), images, jnp.array([0]), epsilon=0.1)
-      >>> int(logits_fn(attacked).argmax())  # class 0 likes bright images, so the attack darkens this one
+      >>> int(logits_fn(attacked).argmax())  # class 0 is for bright images, so the attack darkens this one
       1
 
     Source: Uesato et al., "Adversarial risk and the dangers of evaluating against weak attacks", ICML 2018.
@@ -85,7 +87,7 @@ def spsa_steps(
     learning_rate: Scalar = 0.01,
     chunk_size: int = 8,
 ) -> Stepwise:
-    """`spsa` in steps, with the same arguments and errors.
+    """`spsa` as a `Stepwise`, with the same arguments and errors.
 
     Returns:
       The attack, for `stepwise.run` and `packing.packed`.
@@ -120,19 +122,19 @@ def estimated_gradient(
     delta: Scalar,
     chunk: Int[Array, "k"],
 ) -> Float[Array, "n h w c"]:
-    """Estimate of the gradient of each image's margin, by differences along random signs.
+    """Estimate the gradient of each image's margin by differences along directions of random signs.
 
     The mean over directions v, uniform in {-1, 1}^d, of (m(x + delta v) - m(x - delta v)) / (2 delta) * v. For a linear
     m with gradient g its expectation is g, and the variance of its entry j, of K directions, (||g||^2 - g_j^2) / K.
 
     Args:
       logits_fn: Network, from images to logits.
-      keys: One key per image; direction k of an image draws from `fold_in(key, k)`, whatever the chunk.
+      keys: One key per image; direction k of an image uses `fold_in(key, k)`, so that chunks don't matter.
       images: Images [N, H, W, C].
       labels: True classes [N].
-      num_directions: K.
-      delta: How far to look, in units of [0, 1].
-      chunk: The numbers 0, 1, ...: as many as directions of each image go through the network at a time.
+      num_directions: Number of directions K.
+      delta: Distance along a direction, in units of [0, 1].
+      chunk: `arange(k)`, where k directions of each image are evaluated at a time.
 
     Returns:
       Estimates [N, H, W, C].
@@ -156,9 +158,9 @@ def estimated_gradient(
     def add(turn, total):
         numbers = turn * size + chunk
         directions = jax.vmap(jax.vmap(direction, (None, 0)), (0, None))(keys, numbers)
-        there_and_back = jnp.stack([directions, -directions], 2)
-        looked_at = images[:, None, None] + delta * there_and_back
-        margins = logit_margin(logits_fn(looked_at.reshape(-1, *shape)), repeated).reshape(count, size, 2)
+        both = jnp.stack([directions, -directions], 2)
+        moved = images[:, None, None] + delta * both
+        margins = logit_margin(logits_fn(moved.reshape(-1, *shape)), repeated).reshape(count, size, 2)
         slopes = jnp.where(numbers < num_directions, margins[..., 0] - margins[..., 1], 0) / (2 * delta)
         return total + jnp.einsum("nk,nkhwc->nhwc", slopes, directions).astype(images.dtype)
 
@@ -186,7 +188,7 @@ def _step(logits_fn, state, images, labels, *, epsilon, learning_rate, estimate)
     gradient = estimate(logits_fn, jax.vmap(jax.random.fold_in)(state.keys, step), state.iterate, labels)
     mean = _DECAY * state.mean + (1 - _DECAY) * gradient
     mean_square = _DECAY_OF_SQUARES * state.mean_square + (1 - _DECAY_OF_SQUARES) * gradient**2
-    # Running means begin at 0; each image has its own step, so its own correction.
+    # Adam's correction of the running means, which start at 0, for the step of each image.
     unbiased, unbiased_square = (
         value
         / (1 - decay ** step.astype(np.promote_types(value.dtype, np.float32))).astype(value.dtype)[:, None, None, None]
@@ -203,7 +205,7 @@ def _build(*, epsilon, num_classes, num_steps, num_directions):
 
 SPSA = Specification(
     "spsa",
-    "descent along differences in random directions, without gradients",
+    "descent with gradients estimated along random directions, without gradients of the network",
     _build,
     {"num_steps": count(100), "num_directions": count(128)},
     uses_gradients=False,

@@ -1,4 +1,4 @@
-"""Square: random search by forward passes alone, where each proposal repaints one square of the image."""
+"""Square: random search with forward passes alone; each proposal changes one square of the image."""
 
 from typing import NamedTuple
 
@@ -12,8 +12,9 @@ from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack
 from fs_jax.attacks.specification import Specification, count
 from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, judged
 
-# The square's share of the image starts at 0.8 and halves after these queries of 5,000; of another budget, after the
-# same shares of it. (The released AutoAttack's schedule. The paper's, for 10,000 queries, halves at 10, 50, ... too.)
+# The square's share of the image starts at 0.8 and is halved after these queries of 5,000; with another number of
+# queries, at the same fractions of it. (This is the released AutoAttack's schedule. The paper's is for 10,000 queries,
+# and also halves at 10, 50, ...)
 SHARE = 0.8
 HALVED_AFTER, _OF = (10, 50, 200, 500, 1000, 2000, 4000), 5000
 
@@ -27,16 +28,17 @@ def square(
     epsilon: Scalar = 8 / 255,
     num_steps: int = 5000,
 ) -> Float[Array, "n h w c"]:
-    """Square attack: a random square of the perturbation is set to +-epsilon per channel, and kept where that helps.
+    """Square attack: sets random squares of the perturbation to +-epsilon, and keeps a change if the margin decreases.
 
-    Starts at x + epsilon * s, s a random sign for each column and channel (vertical stripes), clipped to [0, 1]. Each
-    step draws a square of side round(sqrt(p h w)) at a random place, adds +-2 epsilon to it, one random sign per
-    channel, and projects; the proposal is kept if the margin z_y - max_{i != y} z_i falls, or is at most 0. p is 0.8,
-    halved after 10, 50, 200, 500, 1000, 2000 and 4000 of 5,000 steps. No gradients are used.
+    The start is x + epsilon * s, with s a random sign for each column and channel (vertical stripes), clipped to
+    [0, 1]. Each step draws a square of side round(sqrt(p h w)) at a random position, adds +-2 epsilon to it, with a
+    random sign for each channel, and projects on the ball. The proposal is kept if the margin z_y - max_{i != y} z_i
+    decreases, or is at most 0. p starts at 0.8 and is halved after 10, 50, 200, 500, 1000, 2000 and 4000 of 5,000
+    steps. No gradients are used.
 
     Args:
       logits_fn: Network, from images to logits [N, classes]; inference mode.
-      rng: A key, from which image i takes `fold_in(rng, i)`, or a key for each image.
+      rng: A key, of which image i uses `fold_in(rng, i)`; or one key for each image.
       images: Images [N, H, W, C] in [0, 1].
       labels: True classes [N].
       epsilon: Radius, in units of [0, 1].
@@ -47,13 +49,13 @@ def square(
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
-        no steps. (Values are checked where they are known, so not under jit.)
+        no steps. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
       >>> images = jnp.full((1, 4, 4, 1), 0.54)
       >>> attacked = square(logits_fn, jax.random.key(0), images, jnp.array([0]), epsilon=0.1, num_steps=100)
-      >>> int(logits_fn(attacked).argmax())  # class 0 likes bright images, so the attack darkens this one
+      >>> int(logits_fn(attacked).argmax())  # class 0 is for bright images, so the attack darkens this one
       1
 
     Source: Andriushchenko et al., "Square Attack", ECCV 2020, algorithms 1 and 2; settings as AutoAttack's (Croce &
@@ -65,7 +67,7 @@ def square(
 
 
 def square_steps(*, epsilon: Scalar = 8 / 255, num_steps: int = 5000) -> Stepwise:
-    """`square` cut in steps of one query each.
+    """`square` as a `Stepwise`, with one query in each step.
 
     Args:
       epsilon: Radius, in units of [0, 1].
@@ -98,14 +100,14 @@ def _start(logits_fn, keys, images, labels, run, *, epsilon):
 def _step(logits_fn, state, images, labels, *, epsilon, num_steps):
     progress = state.progress
     inside, signs = jax.vmap(_random_square, (0, 0, None, None))(state.keys, progress.step, num_steps, images.shape[1:])
-    # Whatever the iterate was, +-2 epsilon and the projection bring it to the same edge of the ball, image +- epsilon.
+    # Adding +-2 epsilon and projecting gives image +- epsilon, whatever the iterate was.
     proposal = jnp.where(inside, _painted(images, signs, epsilon), progress.adversarial)
-    # Kept where the margin falls; a misclassified proposal is that too, as long as the image isn't.
+    # `judged` keeps the proposal if the margin decreases, which includes the first misclassified one.
     return state._replace(progress=judged(progress, proposal, logits_fn(proposal), labels))
 
 
 def _random_square(key, step, num_steps, shape):
-    """Where a random square of this step lies [H, W, 1], and its sign for each channel [C]."""
+    """A random square for this step: its mask [H, W, 1] and its sign for each channel [1, 1, C]."""
     height, width, channels = shape
     row_key, column_key, sign_key = jax.random.split(jax.random.fold_in(key, step + 1), 3)
     shares = SHARE / 2.0 ** np.arange(len(HALVED_AFTER) + 1)
@@ -113,7 +115,7 @@ def _random_square(key, step, num_steps, shape):
     side = jnp.asarray(sides)[jnp.sum(step * _OF > np.array(HALVED_AFTER, np.int32) * num_steps)]
 
     def interval(key, length):
-        # The last place included, as the paper has it: then every pixel can be reached.
+        # The last position is included, as in the paper, so that every pixel can be changed.
         first = jax.random.randint(key, (), 0, length - side + 1)
         return (jnp.arange(length) >= first) & (jnp.arange(length) < first + side)
 
@@ -131,7 +133,7 @@ def _build(*, epsilon, num_classes, num_steps):
 
 SQUARE = Specification(
     "square",
-    "AutoAttack's random search by squares, without gradients",
+    "AutoAttack's random search with squares, without gradients",
     _build,
     {"num_steps": count(5000)},
     constants={"p_init": SHARE, "halved_after": HALVED_AFTER},

@@ -1,7 +1,7 @@
-"""Attacks as one start and many equal steps, each image for itself: so images at different steps can share a batch.
+"""Attacks split into a start and equal steps, where each image is independent: images at different steps share a batch.
 
-A long attack is a `Stepwise`. `run` carries it through on one batch, as one program; `fs_jax.attacks.packing` feeds it
-any number of images, and puts another image in the place of each that is done.
+Such an attack is a `Stepwise`. `run` runs it on one batch, as one program; `fs_jax.attacks.packing` runs it on any
+number of images, and replaces finished images in the batch by new ones.
 """
 
 from collections.abc import Callable
@@ -18,46 +18,46 @@ from fs_jax.attacks.network import on_network
 
 
 class Progress(NamedTuple):
-    """How far each image of a batch is; every attack's state holds one as its field `progress`."""
+    """The progress of each image in a batch; the state of every attack has it in its field `progress`."""
 
     adversarial: Float[Array, "n h w c"]
-    """Of the iterates in the ball, that of the lowest margin so far: the misclassified one, once there is one."""
+    """The iterate in the ball with the lowest margin so far."""
     margin: Float[Array, "n"]
-    """Its z_y - max_{i != y} z_i, float32; above 0 for an image that is classified correctly."""
+    """The margin z_y - max_{i != y} z_i of `adversarial`, float32; above 0 if it is classified correctly."""
     step: Int[Array, "n"]
-    """Steps done, each image its own."""
+    """Number of steps made, for each image."""
     misclassified_at: Int[Array, "n"]
-    """The step at which an iterate was first misclassified, 0 being the start; -1 while none was."""
+    """The step at which an iterate was first misclassified, 0 for the start; -1 if none was so far."""
 
 
 class Stepwise(NamedTuple):
-    """An attack, cut in equal steps that look at no other image of the batch.
+    """An attack, split into a start and equal steps that treat each image of the batch independently.
 
     `start` and `step` are functions, or `jax.tree_util.Partial`s of module-level functions. What a Partial binds is
-    an argument of the compiled program, so that another radius or number of steps compiles nothing anew; it must be
-    numbers and arrays, or Partials again (a loss, say: `Partial(cross_entropy)`).
+    an argument of the compiled program, so that another radius or number of steps needs no compilation. It must be
+    numbers and arrays, or Partials again (a loss, for example: `Partial(cross_entropy)`).
     """
 
     start: Callable[..., PyTree]
-    """(logits_fn, keys [N], images, labels, run [N] int32) -> state: a NamedTuple with a field `progress`, N leading in
-    every leaf. The keys are those of the image in this run, and all that it draws comes from them."""
+    """(logits_fn, keys [N], images, labels, run [N] int32) -> state: a NamedTuple with a field `progress`, in which
+    every array has N as its first axis. Draw all random numbers from the keys: one for each image and run."""
     step: Callable[..., PyTree]
-    """(logits_fn, state, images, labels) -> state, with `progress.step` one higher (see `judged`). Schedules follow
-    that step, image by image. The caller puts back the old state of images that are done."""
+    """(logits_fn, state, images, labels) -> state, with `progress.step` one higher (see `judged`). Schedules depend on
+    `progress.step` of each image. The caller restores the state of images that are finished."""
     num_steps: int
     """Steps of one run."""
     num_runs: int = 1
-    """Random starts, or targets: runs 0, 1, ... of every image."""
+    """Runs of each image, 0, 1, ...: a run is one random start, or one target."""
     passes: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
-    """(forward, backward) passes of one image: those of a run that belong to no step, and those of a step."""
+    """(forward, backward) passes of one image, for the start of a run and for each of its steps."""
     breadth: int = 1
-    """How many variants of one image go through the network at a time."""
+    """How many variants of an image go through the network at a time."""
     draws: bool = False
-    """Whether it is for a randomised network, `logits_fn(images, keys)`, and gives that a key for each image."""
+    """Whether the attack is for a randomised network, `logits_fn(images, keys)`, which takes a key for each image."""
 
 
 def unjudged(images: Float[Array, "n h w c"]) -> Progress:
-    """The progress of images that have done no step, and of which no iterate has been judged yet: margins infinite.
+    """The progress at the start, if the first iterate isn't judged: margins are infinite.
 
     Example:
       >>> unjudged(jnp.zeros((1, 2, 2, 1))).misclassified_at.tolist()
@@ -71,7 +71,7 @@ def unjudged(images: Float[Array, "n h w c"]) -> Progress:
 def first_judged(
     iterates: Float[Array, "n h w c"], logits: Float[Array, "n classes"], labels: Int[Array, "n"]
 ) -> Progress:
-    """The progress of images that have done no step, judged by the logits of their first iterates, in the ball.
+    """The progress at the start, judged by the logits of the first iterates, which are in the ball.
 
     Example:
       >>> first_judged(jnp.zeros((1, 2, 2, 1)), jnp.array([[1.0, 2.0]]), jnp.array([0])).misclassified_at.tolist()
@@ -85,9 +85,9 @@ def first_judged(
 def judged(
     progress: Progress, iterates: Float[Array, "n h w c"], logits: Float[Array, "n classes"], labels: Int[Array, "n"]
 ) -> Progress:
-    """The progress after one more step, which led to these iterates in the ball with these logits.
+    """The progress after one more step, given its iterates, which are in the ball, and their logits.
 
-    Logits that aren't numbers count as misclassified and stay in the margin: no image passes for robust by them.
+    NaN logits count as misclassified and stay in the margin, so that no image is called robust because of them.
 
     Example:
       >>> before = first_judged(jnp.zeros((1, 2, 2, 1)), jnp.array([[3.0, 2.0]]), jnp.array([0]))
@@ -106,7 +106,7 @@ def judged(
 
 
 def unfinished(progress: Progress, num_steps: int | Array) -> Bool[Array, "n"]:
-    """Which images are neither misclassified nor done with all their steps.
+    """True for images that are neither misclassified nor at their last step.
 
     Example:
       >>> correct = first_judged(jnp.zeros((1, 2, 2, 1)), jnp.array([[3.0, 2.0]]), jnp.array([0]))
@@ -117,7 +117,7 @@ def unfinished(progress: Progress, num_steps: int | Array) -> Bool[Array, "n"]:
 
 
 def where(mask: Bool[Array, "n"], new: PyTree, old: PyTree) -> PyTree:
-    """Image by image, `new` where the mask is True and `old` elsewhere, in every leaf.
+    """`new` for images whose mask is True and `old` for the others, in every leaf.
 
     Example:
       >>> where(jnp.array([True, False]), jnp.ones((2, 1)), jnp.zeros((2, 1))).tolist()
@@ -133,9 +133,9 @@ def run(
     images: Float[Array, "n h w c"],
     labels: Int[Array, "n"],
 ) -> Progress:
-    """All the runs of an attack on one batch, as one program: no host is asked in between, so it may be jitted.
+    """Make all runs of an attack on one batch, as one program, which may be jitted.
 
-    A misclassified image stays as it is, and the loops end when all images are misclassified.
+    Misclassified images don't change any more, and the loops end when all images are misclassified.
 
     Args:
       attack: The attack.
@@ -145,7 +145,7 @@ def run(
       labels: True classes [N].
 
     Returns:
-      Progress over all runs: of the run that broke an image, else of that with its lowest margin.
+      For each image, the progress of the run in which it was misclassified, else of the run with its lowest margin.
 
     Example:
       >>> from fs_jax.attacks import pgd_steps
@@ -187,15 +187,15 @@ def adversaries(
     *,
     uses_gradients: bool,
 ) -> Float[Array, "n h w c"]:
-    """The images that `run` ends with, compiled once for each network; no gradient flows through them.
+    """The adversarial images that `run` finds, compiled once for each network; no gradient flows through them.
 
     Args:
       attack: The attack.
       logits_fn: Network, from images to logits [N, classes].
-      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image.
+      rng: A key, of which image i uses `fold_in(rng, i)`; or one key for each image.
       images: Images [N, H, W, C] in [0, 1].
       labels: True classes [N].
-      uses_gradients: Whether the attack differentiates the network, which it then asks of images of this shape only.
+      uses_gradients: Whether the attack differentiates the network. It then calls it with images of this shape only.
 
     Returns:
       Images [N, H, W, C].

@@ -1,4 +1,4 @@
-"""Transfer: adversaries that PGD makes for another network, judged on this one."""
+"""Transfer attacks: adversarial images that PGD makes for another network, classified by the evaluated one."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from fs_jax.attacks.specification import Setting, Specification
 
 TRANSFER = Specification(
     "transfer",
-    "adversaries of another network",
+    "adversarial images made for another network",
     lambda *, epsilon, num_classes, source: whole(Partial(judge)),
     {"source": Setting("", lambda name, value: None)},
     uses_gradients=False,
@@ -36,27 +36,27 @@ def transfer(
     first: int = 0,
     batch_size: int | None = None,
 ) -> Attack:
-    """PGD-20 on another network, with steps of a quarter of the radius, as an attack on whichever is evaluated.
+    """Run PGD-20 on another network, with steps of a quarter of the radius, and make its results an attack.
 
     Args:
       source_logits_fn: The other network, from images to logits.
       images: The images that will be evaluated, [N, H, W, C]: uint8, or floating point in [0, 1].
       labels: Their true classes [N].
       epsilon: Radius, in units of [0, 1].
-      source: What tells the other network from further ones, for the record.
-      seed: Of the random starts.
+      source: Identifies the other network in records, for example a fingerprint of its weights.
+      seed: Seed of the random starts.
       first: Index of the first image in its split.
-      batch_size: Most images at a time.
+      batch_size: The largest batch.
 
     Returns:
-      The attack, apart from the worst case. It only judges: its passes are those of the network that is evaluated.
+      The attack, excluded from the worst case. Its passes are those of the evaluated network alone.
 
     Example:
       >>> import jax.numpy as jnp
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
       >>> images = np.full((1, 4, 4, 1), 0.5, np.float32)
       >>> attack = transfer(logits_fn, images, np.array([0]), epsilon=0.1)
-      >>> attack.name, float(attack.images.mean().round(3))  # class 0 likes bright images
+      >>> attack.name, float(attack.images.mean().round(3))  # class 0 is for bright images
       ('transfer', 0.4)
     """
     check_images(images, uint8_too=True)

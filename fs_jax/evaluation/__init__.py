@@ -1,4 +1,4 @@
-"""Evaluation under attack: a record of every image, accuracies with intervals, the worst case over attacks."""
+"""Evaluation under attack: accuracies with intervals, the worst case over attacks, and a record of every image."""
 
 from fs_jax._utils.fingerprints import fingerprint
 from fs_jax._utils.images import as_float

@@ -1,4 +1,4 @@
-"""Evaluation under attack: every image of a split, one record per image and attack, the worst case over attacks."""
+"""Evaluation under attack: accuracies with intervals, the worst case over attacks, and a record of every image."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from fs_jax.attacks.chain import Log, Stage, check_chain, randomised, run_chain
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.packing import bound
 from fs_jax.attacks.registry import Attack, parse_attack
-from fs_jax.attacks.sanity import answers_warnings, masking_warnings
+from fs_jax.attacks.sanity import masking_warnings, network_warnings
 from fs_jax.evaluation.journal import SCHEMA, Journal
 from fs_jax.evaluation.statistics import accuracy
 from fs_jax.evaluation.suites import SUITES
@@ -28,26 +28,27 @@ Precision = Literal["float32", "default"]
 
 
 class Evaluation(NamedTuple):
-    """Accuracies over a split, and what happened to each image."""
+    """Accuracies, and a record of each image."""
 
     summary: dict[str, Any]
-    """`schema`, its version; `images`, `first`, `seed`; `precision` of products and `prng`, the implementation of keys;
-    `weights` and `data`, fingerprints of the network's arrays and of images and labels; `environments` that it ran in.
+    """A dictionary of plain data:
 
-    `attacks`: for each, its settings, `correct`, `total`, `accuracy` with its 95% interval `low` to `high`,
-    `lowest_single_run`, `attacked` (images), `forward` and `backward` (the passes of one image that they took in all),
-    `by_step` (pairs of a step and the accuracy after it, where any iterate decides) and `seconds`.
-
-    `worst`: the accuracy over all attacks at once, of the images that all of them were meant for; `unknown`, how many
-    others there are.
-
-    `warnings`: why these numbers may mislead, where there is a sign of it."""
+    - `schema`, the version of this format; `images`, their number; `first`; `seed`; `precision` of products; `prng`,
+      the implementation of keys; `weights` and `data`, fingerprints of the network's arrays and of images and labels;
+      `environments`, the devices and versions that were used;
+    - `attacks`: for each attack its settings, the number of images that it `attacked`, `correct`, `total`, `accuracy`
+      with its 95% interval from `low` to `high`, `lowest_single_run` (the lowest accuracy after one random start
+      alone), `forward` and `backward` (passes of single images), `by_step` (pairs of a step and the accuracy after it,
+      if any iterate decides) and `seconds`;
+    - `worst`: the accuracy over all attacks together, on the images that all attacks cover; `unknown`, the number of
+      other images;
+    - `warnings`: reasons why these numbers may mislead; empty if none was found."""
     records: list[dict[str, Any]]
-    """For each image its `index` in the split, `label`, whether it is `robust` to all (None if some attack wasn't meant
-    for it, and no other broke it), and by attack the lowest `margin` (logit of the label less the highest other one:
-    above 0 where the image is classified correctly), `misclassified_at` (the step, 0 for the start; -1 for never) and
-    `distance`, the size of the perturbation in L-infinity, to 6 digits. An attack that the image was spared is
-    missing."""
+    """For each image its `index` in the split, its `label`, and whether it is `robust` to all attacks (None if no
+    attack broke it, but not all attacks cover it). For each image and attack, the lowest `margin` (logit of the label
+    minus the highest other logit, above 0 if the image is classified correctly), `misclassified_at` (the step, 0 for
+    the start; -1 if never) and `distance` (the L-infinity norm of the perturbation, to 6 digits). An attack that
+    skipped the image has no entry."""
 
 
 def evaluate(
@@ -67,7 +68,7 @@ def evaluate(
     worst_images: Float[np.ndarray, "k h w c"] | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Accuracy of a network, clean and under attack, over all the images given.
+    """Compute the accuracy of a network, clean and under attack, on all images given.
 
     Args:
       logits_fn: Network, from images to logits [N, classes], in inference mode: any function, such as
@@ -75,36 +76,37 @@ def evaluate(
         images and a key for each.
       images: Images [N, H, W, C]: uint8, or floating point in [0, 1].
       labels: True classes [N].
-      attacks: Words such as "clean", "pgd-20", "cw-100x5", "square" (`fs_jax.attacks.REGISTRY` has them all), each from
-        the clean images; or `Attack`s, with settings and orders of one's own; or a `suite`.
+      attacks: Words such as "clean", "pgd-20", "cw-100x5", "square" (see `fs_jax.attacks.REGISTRY`), each starting from
+        the clean images; or `Attack`s with your own settings and order; or a `suite`.
       epsilon: Radius of the attacks that are given as words, in units of [0, 1]; 8/255 by default. `Attack`s have their
-        own, which must be the same one, but for those apart.
-      seed: Of all that is drawn. What happens to an image depends on it, the attack and the image's index.
-      first: Index of the first image in its split, if only a part of it is given.
-      batch_size: Images at a time, at most; by default 32 on a CPU, else 256.
-      precision: "float32" computes products of float32 as such; "default" leaves them to JAX's setting, which rounds
-        the factors to bfloat16 on a TPU and to TF32 on some GPUs.
-      journal: File that the records are written to as they come. If it is there, the evaluation resumes from it.
-      parts: Journals of evaluations of parts of these images, with the same arguments but for `first`: their outcomes
-        are taken over into this one's journal, which must be a new one.
-      about: What is to be known of the evaluation, as plain data. It is written to the journal, and a resume with
-        something else is refused.
-      worst_images: Where each image's adversary of the lowest margin goes, [N, H, W, C] or, of the first k images
-        only, [k, H, W, C]; it may be a file in memory. What the journal or the parts hold isn't attacked again, and
-        its adversaries aren't written: pass the array that has them.
+        own radius, which must be the same one, except for those excluded from the worst case (`apart=True`).
+      seed: Seed of all random numbers. The result for an image depends on it, the attack and the image's index.
+      first: Index of the first image in its split, if only a part of the split is given.
+      batch_size: The largest batch; by default 32 on a CPU, else 256.
+      precision: "float32" computes products in full float32; "default" uses JAX's setting, which rounds the factors to
+        bfloat16 on a TPU and to TF32 on some GPUs.
+      journal: File that records are appended to. If it exists, the evaluation resumes from it.
+      parts: Journals of evaluations of parts of these images, made with the same arguments except `first`. Their
+        outcomes are copied to `journal`, which must be a new file, and aren't computed again.
+      about: More facts about the evaluation, as plain data, written to the journal. Resuming with other facts raises an
+        error.
+      worst_images: Array that each image's adversary of the lowest margin is written to: [N, H, W, C], or [k, H, W, C]
+        for the first k images only. It may be a memory-mapped file. When you resume, pass the array with the
+        adversaries found so far: those of outcomes in the journal aren't computed again.
       progress: Show a progress bar for each attack.
 
     Returns:
       Summary and records.
 
     Raises:
-      TypeError, ValueError: if images or labels aren't as said, or there are none, or no attack that isn't apart, or
-        one twice, or one after an attack that isn't before it, or if the journal is of another evaluation.
+      TypeError, ValueError: if an argument has a wrong shape, type or value; if no attack is part of the worst case, if
+        two have the same name, or one comes before an attack of its `after`; or if the journal is of another
+        evaluation.
       FloatingPointError: if the network gives logits that aren't finite.
 
     Warns:
-      UserWarning: what `fs_jax.attacks.sanity_warnings` says of the first 100 images, unless the clean ones alone are
-        asked for; and if attacks that see no gradient break images that the others don't.
+      UserWarning: the warnings of `fs_jax.attacks.sanity_warnings` for the first 100 images, unless only clean images
+        are evaluated; and if gradient-free attacks break images that attacks with gradients don't.
 
     Example:
       >>> import jax.numpy as jnp
@@ -124,7 +126,7 @@ def evaluate(
     check_evaluation(logits_fn, images, labels, attack_list, epsilon=epsilon)
     check_number("first", first, at_least=0, integer=True)
     if taken := (about or {}).keys() & {"schema", "images", "first", "seed", "precision", "prng", "weights", "data"}:
-        raise ValueError(f"about: expected names that a record doesn't have itself; got {', '.join(sorted(taken))}.")
+        raise ValueError(f"about: expected names that the summary doesn't use; got {', '.join(sorted(taken))}.")
     check_choice("precision", precision, ("float32", "default"))
     if parts and (journal is None or os.path.exists(journal)):
         raise ValueError(f"journal: expected a new file that parts are merged into; got {journal}.")
@@ -132,7 +134,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         draws = any(map(randomised, attack_list))
         network = bound(logits_fn, images, rng if draws else None, size=batch_size)
-        if precision == "float32" and network.platform != "cpu":  # where they are so in any case
+        if precision == "float32" and network.platform != "cpu":  # a CPU always computes them in float32
             stack.enter_context(jax.default_matmul_precision("float32"))
         evaluated = {
             "schema": SCHEMA,
@@ -146,10 +148,10 @@ def evaluate(
         }
         if journal is not None:
             header = {**evaluated, "logits": _probe(network, images, draws), **(about or {})}
-        drawn_from = rng if draws else None
-        doubts = answers_warnings(logits_fn, images, labels, attack_list, rng=drawn_from, batch_size=batch_size)
-        for doubt in doubts:
-            warnings.warn(doubt, stacklevel=2)
+        draws_from = rng if draws else None
+        about_logits = network_warnings(logits_fn, images, labels, attack_list, rng=draws_from, batch_size=batch_size)
+        for warning in about_logits:
+            warnings.warn(warning, stacklevel=2)
         environments = [backend.describe(network.platform)]
         log = Log()
         taken_over = []
@@ -172,16 +174,16 @@ def evaluate(
             network, rng, images, labels, attack_list,
             log=log, first=first, batch_size=batch_size, worst_images=worst_images, progress=progress,
         )  # fmt: skip
-    masking = masking_warnings(stages)
-    for doubt in masking:
-        warnings.warn(doubt, stacklevel=2)
+    about_gradients = masking_warnings(stages)
+    for warning in about_gradients:
+        warnings.warn(warning, stacklevel=2)
     worst, robust = _worst_case(stages)
     summary = {
         **evaluated,
         "environments": environments,
         "attacks": [_summary(stage, log) for stage in stages],
         "worst": worst,
-        "warnings": doubts + masking,
+        "warnings": about_logits + about_gradients,
     }
     records = [
         {
@@ -222,20 +224,22 @@ def check_evaluation(
     """
     if all(attack.apart for attack in attack_list):
         names = ", ".join(attack.name for attack in attack_list) or "none"
-        raise ValueError(f"attacks: expected at least one that isn't apart from the worst case; got {names}.")
+        raise ValueError(
+            f"attacks: expected at least one in the worst case; got {names}. Add one with a radius, such as clean."
+        )
     radii = {a.epsilon for a in attack_list if not a.apart and a.specification.fixed_radius is None}
     if len(radii | ({epsilon} if radii and epsilon is not None else set())) > 1:
         got = ", ".join(f"{attack.name} {attack.epsilon:.4g}" for attack in attack_list)
         asked = "" if epsilon is None else f" (epsilon={epsilon:.4g})"
         raise ValueError(
             f"attacks: expected one radius in the worst case{asked}; got {got}. Give each Attack that radius, or "
-            "apart=True."
+            "apart=True to exclude it from the worst case."
         )
     return check_chain(logits_fn, images, labels, attack_list)
 
 
 def _probe(network, images, draws):
-    """Logits of the first images: networks of the same arrays may compute something else. None where they are drawn."""
+    """Logits of the first images, as networks with equal arrays may differ; None for a randomised network."""
     if draws:
         return None
     return np.asarray(network.compiled(_logits)(as_float(images[:4])), np.float64).tolist()
@@ -246,7 +250,7 @@ def _logits(network, images):
 
 
 def _worst_case(stages: Sequence[Stage]) -> tuple[dict[str, Any], list[bool | None]]:
-    """Over the attacks that aren't apart: accuracy of the images that all of them cover; and for each image."""
+    """The worst case: accuracy on the images that all its attacks cover; and for each image whether it is robust."""
     together = [stage for stage in stages if not stage.attack.apart]
     covered = np.all([stage.covered for stage in together], axis=0)
     broken = np.any([stage.covered & ~stage.robust for stage in together], axis=0)
@@ -273,7 +277,7 @@ def _summary(stage: Stage, log: Log) -> dict[str, Any]:
 
 
 def _strength(stage, outcomes):
-    """What the attack found with how much of its work."""
+    """The accuracy after single runs and after numbers of steps."""
     attack, stepwise = stage.attack, stage.stepwise
     every_run, total, attacked = attack.specification.every_run, int(stage.covered.sum()), int(stage.attacked.sum())
     by_run = np.zeros(stepwise.num_runs, int)
@@ -281,15 +285,15 @@ def _strength(stage, outcomes):
     for outcome in outcomes:
         if outcome.misclassified_at >= 0:
             by_run[outcome.run] += 1
-            # Targets come one after another, starts side by side.
+            # Steps of targets add up, as they are run one after another; random starts are counted in parallel.
             step = outcome.misclassified_at + (0 if every_run else outcome.run * stepwise.num_steps)
             broken[outcome.index] = min(step, broken.get(outcome.index, step))
     single = every_run and stepwise.num_runs > 1
     result = {"lowest_single_run": float(attacked - by_run.max()) / total if single and total else None}
-    if attack.any_iterate and stepwise.num_steps and total and not stepwise.draws:  # else the last draw alone decides
+    if attack.any_iterate and stepwise.num_steps and total and not stepwise.draws:  # else only the last step decides
         last = stepwise.num_steps * (1 if every_run else stepwise.num_runs)
-        looked_at = [*(n for n in (k * 10**e for e in range(8) for k in (1, 2, 5)) if n < last), last]
-        looked_at = looked_at if every_run else [0, *looked_at]  # of these, the start isn't judged
+        shown = [*(n for n in (k * 10**e for e in range(8) for k in (1, 2, 5)) if n < last), last]
+        shown = shown if every_run else [0, *shown]  # attacks with `every_run` don't judge their start
         at = np.array(list(broken.values()))
-        result["by_step"] = [[n, float(attacked - np.sum(at <= n)) / total] for n in looked_at]
+        result["by_step"] = [[n, float(attacked - np.sum(at <= n)) / total] for n in shown]
     return result

@@ -1,8 +1,8 @@
-"""Is the gradient masked? The field's checklist, computed from what attacks did to a network.
+"""Gradient masking: the field's checklist, computed from the results of attacks on a network.
 
-A defence whose gradients mislead white-box attacks looks robust and isn't. It gives itself away where an attack does
-worse than it should: with more steps, with a larger radius, or than an attack that doesn't look at gradients at all.
-(The warnings that every evaluation gives are those of `fs_jax.attacks.sanity`.)
+A defence whose gradients mislead white-box attacks seems robust and isn't. Signs of it are attacks that do worse than
+they should: with more steps, with a larger radius, or in comparison with a gradient-free attack. (The warnings that
+every evaluation gives are in `fs_jax.attacks.sanity`.)
 
 Source: Athalye et al., "Obfuscated gradients give a false sense of security", ICML 2018; Carlini et al., "On evaluating
 adversarial robustness", 2019.
@@ -29,25 +29,26 @@ from fs_jax.evaluation.statistics import accuracy
 RADII = tuple(level / 255 for level in (1, 2, 4, 6, 8, 12, 16))
 SWEEP, UNBOUNDED = "pgd-20 at ", "pgd-100 at radius 1"
 
-_USUAL_GAP = 5  # points that AutoAttack takes from networks trained by PGD, and a little more (Croce & Hein, 2020)
-_RISING = 0.95  # share of images of which the loss has to rise along the gradient
+# Points: a little more than AutoAttack's accuracy is below PGD-20's for networks of PGD training (Croce & Hein, 2020).
+_USUAL_GAP = 5
+_RISING = 0.95  # the share of images for which the loss has to rise along the gradient
 
 
 class Check(NamedTuple):
     """One line of the checklist."""
 
     what: str
-    """What a network with honest gradients does."""
+    """What is expected of a network without gradient masking."""
     verdict: Literal["yes", "no", "not tested"]
-    """Whether this one does."""
+    """Whether this network meets it."""
     why: str
-    """The numbers."""
+    """The numbers behind the verdict."""
 
 
 def radius_attacks(num_images: int, epsilon: float) -> list[Attack]:
-    """PGD-20 at the radii of the sweep, this one among them, and PGD-100 where the ball holds every image.
+    """PGD-20 at the radii of the sweep, which include this one, and PGD-100 with a ball that contains every image.
 
-    Judged by any iterate, on the first images of those that are classified correctly.
+    Any iterate decides, and they attack those of the first images that are classified correctly.
 
     Example:
       >>> [attack.name for attack in radius_attacks(100, 0.1)][-3:]
@@ -60,7 +61,7 @@ def radius_attacks(num_images: int, epsilon: float) -> list[Attack]:
 
 
 def radius_points(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Accuracies at the radii of the sweep, 0 included: of the clean images that were swept over."""
+    """Accuracies at the radii of the sweep, which include 0: the clean accuracy on the same images."""
     swept = [attack for attack in summary["attacks"] if attack["name"].startswith(SWEEP) and attack["total"]]
     if not swept:
         return []
@@ -79,25 +80,25 @@ def loss_surface(
 ) -> tuple[Float[np.ndarray, "n k k"], Float[np.ndarray, "n k k"]]:
     """Cross-entropy and margin on a plane through each image: x + s epsilon sign(gradient) + t epsilon r, in [0, 1].
 
-    r has random signs; s and t go from -1 to 1. Where the gradient is honest, the loss rises along s, smoothly, and
-    more than along t.
+    r has random signs; s and t are in [-1, 1]. Without gradient masking, the loss rises smoothly along s, and more than
+    along t.
 
     Args:
       logits_fn: Network, from images to logits [N, classes].
-      rng: A key, or one for each image, of the random signs.
+      rng: Key of the random signs, or one key for each image.
       images: Images [N, H, W, C] in [0, 1].
       labels: True classes [N].
-      epsilon: How far the plane reaches, in units of [0, 1].
-      size: Points along each side, k; an odd number has the image itself in the middle.
+      epsilon: Half the side of the plane, in units of [0, 1].
+      size: Number of points along each side, k; if it is odd, the image itself is in the middle.
 
     Returns:
-      Losses and margins [N, k, k]; rows are t, columns s.
+      Losses and margins [N, k, k]; t changes over rows, s over columns.
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
       >>> images = jnp.full((1, 4, 4, 1), 0.5)
       >>> _, margins = loss_surface(logits_fn, jax.random.key(0), images, jnp.array([0]), epsilon=0.1, size=3)
-      >>> margins[0, 1].round(2).tolist()  # along s, against which class 0 loses
+      >>> margins[0, 1].round(2).tolist()  # along s, which lowers the margin of class 0
       [0.2, 0.0, -0.2]
     """
     side, keys = jnp.linspace(-1, 1, size), image_keys(rng, len(images))
@@ -123,7 +124,7 @@ def _planes(logits_fn, images, keys, labels, epsilon, side):
 
         return jax.lax.map(row, side)
 
-    return jax.lax.map(plane, (keys, images, labels))  # row by row: memory doesn't grow with images or points
+    return jax.lax.map(plane, (keys, images, labels))  # row by row: memory doesn't depend on the number of images
 
 
 def checklist(
@@ -131,15 +132,15 @@ def checklist(
     records: Sequence[Mapping[str, Any]],
     losses: Float[np.ndarray, "n k k"] | None = None,
 ) -> list[Check]:
-    """The checklist, as far as the attacks that were run allow.
+    """The checklist; a check whose attacks weren't run is "not tested".
 
     Args:
-      summary: Of `fs_jax.evaluation.evaluate`, with those of `radius_attacks` among its attacks.
+      summary: The summary of `fs_jax.evaluation.evaluate`, with `radius_attacks` among its attacks.
       records: Its records.
-      losses: From `loss_surface`.
+      losses: The losses of `loss_surface`.
 
     Returns:
-      One check per question, in a fixed order.
+      The checks, in a fixed order.
     """
     attacks = {attack["name"]: attack for attack in summary["attacks"] if attack["total"]}
     return [
@@ -154,7 +155,7 @@ def checklist(
 
 
 def _unbounded(attacks):
-    what = "accuracy falls to 0 where the ball holds every image"
+    what = "accuracy is 0 at radius 1, whose ball contains every image"
     if UNBOUNDED not in attacks:
         return Check(what, "not tested", "")
     attack = attacks[UNBOUNDED]
@@ -163,7 +164,7 @@ def _unbounded(attacks):
 
 
 def _radii(attacks, records):
-    what = "a larger radius is never weaker, but for the chance of random starts"
+    what = "a larger radius is never weaker, except by chance of random starts"
     swept = [name for name in attacks if name.startswith(SWEEP)]
     if len(swept) < 2:
         return Check(what, "not tested", "")
@@ -174,7 +175,7 @@ def _radii(attacks, records):
 
 
 def _iterations(attacks, records):
-    what = "more steps are never weaker, but for the chance of random starts"
+    what = "more steps are never weaker, except by chance of random starts"
     pairs = [
         (weaker, stronger)
         for weaker, stronger in (
@@ -191,20 +192,20 @@ def _iterations(attacks, records):
 
 
 def _weaker(pairs, records):
-    """Of pairs of attacks, those of which the second finds fewer images than the first, in words."""
+    """Sentences about the pairs of attacks in which the second finds fewer images than the first."""
     wrong = []
     for first, second in pairs:
         at = [record["misclassified_at"] for record in records if first in record["misclassified_at"]]
         broken = [(of_image[first] >= 0, of_image[second] >= 0) for of_image in at]
         won, lost = broken.count((False, True)), broken.count((True, False))
-        # One start finds what another misses: by chance, either way is as likely. (5% one-sided sign test.)
+        # Random starts differ: by chance, either attack is as likely to find more. (5% one-sided sign test.)
         if lost > won and scipy.stats.binomtest(lost, won + lost, alternative="greater").pvalue < 0.05:
             wrong.append(f"{second} misses {lost} images that {first} finds, and finds {won} others")
     return wrong
 
 
 def _black_box(attacks, records):
-    what = "attacks that see no gradient find nothing that the others miss"
+    what = "gradient-free attacks find nothing that the others miss"
     white, black = (
         [
             name
@@ -223,8 +224,8 @@ def _black_box(attacks, records):
     tried = [record for record in robust if any(name in record["misclassified_at"] for name in black)]
     beaten = [record for record in tried if broken(record, black)]
     why = (
-        f"{len(robust)} images are robust to {len(white)} attacks by gradients; {', '.join(black)} tried {len(tried)} "
-        f"of these and broke {len(beaten)}"
+        f"{len(robust)} images are robust to {len(white)} attacks with gradients; {', '.join(black)} tried "
+        f"{len(tried)} of these and broke {len(beaten)}"
     )
     return Check(what, _yes(not beaten) if tried or not robust else "not tested", why)
 
@@ -235,12 +236,12 @@ def _transfer(attacks):
         missing = "PGD-20 on this network wasn't run" if "transfer" in attacks else "no other network was given"
         return Check(what, "not tested", missing)
     own, other = attacks["pgd-20"], attacks["transfer"]
-    why = f"PGD-20 on the other network leaves {_percent(other)}, on this one {_percent(own)}"
+    why = f"accuracy is {_percent(other)} under adversaries of the other network, {_percent(own)} under PGD-20 on this"
     return Check(what, _yes(own["accuracy"] <= other["accuracy"]), why)
 
 
 def _surface(losses):
-    what = "along the gradient the loss rises, and more than along random signs"
+    what = "the loss rises along the gradient, and more than along random signs"
     if losses is None or not len(losses):
         return Check(what, "not tested", "")
     middle = losses.shape[1] // 2
@@ -250,7 +251,7 @@ def _surface(losses):
 
 
 def _gap(attacks, records):
-    what = f"the strongest attacks take at most {_USUAL_GAP} points more than PGD-20"
+    what = f"accuracy under all attacks is at most {_USUAL_GAP} points below that under PGD-20"
     among = [attack for attack in attacks.values() if not attack["apart"]]
     own = [attack for attack in attacks.values() if attack["name"] == "pgd-20" or _swept_at_radius(attack, among)]
     if not own or all(attack["name"] in ("clean", "pgd-20") for attack in among):
@@ -259,21 +260,21 @@ def _gap(attacks, records):
     few = [record for record in records[: pgd["total"]] if record["robust"] is not None]
     if not few:
         return Check(what, "not tested", "no image was covered by all attacks")
-    stand = sum(record["misclassified_at"].get(pgd["name"], 0) < 0 for record in few)
-    robust = sum(record["robust"] for record in few)
+    to_pgd = sum(record["misclassified_at"].get(pgd["name"], 0) < 0 for record in few)
+    to_all = sum(record["robust"] for record in few)
     chained = attacks.get("square", {}).get("after")
     autoattack = f"AutoAttack {_percent(attacks['square'])}, " if chained else ""
-    points = 100 * (stand - robust) / len(few)
+    points = 100 * (to_pgd - to_all) / len(few)
     passed = points <= _USUAL_GAP
-    why = f"PGD-20 leaves {stand / len(few):.1%}, {autoattack}all attacks together {robust / len(few):.1%}: "
+    why = f"PGD-20 {to_pgd / len(few):.1%}, {autoattack}all attacks together {to_all / len(few):.1%}: "
     why += f"{points:.1f} points" if passed else f"PGD-20 alone overstates this network by {points:.1f} points"
-    if stand:
-        why += f"; of the images that it leaves, others break {1 - robust / stand:.0%}"
+    if to_pgd:
+        why += f"; {1 - to_all / to_pgd:.0%} of the images that are robust to PGD-20 aren't robust to all"
     return Check(what, _yes(passed), why)
 
 
 def _swept_at_radius(attack, among):
-    """Whether it is the sweep's PGD-20 at the radius of the others, in its place where that wasn't run by itself."""
+    """Whether an attack is the sweep's PGD-20 at the others' radius, which replaces PGD-20 if that wasn't run."""
     return attack["name"].startswith(SWEEP) and any(abs(attack["epsilon"] - a["epsilon"]) < 1e-6 for a in among)
 
 

@@ -1,13 +1,14 @@
 """Append-only log of an evaluation: one line per image and run; an interrupted evaluation resumes from it.
 
-A file of JSON lines. The first says what is evaluated: the network's weights and the data as hashes, the seed, the
-precision. Each process that writes adds a line about itself: versions and device. Then each attack has a line with its
-settings, followed, in the order in which they are finished, by a line for each image and run (a random start, or a
-target), and by lines with the seconds spent. A line is whole or, where a process was killed within it, cut off by the
-next one. A resume with another network, other data or settings is refused, and the message says which field differs.
+The file has one JSON object in each line. The first line is the header, which identifies the evaluation: hashes of the
+network's weights and of the data, the seed, the precision. Each process that writes adds a line with its versions and
+device. Each attack has a line with its settings, then one line for each image and run (a random start, or a target) as
+it is finished, and lines with the seconds spent. If a process is killed while it writes a line, the next process
+removes the incomplete line. Resuming with another network, other data or other settings raises an error that names the
+field.
 
-What these lines hold is said where it is made: the first in `fs_jax.evaluation.driver`, settings by `Attack.described`,
-those of images by `fs_jax.attacks.chain.Outcome`.
+The fields are documented where they are made: those of the header in `fs_jax.evaluation.driver`, settings in
+`Attack.described`, those of images in `fs_jax.attacks.chain.Outcome`.
 """
 
 import json
@@ -21,20 +22,20 @@ from fs_jax._utils.files import local_path, locked, read_jsonl
 from fs_jax.attacks.chain import Log, Outcome
 
 SCHEMA = "evaluation by fs_jax, version 3"
-"""Version of the journal and of the results: raised when a field changes its name or its meaning."""
+"""Version of the journal and of the results; it changes when a field changes its name or its meaning."""
 
 
 class Journal(Log):
-    """A `Log` that is on disk too.
+    """A `Log` that is also written to a file.
 
     Args:
       path: JSONL file, a new one or the one to resume.
-      header: What is evaluated, as plain JSON data. A file with another header is refused.
-      environment: Versions and device of this process, as plain JSON data; `environments` are those of all.
+      header: Identifies the evaluation, as plain JSON data. A file with another header raises an error.
+      environment: Versions and device of this process, as plain JSON data; `environments` has those of all processes.
 
     Raises:
-      ValueError: if the file is of another evaluation, with the fields that differ; or isn't a journal.
-      BlockingIOError: if another process writes it.
+      ValueError: if the file is of another evaluation, with the field that differs; or isn't a journal.
+      BlockingIOError: if another process is writing to it.
 
     Example:
       >>> import tempfile
@@ -63,7 +64,7 @@ class Journal(Log):
         """Start an attack, or resume it.
 
         Raises:
-          ValueError: if the attack has run with other settings.
+          ValueError: if the journal has the attack with other settings.
         """
         settings = _plain(settings)
         if attack in self._settings:
@@ -74,15 +75,15 @@ class Journal(Log):
         self._write([{"attack": attack, "settings": settings}])
 
     def append(self, attack: str, outcomes: Iterable[Outcome], *, seconds: float) -> None:
-        """Add outcomes of an attack that was begun, and the seconds that they took."""
+        """Add outcomes of an attack after `begin`, and the seconds that they took."""
         outcomes = list(outcomes)
         super().append(attack, outcomes, seconds=seconds)
-        # The seconds first: a line that is cut off takes its own image's work with it, and no more.
+        # The seconds come first, so that a line that is cut off loses one image's outcome, and nothing else.
         self._write([{"attack": attack, "seconds": seconds}, *({"attack": attack, **o._asdict()} for o in outcomes)])
 
     @staticmethod
     def header(path: str | os.PathLike) -> dict[str, Any]:
-        """The first line of a journal: what is evaluated.
+        """The first line of a journal, which identifies the evaluation.
 
         Raises:
           ValueError: if the file isn't a journal of this schema.
@@ -100,7 +101,7 @@ class Journal(Log):
         """The lines of another journal, for `take_over`.
 
         Raises:
-          ValueError: if it isn't of this header, or of an attack that isn't here or has other settings.
+          ValueError: if its header differs, or it has an attack with other settings or one that isn't in `settings`.
         """
         _refuse_changes("", Journal.header(path), {"schema": SCHEMA, **_plain(header)}, path)
         lines = read_jsonl(path)[1:]
@@ -111,7 +112,7 @@ class Journal(Log):
         return lines
 
     def take_over(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Add what `part` has read, of an evaluation of other images."""
+        """Add lines from `part`, which are of an evaluation of other images."""
         new = []
         for line in lines:
             if line.get("attack") in self._settings and "settings" in line:
@@ -122,7 +123,7 @@ class Journal(Log):
         self._write(new)
 
     def close(self) -> None:
-        """Close the file, so that another process may resume it."""
+        """Close the file, so that another process can resume from it."""
         try:
             if self._file is not None:
                 self._file.close()
@@ -141,11 +142,11 @@ class Journal(Log):
         self._lock = locked(self.path)
         try:
             self._file = open(self.path, "a+b")  # noqa: SIM115
-            if _line(header).startswith(self.path.read_bytes()):  # new, or killed within its first line
+            if _line(header).startswith(self.path.read_bytes()):  # new, or incomplete in its first line
                 self._file.truncate(0)
                 self._write([header])
             _refuse_changes("", self.header(self.path), header, self.path)
-            self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # what a killed process didn't finish
+            self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # drop an incomplete last line
             _, *rest = read_jsonl(self.path)
             for line in rest:
                 self._read(line)
@@ -170,7 +171,7 @@ class Journal(Log):
             super().append(attack, [Outcome(**line)], seconds=0)
 
     def _write(self, lines):
-        # All at once, and on the disk before the next ones.
+        # One write for all lines, which is on disk before the next.
         self._file.write(b"".join(map(_line, lines)))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -190,9 +191,9 @@ def _refuse_changes(where, theirs, ours, path):
 
 
 def _close(then, now):
-    """Whether logits are those of the same network, on another machine perhaps.
+    """Whether logits are of the same network, possibly on another machine.
 
-    Another machine, or bfloat16, rounds logits by about a hundredth of the largest; another network does more.
+    Another machine, or bfloat16, changes logits by about a hundredth of the largest; another network by more.
     """
     if then is None or now is None:
         return then is now
@@ -201,12 +202,12 @@ def _close(then, now):
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an attack beside what else is known of it, so that a message names what differs."""
+    """The fields of an attack with its settings in one dictionary, so that a message names the one that differs."""
     return {**{name: value for name, value in data.items() if name != "settings"}, **data.get("settings", {})}
 
 
 def _plain(data: Any) -> Any:
-    """The data as it comes back from JSON: tuples as lists."""
+    """The data after a round trip through JSON, which makes tuples lists."""
     return json.loads(json.dumps(data))
 
 

@@ -1,11 +1,11 @@
-"""Statistics of evaluations."""
+"""Statistics of accuracies: intervals, and paired differences."""
 
 import numpy as np
 import scipy.stats
 
 
 def accuracy(correct: np.ndarray) -> dict[str, float | int | None]:
-    """Fraction of True, with its 95% Wilson interval; None of no images.
+    """The share of correct images with its 95% Wilson interval; None if there are no images.
 
     Example:
       >>> {name: round(value, 2) for name, value in accuracy(np.array([True, False])).items()}
@@ -27,12 +27,13 @@ def accuracy(correct: np.ndarray) -> dict[str, float | int | None]:
 def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
     """Difference of two accuracies on the same images, and half the width of its 95% interval.
 
-    d_i in {-1, 0, 1} says which of the two is right on image i: mean(d) +- 1.96 sd(d) / sqrt(n). Of images on which
-    both are right or both wrong nothing is learned, so that it is narrower than from the two accuracies alone. But n
-    images without a difference leave room for one in 1 - 0.05^(1/n) of all: the interval is at least as wide.
+    With d_i = 1 if only the first is right on image i, -1 if only the second is, and 0 otherwise, the interval is
+    mean(d) +- 1.96 sd(d) / sqrt(n). Images on which both agree add no variance, so it is narrower than an interval from
+    the two accuracies alone. It is never narrower than +- (1 - 0.05^(1/n)): if n images show no difference, the share
+    of all images with a difference may still be as large as this, with 95% confidence.
 
     Raises:
-      ValueError: for other numbers of images.
+      ValueError: if the numbers of images differ, or there are fewer than 2.
 
     Example:
       >>> difference, half = paired_difference(np.arange(100) < 90, np.arange(100) < 80)

@@ -1,4 +1,4 @@
-"""Suites: attacks that are run together, in their order."""
+"""Suites: lists of attacks by name."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from fs_jax._utils.validation import check_choice
 from fs_jax.attacks.autoattack import autoattack_attacks
 from fs_jax.attacks.registry import Attack
 
-# The command line has these names once more, in `experiments.evaluate.Arguments`.
+# `experiments.evaluate.Arguments` repeats these names, for its command line.
 SUITES = ("paper", "autoattack", "gradient-free", "all")
 
 
@@ -19,28 +19,28 @@ def suite(
     num_directions: int = 128,
     num_classes: int = 10,
 ) -> list[Attack]:
-    """The attacks of a suite, in their order; the first is the clean image.
+    """The attacks of a suite, in order; the first is the clean images.
 
     - "paper": FGSM, PGD and CW as the paper reports them. With 20 and 100 steps the last iterate decides, as in the
-      paper's code, so that numbers can be compared; with 500 and 1000 steps there are 5 starts and any iterate counts,
-      which is stronger.
-    - "autoattack": the standard version, each attack on the images that those before it didn't break; its accuracy
-      is that after it.
-    - "gradient-free": SPSA; local search, whose changes no radius bounds, and which is reported apart; and local search
-      projected on the ball. (Square is AutoAttack's.) They ask the network so often that only the first images are
-      attacked.
-    - "all": all these.
+      paper's code, so that numbers can be compared. With 500 and 1000 steps there are 5 restarts and any iterate
+      counts, which is stronger.
+    - "autoattack": the standard version. Each attack is run on the images that the earlier ones didn't misclassify; its
+      accuracy counts the earlier ones too.
+    - "gradient-free": SPSA; local search as published, which has no radius and is excluded from the worst case; and
+      local search projected on the ball. (Square is in AutoAttack.) They need so many forward passes that only the
+      first images are attacked.
+    - "all": all of these.
 
     Args:
       name: One of `SUITES`.
       epsilon: Radius, in units of [0, 1].
-      step_size: Step of PGD and CW; epsilon / 4 by default, as in the paper.
-      gradient_free_images: How many images the gradient-free attacks are run on; None for all.
-      num_directions: Of SPSA, in each step.
-      num_classes: Classes of the network.
+      step_size: Step size of PGD and CW; epsilon / 4 by default, as in the paper.
+      gradient_free_images: Number of images that the gradient-free attacks are run on; None for all.
+      num_directions: Directions in each step of SPSA.
+      num_classes: Number of classes of the network.
 
     Raises:
-      ValueError: for another name, with the nearest one.
+      ValueError: for an unknown name, with the nearest known one.
 
     Example:
       >>> [attack.name for attack in suite("autoattack")]

@@ -1,4 +1,4 @@
-"""From recorded numbers to Markdown tables and PNG figures. Pure functions: data in, a string or a file out."""
+"""Markdown tables and PNG figures from recorded results. Functions of data that return a string or write a file."""
 
 from fs_jax._utils.extras import require
 from fs_jax._utils.text import radius

@@ -1,6 +1,6 @@
-"""What all figures share: the style, colours, and writing a file in one move (a reader never sees half a file).
+"""Shared code of the figures: the style, the colours, and writing complete files.
 
-matplotlib is loaded when the first figure is drawn, and no display or global state is used.
+matplotlib is imported when the first figure is drawn. No display and no global state is used.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
 
-# Okabe and Ito's palette, which people with any common colour blindness can tell apart (yellow left out: too pale).
+# Okabe and Ito's palette, which people with any common colour blindness can distinguish (without yellow: too pale).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 RIGHT, WRONG = "#00724F", "#C24A00"  # its green and vermilion, darkened for text
 GREY = "#555555"
@@ -40,7 +40,7 @@ _DPI = 160
 
 @contextlib.contextmanager
 def new_figure(**arguments: Any) -> Iterator["Figure"]:
-    """A figure in the project's style, apart from pyplot: no display is opened, and nothing has to be closed."""
+    """A figure in the project's style, made without pyplot: it needs no display and needn't be closed."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -69,7 +69,7 @@ def figure_path(path: str | os.PathLike) -> pathlib.Path:
 
 
 def save(figure: "Figure", path: pathlib.Path) -> None:
-    """Write a PNG or SVG whole or not at all; the same figure gives the same bytes."""
+    """Write a complete PNG or SVG, or nothing if that fails; the same figure gives the same bytes."""
     import matplotlib
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,4 +79,4 @@ def save(figure: "Figure", path: pathlib.Path) -> None:
 
 
 _METADATA: dict[str, dict[str, None]] = {".png": {"Software": None}, ".svg": {"Date": None}}
-"""What would be other bytes each time, by kind of file."""
+"""Metadata that would differ in each file, by kind of file; None removes it."""

@@ -26,18 +26,18 @@ def attack_examples(
     epsilon: float,
     title: str | None = None,
 ) -> "Figure":
-    """Draw images, their perturbations magnified, and the attacked images, with what a network says of them.
+    """Draw images, their magnified perturbations and the attacked images, with the predictions of a network.
 
     Args:
-      images: [n, h, w, c] in [0, 1], with 1 channel or 3; each makes a column.
+      images: [n, h, w, c] in [0, 1], with 1 or 3 channels; there is one column for each.
       adversarial: [n, h, w, c], the same images attacked.
       labels: [n], the true classes.
       clean_predictions: Classes predicted for `images` [n], or logits [n, classes], which give a probability too.
       adversarial_predictions: The same for `adversarial`.
       path: The .png or .svg to write.
-      class_names: The classes' names; numbers by default.
-      epsilon: The attack's radius: grey is no change, black and white are a change by minus and plus epsilon. What
-        goes further is clipped.
+      class_names: Names of the classes; numbers by default.
+      epsilon: The attack's radius: grey is no change, black and white are a change by minus and plus epsilon. Larger
+        changes are clipped.
       title: A title above the columns.
 
     Returns:
@@ -64,7 +64,7 @@ def attack_examples(
         )
     ]
     names = [f"true: {_class_name(label, class_names)}" for label in labels]
-    # Differences in the images' own type would wrap around or lose digits.
+    # In float64, as differences in the type of the images would lose digits.
     change = 0.5 + (adversarial.astype(np.float64) - images.astype(np.float64)) / (2 * epsilon)
     rows = (
         ("original", images, predictions[0]),
@@ -119,7 +119,7 @@ def _check_images(images: np.ndarray, adversarial: np.ndarray, labels: np.ndarra
 def _predictions(
     argument: str, given: np.ndarray, count: int, class_names: Sequence[str] | None
 ) -> list[tuple[int, str]]:
-    """Class and words for each image."""
+    """The predicted class of each image, and its text."""
     given = np.asarray(given)
     if given.shape == (count,) and given.dtype.kind in "iu":
         return [(int(label), _class_name(label, class_names)) for label in given]

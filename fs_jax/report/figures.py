@@ -1,4 +1,4 @@
-"""From recorded numbers to PNG figures: each function draws a figure of its own, writes it whole, and returns it."""
+"""PNG figures of recorded results: each function draws one figure, writes it to a file, and returns it."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def accuracy_bars(
     evaluations: Mapping[str, Mapping[str, Any]], path: str | os.PathLike, *, title: str | None = None
 ) -> "Figure":
-    """Draw accuracies as bars with their 95% intervals: a group per attack, a colour per network.
+    """Draw accuracies as bars with 95% intervals: one group for each attack, one colour for each network.
 
     Args:
       evaluations: As in `accuracy_table`.
@@ -26,7 +26,7 @@ def accuracy_bars(
       title: A title above the bars.
 
     Returns:
-      The figure; its one axes has a container of bars per network, each with a bar per attack.
+      The figure; its axes has one container of bars for each network, with one bar for each attack.
 
     Example:
       >>> import pathlib, tempfile
@@ -37,7 +37,7 @@ def accuracy_bars(
     """
     attacks, networks = records_by_network(evaluations)
     path = figure_path(path)
-    share = 0.84 / len(networks)  # of the unit between two groups
+    share = 0.84 / len(networks)  # width of a bar; groups are at distance 1
     inches = max(5.0, 1.0 + 0.42 * len(attacks) * (len(networks) + 0.6))
     with new_figure(figsize=(inches, 3.5)) as figure:
         axes = figure.add_subplot()
@@ -65,10 +65,10 @@ def accuracy_bars(
         axes.set_ylim(0, 105)
         axes.set_yticks(range(0, 101, 20))
         axes.set_ylabel("accuracy (%)")
-        if WORST in attacks and len(attacks) > 1:  # set apart what isn't an attack of its own
+        if WORST in attacks and len(attacks) > 1:  # a line before the worst case, which isn't an attack
             axes.axvline(len(attacks) - 1.5, color="#BBBBBB", linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_xlabel(caption(evaluations), color=GREY, fontsize=8, labelpad=6)
-        # As the legend's title, since constrained layout would let a title of the figure and the legend overlap.
+        # The title is the legend's, as constrained layout lets a title of the figure overlap with the legend.
         figure.legend(
             loc="outside upper center", ncols=legend_columns(networks, inches), title=title, title_fontsize=10
         )
@@ -77,18 +77,19 @@ def accuracy_bars(
 
 
 def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike) -> "Figure":
-    """Draw loss and accuracies over epochs, a colour per run.
+    """Draw loss and accuracies over epochs, with one colour for each training run.
 
     Args:
-      metrics: Run's name to its rows, those of a run's `metrics.jsonl`. Each has `step` and `epoch` (those seen, a
-        fraction inside one) and some of `loss` (nats), `accuracy` and `natural_accuracy` (in [0, 1], on the images
-        trained on and on these before the attack), `monitor_clean` and `monitor_robust` (in [0, 1], on the
-        monitored images). A resumed run may log a step again: the later value counts.
+      metrics: The rows of each training run, from its `metrics.jsonl`, by the run's name. Each row has `step`, `epoch`
+        (a fraction within an epoch) and some of `loss` (nats), `accuracy` and `natural_accuracy` (in [0, 1], on the
+        images that the step trains on, and on the same images without the attack), `monitor_clean` and
+        `monitor_robust` (in [0, 1], on the monitored images). If a resumed run logged a step twice, the later value is
+        used.
       path: The .png or .svg to write.
 
     Returns:
-      The figure: an axes for the loss, one for the accuracies in training, and one for the monitored images where a
-      row has them.
+      The figure: an axes for the loss, one for the accuracies in training, and one for the monitored images if any row
+      has them.
 
     Example:
       >>> import tempfile
@@ -117,7 +118,7 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: st
                 _curve(axes, rows, "monitor_robust", colour, **marks)
         loss.set_title("training loss")
         loss.set_ylabel("cross-entropy (nats)")
-        accuracies = [(training, "training accuracy", "as trained on")]
+        accuracies = [(training, "training accuracy", "images trained on")]
         accuracies += [(axes, "accuracy on monitored images", "attacked") for axes in held_out]
         for axes, title, solid in accuracies:
             axes.set_title(title)
@@ -132,7 +133,7 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: st
             *loss.get_legend_handles_labels(), loc="outside upper center", ncols=legend_columns(runs, 3.6 * panels)
         )
         if smoothed:
-            figure.supxlabel("pale: values as logged; strong: their running mean", fontsize=8, color=GREY)
+            figure.supxlabel("pale: logged values; strong: running mean", fontsize=8, color=GREY)
         save(figure, path)
     return figure
 
@@ -144,17 +145,17 @@ def attack_strength(
     *,
     worst: float | None = None,
 ) -> "Figure":
-    """Draw accuracy against the strength of attacks: against their steps, and against the radius.
+    """Draw accuracy against the strength of attacks: the number of steps, and the radius.
 
     Args:
       attacks: Records of an evaluation with `name`. Those with `by_step`, pairs of a number of steps and the accuracy
-        after it, become lines; the others have `num_steps` and `accuracy`, and become marks.
+        after it, are drawn as lines; the others have `num_steps` and `accuracy`, and are drawn as marks.
       radii: Accuracies at several radii: `epsilon`, `accuracy`, `low`, `high`.
       path: The .png or .svg to write.
       worst: The accuracy over all attacks, for a dashed line.
 
     Returns:
-      The figure: an axes for the steps and one for the radii, each if there is something to show.
+      The figure: an axes for the steps if there are attacks, and one for the radii if there are any.
 
     Example:
       >>> import tempfile
@@ -224,14 +225,15 @@ def loss_surfaces(
     """Draw the loss around images: along the sign of the gradient, and along random signs.
 
     Args:
-      losses: [n, k, k]; the middle one is the image's own, rows go along the random signs, columns along the gradient.
-      margins: [n, k, k], above 0 where the image is classified correctly; a line is drawn where they change sign.
+      losses: [n, k, k], with the image itself in the middle; rows change along the random signs, columns along the sign
+        of the gradient.
+      margins: [n, k, k], above 0 where the class is correct; a line shows where the sign changes.
       path: The .png or .svg to write.
-      epsilon: Both axes go from minus to plus this, in units of [0, 1].
+      epsilon: Both axes are from -epsilon to epsilon, in units of [0, 1].
       titles: A title for each image.
 
     Returns:
-      The figure, with an axes per image, and those of the colour bars.
+      The figure, with one axes for each image, and those of the colour bars.
 
     Example:
       >>> import tempfile
@@ -266,7 +268,7 @@ def loss_surfaces(
 
 
 def _by_step(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per step, in order; where a step was logged twice, the later values."""
+    """One row for each step, in order; if a step was logged twice, the later values."""
     merged: dict[int, dict[str, Any]] = {}
     for number, row in enumerate(rows, 1):
         if "step" not in row or "epoch" not in row:
@@ -275,14 +277,14 @@ def _by_step(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     return [merged[step] for step in sorted(merged)]
 
 
-_SMOOTH_ABOVE = 80  # points: more than these are hard to read as they are
+_SMOOTH_ABOVE = 80  # a curve with more points gets a running mean
 
 
 def _curve(
     axes: "Axes", rows: Sequence[Mapping[str, Any]], key: str, colour: str, *,
     scale: float = 1.0, smooth: bool = True, **line: Any,
 ) -> bool:  # fmt: skip
-    """Draw one quantity over epochs; true if it took a running mean to be readable."""
+    """Draw one quantity over epochs; returns whether a running mean was drawn."""
     points = [(row["epoch"], scale * row[key]) for row in rows if row.get(key) is not None]
     if not points:
         return False
@@ -296,7 +298,7 @@ def _curve(
 
 
 def _running_mean(values: Float[np.ndarray, "n"], window: int) -> Float[np.ndarray, "n"]:
-    """Means over a centred window, of the values that there are at the ends."""
+    """Means over a centred window, which is cut off at the ends."""
     half = window // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))

@@ -1,27 +1,23 @@
-"""From evaluations to Markdown tables. Pure functions: data in, a string out."""
+"""Markdown tables of evaluations: functions of data that return a string."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tabulate
 
 from fs_jax._utils.text import radius
 
-if TYPE_CHECKING:
-    pass
-
-
 WORST = "worst case"
 
 
 def accuracy_table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown table of accuracies in percent with their 95% intervals: a row per network, a column per attack.
+    """Make a Markdown table of accuracies in % with 95% intervals: a row for each network, a column for each attack.
 
     Args:
-      evaluations: Network's name to its evaluation, as `fs_jax.evaluation` writes it: a dictionary with `attacks`, a
-        list of records, and `worst`, one record; a record has `accuracy`, `low` and `high` in [0, 1], those of
-        `attacks` a `name`. Columns are in the order of the records, the worst case over attacks is last, and an
-        attack that a network was spared leaves a dash.
+      evaluations: The evaluation of each network, by the network's name, as in the summary of
+        `fs_jax.evaluation.evaluate`: a dictionary with `attacks`, a list of records, and `worst`, one record. A record
+        has `accuracy`, `low` and `high` in [0, 1], and those of `attacks` have a `name`. Columns are in the order of
+        the records, with the worst case last. An attack that wasn't run on a network gives a dash.
 
     Returns:
       The table in GitHub's Markdown.
@@ -42,13 +38,13 @@ def accuracy_table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def attack_table(evaluation: Mapping[str, Any]) -> str:
-    """Markdown table of one network's evaluation: a row per attack, and the worst case last.
+    """Make a Markdown table of one network's evaluation: a row for each attack, with the worst case last.
 
     Args:
-      evaluation: What `fs_jax.evaluation.evaluate` sums up: `attacks`, records with `name`, `judged_by`, `attacked`,
-        `total`, `accuracy`, `low`, `high`, `lowest_single_run` (a dash where there was one run), `seconds`, and
-        `forward` and `backward`, the passes of single images; and, if there is one, `worst`, with `unknown`, how many
-        images some attack wasn't meant for.
+      evaluation: The summary of `fs_jax.evaluation.evaluate`: `attacks`, a list of records with `name`, `judged_by`,
+        `attacked`, `total`, `accuracy`, `low`, `high`, `lowest_single_run` (None gives a dash), `seconds`, and
+        `forward` and `backward`, the passes of single images; and optionally `worst`, with `unknown`, the number of
+        images that not all attacks cover.
 
     Returns:
       The table in GitHub's Markdown.
@@ -86,13 +82,13 @@ def attack_table(evaluation: Mapping[str, Any]) -> str:
 
 
 def caption(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
-    """State what a table or a figure of these evaluations shows: images, radius, restarts, interval.
+    """Describe what a table or a figure of these evaluations shows: images, radius, restarts, intervals.
 
     Args:
       evaluations: As in `accuracy_table`; records may also have `total`, `epsilon` and `restarts`.
 
     Returns:
-      One sentence without its full stop. What differs between records is given as a range.
+      One sentence without a full stop. Values that differ between records are given as a range.
 
     Example:
       >>> record = {"name": "pgd-20", "accuracy": 0.45, "low": 0.42, "high": 0.48}
@@ -103,9 +99,7 @@ def caption(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     _, networks = records_by_network(evaluations)
     records = [record for of_network in networks.values() for record in of_network.values()]
 
-    attacked = [
-        record for record in records if record["name"] != "clean"
-    ]  # a clean pass has neither radius nor restarts
+    attacked = [record for record in records if record["name"] != "clean"]  # which has no radius and no restarts
 
     def values(among: Sequence[Mapping[str, Any]], key: str) -> list:
         return sorted({record[key] for record in among if key in record})
@@ -127,7 +121,7 @@ def caption(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
 def records_by_network(
     evaluations: Mapping[str, Mapping[str, Any]],
 ) -> tuple[list[str], dict[str, dict[str, Mapping[str, Any]]]]:
-    """The columns in order, and for each network its records by column."""
+    """The columns in order, and the records of each network by column."""
     if not evaluations:
         raise ValueError("evaluations: expected at least one network; got none.")
     networks = {}

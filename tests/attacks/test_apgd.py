@@ -19,10 +19,10 @@ EPSILON = 0.08
 
 
 def reference(loss_and_gradient, image, start, epsilon, num_steps):
-    """Croce & Hein, algorithm 1, for one image, in NumPy: where it goes on from after each step.
+    """Croce & Hein, algorithm 1, for one image, in NumPy: the iterate after each step.
 
-    It ends early where a gradient has vanished (as the DLR loss's does where the true class is third: the loss is 1
-    there). What follows are signs of rounding errors.
+    It stops early if a gradient vanishes (that of the DLR loss does if the true class is third: the loss is 1 there).
+    After that, signs of the gradient are signs of rounding errors.
     """
     checkpoints, length = [0], int(0.22 * num_steps)
     while checkpoints[-1] + length <= num_steps:
@@ -58,14 +58,14 @@ def reference(loss_and_gradient, image, start, epsilon, num_steps):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("loss", ["ce", pytest.param("dlr", marks=pytest.mark.slow)])
-def test_iterates_are_those_of_the_published_algorithm(classifier, loss):
+def test_iterates_equal_the_published_algorithm(classifier, loss):
     logits_fn, images, labels = classifier
     images = jnp.asarray(images, jnp.float64)
     attack = attacks.apgd_steps(epsilon=EPSILON, loss=loss)
     step = jax.jit(lambda state: attack.step(logits_fn, state, images, labels))
     states = [started(attack, logits_fn, images, labels)]
     for _ in range(attack.num_steps):
-        states.append(step(states[-1]))  # nobody is held back here: fallen images go on
+        states.append(step(states[-1]))  # misclassified images continue too
     loss_fn = {"ce": attacks.cross_entropy, "dlr": attacks.dlr}[loss]
     one = jax.jit(jax.value_and_grad(lambda x, label: loss_fn(logits_fn(x[None]), label[None])[0]))
     halved = whole = 0
@@ -78,7 +78,7 @@ def test_iterates_are_those_of_the_published_algorithm(classifier, loss):
         halved += eta < 2 * EPSILON
         whole += len(path) == len(states)
     assert whole >= 4  # of 6
-    assert halved > 0  # else no checkpoint was tried
+    assert halved > 0  # else no checkpoint was tested
 
 
 def test_checkpoints_are_the_published_ones():
@@ -87,7 +87,7 @@ def test_checkpoints_are_the_published_ones():
 
 
 def linear(classes=2):
-    """A linear network on 3 x 3 images, whose margins are known in closed form, and images that it gets right."""
+    """A linear network on 3 x 3 images, with margins in closed form, and images that it classifies correctly."""
     rng = np.random.default_rng(4)
     weights = rng.normal(size=(9, classes))
     weights -= weights.mean(0)  # so that images near 0.5 are near the boundary
@@ -101,8 +101,8 @@ def linear(classes=2):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("settings", [{"loss": "ce"}, {"loss": "targeted", "num_runs": 4}], ids=["ce", "targeted"])
-def test_on_a_linear_network_an_image_falls_where_it_can_fall(settings):
-    # Where no pixel is within epsilon of 0 or 1, class i can overtake y if z_y - z_i < epsilon ||w_y - w_i||_1.
+def test_on_a_linear_network_an_image_is_misclassified_if_it_can_be(settings):
+    # If no pixel is within epsilon of 0 or 1, class i can exceed y if z_y - z_i < epsilon ||w_y - w_i||_1.
     classes = 2 if settings["loss"] == "ce" else 5
     logits_fn, images, labels, weights = linear(classes)
     logits = np.asarray(logits_fn(images))
@@ -113,12 +113,12 @@ def test_on_a_linear_network_an_image_falls_where_it_can_fall(settings):
     assert epsilon < 0.3
     attack = attacks.apgd_steps(epsilon=epsilon, **settings)
     progress = run(attack, logits_fn, jax.random.split(KEY, 12), images, labels)
-    can_fall = (gaps < epsilon * reach).any(-1)
-    assert can_fall.sum() == 6
-    np.testing.assert_array_equal(progress.misclassified_at >= 0, can_fall)
-    if classes == 2:  # what stands was brought as far as it goes; margins are float32
+    can_be_misclassified = (gaps < epsilon * reach).any(-1)
+    assert can_be_misclassified.sum() == 6
+    np.testing.assert_array_equal(progress.misclassified_at >= 0, can_be_misclassified)
+    if classes == 2:  # robust images have the lowest possible margin, in float32
         lowest = np.min(gaps - epsilon * reach, -1)
-        np.testing.assert_allclose(progress.margin[~can_fall], lowest[~can_fall], rtol=1e-5)
+        np.testing.assert_allclose(progress.margin[~can_be_misclassified], lowest[~can_be_misclassified], rtol=1e-5)
 
 
 def started(attack, logits_fn, images, labels):
@@ -126,14 +126,14 @@ def started(attack, logits_fn, images, labels):
     return start(jax.random.split(KEY, len(images)))
 
 
-def test_the_start_counts_and_touches_the_sphere(classifier):
+def test_the_start_is_judged_and_is_on_the_surface_of_the_ball(classifier):
     logits_fn, images, labels = classifier
     attack = attacks.apgd_steps(epsilon=EPSILON)
     state = started(attack, logits_fn, images, labels.at[:3].add(1) % 5)
-    standing = attacks.logit_margin(logits_fn(state.iterate), labels.at[:3].add(1) % 5) > 0
-    assert standing.any()
-    assert not standing.all()
-    assert (state.progress.misclassified_at == jnp.where(standing, -1, 0)).all()
+    correct = attacks.logit_margin(logits_fn(state.iterate), labels.at[:3].add(1) % 5) > 0
+    assert correct.any()
+    assert not correct.all()
+    assert (state.progress.misclassified_at == jnp.where(correct, -1, 0)).all()
     inside = started(attack, logits_fn, jnp.full_like(images, 0.5), labels).iterate
     np.testing.assert_allclose(jnp.abs(inside - 0.5).max((1, 2, 3)), EPSILON, atol=1e-7)
 
@@ -154,7 +154,7 @@ def test_gradients_of_a_randomised_network_are_averaged():
     images = images.astype(jnp.float32)
 
     def noisy(x, keys):
-        # Logits as they are; gradients with noise of three times their size.
+        # Exact logits; gradients with noise of three times their size.
         noise = jnp.einsum(
             "nd,ndc->nc", x.reshape(len(x), -1), jax.vmap(lambda key: jax.random.normal(key, (9, 3)))(keys)
         )
@@ -167,7 +167,7 @@ def test_gradients_of_a_randomised_network_are_averaged():
         agreement[draws] = (started(attack, noisy, images, labels).direction == exact).mean()
     # Of the signs: with noise of 3 about 0.6 are right, with 3/10 about 0.9.
     assert agreement[1] < 0.75 < 0.85 < agreement[100]
-    assert attack.passes == ((101, 100), (100, 100))  # one more judges the run
+    assert attack.passes == ((101, 100), (100, 100))  # one more pass judges the run
 
 
 @pytest.mark.parametrize(
@@ -176,18 +176,18 @@ def test_gradients_of_a_randomised_network_are_averaged():
         (
             2,
             {"loss": "dlr"},
-            "at least 3 classes, which the DLR loss compares; got 2. Attacks that remain: APGD-CE, FAB",
+            "at least 3 classes, which the DLR loss compares; got 2. Attacks that work: APGD-CE, FAB",
         ),
         (
             3,
             {"loss": "targeted"},
-            "at least 4 classes, which the targeted DLR loss compares; got 3. Attacks that remain",
+            "at least 4 classes, which the targeted DLR loss compares; got 3. Attacks that work",
         ),
-        (5, {"loss": "targeted", "num_runs": 5}, "num_runs: expected at least 1, and at most the 4 wrong classes"),
+        (5, {"loss": "targeted", "num_runs": 5}, "num_runs: expected at least 1, and with targets at most 4"),
         (5, {"loss": "cd"}, "loss: expected one of ce, dlr, targeted; got 'cd'"),
     ],
 )
-def test_what_cannot_be_run_is_refused(classes, settings, message):
+def test_bad_settings_raise_an_error(classes, settings, message):
     logits_fn, images, labels, _ = linear(classes)
     with pytest.raises(ValueError, match=re.escape(message)):
         attacks.apgd(logits_fn, KEY, images.astype(jnp.float32), labels, **settings)
@@ -195,5 +195,5 @@ def test_what_cannot_be_run_is_refused(classes, settings, message):
 
 def test_with_few_classes_all_wrong_ones_are_targets():
     logits_fn, images, labels, _ = linear(4)
-    # More than 3 targets would be refused.
+    # More than 3 targets would raise an error.
     jax.eval_shape(lambda x: attacks.apgd(logits_fn, KEY, x, labels, loss="targeted"), images.astype(jnp.float32))

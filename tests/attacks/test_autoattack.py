@@ -1,4 +1,4 @@
-"""AutoAttack: the worst case over its attacks in order, whatever the batch; and the warnings that go with it."""
+"""AutoAttack: the worst case over its attacks in order, for any batch size; and its warnings."""
 
 import re
 import warnings
@@ -22,7 +22,7 @@ NOISE = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def problem(classifier):
-    """The classifier of 5 classes and 9 images, of which it gets the first one wrong."""
+    """The classifier of 5 classes and 9 images, of which it misclassifies the first."""
     logits_fn, _, _ = classifier
     images = np.random.default_rng(1).uniform(size=(COUNT, 4, 4, 1)).astype(np.float32)
     labels = np.array(jnp.argmax(logits_fn(images), -1))
@@ -42,7 +42,7 @@ def record(problem):
     return run(problem)
 
 
-def test_the_record_is_what_the_network_says_of_its_images(problem, record):
+def test_the_record_agrees_with_the_network_on_its_images(problem, record):
     logits_fn, images, labels = problem
     margins = attacks.logit_margin(logits_fn(record.images), labels)
     np.testing.assert_allclose(record.margin, margins, atol=1e-5)  # rounding of differently shaped products
@@ -53,11 +53,11 @@ def test_the_record_is_what_the_network_says_of_its_images(problem, record):
     assert record.images.max() <= 1
 
 
-def test_the_record_agrees_with_itself(record):
+def test_the_record_is_consistent(record):
     assert list(record.stages) == ["clean", *VERSIONS["standard"]]
     for done, (name, share) in enumerate(record.stages.items(), 1):
-        fallen = sum(to in list(record.stages)[:done] for to in record.broken_by)
-        assert share == 1 - fallen / COUNT, name
+        misclassified = sum(to in list(record.stages)[:done] for to in record.broken_by)
+        assert share == 1 - misclassified / COUNT, name
     assert record.stages["square"] == record.robust.mean()
     assert record.broken_by[0] == "clean"
     np.testing.assert_array_equal(record.robust, [not to for to in record.broken_by])
@@ -65,13 +65,13 @@ def test_the_record_agrees_with_itself(record):
     expected = {"num_steps": 100, "targets": 4, "loss": "targeted", "alpha": 0.75, "rho": 0.75}
     assert record.settings["apgd-t"] == expected
     assert record.settings["epsilon"] == EPSILON
-    # What stands has made every step of every run.
+    # Robust images make all steps of all runs.
     assert record.queries["square"][0] >= 5001 * record.robust.sum()
     assert record.queries["square"][1] == 0
     assert record.warnings == []
 
 
-def test_an_image_falls_to_the_first_attack_that_breaks_it_alone(problem, record):
+def test_an_image_is_broken_by_the_first_attack_that_breaks_it_alone(problem, record):
     logits_fn, images, labels = problem
     expected = ["clean"] + [""] * (COUNT - 1)
     for attack in attacks.autoattack_attacks(epsilon=EPSILON, num_classes=5)[1:]:
@@ -95,33 +95,37 @@ def test_evaluate_runs_the_same_attacks_with_the_same_numbers(problem, record):
     assert {name: by_attack[name] for name in record.queries} == record.queries
 
 
-def test_the_same_images_fall_whatever_the_batch_size(problem, record):
+def test_results_do_not_depend_on_the_batch_size(problem, record):
     other = run(problem, version=["apgd-ce"], batch_size=2)
-    fallen = np.array([to in ("clean", "apgd-ce") for to in record.broken_by])
+    misclassified = np.array([to in ("clean", "apgd-ce") for to in record.broken_by])
     assert record.broken_by.count("apgd-ce") > 1
-    assert other.broken_by == [to if fell else "" for to, fell in zip(record.broken_by, fallen, strict=True)]
-    np.testing.assert_array_equal(other.steps[fallen], record.steps[fallen])
-    np.testing.assert_allclose(other.images[fallen], record.images[fallen], atol=1e-6)
+    assert other.broken_by == [to if by_it else "" for to, by_it in zip(record.broken_by, misclassified, strict=True)]
+    np.testing.assert_array_equal(other.steps[misclassified], record.steps[misclassified])
+    np.testing.assert_allclose(other.images[misclassified], record.images[misclassified], atol=1e-6)
 
 
-def test_a_lucky_draw_neither_breaks_an_image_nor_ends_its_run():
+def test_one_misclassified_draw_does_not_end_a_run():
     def logits_fn(x, keys):
-        darkness = (0.5 - x[..., 0].mean((1, 2))) / EPSILON  # 1 where the whole radius is spent
-        # Where the second channel is dark, no attack helps, and in the 5 draws of each of 101 iterates nearly every
-        # image is wrong once. Where it is bright, few draws are wrong where a run starts, and all are where it ends:
-        # if it ended at the first one, these would be left.
+        darkness = (0.5 - x[..., 0].mean((1, 2))) / EPSILON  # 1 at the full radius
+        # If the second channel is dark, no attack helps; among the 5 draws of each of 101 iterates, nearly every image
+        # has a misclassified one. If it is bright, few draws are misclassified at the start of a run, and all at its
+        # end: if the run ended at the first one, these images would count as robust.
         can_win = x[..., 1].mean((1, 2)) > 0.5
         share_wrong = 0.05 + 0.95 * jnp.where(can_win, jnp.clip(2 * darkness, 0, 1), 0)
         right = jax.vmap(jax.random.uniform)(keys) > share_wrong
-        margin = jnp.where(right, 1.0, -1.0) - (darkness - jax.lax.stop_gradient(darkness))  # gradients say: darken
+        margin = jnp.where(right, 1.0, -1.0) - (
+            darkness - jax.lax.stop_gradient(darkness)
+        )  # the gradient darkens the image
         return jnp.stack([margin, jnp.zeros_like(margin)], -1)
 
     images, drawn = np.full((64, 2, 2, 2), 0.5, np.float32), attacks.Attack("apgd-ce", EPSILON, num_draws=5)
     images[:32, ..., 1], images[32:, ..., 1] = 0, 1
     record = run((logits_fn, images, np.zeros(64, int)), version=[drawn], batch_size=64)
-    assert record.robust[:32].mean() > 0.7  # 0.95 of the clean ones, 0.95 again; 32 images spread by 0.05
+    assert (
+        record.robust[:32].mean() > 0.7
+    )  # 0.95 in the clean stage, 0.95 again here; the standard error of 32 images is 0.05
     assert record.robust[32:].mean() == 0
-    # Nothing ends early; the draw that decides is one forward pass more.
+    # No run ends early; the draw that decides is one more forward pass.
     attacked = 64 * record.stages["clean"]
     assert record.queries["apgd-ce"] == (attacked * (5 * 101 + 1), attacked * 5 * 101)
 
@@ -131,13 +135,16 @@ def test_a_lucky_draw_neither_breaks_an_image_nor_ends_its_run():
     [
         (jax.nn.softmax, "looks like probabilities"),
         (jnp.round, "9 of 9 images have a cross-entropy gradient of exactly zero"),
-        (lambda logits: logits + np.float32(0.01 * NOISE.normal(size=(1, 5))), "other logits when called again"),
-        (lambda logits: logits - logits.mean(0, keepdims=True), "other logits among other images"),
+        (
+            lambda logits: logits + np.float32(0.01 * NOISE.normal(size=(1, 5))),
+            "different logits when it is called again",
+        ),
+        (lambda logits: logits - logits.mean(0, keepdims=True), "different logits in different batches"),
     ],
 )
-def test_warns_of_networks_that_cannot_be_trusted(problem, network, doubt):
+def test_warns_of_networks_that_mislead_attacks(problem, network, doubt):
     logits_fn, images, _ = problem
-    all_wrong = (np.asarray(jnp.argmax(logits_fn(images), -1)) + 1) % 5  # so that no attack has to run
+    all_wrong = (np.asarray(jnp.argmax(logits_fn(images), -1)) + 1) % 5  # so that no attack is needed
     with pytest.warns(UserWarning, match=doubt) as caught:
         record = attacks.autoattack(lambda x: network(logits_fn(x)), KEY, images, all_wrong, version=["apgd-ce"])
     with pytest.warns(UserWarning, match=doubt):
@@ -155,11 +162,11 @@ def test_warns_of_networks_that_cannot_be_trusted(problem, network, doubt):
 
 
 @pytest.mark.slow
-def test_warns_where_square_beats_the_gradients(problem):
+def test_warns_if_square_finds_more_than_attacks_with_gradients(problem):
     logits_fn, images, labels = problem
 
     def masked(x):
-        # The gradient of the pixels' rounding errors: none of its own, and misleading.
+        # The gradient comes from the pixels' rounding errors alone, so it is misleading.
         return logits_fn(jnp.round(x, 3) + 1e-6 * jnp.sin(1e4 * x))
 
     record = run((masked, images, labels), version=["apgd-ce", "square"], batch_size=1, epsilon=0.08)
@@ -169,7 +176,7 @@ def test_warns_where_square_beats_the_gradients(problem):
 
 def test_a_list_may_have_words_and_attacks(problem):
     logits_fn, images, labels = problem
-    all_wrong = (labels + 1) % 5  # so that no attack has to run
+    all_wrong = (labels + 1) % 5  # so that no attack is needed
     all_wrong[0] = (all_wrong[0] + 1) % 5
     record = run((logits_fn, images, all_wrong), version=["pgd-3", attacks.Attack("square", EPSILON, num_steps=20)])
     assert list(record.stages) == ["clean", "pgd-3", "square"]
@@ -177,7 +184,7 @@ def test_a_list_may_have_words_and_attacks(problem):
     assert record.settings["square"]["num_steps"] == 20
 
 
-def test_versions_are_the_authors():
+def test_versions_are_as_published():
     assert list(VERSIONS["standard"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert list(VERSIONS["plus"]) == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
     assert list(VERSIONS["rand"]) == ["apgd-ce", "apgd-dlr"]
@@ -201,9 +208,9 @@ def test_versions_are_the_authors():
         (
             {"version": ["fab", "fab"]},
             ValueError,
-            "version: expected one attack at least, and none twice",
+            "version: expected at least one attack, and none twice",
         ),
-        ({"version": []}, ValueError, "version: expected one attack at least"),
+        ({"version": []}, ValueError, "version: expected at least one attack"),
         (
             {"version": [attacks.REGISTRY["square"]]},
             TypeError,
@@ -213,24 +220,24 @@ def test_versions_are_the_authors():
         (
             {"version": "rand"},
             ValueError,
-            "function that takes images (N, 4, 4, 1) and a key for each, in inference mode",
+            "function that takes images (N, 4, 4, 1) and one key for each, in inference mode",
         ),
         ({"epsilon": 8}, ValueError, "epsilon: expected a finite number of at least 0 of at most 1; got 8"),
     ],
 )
-def test_bad_settings_are_refused(problem, change, error, message):
+def test_bad_settings_raise_an_error(problem, change, error, message):
     with pytest.raises(error, match=re.escape(message)):
         run(problem, **change)
 
 
-def test_bad_networks_and_images_are_refused(problem):
+def test_bad_networks_and_images_raise_an_error(problem):
     logits_fn, images, labels = problem
     with pytest.raises(
         ValueError,
         match=r"apgd-t: .* 4 classes; it has 3\. .*apgd-dlr, fab, fab-t, square,",
     ):
         run((lambda x: logits_fn(x)[:, :3], images, labels % 3))
-    with pytest.raises(FloatingPointError, match="got others for 9 images as they are, the first at 0"):
+    with pytest.raises(FloatingPointError, match="got others for 9 clean images, the first at 0"):
         run((lambda x: jnp.nan * logits_fn(x), images, labels))
     with pytest.raises(ValueError, match="images: expected at least one"):
         run((logits_fn, images[:0], labels[:0]))

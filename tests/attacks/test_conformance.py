@@ -1,4 +1,4 @@
-"""What holds for every attack, run by run: one contract, one test of each clause."""
+"""Properties of every attack, with one test for each."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("small_programs", "one_batch_size")
 
 
 def unlabelled(attack):
-    """An attack that takes no labels, with the signature of those that do."""
+    """An attack without labels, with the signature of the others."""
 
     @functools.wraps(attack)
     def run(logits_fn, rng, images, labels, **settings):
@@ -48,7 +48,7 @@ EPSILON = 0.08
 
 @functools.cache
 def compiled(attack, logits_fn):
-    """An attack as one program, of keys, images, labels and radius: to attacked images and their gradients."""
+    """An attack as one program, from keys, images, labels and radius to attacked images and their gradients."""
 
     def total(images, scale, rng, labels, epsilon):
         attacked = attack(lambda x: scale * logits_fn(x), rng, images, labels, epsilon=epsilon)
@@ -80,7 +80,7 @@ def test_stays_in_the_ball_and_in_the_range_and_moves(program, classifier):
     assert attacked.max() <= 1
 
 
-def test_same_key_same_answer_other_key_another(program, classifier):
+def test_same_key_gives_same_images_and_another_key_others(program, classifier):
     _, images, labels = classifier
     one, again, other = (program(key, images, labels)[0] for key in (KEY, KEY, jax.random.key(4)))
     np.testing.assert_array_equal(one, again)
@@ -92,13 +92,13 @@ def test_radius_zero_is_the_identity(program, classifier):
     np.testing.assert_array_equal(program(KEY, images, labels, 0.0)[0], images)
 
 
-def test_no_gradient_leaks_out(program, classifier):
+def test_no_gradient_flows_through(program, classifier):
     _, images, labels = classifier
     for gradient in program(KEY, images, labels)[1]:
         assert not jnp.any(gradient)
 
 
-# Without `jit` each part of an attack is compiled for itself, and again with each call. So one scattering is quick.
+# Without `jit` each part of an attack is compiled separately, in each call. So only one scattering is quick.
 @pytest.mark.parametrize(
     "attack",
     [
@@ -111,15 +111,15 @@ def test_eager_equals_jit_and_start_is_the_first_iterate(attack, classifier):
     logits_fn, images, labels = classifier
     run = functools.partial(attack, logits_fn, epsilon=EPSILON)
     eager = run(KEY, images, labels)
-    # Compiled sums may round otherwise, which would show where a sign is in doubt; here none is.
+    # Compiled sums may be rounded differently, which could flip a sign of a gradient near 0; here there is none.
     np.testing.assert_allclose(compiled(attack, logits_fn)(KEY, images, labels)[0], eager, atol=1e-6)
     start = attacks.random_start(KEY, images, EPSILON)
     np.testing.assert_array_equal(run(jax.random.key(9), images, labels, start=start), eager)
 
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "cw"])
-def test_keys_of_their_own_make_images_independent_of_the_batch(name, classifier):
-    # (Feature scattering is no such attack: its images move each other.)
+def test_one_key_per_image_makes_images_independent_of_the_batch(name, classifier):
+    # (Feature scattering isn't tested: its images depend on each other.)
     logits_fn, images, labels = classifier
     keys = jax.random.split(KEY, len(images))
     whole = ATTACKS[name](logits_fn, keys, images, labels, epsilon=EPSILON)
@@ -135,7 +135,7 @@ def test_labelled_attacks_raise_their_loss(name, classifier):
     assert (loss(logits_fn(attacked), labels) > loss(logits_fn(images), labels)).all()
 
 
-# Every attack of the registry, and one that is defined here: both through its specification alone.
+# Every attack of the registry, and one that is defined here; all through their specifications alone.
 def _towards_grey(logits_fn, state, images, labels, *, epsilon):
     iterate = attacks.project(state.iterate + epsilon / 4 * jnp.sign(0.5 - state.iterate), images, epsilon)
     return _Fading(iterate, judged(state.progress, iterate, logits_fn(iterate), labels))
@@ -179,10 +179,10 @@ BOUNDED = {
     if specification.fixed_radius is None
 }
 STEPWISE = {**BOUNDED, "local-search": stepwise_attack(attacks.REGISTRY["local-search"])}
-STARTS_AT_THE_IMAGE = ("mi-fgsm", "fab", "fab-t", "fade")  # in the first run at least
+STARTS_AT_THE_IMAGE = ("mi-fgsm", "fab", "fab-t", "fade")  # at least in the first run
 
 
-# One of each kind is quick: by momentum, with checkpoints, towards targets, without gradients.
+# These are quick, one of each kind: with momentum, with checkpoints, with targets, without gradients.
 QUICKLY = ("mi-fgsm", "apgd-ce", "fab-t", "fade")
 
 
@@ -205,7 +205,7 @@ def in_float64(classifier):
 
 
 @pytest.mark.usefixtures("float64")
-def test_stepwise_attacks_stay_in_the_ball_and_in_the_range_and_harm(name, stepwise, classifier):
+def test_stepwise_attacks_stay_in_the_ball_and_in_the_range_and_lower_the_margin(name, stepwise, classifier):
     logits_fn, images, labels = in_float64(classifier)
     attacked, _ = stepwise(jax.random.split(KEY, len(images)), images, labels)
     assert attacked.dtype == images.dtype
@@ -214,13 +214,13 @@ def test_stepwise_attacks_stay_in_the_ball_and_in_the_range_and_harm(name, stepw
     assert attacked.min() >= 0
     assert attacked.max() <= 1
     margins, before = (attacks.logit_margin(logits_fn(x), labels) for x in (attacked, images))
-    # Those that are misclassified as they are may stay at a start, which may be anywhere.
+    # Images that are misclassified without an attack may stop at the start, whose margin may be higher.
     assert (margins <= before)[before > 0].all()
     assert (margins < before)[before > 0].any()
 
 
 @pytest.mark.usefixtures("float64")
-def test_stepwise_attacks_give_the_same_for_the_same_key_and_use_another(name, stepwise, classifier):
+def test_stepwise_attacks_give_the_same_images_for_the_same_key_and_depend_on_it(name, stepwise, classifier):
     _, images, labels = in_float64(classifier)
     one, again, other = (
         stepwise(jax.random.split(key, len(images)), images, labels)[0] for key in (KEY, KEY, jax.random.key(4))
@@ -240,23 +240,23 @@ def test_stepwise_attacks_without_jit_equal_those_with_it(name, stepwise, classi
 @pytest.mark.usefixtures("float64")
 def test_stepwise_attacks_with_radius_zero_are_the_identity(name, stepwise, classifier):
     if name not in BOUNDED:
-        pytest.skip("No radius bounds it.")
+        pytest.skip("It has no radius.")
     _, images, labels = in_float64(classifier)
     attacked, _ = stepwise(jax.random.split(KEY, len(images)), images, labels, 0.0)
     np.testing.assert_array_equal(attacked, images)
 
 
 @pytest.mark.usefixtures("float64")
-def test_no_gradient_leaks_out_of_stepwise_attacks(stepwise, classifier):
+def test_no_gradient_flows_through_stepwise_attacks(stepwise, classifier):
     _, images, labels = in_float64(classifier)
     for gradient in stepwise(jax.random.split(KEY, len(images)), images, labels)[1]:
         assert not jnp.any(gradient)
 
 
 @pytest.mark.usefixtures("float64")
-def test_in_stepwise_attacks_an_image_fares_alike_in_any_place(stepwise, classifier):
-    # A product's last rows may be computed, and so rounded, otherwise than the others. In float64 that is 1e-16, and
-    # what attacks make of it far below 1e-9 (SPSA divides by 0.02); in float32 a sign might hang on it.
+def test_results_of_stepwise_attacks_do_not_depend_on_the_position_in_the_batch(stepwise, classifier):
+    # The last rows of a product may be rounded differently from the others. In float64 the difference is 1e-16, which
+    # attacks amplify to far less than 1e-9 (SPSA divides by 0.02); in float32 it could flip a sign.
     _, images, labels = in_float64(classifier)
     keys = jax.random.split(KEY, len(images))
     attacked, _ = stepwise(keys, images, labels)
@@ -271,9 +271,9 @@ def test_scattering_raises_the_transport_cost(classifier):
         static_argnames="num_steps",
     )
     result = {n: run(KEY, images, num_steps=n) for n in (1, 4)}
-    # The transport of the last iterate that was left: with one step that is the random start's.
+    # The transport at the iterate before the last step: with one step, at the random start.
     assert result[4].transport.primal_cost > 1.2 * result[1].transport.primal_cost
-    # Logits of size 8, whose last place is 1e-6, in another program.
+    # Logits of size 8, whose last digit is 1e-6, computed by another program.
     np.testing.assert_allclose(result[1].natural_logits, logits_fn(images), atol=1e-5)
 
 
@@ -301,7 +301,7 @@ FUNCTIONS = ("mi_fgsm", "apgd", "fab", "square", "spsa", "local_search")
     ],
     ids=lambda value: "" if isinstance(value, type) else None,
 )
-def test_bad_input_is_refused(attack, classifier, change, error, message):
+def test_bad_input_raises_an_error(attack, classifier, change, error, message):
     logits_fn, images, labels = classifier
     if change.keys() - inspect.signature(attack).parameters.keys() - {"images", "labels", "settings"}:
         pytest.skip("It has no such argument.")
@@ -320,10 +320,31 @@ def test_bad_input_is_refused(attack, classifier, change, error, message):
         (jnp.zeros(6), TypeError, "labels: expected integers; got float32"),
     ],
 )
-def test_bad_labels_are_refused(name, classifier, labels, error, message):
+def test_bad_labels_raise_an_error(name, classifier, labels, error, message):
     logits_fn, images, _ = classifier
     with pytest.raises(error, match=re.escape(message)):
         ATTACKS[name](logits_fn, KEY, images, labels)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        *ATTACKS.values(),
+        *(getattr(attacks, function) for function in FUNCTIONS),
+        lambda logits_fn, _, *data, epsilon: attacks.sanity_warnings(logits_fn, *data),
+        lambda logits_fn, rng, *data, epsilon: next(attacks.packed(attacks.pgd_steps(), logits_fn, rng, *data)),
+        attacks.autoattack,
+        lambda logits_fn, _, *data, epsilon: evaluate(logits_fn, *data, ["pgd-20"], epsilon=epsilon),
+    ],
+    ids=[*ATTACKS, *FUNCTIONS, "sanity_warnings", "packed", "autoattack", "evaluate"],
+)
+def test_a_network_that_returns_more_than_logits_raises_an_error(attack, classifier):
+    logits_fn, images, labels = classifier
+    message = (
+        r"expected logits of shape \[N, classes\]; got a tuple of 2\. Take the logits, .* lambda x: model\(x\)\[0\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        attack(lambda x: (logits_fn(x), x), KEY, np.asarray(images), np.asarray(labels), epsilon=EPSILON)
 
 
 def test_random_start_is_uniform_in_the_ball_and_not_clipped():
@@ -336,13 +357,13 @@ def test_random_start_is_uniform_in_the_ball_and_not_clipped():
     assert abs(np.mean(noise**2) - 1 / 3) < 5 * np.sqrt(4 / 45 / noise.size)
 
 
-def test_a_wrong_number_of_keys_is_refused(classifier):
+def test_a_wrong_number_of_keys_raises_an_error(classifier):
     logits_fn, images, labels = classifier
     with pytest.raises(ValueError, match="rng: expected a key, or one for each of the 6 images"):
         attacks.pgd(logits_fn, jax.random.split(KEY, 3), images, labels)
 
 
-def test_an_attack_of_ones_own_goes_through_evaluate(classifier):
+def test_evaluate_runs_your_own_attack(classifier):
     logits_fn, images, _ = classifier
     labels = np.asarray(logits_fn(images).argmax(-1))
     fade = attacks.Attack(FADE, 0.5, num_steps=8)
@@ -352,7 +373,7 @@ def test_an_attack_of_ones_own_goes_through_evaluate(classifier):
     assert found["accuracy"] < 1
 
 
-def test_an_attack_that_leaves_the_ball_is_refused(classifier):
+def test_an_attack_that_leaves_the_ball_raises_an_error(classifier):
     logits_fn, images, labels = classifier
     wide = dataclasses.replace(FADE, build=lambda **settings: FADE.build(**{**settings, "epsilon": 0.5}))
     with pytest.raises(ValueError, match=r"fade: expected images within 0\.1; it gave one at 0\.\d+"):

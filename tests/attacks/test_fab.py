@@ -1,4 +1,4 @@
-"""FAB: its projection against linear programming, and the attack where the smallest perturbation is known."""
+"""FAB: its projection against linear programming, and the attack on networks whose smallest perturbations are known."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("small_programs")
 
 
 def smallest_move(point, normal, value):
-    """The length of the smallest move to the hyperplane, by linear programming over (d, r); None if there is none."""
+    """Length of the smallest move to the hyperplane, by linear programming over (d, r); None if out of reach."""
     count = len(point)
     within_r = np.block([[np.eye(count), -np.ones((count, 1))], [-np.eye(count), -np.ones((count, 1))]])
     solved = linprog(
@@ -35,7 +35,7 @@ def problems():
     points[20:40] = np.round(points[20:40])
     normals[40:45] *= 10.0 ** rng.uniform(-6, 0, size=(5, 7))
     normals[45] = 0
-    # Half of what all walls together allow: reached by most, as the other side of the box is nearer or farther.
+    # Half of what all walls together allow; most can reach it.
     values = rng.normal(size=60) * np.abs(normals).sum(1) / 4
     values[46] = 0
     values[47:50] *= 100
@@ -52,7 +52,7 @@ def test_projection_equals_linear_programming():
     # HiGHS solves to 1e-7 of feasibility.
     np.testing.assert_allclose(np.abs(moves).max(1)[reached], np.array(lengths)[reached].astype(float), atol=1e-6)
     np.testing.assert_allclose((moves * normals).sum(1)[reached], -values[reached], atol=1e-12)
-    # Out of reach: every pixel that counts is at the wall that brings it nearest.
+    # Out of reach: each pixel with a nonzero normal is at the wall in its direction.
     nearest = np.where(normals * values[:, None] > 0, -points, 1 - points) * (normals != 0)
     np.testing.assert_array_equal(moves[~reached], nearest[~reached])
     assert (points + moves >= 0).all()
@@ -63,19 +63,19 @@ def test_projection_equals_linear_programming():
 
 @pytest.fixture(scope="module")
 def linear():
-    """A linear network of 5 classes on 4 x 4 images, 8 images that it gets right, and their smallest perturbations."""
+    """A linear network of 5 classes, 8 images that it classifies correctly, and their smallest perturbations."""
     rng = np.random.default_rng(1)
     weights = rng.normal(size=(16, 5))
     images = rng.uniform(0.2, 0.8, size=(40, 16))
     logits = images @ weights
-    # The images nearest a boundary: there no wall is in the way.
+    # The images nearest to a boundary, so that no pixel reaches 0 or 1.
     labels = logits.argmax(1)
     gaps = logits[np.arange(40), labels][:, None] - logits
     norms = np.abs(weights.T[labels][:, None] - weights.T[None]).sum(-1)
     gaps[np.arange(40), labels], norms[np.arange(40), labels] = np.inf, 1
     distances = (gaps / norms).min(1)
     chosen = np.argsort(distances)[:8]
-    assert distances[chosen].max() < 0.15  # as far as no pixel meets a wall, even 1.05 times
+    assert distances[chosen].max() < 0.15  # no pixel reaches 0 or 1, even at 1.05 times this
 
     def logits_fn(images):
         return images.reshape(len(images), -1) @ jnp.asarray(weights, jnp.float32)
@@ -85,7 +85,7 @@ def linear():
 
 
 def states_after(attack, num_steps, logits_fn, images, labels, run):
-    """The state after some steps that no image is held back from: the search for a closer perturbation goes on."""
+    """The state after some steps, which misclassified images make too: they search for a smaller perturbation."""
     keys, runs = jax.random.split(jax.random.key(0), len(images)), jnp.full(len(images), run, jnp.int32)
 
     @jax.jit
@@ -97,7 +97,7 @@ def states_after(attack, num_steps, logits_fn, images, labels, run):
 
 
 # On a linear boundary at distance 1 the first step, from the image, goes to 1.05, and back to 0.9 * 1.05 = 0.945. From
-# there its own projection is 0.055 away, the image's 1, and the second step ends closer than all that follow.
+# there its own projection is at distance 0.055, the image's at 1. The second step ends closest of all.
 _ALPHA = 0.055 / 1.055
 CLOSEST = (1 - _ALPHA) * (0.945 + 1.05 * 0.055) + _ALPHA * 1.05
 
@@ -105,7 +105,7 @@ CLOSEST = (1 - _ALPHA) * (0.945 + 1.05 * 0.055) + _ALPHA * 1.05
 def test_finds_the_smallest_perturbation_of_a_linear_network(linear):
     logits_fn, images, labels, smallest = linear
     state = states_after(fab_steps(epsilon=0.1), 10, logits_fn, images, labels, run=0)
-    # The gap of the logits, 0.1 and more, is known to 1e-6.
+    # The gap of the logits is at least 0.1, with an error of 1e-6.
     np.testing.assert_allclose(state.distance, CLOSEST * smallest, rtol=1e-4)
 
 
@@ -119,7 +119,7 @@ def test_the_best_target_gives_the_smallest_perturbation(linear):
     assert (ranked[:, 0] == labels).all()
 
 
-def test_runs_begin_at_the_image_and_then_at_half_the_radius(linear):
+def test_the_first_run_starts_at_the_image_and_others_at_half_the_radius(linear):
     logits_fn, images, labels, _ = linear
     start, keys = (
         jax.jit(lambda *args: fab_steps(epsilon=0.1).start(logits_fn, *args)),
@@ -128,12 +128,12 @@ def test_runs_begin_at_the_image_and_then_at_half_the_radius(linear):
     firsts = [start(run_keys(keys, jnp.full(8, run)), images, labels, jnp.full(8, run)).iterate for run in range(3)]
     np.testing.assert_array_equal(firsts[0], images)
     noise = np.stack(firsts[1:]) - images[None]
-    # No pixel meets a wall; 6e-8 is what float32 rounds.
+    # No pixel reaches 0 or 1; the rounding error of float32 is 6e-8.
     np.testing.assert_allclose(np.abs(noise).max((2, 3, 4)), 0.05, atol=1e-7)
     assert (np.abs(noise[0] - noise[1]).max((1, 2, 3)) > 0.01).all()
 
 
-def test_at_most_a_tenth_of_a_step_goes_towards_the_projection_of_the_image(linear):
+def test_the_weight_of_the_image_in_a_step_is_at_most_a_tenth(linear):
     logits_fn, images, labels, _ = linear
     attack = fab_steps(epsilon=0.1, targeted=True)
     keys, each = jax.random.split(jax.random.key(0), 8), np.arange(8)
@@ -146,27 +146,27 @@ def test_at_most_a_tenth_of_a_step_goes_towards_the_projection_of_the_image(line
     value, normal = map(np.asarray, jax.jit(lambda x: (lead(x), jax.grad(lambda x: jnp.sum(lead(x)))(x)))(images))
     move = -np.sign(value)[:, None, None, None] * np.sign(normal)
     move *= (np.abs(value) / np.abs(normal).sum((1, 2, 3)))[:, None, None, None]
-    # Beside the image, at the same distance from the boundary: half and half, if nothing held it back.
+    # As far from the boundary as the image, so the weight would be a half without its limit.
     flat, aside = normal.reshape(8, 16), np.zeros((8, 16), np.float32)
     aside[:, 0], aside[:, 1] = flat[:, 1], -flat[:, 0]
     aside = aside.reshape(images.shape) * np.float32(0.05) / np.abs(aside).max(1)[:, None, None, None]
     state = jax.jit(lambda x: attack.step(logits_fn, start._replace(iterate=x), images, labels))(images + aside)
-    # Across the boundary, so 0.9 of the way back. The projection is known to the 1e-6 of float32's sums.
+    # Across the boundary, so it moves back to 0.9. The error of the projection is that of float32's sums, 1e-6.
     np.testing.assert_allclose(state.iterate - images, 0.9 * (1.05 * move + 0.9 * aside), atol=1e-5)
 
 
-def test_only_what_lies_in_the_ball_counts(linear):
+def test_only_iterates_in_the_ball_count(linear):
     logits_fn, images, labels, smallest = linear
-    epsilon = float(np.median(smallest))  # of 8, so no image's own
+    epsilon = float(np.median(smallest))  # of 8 images, so it differs from each
     attacked = jax.jit(lambda rng, x: fab(logits_fn, rng, x, labels, epsilon=epsilon, num_steps=10, num_runs=2))(
         jax.random.key(0), images
     )
-    assert np.abs(smallest / epsilon - 1).min() > CLOSEST - 1  # none lies so near the radius that it would be missed
+    assert np.abs(smallest / epsilon - 1).min() > CLOSEST - 1  # no image is so near the radius that it could be missed
     np.testing.assert_array_equal(logits_fn(attacked).argmax(-1) != labels, smallest < epsilon)
     assert np.abs(attacked - images).max() <= epsilon
 
 
-def test_the_nearest_boundary_is_that_of_all_gradients(classifier):
+def test_the_nearest_boundary_equals_that_from_all_gradients(classifier):
     logits_fn, images, labels = classifier
     value, normal = jax.jit(lambda x: _nearest_boundary(logits_fn, x, labels))(images)
 
@@ -178,7 +178,7 @@ def test_the_nearest_boundary_is_that_of_all_gradients(classifier):
     values, normals = map(np.asarray, derivatives(images, labels))
     labels = np.asarray(labels)
     each, norms = np.arange(len(images)), np.abs(normals).sum((2, 3, 4))
-    wrong = np.arange(5) != labels[:, None]  # the true class has no lead over itself, and no boundary
+    wrong = np.arange(5) != labels[:, None]  # the true class has no boundary with itself
     nearest = np.where(wrong, np.abs(values) / np.where(wrong, norms, 1), np.inf).argmin(1)
     # Sums of 16 and 12 products of float32 in another order.
     np.testing.assert_allclose(value, values[each, nearest], atol=1e-5)

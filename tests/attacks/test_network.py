@@ -1,4 +1,4 @@
-"""Any function is a network: it is compiled once, its latest arrays count, and nothing outlives it."""
+"""Any function is a network: it is compiled once, its current arrays are used, and no program keeps it in memory."""
 
 import functools
 import gc
@@ -37,7 +37,7 @@ def labels_of(w):
 
 
 class Model:
-    """With a method, which is another object each time it is asked for."""
+    """With a method, which is a new object in each access."""
 
     def __init__(self, w):
         self.w = w
@@ -77,7 +77,7 @@ def test_a_second_scattering_compiles_nothing(compilations):
     w = weights()
     logits_fn = lambda images: linear(w, images)  # noqa: E731
     for beta in (0.5, 0.5):
-        with compilations() as compiled:  # as the page has it: another partial each time
+        with compilations() as compiled:  # as in the documentation: a new partial each time
             attacks.feature_scatter(logits_fn, KEY, IMAGES, transport=functools.partial(ipot, beta=beta, num_iters=2))
     assert not compiled
 
@@ -99,11 +99,11 @@ def test_other_weights_in_a_function_of_the_same_structure_compile_nothing(name,
         with compilations() as compiled:
             found = attacks.pgd(NETWORKS[name](w), KEY, IMAGES, LABELS, num_steps=3)
         plain = attacks.pgd(lambda images, w=w: linear(w, images), KEY, IMAGES, LABELS, num_steps=3)
-        np.testing.assert_allclose(found, plain, atol=1e-6)  # and they count
+        np.testing.assert_allclose(found, plain, atol=1e-6)  # and they are used
     assert not compiled
 
 
-def test_a_model_that_was_changed_in_place_is_attacked_as_it_is_now(compilations):
+def test_a_model_that_was_changed_in_place_is_attacked_with_its_current_weights(compilations):
     model = Model(weights(0))
     for seed in (0, 1):
         model.w = weights(seed)
@@ -114,7 +114,7 @@ def test_a_model_that_was_changed_in_place_is_attacked_as_it_is_now(compilations
 
 
 class Retrained:
-    """Whose prediction is another function after training, with weights that it captured."""
+    """A model whose prediction is a new function after training, with captured weights."""
 
     def train(self, w, sign=1.0):
         self.predict = jax.jit(lambda images: sign * linear(w, images))
@@ -124,7 +124,7 @@ class Retrained:
 
 
 def straight_through(model):
-    """Quantised on the way there; what the gradient is depends on the model's state."""
+    """Quantised in the forward pass; the gradient depends on the model's state."""
 
     @jax.custom_vjp
     def rounded(x):
@@ -137,7 +137,7 @@ def straight_through(model):
 WEIGHTS = weights()
 
 
-def test_a_jitted_function_inside_that_was_replaced_counts():
+def test_a_jitted_function_that_was_replaced_is_used():
     model, labels = Retrained(), labels_of(weights(1))
     for seed in (0, 1):
         model.train(weights(seed))
@@ -145,16 +145,16 @@ def test_a_jitted_function_inside_that_was_replaced_counts():
         assert (result.summary["worst"]["accuracy"] == 1) == (seed == 1)
 
 
-def test_a_gradient_rule_whose_state_was_changed_counts():
+def test_a_gradient_rule_with_changed_state_is_used():
     model = Model(None)
     logits_fn, found = straight_through(model), []
     for model.scale in (1.0, -1.0):
         found.append(attacks.pgd(logits_fn, KEY, IMAGES, LABELS, num_steps=1, start=IMAGES))
     assert not np.allclose(*found)
-    np.testing.assert_allclose(found[0] - IMAGES, IMAGES - found[1], atol=0.01)  # but at the walls
+    np.testing.assert_allclose(found[0] - IMAGES, IMAGES - found[1], atol=0.01)  # except at 0 and 1
 
 
-def test_a_host_callback_that_was_changed_counts():
+def test_a_host_callback_that_was_changed_is_used():
     def network(scale):
         def logits_fn(images):
             shape = jax.ShapeDtypeStruct((len(images), 4), jnp.float32)
@@ -169,7 +169,7 @@ def test_a_host_callback_that_was_changed_counts():
     np.testing.assert_allclose(margins[1], 2 * margins[0], rtol=1e-5)
 
 
-def test_numpy_arrays_that_were_changed_in_place_count():
+def test_numpy_arrays_that_were_changed_in_place_are_used():
     w = np.array(weights(0))
     logits_fn = lambda images: linear(w, images)  # noqa: E731
     for seed in (0, 1):
@@ -178,10 +178,10 @@ def test_numpy_arrays_that_were_changed_in_place_count():
         assert (result.summary["worst"]["accuracy"] == 1) == (seed == 1)
 
 
-def test_what_depends_on_the_size_of_the_batch_is_right_at_every_size():
+def test_constants_that_depend_on_the_batch_size_are_right_for_every_size():
     w = weights()
 
-    def logits_fn(images):  # a constant of its own for each size
+    def logits_fn(images):  # it has another constant for each size
         return linear(w, images) + np.zeros((len(images), 1), np.float32) + np.float32(1 / len(images))
 
     images, labels = np.asarray(IMAGES), labels_of(w)
@@ -203,7 +203,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", slow_but(("packed", "pgd", "autoattack"), CALLS))
 @pytest.mark.parametrize("kind", slow_but(("lambda",), ["lambda", "method", "partial"]))
-def test_nothing_outlives_the_function(call, kind):
+def test_no_program_keeps_the_function_alive(call, kind):
     w = weights()
     model = Model(w)
     alive = weakref.ref(w), weakref.ref(model)
@@ -214,7 +214,7 @@ def test_nothing_outlives_the_function(call, kind):
     assert [ref() for ref in alive] == [None, None]
 
 
-def test_an_abandoned_generator_lets_go():
+def test_an_abandoned_generator_keeps_nothing_alive():
     w = weights()
     alive = weakref.ref(w)
     looks = attacks.packed(attacks.pgd_steps(num_steps=50), lambda x: linear(w, x), KEY, np.asarray(IMAGES), LABELS)
@@ -225,7 +225,7 @@ def test_an_abandoned_generator_lets_go():
 
 
 class Perceptron(nnx.Module):
-    """As Flax's page begins."""
+    """As in Flax's documentation."""
 
     def __init__(self, rngs):
         self.hidden, self.out = nnx.Linear(16, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
@@ -236,20 +236,20 @@ class Perceptron(nnx.Module):
         return self.out(self.dropout(hidden))
 
 
-def test_an_nnx_module_goes_through_evaluate(compilations):
+def test_evaluate_takes_an_nnx_module(compilations):
     model = Perceptron(nnx.Rngs(0))
     model.eval()
     labels = np.asarray(model(IMAGES).argmax(-1))
     first = evaluate(model, np.asarray(IMAGES), labels, ["clean", "pgd-5"], epsilon=0.3, progress=False)
     assert first.summary["attacks"][0]["accuracy"] == 1 > first.summary["worst"]["accuracy"]
-    model.out.bias[...] += 100 * jax.nn.one_hot((labels[0] + 1) % 4, 4)  # it goes on training
+    model.out.bias[...] += 100 * jax.nn.one_hot((labels[0] + 1) % 4, 4)  # more training
     with compilations() as compiled:
         second = evaluate(model, np.asarray(IMAGES), labels, ["clean", "pgd-5"], epsilon=0.3, progress=False)
     assert second.summary["attacks"][0]["accuracy"] < 1
     assert not compiled
 
 
-def test_an_equinox_module_goes_through_evaluate():
+def test_evaluate_takes_an_equinox_module():
     model = eqx.nn.MLP(16, 4, 8, 1, key=KEY)
     logits_fn = jax.vmap(lambda image: model(image.ravel()))
     labels = np.asarray(logits_fn(IMAGES).argmax(-1))
@@ -257,10 +257,10 @@ def test_an_equinox_module_goes_through_evaluate():
     assert result.summary["attacks"][0]["accuracy"] == 1 > result.summary["worst"]["accuracy"]
 
 
-def test_a_network_that_is_being_traced_is_refused_where_the_host_has_to_look():
+def test_packed_refuses_a_network_that_captures_traced_arrays():
     @jax.jit
     def inside(w):
         list(attacks.packed(attacks.pgd_steps(), lambda x: linear(w, x), KEY, np.asarray(IMAGES), LABELS))
 
-    with pytest.raises(TypeError, match=r"captures some that are being traced\. Call this outside of jax\.jit"):
+    with pytest.raises(TypeError, match=r"it captures traced ones\. Call this outside of jax\.jit"):
         inside(weights())

@@ -1,4 +1,4 @@
-"""Packing: an image's fate depends on its key and its run alone, and images that are done cost nothing more."""
+"""Batch compaction: results depend on an image's key and run alone, and finished images cost nothing."""
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +12,26 @@ pytestmark = pytest.mark.usefixtures("small_programs")
 
 KEY = jax.random.key(5)
 COUNT = 21
-# A radius at which some of the images fall at once, some after a while, and some not at all.
+# A radius at which some images are misclassified at once, some later, and some are robust.
 ATTACK = attacks.pgd_steps(epsilon=0.05, step_size=0.004, num_steps=25, num_runs=3)
 
 
 @pytest.fixture(scope="module")
 def problem(classifier):
-    """The classifier with 21 images; it is right about all of them before the attack."""
+    """The classifier with 21 images; it classifies all of them correctly before the attack."""
     logits_fn, _, _ = classifier
     images = np.random.default_rng(1).uniform(size=(COUNT, 4, 4, 1)).astype(np.float32)
     return logits_fn, images, np.asarray(jnp.argmax(logits_fn(images), -1))
 
 
 def finished(problem, attack=ATTACK, rng=KEY, **settings):
-    """Every job by image and run, and the looks."""
+    """All jobs by image and run, and the progress reports."""
     logits_fn, images, labels = problem
     looks = list(attacks.packed(attack, logits_fn, rng, images, labels, **settings))
     return {(job.image, job.run): job for look in looks for job in look.finished}, looks
 
 
-def assert_same_fates(one, other):
+def assert_same_results(one, other):
     assert one.keys() == other.keys()
     for job, fate in one.items():
         assert fate.step == other[job].step, job
@@ -46,7 +46,7 @@ def in_batches_of_4(problem):
     return finished(problem, batch_size=4)
 
 
-def test_a_packed_image_fares_as_in_one_batch_of_all(problem, in_batches_of_4):
+def test_packed_gives_the_same_as_one_batch_of_all_images(problem, in_batches_of_4):
     logits_fn, images, labels = problem
     keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(COUNT))
     whole = run(ATTACK, logits_fn, keys, jnp.asarray(images), jnp.asarray(labels))
@@ -55,7 +55,7 @@ def test_a_packed_image_fares_as_in_one_batch_of_all(problem, in_batches_of_4):
     for (image, _), job in sorted(jobs.items()):
         if image not in lowest or job.margin < lowest[image].margin:
             lowest[image] = job
-    assert 0 < sum(job.misclassified for job in lowest.values()) < COUNT  # else this compares nothing
+    assert 0 < sum(job.misclassified for job in lowest.values()) < COUNT  # else this test compares nothing
     for image, job in lowest.items():
         assert (job.step if job.misclassified else -1) == whole.misclassified_at[image]
         np.testing.assert_allclose(job.margin, whole.margin[image], atol=1e-5)
@@ -63,43 +63,43 @@ def test_a_packed_image_fares_as_in_one_batch_of_all(problem, in_batches_of_4):
 
 
 def test_batch_size_changes_nothing(problem, in_batches_of_4):
-    assert_same_fates(in_batches_of_4[0], finished(problem, batch_size=2)[0])
+    assert_same_results(in_batches_of_4[0], finished(problem, batch_size=2)[0])
 
 
-def test_an_image_that_fell_makes_no_later_run_unless_every_run_is_wanted(problem, in_batches_of_4):
+def test_a_misclassified_image_makes_no_later_run_unless_every_run_is_set(problem, in_batches_of_4):
     jobs, _ = in_batches_of_4
     for (image, number), job in jobs.items():
         assert ((image, number + 1) in jobs) == (not job.misclassified and number + 1 < ATTACK.num_runs)
     every, _ = finished(problem, batch_size=4, every_run=True)
     assert set(every) == {(image, number) for image in range(COUNT) for number in range(3)}
-    assert_same_fates(jobs, {job: every[job] for job in jobs})
+    assert_same_results(jobs, {job: every[job] for job in jobs})
 
 
-def test_what_is_missing_can_be_done_later(problem, in_batches_of_4):
+def test_missing_jobs_can_be_done_later(problem, in_batches_of_4):
     jobs, _ = in_batches_of_4
-    once, stands = min(jobs)[0], next(image for image, number in jobs if number == 2)
-    rest, _ = finished(problem, batch_size=4, jobs=[(once, 0), (stands, 1)])
-    missing = [job for job in jobs if job[0] == once] + [(stands, 1), (stands, 2)]
-    assert_same_fates(rest, {job: jobs[job] for job in missing})
+    once, robust = min(jobs)[0], next(image for image, number in jobs if number == 2)
+    rest, _ = finished(problem, batch_size=4, jobs=[(once, 0), (robust, 1)])
+    missing = [job for job in jobs if job[0] == once] + [(robust, 1), (robust, 2)]
+    assert_same_results(rest, {job: jobs[job] for job in missing})
 
 
-def test_passes_are_those_of_the_steps_taken_and_few_slots_idle(problem, in_batches_of_4):
+def test_passes_are_those_of_the_steps_made_and_of_few_empty_slots(problem, in_batches_of_4):
     jobs, looks = in_batches_of_4
     needed = sum(1 + job.step for job in jobs.values())
     spent = sum(look.forward for look in looks)
     assert spent == sum(look.backward for look in looks)
     assert needed <= spent <= 1.1 * needed
-    # As if none left: every run of every image, all steps.
+    # As if no image were dropped: all runs of all images, all steps.
     assert spent < 0.9 * COUNT * 3 * (1 + ATTACK.num_steps)
 
 
-def test_looks_count_what_is_left(in_batches_of_4):
+def test_looks_count_running_and_waiting_jobs(in_batches_of_4):
     _, looks = in_batches_of_4
     assert all(look.running <= 4 for look in looks)
     assert (looks[-1].running, looks[-1].waiting) == (0, 0)
 
 
-def test_last_only_judges_the_last_iterate_as_the_plain_attack_does(problem):
+def test_last_only_judges_the_last_iterate_as_the_plain_function_does(problem):
     logits_fn, images, labels = problem
     settings = {"epsilon": 0.05, "step_size": 0.01, "num_steps": 9}
     keys = jax.random.split(KEY, COUNT)
@@ -124,7 +124,7 @@ def test_uint8_images_are_scaled(problem):
         np.testing.assert_allclose(jobs[image, 0].adversarial, stored[image] / 255, atol=1e-7)
 
 
-def test_another_radius_compiles_nothing_anew(problem, compilations):
+def test_another_radius_compiles_nothing(problem, compilations):
     finished(problem, attacks.pgd_steps(epsilon=0.03, num_steps=3), batch_size=4, jobs=[(0, 0)])
     with compilations() as compiled:
         finished(problem, attacks.pgd_steps(epsilon=0.01, num_steps=3), batch_size=4, jobs=[(0, 0)])
@@ -142,7 +142,7 @@ def test_another_radius_compiles_nothing_anew(problem, compilations):
     ],
     ids=["pgd", "last of pgd", "apgd", "fab", "fab-t"],
 )
-def test_gradients_that_are_not_numbers_stop_the_attack(problem, attack):
+def test_nan_gradients_stop_the_attack(problem, attack):
     logits_fn, images, labels = problem
 
     @jax.custom_jvp
@@ -150,12 +150,12 @@ def test_gradients_that_are_not_numbers_stop_the_attack(problem, attack):
         return logits_fn(x)
 
     finite.defjvp(lambda x, tangents: (finite(*x), jnp.nan * jnp.sum(*tangents) * jnp.ones_like(finite(*x))))
-    # A gradient that isn't a number takes the iterate along, and so the logits.
+    # A NaN gradient makes the iterate NaN, and so the logits.
     with pytest.raises(FloatingPointError, match=r"got others for image \d under attack, after 1 steps"):
         finished((finite, images, labels), attack, batch_size=4)
 
 
-def test_logits_that_are_not_numbers_stop_the_attack(problem):
+def test_nan_logits_stop_the_attack(problem):
     logits_fn, images, labels = problem
 
     def overflows(x):
@@ -167,7 +167,7 @@ def test_logits_that_are_not_numbers_stop_the_attack(problem):
         finished(problem, batch_size=0)
 
 
-def test_an_attack_that_does_not_count_its_steps_is_refused():
+def test_an_attack_that_does_not_count_its_steps_raises_an_error():
     attack = attacks.pgd_steps(num_steps=3)
     forgetful = attack._replace(step=lambda logits_fn, state, images, labels: state)
     images = np.full((2, 2, 2, 1), 0.7, np.float32)

@@ -15,8 +15,8 @@ KEYS = jax.random.split(jax.random.key(1), 6)
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_in_half_precision_it_attacks_too():
-    # Adam's 0.999 is 1 in bfloat16: its correction has to be computed in more digits.
+def test_works_in_half_precision():
+    # Adam's 0.999 is 1 in bfloat16: its correction needs higher precision.
     def logits_fn(x):
         mean = x.astype(jnp.float32).mean((1, 2, 3))
         return jnp.stack([mean, 1 - mean], -1)
@@ -45,7 +45,7 @@ def quadratic():
 
 @pytest.fixture(scope="module")
 def estimates(quadratic):
-    """Estimates from 2,000 directions: all at a time, and in chunks the last of which isn't full."""
+    """Estimates from 2,000 directions: all at once, and in chunks, of which the last isn't full."""
     logits_fn, images, labels, _ = quadratic
 
     @jax.jit
@@ -57,8 +57,8 @@ def estimates(quadratic):
 
 def test_estimates_the_gradient(quadratic, estimates):
     gradient = quadratic[-1]
-    # Differences of a quadratic about their middle are exact, so each direction gives <g, v> v, whose entry j has the
-    # mean g_j and the variance ||g||^2 - g_j^2.
+    # Central differences of a quadratic are exact, so each direction gives <g, v> v, whose entry j has the mean g_j
+    # and the variance ||g||^2 - g_j^2.
     total = np.sum(gradient**2, (1, 2, 3), keepdims=True)
     errors = (estimates[0] - gradient) / np.sqrt((total - gradient**2) / 2000)
     assert np.abs(errors).max() < 5
@@ -67,15 +67,15 @@ def test_estimates_the_gradient(quadratic, estimates):
 
 
 def test_the_estimate_does_not_depend_on_the_chunk(estimates):
-    # Margins of some units, in float32, over 2 delta.
+    # Margins of about 1, in float32, divided by 2 delta.
     np.testing.assert_allclose(*estimates, atol=1e-4)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.usefixtures("standard_promotion")
 def test_descends_as_adam_does():
-    # Of one pixel the estimate isn't random: whatever the sign, the slope times its square. At its end the radius would
-    # bind; it doesn't here, as 12 steps of at most 0.01 are no 0.2.
+    # For one pixel the estimate isn't random: it is the slope times the square of the sign. The radius, 0.2, has no
+    # effect, as 12 steps of at most 0.01 stay inside.
     def margins(x):
         return 3 + jnp.sin(5 * x) + x**2
 
@@ -96,12 +96,12 @@ def test_descends_as_adam_does():
         update, memory = adam.update(slope, memory)
         x = x + update
         state = step(state, images, labels)
-        # Adam divides a slope by its size, however small. So they are float64's, known to 1e-16 / 0.04.
+        # Adam divides a slope by its size, however small. So this is in float64, with errors of 1e-16 / 0.04.
         np.testing.assert_allclose(state.iterate[:, 0, 0, 0], x, atol=1e-9)
 
 
 @pytest.mark.slow
-def test_is_as_strong_as_pgd_without_its_gradients(classifier):
+def test_is_as_strong_as_pgd(classifier):
     smooth, images, _ = classifier
     labels = smooth(images).argmax(-1)
 
@@ -121,6 +121,6 @@ def test_is_as_strong_as_pgd_without_its_gradients(classifier):
 
 
 @pytest.mark.parametrize("name", ["num_directions", "delta", "learning_rate", "chunk_size"])
-def test_settings_of_nothing_are_refused(classifier, name):
+def test_settings_of_zero_raise_an_error(classifier, name):
     with pytest.raises(ValueError, match=f"{name}: expected a number above 0; got 0"):
         spsa(classifier[0], jax.random.key(0), *classifier[1:], **{name: 0})

@@ -1,4 +1,4 @@
-"""Square: its squares and their schedule, its search, and that images at different steps may share a batch."""
+"""Square: its squares and their schedule, its search, and images at different steps in one batch."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ HEIGHT, WIDTH = 32, 30
 
 @pytest.fixture(scope="module")
 def random_squares():
-    """Where 400 images' squares lie, and their signs, of a number of steps and a step."""
+    """The squares of 400 images and their signs, for a number of steps and a step."""
     shape = (HEIGHT, WIDTH, 2)
     draw = jax.jit(jax.vmap(lambda key, num_steps, step: _random_square(key, step, num_steps, shape), (0, None, None)))
     return lambda num_steps, step: draw(jax.random.split(KEY, 400), num_steps, step)
@@ -27,13 +27,13 @@ def random_squares():
     # AutoAttack's schedule for 5,000 queries, a tenth of it for 500; steps count from 0, and 11 is the first after 10.
     [(5000, 0, 1), (5000, 10, 1), (5000, 11, 2), (5000, 200, 4), (5000, 4001, 128), (500, 1, 1), (500, 2, 2)],
 )
-def test_squares_have_the_side_of_the_schedule_and_lie_anywhere(random_squares, num_steps, step, share):
+def test_squares_have_the_scheduled_side_and_a_uniform_position(random_squares, num_steps, step, share):
     inside, signs = random_squares(num_steps, step)
     inside = np.asarray(inside)[..., 0]
     side = round(np.sqrt(0.8 / share * HEIGHT * WIDTH))
     assert (inside.sum((1, 2)) == side**2).all()
     assert (inside.any(2).sum(1) == side).all()
-    # Each place of the upper left corner is drawn with a chance of 1 in `places`; five standard errors.
+    # Each position of the upper left corner has probability 1 / `places`; the tolerance is five standard errors.
     for lines, places in ((inside.any(2), HEIGHT - side + 1), (inside.any(1), WIDTH - side + 1)):
         drawn = np.bincount(lines.argmax(1), minlength=places) / len(lines)
         assert len(drawn) == places
@@ -64,7 +64,7 @@ def test_starts_at_vertical_stripes_on_the_edge_of_the_ball(search, classifier):
 
 
 def test_every_pixel_stays_on_the_edge_of_the_ball(search, classifier):
-    # +-2 epsilon on what is at +-epsilon, projected: the paper's reason for that size.
+    # Adding +-2 epsilon to +-epsilon and projecting stays on the edge: the paper's reason for this size.
     _, images, _ = classifier
     edges = jnp.clip(images + 0.05, 0, 1), jnp.clip(images - 0.05, 0, 1)
     last = search[1][-1].progress.adversarial
@@ -72,7 +72,7 @@ def test_every_pixel_stays_on_the_edge_of_the_ball(search, classifier):
     assert (last != search[1][0].progress.adversarial).any()
 
 
-def test_the_margin_only_falls_and_is_that_of_the_images(search, classifier):
+def test_the_margin_never_rises_and_is_that_of_the_images(search, classifier):
     logits_fn, _, labels = classifier
     margins = np.stack([state.progress.margin for state in search[1]])
     assert (np.diff(margins, axis=0) <= 0).all()
@@ -90,8 +90,8 @@ def test_images_at_different_steps_share_a_batch(search, classifier):
     jax.tree.map(np.testing.assert_array_equal, mixed.progress, expected)
 
 
-def test_finds_the_only_way_that_a_hidden_gradient_would_show():
-    """A network of steps, without gradients: class 1 where more than half of the image's columns were darkened."""
+def test_breaks_a_network_without_gradients():
+    """A piecewise constant network: class 1 if more than half of the image's columns were darkened."""
 
     def logits_fn(images):
         dark = jnp.sum(jnp.round(10 * images).mean((1, 3)) < 5, -1).astype(jnp.float32)

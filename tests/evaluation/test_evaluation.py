@@ -1,4 +1,4 @@
-"""Every image counts once, restarts and attacks are worst cases, and the batch size changes nothing."""
+"""Every image counts once, restarts and attacks give worst cases, and results don't depend on the batch size."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ IMAGES = DIGITS.test_images[:50]
 
 
 def perceptron(variables, images):
-    """Two layers on digits: small enough that what is tested here is the evaluation."""
+    """Two layers on digits: a small network, as these tests are about the evaluation."""
     return jnp.tanh(images.reshape(len(images), -1) @ variables["first"]) @ variables["second"]
 
 
@@ -49,13 +49,13 @@ def network():
     return make_network()
 
 
-# What the network says of the images, but for one in ten: so clean accuracy is 90%.
+# The network's predictions, with one in ten changed: clean accuracy is 90%.
 LABELS = np.asarray(jnp.argmax(make_network()(IMAGES / np.float32(255)), -1))
 LABELS = np.where(np.arange(50) % 10 == 3, (LABELS + 1) % 10, LABELS)
 
 
 def label_reader(images):
-    """A network that reads the label off the first pixel, and is sure of it: nothing fools it below 1/20."""
+    """A network that reads the label from the first pixel: it is robust at radii below 1/20."""
     level = jnp.round(images[:, 0, 0, 0] * 10).astype(int)
     return 10.0 * jax.nn.one_hot(level, 10) + 0 * jnp.sum(images)
 
@@ -64,27 +64,27 @@ def test_every_image_counts_once_with_a_masked_last_batch():
     labels = np.arange(23) % 10
     images = np.zeros((23, 2, 2, 1), np.float32) + (labels / 10)[:, None, None, None].astype(np.float32)
     wrong = labels.copy()
-    wrong[[3, 22]] = (wrong[[3, 22]] + 1) % 10  # one in the midst, and the very last, which stands in the filled batch
+    wrong[[3, 22]] = (wrong[[3, 22]] + 1) % 10  # one in the middle, and the last one, in the padded batch
     result = evaluate(label_reader, images, wrong, [Attack("clean")], batch_size=8, progress=False)
     assert result.summary["images"] == 23
     assert result.summary["attacks"][0]["correct"] == 21
     assert [record["index"] for record in result.records] == list(range(23))
     assert [record["index"] for record in result.records if not record["robust"]] == [3, 22]
-    # The margin is the label's logit less the highest other one.
+    # The margin is the label's logit minus the highest other logit.
     assert {round(record["margin"]["clean"], 3) for record in result.records} == {10.0, -10.0}
 
 
 @pytest.mark.slow
-def test_the_batch_size_changes_nothing(network):
+def test_results_do_not_depend_on_the_batch_size(network):
     attacks = [Attack("clean"), Attack("pgd", 0.1, num_steps=3)]
     by_size = [evaluate(network, IMAGES, LABELS, attacks, batch_size=b, progress=False) for b in (50, 16)]
     for one, other in zip(*(result.records for result in by_size), strict=True):
         for name in ("clean", "pgd-3"):
-            # Sums of differently shaped products, in float32, of logits of size 10.
+            # Rounding of differently shaped products in float32, for logits of size 10.
             assert abs(one["margin"][name] - other["margin"][name]) < 1e-3
 
 
-def test_restarts_and_attacks_are_worst_cases(network, tmp_path):
+def test_restarts_and_attacks_give_worst_cases(network, tmp_path):
     attacks = [Attack("clean"), Attack("pgd", 0.03, num_steps=2), Attack("pgd", 0.03, num_steps=2, restarts=4)]
     path = tmp_path / "records.jsonl"
     result = evaluate(network, IMAGES, LABELS, attacks, batch_size=50, journal=path, progress=False)
@@ -94,14 +94,14 @@ def test_restarts_and_attacks_are_worst_cases(network, tmp_path):
     runs = np.array([[outcomes[i, run].margin > 0 for i in range(50)] for run in range(4)])
     assert often["accuracy"] == np.mean(np.all(runs, axis=0))
     assert often["lowest_single_run"] == np.mean(runs, axis=1).min() > often["accuracy"]
-    # The first start of four is the one start of one, so that more starts can only find more.
+    # The first of four starts is the same as a single start, so that more starts find at least as much.
     assert (runs[0] == [record["margin"]["pgd-2"] > 0 for record in result.records]).all()
     survivors = [all(record["margin"][name] > 0 for name in record["margin"]) for record in result.records]
     assert survivors == [record["robust"] for record in result.records]
     assert result.summary["worst"]["correct"] == sum(survivors) <= min(clean["correct"], once["correct"])
 
 
-def test_the_same_seed_gives_the_same_result_and_another_another(network):
+def test_the_same_seed_gives_the_same_result_and_another_seed_another(network):
     def margins(seed):
         result = evaluate(network, IMAGES, LABELS, [Attack("fgsm", 0.1)], batch_size=50, seed=seed, progress=False)
         return [record["margin"]["fgsm"] for record in result.records]
@@ -109,14 +109,14 @@ def test_the_same_seed_gives_the_same_result_and_another_another(network):
     assert margins(0) == margins(0) != margins(1)
 
 
-def test_misclassified_images_are_dropped_and_the_table_says_what_that_saved(network, tmp_path):
+def test_misclassified_images_are_dropped_and_the_passes_are_counted(network, tmp_path):
     attack = Attack("pgd", 0.03, num_steps=30, restarts=2, any_iterate=True)
     path = tmp_path / "records.jsonl"
     result = evaluate(network, IMAGES, LABELS, [attack], batch_size=16, journal=path, progress=False)
     (summary,) = result.summary["attacks"]
     runs = outcomes_of(path, "pgd-30x2").values()
     assert all(run.steps == (run.misclassified_at if run.misclassified_at >= 0 else 30) for run in runs)
-    # A start is one pass in either direction, and so is a step.
+    # A start is one forward and one backward pass, and so is a step.
     assert summary["forward"] == summary["backward"] == sum(1 + run.steps for run in runs) < 100 * 31
     falls = [[run.misclassified_at for run in runs if run.index == i and run.misclassified_at > 0] for i in range(50)]
     first = np.array([min(steps, default=99) for steps in falls])
@@ -125,14 +125,14 @@ def test_misclassified_images_are_dropped_and_the_table_says_what_that_saved(net
     assert all(0 < record["distance"]["pgd-30x2"] <= 0.03 for record in result.records)
 
 
-def test_an_attack_after_others_spares_what_they_broke(network):
+def test_an_attack_after_others_skips_what_they_broke(network):
     pgd = Attack("pgd", 0.02, num_steps=5)
     chained = [Attack("clean"), pgd, Attack("apgd-ce", 0.02, after=("clean", "pgd-5"), num_images=30)]
     result = evaluate(network, IMAGES, LABELS, chained, batch_size=50, progress=False)
-    standing = [r["index"] for r in result.records[:30] if r["margin"]["clean"] > 0 and r["margin"]["pgd-5"] > 0]
-    assert [r["index"] for r in result.records if "apgd-ce" in r["margin"]] == standing
+    robust = [r["index"] for r in result.records[:30] if r["margin"]["clean"] > 0 and r["margin"]["pgd-5"] > 0]
+    assert [r["index"] for r in result.records if "apgd-ce" in r["margin"]] == robust
     _, _, last = result.summary["attacks"]
-    assert (last["attacked"], last["total"]) == (len(standing), 30)
+    assert (last["attacked"], last["total"]) == (len(robust), 30)
     assert last["correct"] == sum(r["margin"].get("apgd-ce", -1) > 0 for r in result.records)
     with pytest.raises(ValueError, match="apgd-ce: expected to come after pgd-5"):
         evaluate(network, IMAGES, LABELS, [chained[0], chained[2]], batch_size=50, progress=False)
@@ -144,7 +144,7 @@ def check_worst_images(network, worst, result):
     margins = logits[is_true] - np.where(is_true, -np.inf, logits).max(-1)
     near = [attack["name"] for attack in result.summary["attacks"] if not attack["apart"]]
     lowest = [min(r["margin"][name] for name in near) for r in result.records[: len(worst)]]
-    # Sums of products in another order, in float32, of logits of size 10.
+    # Rounding of sums in another order in float32, for logits of size 10.
     np.testing.assert_allclose(margins, lowest, atol=1e-4)
     assert np.abs(worst - IMAGES[: len(worst)] / 255).max() <= 0.02 + 1e-6  # rounding of the sum
     assert all(r["robust"] == all(r["margin"][name] > 0 for name in near) for r in result.records)
@@ -153,14 +153,14 @@ def check_worst_images(network, worst, result):
 CLEAN, FGSM, CW = Attack("clean"), Attack("fgsm", 0.02), Attack("cw", 0.02, num_steps=5)
 
 
-def test_the_worst_images_are_those_of_the_lowest_margins(network):
+def test_the_worst_images_have_the_lowest_margins(network):
     attacks = [CLEAN, FGSM, CW, Attack("fgsm", 1.0, apart=True, label="far")]
-    worst = np.zeros((20, 8, 8, 1), np.float32)  # of the first images only
+    worst = np.zeros((20, 8, 8, 1), np.float32)  # for the first images only
     result = evaluate(network, IMAGES, LABELS, attacks, batch_size=50, worst_images=worst, progress=False)
     check_worst_images(network, worst, result)
 
 
-def test_the_worst_images_stay_when_an_attack_is_put_before_those_that_were_run(network, tmp_path):
+def test_the_worst_images_are_kept_when_a_resume_adds_an_attack_before_the_others(network, tmp_path):
     worst, path = np.zeros((20, 8, 8, 1), np.float32), tmp_path / "records.jsonl"
     for attacks in ([CLEAN, CW], [CLEAN, FGSM, CW]):
         result = evaluate(
@@ -169,7 +169,7 @@ def test_the_worst_images_stay_when_an_attack_is_put_before_those_that_were_run(
         check_worst_images(network, worst, result)
 
 
-def test_adversaries_of_another_network_are_made_there_and_judged_here(network):
+def test_adversaries_of_another_network_are_judged_by_this_one(network):
     other = make_network(first=network.args[0]["first"][::-1])
     attack = transfer(other, IMAGES, LABELS, epsilon=0.05, source="other")
     result = evaluate(network, IMAGES, LABELS, [CLEAN, attack], batch_size=50, progress=False)
@@ -184,24 +184,24 @@ def test_adversaries_of_another_network_are_made_there_and_judged_here(network):
     own = evaluate(network, IMAGES, LABELS, [Attack("pgd", 0.05)], batch_size=50, progress=False)
     clean, transferred = result.summary["attacks"]
     assert own.summary["worst"]["accuracy"] < transferred["accuracy"] < clean["accuracy"]
-    assert result.summary["worst"]["accuracy"] == clean["accuracy"]  # it is apart
+    assert result.summary["worst"]["accuracy"] == clean["accuracy"]  # transfer is excluded
     with pytest.raises(ValueError, match=r"transfer: expected adversaries of shape \(49, 8, 8, 1\)"):
         evaluate(network, IMAGES[1:], LABELS[1:], [CLEAN, attack], progress=False)
 
 
-# At this radius some images stand to the end.
+# At this radius some images are robust.
 LONG = Attack("pgd", 0.01, num_steps=6_000, restarts=2, any_iterate=True)
 CHAIN = [Attack("clean"), LONG, Attack("apgd-t", 0.01, after=("clean", LONG.name))]
 KILLED = """
 import pathlib, sys
-import tests.conftest  # its settings, so that this process computes as the tests' does
+import tests.conftest  # its settings, so that this process computes as the tests do
 from tests.evaluation.test_evaluation import CHAIN, records_of
 records_of(pathlib.Path(sys.argv[1]), CHAIN[:2])
 """
 
 
 def outcomes_of(path, attack):
-    """What a journal holds of an attack, by image and run."""
+    """The lines of a journal for one attack, by image and run."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.endswith("}")]
     outcomes = [
         Outcome(**{name: line[name] for name in Outcome._fields})
@@ -216,7 +216,7 @@ def records_of(journal, attacks):
 
 
 def assert_same_records(ours, theirs):
-    """What is counted is the same; margins, of size 1 to 10, are so to what float32's sums know them to.
+    """Integers are equal; margins, of size 1 to 10, are equal up to rounding of float32's sums.
 
     Which images share a batch, and its size, depends on what was missing, and so may how their products are rounded.
     """
@@ -229,12 +229,12 @@ def assert_same_records(ours, theirs):
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_is_killed_and_resumed_ends_in_the_same_numbers(tmp_path):
+def test_an_evaluation_that_is_killed_and_resumed_gives_the_same_numbers(tmp_path):
     path = tmp_path / "records.jsonl"
-    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as here: it rounds alike
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as here, for the same rounding
     process = subprocess.Popen([sys.executable, "-c", KILLED, path], cwd=ROOT, env=environment)
 
-    def has_a_whole_record():  # of the long attack: what is written last may be cut off by the kill
+    def has_a_whole_record():  # of the long attack; the last line may be cut off by the kill
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         return any(LONG.name.encode() in line and b'"index"' in line for line in lines)
 
@@ -245,13 +245,13 @@ def test_an_evaluation_that_is_killed_and_resumed_ends_in_the_same_numbers(tmp_p
     killed = path.read_bytes()
     done = len(outcomes_of(path, LONG.name))
     resumed = records_of(path, CHAIN)
-    assert 0 < done < 100 == len(outcomes_of(path, LONG.name))  # it was killed in the midst of it
+    assert 0 < done < 100 == len(outcomes_of(path, LONG.name))  # it was killed in the middle of it
     whole = path.read_bytes()
-    assert whole.startswith(killed[: killed.rfind(b"\n") + 1])  # nothing was done again
+    assert whole.startswith(killed[: killed.rfind(b"\n") + 1])  # nothing was computed again
     assert_same_records(resumed, records_of(None, CHAIN))
 
 
-def test_an_evaluation_resumed_from_a_truncated_journal_ends_in_the_same_numbers(tmp_path):
+def test_an_evaluation_resumed_from_a_truncated_journal_gives_the_same_numbers(tmp_path):
     path = tmp_path / "records.jsonl"
     chain = [Attack("clean"), Attack("apgd-t", 0.01, num_steps=20, targets=3, after=("clean",))]
     whole = records_of(path, chain)
@@ -260,10 +260,10 @@ def test_an_evaluation_resumed_from_a_truncated_journal_ends_in_the_same_numbers
     cut = text[: (text.index(b"apgd-t") + len(text)) // 2]
     path.write_bytes(cut)
     assert_same_records(records_of(path, chain), whole)
-    assert path.read_bytes().startswith(cut[: cut.rfind(b"\n") + 1])  # nothing was done again
+    assert path.read_bytes().startswith(cut[: cut.rfind(b"\n") + 1])  # nothing was computed again
 
 
-def test_an_attack_that_has_changed_is_refused(tmp_path):
+def test_resuming_a_changed_attack_raises_an_error(tmp_path):
     path = tmp_path / "records.jsonl"
     records_of(path, [Attack("fgsm", 0.1)])
     with pytest.raises(ValueError, match="fgsm: epsilon: expected"):
@@ -282,7 +282,7 @@ def test_an_attack_that_has_changed_is_refused(tmp_path):
         ({"logits_fn": lambda x: -make_network()(x)}, "logits: expected"),
     ],
 )
-def test_a_resume_of_another_evaluation_is_refused(network, tmp_path, change, message):
+def test_resuming_another_evaluation_raises_an_error(network, tmp_path, change, message):
     path = tmp_path / "records.jsonl"
     arguments = {"logits_fn": network, "images": IMAGES, "labels": LABELS, "attacks": [CLEAN], "journal": path}
     evaluate(**arguments, progress=False)
@@ -290,23 +290,23 @@ def test_a_resume_of_another_evaluation_is_refused(network, tmp_path, change, me
         evaluate(**{**arguments, **change}, progress=False)
 
 
-def test_attacks_that_a_journal_holds_are_not_left_out(tmp_path):
+def test_resuming_without_an_attack_of_the_journal_raises_an_error(tmp_path):
     # Their adversaries are among the worst images.
     path = tmp_path / "records.jsonl"
     records_of(path, [Attack("fgsm", 0.1)])
     before = outcomes_of(path, "fgsm")
-    with pytest.raises(ValueError, match=r"attacks: expected fgsm too, as in the journal; got clean\."):
+    with pytest.raises(ValueError, match=r"attacks: expected fgsm too, which the journal has; got clean\."):
         records_of(path, [Attack("clean")])
     assert outcomes_of(path, "fgsm") == before
-    records_of(path, [Attack("clean"), Attack("fgsm", 0.1)])  # more of them may come later
+    records_of(path, [Attack("clean"), Attack("fgsm", 0.1)])  # but more attacks may be added later
 
 
-def test_images_that_an_attack_was_not_meant_for_are_unknown(network):
+def test_images_that_an_attack_does_not_cover_are_unknown(network):
     few = Attack("square", 0.02, num_steps=20, num_images=20, after=["clean"])
     result = evaluate(network, IMAGES, LABELS, [CLEAN, few], batch_size=50, progress=False)
     robust = [record["robust"] for record in result.records]
     clean = [record["margin"]["clean"] > 0 for record in result.records]
-    # What is misclassified as it is, is known to be.
+    # Images that are misclassified without an attack are known not to be robust.
     assert robust[20:] == [None if right else False for right in clean[20:]]
     assert None not in robust[:20]
     worst = result.summary["worst"]
@@ -315,7 +315,7 @@ def test_images_that_an_attack_was_not_meant_for_are_unknown(network):
 
 
 @pytest.mark.slow
-def test_a_part_of_the_images_fares_as_in_the_whole(network):
+def test_a_part_of_the_images_gives_the_same_as_in_the_whole(network):
     attacks = [CLEAN, "pgd-3x2", Attack("apgd-t", 0.02, num_steps=5, after=["clean"])]
     settings = {"epsilon": 0.02, "batch_size": 10, "progress": False}
     whole = evaluate(network, IMAGES, LABELS, attacks, **settings)
@@ -323,8 +323,8 @@ def test_a_part_of_the_images_fares_as_in_the_whole(network):
     assert_same_records(part.records, whole.records[30:])
 
 
-def test_parts_merge_into_what_the_whole_gives(network, tmp_path):
-    few = Attack("square", 0.02, num_steps=20, num_images=30, after=["clean"])  # 30 of all, not of each part
+def test_merged_parts_give_the_same_as_the_whole(network, tmp_path):
+    few = Attack("square", 0.02, num_steps=20, num_images=30, after=["clean"])  # 30 in total, not in each part
     attacks = [CLEAN, Attack("pgd", 0.02, num_steps=3, restarts=2), few]
     settings = {"batch_size": 2, "progress": False, "about": {"split": "test"}}
     whole = evaluate(network, IMAGES, LABELS, attacks, **settings)
@@ -362,7 +362,7 @@ def test_suites():
     assert [attack.name for attack in suite("paper")] == [
         "clean", "fgsm", "pgd-20", "pgd-100", "cw-20", "cw-100", "pgd-500x5", "pgd-1000x5", "cw-500x5", "cw-1000x5",
     ]  # fmt: skip
-    # As the paper runs its own: steps of 2/255 at 8/255, of 8/255 for FGSM; and the last iterate decides.
+    # As in the paper: steps of 2/255 at 8/255, of 8/255 for FGSM; and the last iterate decides.
     assert {a.name: (a.settings["step_size"] * 255, a.any_iterate) for a in suite("paper")[1:]} == {
         "fgsm": (8, False),
         **{f"{kind}-{steps}": (2, False) for kind in ("pgd", "cw") for steps in (20, 100)},
@@ -411,9 +411,9 @@ def test_words_for_attacks():
         ({"images": IMAGES.astype(np.float32)}, ValueError, "images: expected values in [0, 1]; got [0, 255]"),
         ({"images": IMAGES.astype(np.int32)}, TypeError, "images: expected uint8, or floating point in [0, 1]"),
         ({"labels": LABELS.astype(float)}, TypeError, "labels: expected integers"),
-        ({"attacks": []}, ValueError, "attacks: expected at least one that isn't apart"),
-        ({"attacks": ["local-search"]}, ValueError, "apart from the worst case; got local-search"),
-        ({"attacks": [Attack("fgsm"), Attack("fgsm")]}, ValueError, "attacks: expected each once"),
+        ({"attacks": []}, ValueError, "attacks: expected at least one in the worst case"),
+        ({"attacks": ["local-search"]}, ValueError, "in the worst case; got local-search"),
+        ({"attacks": [Attack("fgsm"), Attack("fgsm")]}, ValueError, "attacks: expected different names"),
         ({"attacks": ["clean", Attack("apgd-ce", num_draws=20)]}, ValueError, "attacks: expected num_draws for all"),
         (
             {"attacks": ["pgd-2", Attack("cw", 0.1)]},
@@ -429,19 +429,19 @@ def test_words_for_attacks():
         ({"logits_fn": lambda x: x}, ValueError, "logits_fn: expected logits of shape [N, classes]; got (2, 8, 8, 1)"),
     ],
 )
-def test_bad_input_is_refused(network, change, error, message):
+def test_bad_input_raises_an_error(network, change, error, message):
     arguments = {"logits_fn": network, "images": IMAGES, "labels": LABELS, "attacks": ["clean"], "batch_size": 50}
     with pytest.raises(error, match=re.escape(message)):
         evaluate(**{**arguments, **change}, progress=False)
 
 
-def test_a_network_without_finite_logits_is_refused():
+def test_a_network_without_finite_logits_raises_an_error():
     broken = make_network(second=np.full((64, 10), np.nan, np.float32))
     with pytest.raises(FloatingPointError, match="expected finite logits and gradients"):
         evaluate(broken, IMAGES, LABELS, ["clean"], batch_size=50, progress=False)
 
 
-def test_warns_where_attacks_that_see_no_gradient_find_more():
+def test_warns_if_gradient_free_attacks_find_more():
     def masked(x):
         return jax.lax.stop_gradient(jnp.stack([x.mean((1, 2, 3)), 0.95 - x.mean((1, 2, 3))], -1))
 
@@ -452,16 +452,16 @@ def test_warns_where_attacks_that_see_no_gradient_find_more():
     flat, beaten = result.summary["warnings"]
     assert [str(warning.message) for warning in caught] == [flat, beaten]
     assert flat.startswith("4 of 4 images have a cross-entropy gradient of exactly zero")
-    assert beaten.startswith("square, blind to gradients, broke 100.0% of the images")
+    assert beaten.startswith("square, without gradients, broke 100.0% of the images")
     assert evaluate(masked, images, labels, ["clean"], progress=False).summary["warnings"] == []
-    # That a weak attack finds less says nothing.
+    # No warning if the attack with gradients is weak.
     weak = ["clean", "pgd-2", attacks[2]]
     with pytest.warns(UserWarning, match="gradient"):
         assert evaluate(masked, images, labels, weak, epsilon=0.1, progress=False).summary["warnings"] == [flat]
 
 
-def test_a_network_without_gradients_goes_through_attacks_that_need_none():
-    def outside(x):  # no derivative is defined
+def test_gradient_free_attacks_work_for_a_network_without_gradients():
+    def outside(x):  # has no derivative
         margin = jax.pure_callback(lambda x: np.mean(x, (1, 2, 3)) - 0.5, jax.ShapeDtypeStruct(x.shape[:1], x.dtype), x)
         return jnp.stack([margin, -margin], -1)
 
@@ -473,17 +473,17 @@ def test_a_network_without_gradients_goes_through_attacks_that_need_none():
     assert result.summary["worst"]["correct"] == 0
 
 
-def test_the_command_line_offers_the_suites_that_there_are():
+def test_the_command_line_has_the_same_suites():
     offered = typing.get_type_hints(Arguments)["suite"]
     assert set(typing.get_args(typing.get_args(offered)[0])) == set(SUITES)
 
 
-def test_a_norm_that_nothing_measures_is_refused():
+def test_a_norm_that_cannot_be_measured_raises_an_error():
     with pytest.raises(ValueError, match="norm: expected 'linf' or None; got 'l2'"):
         dataclasses.replace(REGISTRY["pgd"], norm="l2")
 
 
-def test_of_few_classes_suites_without_autoattack_can_be_run():
+def test_suites_without_autoattack_work_with_few_classes():
     assert "spsa" in [attack.name for attack in suite("gradient-free", num_classes=3)]
     assert "cw-1000x5" in [attack.name for attack in suite("paper", num_classes=3)]
     with pytest.raises(ValueError, match=r"apgd-t: expected a network of at least 4 classes.*version=\[\.\.\.\]"):

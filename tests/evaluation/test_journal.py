@@ -1,4 +1,4 @@
-"""An interrupted evaluation resumes from its log, and another one is refused."""
+"""An interrupted evaluation resumes from its journal; another evaluation raises an error."""
 
 import json
 import re
@@ -29,14 +29,14 @@ def read(path):
         return journal.outcomes, journal.seconds
 
 
-def test_what_was_written_is_there_again(tmp_path):
+def test_reads_what_was_written(tmp_path):
     write(tmp_path / "records.jsonl")
     outcomes, seconds = read(tmp_path / "records.jsonl")
     assert outcomes["pgd-20"] == {(outcome.index, outcome.run): outcome for outcome in OUTCOMES}
     assert seconds == {"clean": 0.25, "pgd-20": 4.0}
 
 
-def test_cut_anywhere_it_keeps_the_whole_lines_and_goes_on(tmp_path):
+def test_a_journal_cut_anywhere_keeps_its_complete_lines(tmp_path):
     path = tmp_path / "records.jsonl"
     write(path)
     whole = path.read_bytes()
@@ -46,7 +46,7 @@ def test_cut_anywhere_it_keeps_the_whole_lines_and_goes_on(tmp_path):
             journal.begin("pgd-20", SETTINGS)
             journal.append("pgd-20", OUTCOMES, seconds=1)
         assert all(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-        # The lines before the cut, word for word; but for the first, without which nothing follows.
+        # The lines before the cut are unchanged, unless the first is cut: then the file starts again.
         kept = whole[:cut].rfind(b"\n") + 1
         assert path.read_bytes().startswith(whole[:kept])
         assert read(path)[0]["pgd-20"].keys() == {(outcome.index, outcome.run) for outcome in OUTCOMES}
@@ -62,7 +62,7 @@ def test_cut_anywhere_it_keeps_the_whole_lines_and_goes_on(tmp_path):
         ({}, {"after": ()}, "pgd-20: after: expected ['clean'], as in"),
     ],
 )
-def test_another_evaluation_is_refused_and_nothing_is_changed(tmp_path, header, settings, message):
+def test_another_evaluation_raises_an_error_and_changes_nothing(tmp_path, header, settings, message):
     path = tmp_path / "records.jsonl"
     write(path)
     before = path.read_bytes()
@@ -72,7 +72,7 @@ def test_another_evaluation_is_refused_and_nothing_is_changed(tmp_path, header, 
 
 
 @pytest.mark.parametrize("content", ['{"step": 1}\n{"step": 2}\n', "no JSON", "[1]\n"])
-def test_another_file_is_refused_and_left_as_it_is(tmp_path, content):
+def test_another_file_raises_an_error_and_is_not_changed(tmp_path, content):
     path = tmp_path / "records.jsonl"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"records\.jsonl.*: expected"):
@@ -80,7 +80,7 @@ def test_another_file_is_refused_and_left_as_it_is(tmp_path, content):
     assert path.read_text(encoding="utf-8") == content
 
 
-def test_every_machine_that_took_part_is_recorded_once(tmp_path):
+def test_every_environment_is_recorded_once(tmp_path):
     path = tmp_path / "records.jsonl"
     write(path)
     for device in ("gpu", "cpu", "gpu"):
@@ -89,14 +89,14 @@ def test_every_machine_that_took_part_is_recorded_once(tmp_path):
     assert [environment["device"] for environment in environments] == ["cpu", "gpu"]
 
 
-def test_two_do_not_write_at_once(tmp_path):
+def test_two_processes_do_not_write_at_once(tmp_path):
     path = tmp_path / "records.jsonl"
-    with Journal(path, HEADER, HERE), pytest.raises(BlockingIOError, match="another process is writing it"):
+    with Journal(path, HEADER, HERE), pytest.raises(BlockingIOError, match="another process is writing to it"):
         Journal(path, HEADER, HERE)
-    Journal(path, HEADER, HERE).close()  # the first is closed, and so is the one that was refused
+    Journal(path, HEADER, HERE).close()  # both are closed, the first and the one that failed
 
 
-def test_fingerprints_tell_names_shapes_types_and_values_apart():
+def test_fingerprints_depend_on_names_shapes_types_and_values():
     trees = [
         {"w": np.zeros(4, np.float32)},
         {"v": np.zeros(4, np.float32)},
