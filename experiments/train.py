@@ -1,7 +1,9 @@
-"""Train a network: `python -m experiments.train PRESET --workdir DIR [overrides]`.
+"""Train a network on a preset: a minute for `digits` on two CPU cores, a GPU or TPU for the paper's network.
 
-The same command again resumes a run that was stopped. `python -m experiments.train PRESET --help` lists every
-setting.
+    python -m experiments.train PRESET --workdir DIR [options]
+
+If training is interrupted, rerun the same command: it resumes, and ends with the same weights.
+`python -m experiments.train PRESET --help` lists all options.
 """
 
 import dataclasses
@@ -18,35 +20,42 @@ from fs_jax.config import PRESETS, TrainConfig, preset
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to run. But for `batch_per_device`, none of these changes the weights."""
+    """Options of the script. Only `batch_per_device` changes the weights."""
 
     workdir: pathlib.Path
     """Folder of the run: a new one, or the one to resume."""
     data_dir: pathlib.Path | None = None
     """TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     devices: int | None = None
-    """How many devices to use; by default as many as share the batch evenly."""
+    """Number of devices; by default the largest one that divides the batch evenly."""
     batch_per_device: int | None = None
-    """Images per step on each device. The batch size is then this times the number of devices, whatever --batch-size
-    says, and only as many devices resume the run."""
+    """Images per step on each device. It replaces --batch-size by this times the number of devices; to resume, use the
+    same number of devices."""
     max_minutes: float | None = None
-    """Stop cleanly after so many minutes, with exit status 75; the same command goes on."""
+    """Stop cleanly after this many minutes, with exit status 75. Rerun the same command to resume."""
     checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints; there is one at each epoch's end as well."""
+    """Minutes between checkpoints. One is also saved after each epoch."""
     steps_per_dispatch: int | None = None
-    """Steps that run on the devices without the host; by default as many as take ten seconds, and 25 at most."""
+    """Training steps per dispatch; by default as many as take ten seconds, at most 25."""
     monitor_images: int = 512
-    """Images whose clean and PGD-10 accuracy is measured after each epoch; 0 for none."""
+    """Number of images for the clean and PGD-10 accuracy after each epoch; 0 for none."""
     progress: bool = True
     """Show a progress bar."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Options of the run, and every field of the preset's configuration."""
+    """Options of the script, and all fields of the preset's configuration."""
 
     options: Annotated[Options, tyro.conf.arg(name="")]
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+EXAMPLES = """\
+  python -m experiments.train digits --workdir runs/digits
+  python -m experiments.train cifar10_wrn10_2 --workdir runs/trades --method trades --attack.epsilon 8/255
+  python -m experiments.train cifar10_wrn28_10 --workdir runs/mine --dataset images.npz --weight-average 0.999
+"""
 
 
 def main(argv: list[str]) -> int:
@@ -55,18 +64,20 @@ def main(argv: list[str]) -> int:
 
         presets = "".join(f"  {name:18} {text}\n" for name, (text, _) in PRESETS.items())
         methods = "".join(f"  {name:18} {entry.summary}\n" for name, entry in METHODS.items())
-        print(f"{__doc__}\nPresets:\n{presets}\nMethods:\n{methods}", file=sys.stdout if argv else sys.stderr)
+        text = f"{__doc__}\npresets:\n{presets}\nmethods:\n{methods}\nexamples:\n{EXAMPLES}"
+        print(text, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     name, *rest = argv
     default = Arguments(Options(tyro.MISSING), preset(name))
-    arguments = tyro.cli(
-        Arguments, default=default, args=rest, prog=f"python -m experiments.train {name}", description=PRESETS[name][0]
-    )
+    arguments = command_line.parse(
+        Arguments, rest, examples=EXAMPLES, default=default, prog=f"python -m experiments.train {name}",
+        description=PRESETS[name][0],
+    )  # fmt: skip
     options = dataclasses.asdict(arguments.options)
 
     import jax
 
-    from fs_jax import data, training  # after the command line, which so answers at once
+    from fs_jax import data, training  # here, so that --help does not wait for JAX
     from fs_jax._utils import backend
 
     backend.enable_compilation_cache()
@@ -81,7 +92,7 @@ def main(argv: list[str]) -> int:
     dataset = data.load(config.dataset, data_dir=options.pop("data_dir"))
     run = training.train(config, dataset, **options)
     if not run.finished:
-        print(f"Stopped at step {int(run.state.step)}. The same command goes on.")
+        print(f"Stopped at step {int(run.state.step)}. Rerun the same command to resume.")
         return command_line.STOPPED
     print(f"Finished. Next: python -m experiments.evaluate --workdir {arguments.options.workdir}")
     return 0

@@ -1,7 +1,9 @@
 """Feature-scattering adversarial training in JAX: solvers, attacks, training and evaluation as pure functions.
 
+Subpackages are imported when they are first used:
+
 >>> import fs_jax
->>> fs_jax.ot.sinkhorn  # rooms load when they are first used
+>>> fs_jax.ot.sinkhorn
 <function sinkhorn at ...>
 """
 
@@ -21,7 +23,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # Lazily, so that `import fs_jax` costs nothing and `fs_jax.ot` loads neither Flax nor Orbax.
+    # Lazy imports: `import fs_jax` is fast, and `fs_jax.ot` loads neither Flax nor Orbax.
     if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -1,4 +1,4 @@
-"""Configurations: frozen dataclasses, validated where they are made, and presets by name."""
+"""Training configurations: frozen dataclasses that validate their fields, and presets by name."""
 
 import dataclasses
 import json
@@ -13,15 +13,14 @@ DType = Literal["float32", "bfloat16", "float64"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The Wide-ResNet."""
+    """Configuration of the Wide-ResNet."""
 
     depth: int = 28
-    """Layers, 6n + 4."""
+    """Number of layers, 6n + 4: 10, 16, 22, 28, ..."""
     width: int = 10
     """Widening factor."""
     dtype: DType = "float32"
-    """Precision of the convolutions; parameters and statistics stay float32 or wider. Products in float32 are as exact
-    as XLA's default on the device: on NVIDIA GPUs TF32, unless `jax_default_matmul_precision` says otherwise."""
+    """Precision of the convolutions. Parameters and BatchNorm statistics are at least float32."""
 
     def __post_init__(self):
         check_number("depth", self.depth, at_least=10, integer=True)
@@ -34,15 +33,14 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AttackConfig:
-    """The attack inside the training step, in L-infinity on [0, 1] images."""
+    """Configuration of the attack in the training step, in the L-infinity norm, on images in [0, 1]."""
 
     epsilon: float = 8 / 255
-    """Radius."""
+    """Radius of the attack, such as 8/255."""
     step_size: float | None = None
-    """Step; by default the method's own: epsilon for feature scattering, epsilon / 4 for PGD, 7 / 31 epsilon for
-    TRADES."""
+    """Size of an attack step. Default: epsilon for feature_scatter, epsilon / 4 for pgd, 7/31 epsilon for trades."""
     num_steps: int | None = None
-    """Number of steps; by default the method's own: 1 for feature scattering, 7 for PGD, 10 for TRADES."""
+    """Number of attack steps. Default: 1 for feature_scatter, 7 for pgd, 10 for trades."""
 
     def __post_init__(self):
         check_number("attack.epsilon", self.epsilon, at_least=0, at_most=1)
@@ -54,20 +52,19 @@ class AttackConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TransportConfig:
-    """The optimal-transport problem between natural and scattered logits."""
+    """Configuration of the optimal-transport problem between natural and scattered logits."""
 
     solver: str = "sinkhorn"
-    """A transport of `fs_jax.training.transports.TRANSPORTS`: sinkhorn (Algorithm 1), ipot (Algorithm 2) or
-    released_sinkhorn (the released code's variant of Algorithm 1); to compare with, identity or independent."""
+    """sinkhorn (Algorithm 1), ipot (Algorithm 2), released_sinkhorn, or the baselines identity and independent."""
     reg: float = 0.01
-    """Entropic weight of both Sinkhorns, the paper's tau."""
+    """Entropic weight of sinkhorn and released_sinkhorn, the paper's tau."""
     beta: float = 1.0
-    """Proximal weight of IPOT."""
+    """Proximal weight of ipot."""
     num_iters: int = 50
-    """Iterations of Algorithms 1 and 2 (the released variant stops by itself)."""
+    """Iterations of sinkhorn and ipot. (released_sinkhorn has a stopping criterion of its own.)"""
     scope: Scope = "global"
-    """One problem over the batch of all devices, or one for each device's part of it. Of the one problem sinkhorn has a
-    device's rows on that device; the others gather it, and every device solves it whole."""
+    """global: one problem over the images of all devices; device: one problem per device. With sinkhorn a device holds
+    only its own rows of the global problem; with other solvers each device solves it whole."""
 
     def __post_init__(self):
         check_number("transport.reg", self.reg, above=0)
@@ -78,49 +75,51 @@ class TransportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a training run's weights. Two runs of one configuration end alike."""
+    """Configuration of a training run. It determines the final weights: equal configurations give equal weights."""
 
     dataset: str = "cifar10"
-    """cifar10, cifar100, svhn_cropped, digits, or the path of an .npz file."""
+    """cifar10, cifar100, svhn_cropped, digits, another name in fs_jax.data.DATASETS, or the path of an .npz file."""
     train_size: int = 50_000
-    """Training images in the data set; a run sets it to what it finds."""
+    """Number of training images. Training overwrites it with that of the data set."""
     data: str | None = None
-    """Fingerprint of the training images and labels; a run sets it, and other data don't resume it."""
+    """Fingerprint of the training data. Training sets it, so that a run cannot be resumed with other data."""
     holdout: int = 0
-    """Training images that are held out to choose the best checkpoint (0: it is chosen on training images)."""
+    """Training images held out to select the best checkpoint; with 0, it is selected on training images."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     method: str = "feature_scatter"
-    """A method of `fs_jax.training.methods.METHODS`: feature_scatter (the paper's), pgd, trades, noise or
-    standard."""
+    """Training method: feature_scatter (the paper's), pgd, trades, noise or standard."""
     method_settings: tuple[tuple[str, float], ...] = ()
-    """Settings that only this method has, such as beta 6.0 of trades."""
+    """Settings of this method only, by name, such as beta 6.0 for trades."""
     attack: AttackConfig = dataclasses.field(default_factory=AttackConfig)
     transport: TransportConfig = dataclasses.field(default_factory=TransportConfig)
     smoothing: float | None = None
-    """Label smoothing, the paper's Delta: the true class has 1 - smoothing. By default the method's own: 0.5 for
-    feature scattering, none for the others."""
+    """Label smoothing, the paper's Delta. Default: 0.5 for feature_scatter, 0 for the other methods."""
     weight_average: float | None = None
-    """Evaluate an exponential moving average of the weights, with this decay, such as 0.999; by default the weights."""
+    """Decay of an exponential moving average of the weights, which is then evaluated; such as 0.999."""
     batch_size: int = 60
-    """Images per step, over all devices."""
+    """Images per training step, over all devices."""
     epochs: int = 200
+    """Number of epochs."""
     learning_rate: float = 0.1
+    """Initial learning rate."""
     decay_epochs: tuple[int, ...] = (60, 90)
-    """After how many epochs the learning rate is multiplied by decay_factor."""
+    """Epochs after which the learning rate is multiplied by decay_factor."""
     decay_factor: float = 0.1
+    """Factor of the learning rate at decay_epochs."""
     momentum: float = 0.9
+    """Momentum of SGD."""
     weight_decay: float = 2e-4
-    """On every parameter, BatchNorm's too."""
+    """Weight decay of all parameters, including those of BatchNorm."""
     sync_batch_norm: bool = True
-    """Normalise by the batch of all devices, or by each device's part of it."""
+    """BatchNorm normalises over the images of all devices, instead of those of each device."""
     parts: int = 1
-    """Into how many parts a batch is split, if devices have transport problems or BatchNorms of their own; a run sets
-    it to the number of its devices, and another number doesn't resume it."""
+    """Number of devices, if each has a transport problem or BatchNorm of its own; otherwise 1. Training sets it."""
     seed: int = 0
+    """Seed of the initial weights, batches, crops and noise."""
 
     def __post_init__(self):
         settings = tuple((str(name), value) for name, value in dict(self.method_settings).items())
-        object.__setattr__(self, "method_settings", settings)  # JSON gives lists
+        object.__setattr__(self, "method_settings", settings)  # JSON has lists
         for name, value in settings:
             check_number(f"method_settings: {name}", value)
         for name, kind in (("model", ModelConfig), ("attack", AttackConfig), ("transport", TransportConfig)):
@@ -147,38 +146,38 @@ class TrainConfig:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches in an epoch; the images left over change with the shuffle."""
+        """Number of full batches in an epoch. The remaining images, new ones in each shuffle, are dropped."""
         return (self.train_size - self.holdout) // self.batch_size
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
+        """Number of training steps of the whole run."""
         return self.epochs * self.steps_per_epoch
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON data.
+    """Convert a configuration to JSON data.
 
     Example:
       >>> to_dict(ModelConfig(depth=10, width=1))
       {'depth': 10, 'width': 1, 'dtype': 'float32'}
     """
-    # Tuples become lists, as they would on the way through JSON, so that a stored configuration compares equal.
+    # Through JSON, so that tuples become lists and a stored configuration compares equal.
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(data: Mapping[str, Any]) -> TrainConfig:
-    """The training configuration that `to_dict` wrote.
+    """Make a training configuration from the output of `to_dict`.
 
     Raises:
-      ValueError: for fields that a configuration doesn't have, with the nearest name, and where `TrainConfig` refuses.
-      TypeError: for what is no mapping, and where `TrainConfig` refuses.
+      ValueError: for an unknown field (the message suggests the nearest name) or an invalid value.
+      TypeError: for data that are not a mapping, or a value of the wrong type.
     """
     sections = {"model": ModelConfig, "attack": AttackConfig, "transport": TransportConfig}
 
     def build(cls, values, name=""):
         if not isinstance(values, Mapping):
-            raise TypeError(f"{name or 'configuration'}: expected its fields by name; got {values!r:.60}.")
+            raise TypeError(f"{name or 'configuration'}: expected a mapping of fields; got {values!r:.60}.")
         fields = [field.name for field in dataclasses.fields(cls)]
         for field in values:
             check_choice(f"configuration field {f'{name}.' * bool(name)}{field}", str(field), fields)
@@ -187,11 +186,11 @@ def from_dict(data: Mapping[str, Any]) -> TrainConfig:
     if isinstance(data, Mapping):
         data = {name: build(sections[name], of, name) if name in sections else of for name, of in data.items()}
     config = build(TrainConfig, data)
-    return dataclasses.replace(config, decay_epochs=tuple(config.decay_epochs))  # JSON gives lists
+    return dataclasses.replace(config, decay_epochs=tuple(config.decay_epochs))  # JSON has lists
 
 
 def differences(ours: TrainConfig, theirs: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two configurations differ, by dotted name, each with both values.
+    """The fields in which two configurations differ: both values, by dotted name.
 
     Example:
       >>> differences(TrainConfig(), TrainConfig(model=ModelConfig(depth=10)))
@@ -209,14 +208,14 @@ def differences(ours: TrainConfig, theirs: TrainConfig) -> dict[str, tuple[Any, 
     return {name: (first[name], second[name]) for name in first if first[name] != second[name]}
 
 
-# What the second gives, and how long it takes, is in experiments/results/cifar10_short; the third is the quickstart's.
+# Measured accuracies and times: experiments/results/cifar10_short for the second, the quickstart for the third.
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "cifar10_wrn28_10": (
-        "The paper's network and schedule on CIFAR-10: for a GPU or a TPU.",
+        "The paper's network and schedule on CIFAR-10, for a GPU or TPU.",
         TrainConfig(),
     ),
     "cifar10_wrn10_2": (
-        "A network for two CPU cores on CIFAR-10, 5 epochs.",
+        "A small network on CIFAR-10, 5 epochs: about 20 minutes on two CPU cores.",
         TrainConfig(model=ModelConfig(depth=10, width=2), epochs=5, decay_epochs=(3, 4)),
     ),
     "digits": (
@@ -234,10 +233,10 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
 
 
 def preset(name: str) -> TrainConfig:
-    """A preset by name.
+    """Look up a preset by name.
 
     Raises:
-      ValueError: for an unknown name, with the nearest one.
+      ValueError: for an unknown name; the message suggests the nearest one.
 
     Example:
       >>> preset("cifar10_wrn28_10").model

@@ -1,4 +1,4 @@
-"""Configurations refuse what cannot be, and go through JSON unchanged."""
+"""Configurations reject invalid fields, and JSON does not change them."""
 
 import json
 
@@ -9,7 +9,7 @@ from fs_jax.config import AttackConfig, ModelConfig, TrainConfig, TransportConfi
 
 
 @pytest.mark.parametrize("name", configs.PRESETS)
-def test_presets_go_through_json_unchanged(name):
+def test_json_does_not_change_a_preset(name):
     preset = configs.preset(name)
     assert configs.from_dict(json.loads(json.dumps(configs.to_dict(preset)))) == preset
     of_mapping = configs.from_dict({"method": "trades", "method_settings": {"beta": 6.0}})
@@ -17,12 +17,16 @@ def test_presets_go_through_json_unchanged(name):
     assert configs.differences(preset, preset) == {}
 
 
-def test_presets_are_the_papers():
+def test_the_default_preset_has_the_papers_settings():
     paper = configs.preset("cifar10_wrn28_10")
     assert (paper.model.depth, paper.model.width, paper.batch_size, paper.epochs) == (28, 10, 60, 200)
     assert (paper.decay_epochs, paper.decay_factor, paper.learning_rate) == ((60, 90), 0.1, 0.1)
     assert (paper.transport.reg, paper.weight_decay, paper.momentum, paper.attack.epsilon) == (0.01, 2e-4, 0.9, 8 / 255)
-    assert (paper.smoothing, paper.attack.step_size, paper.attack.num_steps) == (None, None, None)  # the method's own
+    assert (paper.smoothing, paper.attack.step_size, paper.attack.num_steps) == (
+        None,
+        None,
+        None,
+    )  # the defaults of the method
 
 
 @pytest.mark.parametrize(
@@ -50,8 +54,8 @@ def test_presets_are_the_papers():
         (lambda: configs.from_dict({"modle": {}}), ValueError, "field modle: .*Did you mean 'model'"),
         (lambda: configs.from_dict({"depth": 10}), ValueError, "configuration field depth: expected one of dataset"),
         (lambda: configs.from_dict({1: 2}), ValueError, "configuration field 1: expected one of dataset"),
-        (lambda: configs.from_dict([]), TypeError, "configuration: expected its fields by name; got \\[\\]"),
-        (lambda: configs.from_dict({"model": 3}), TypeError, "model: expected its fields by name; got 3"),
+        (lambda: configs.from_dict([]), TypeError, "configuration: expected a mapping of fields; got \\[\\]"),
+        (lambda: configs.from_dict({"model": 3}), TypeError, "model: expected a mapping of fields; got 3"),
         (
             lambda: configs.from_dict({"model": {"deph": 10}}),
             ValueError,
@@ -59,11 +63,11 @@ def test_presets_are_the_papers():
         ),
     ],
 )
-def test_what_cannot_be_is_refused_with_argument_expected_and_got(make, error, message):
+def test_errors_name_the_argument_the_expected_and_the_given_value(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
 
-def test_steps_and_epochs():
+def test_numbers_of_steps():
     config = TrainConfig(train_size=1000, holdout=100, batch_size=60, epochs=2)
     assert (config.steps_per_epoch, config.total_steps) == (15, 30)

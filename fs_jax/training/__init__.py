@@ -1,4 +1,4 @@
-"""Training: methods, a pure step of any network, checkpoints, the one file that maps it over devices, and the loop."""
+"""Training: methods, a pure training step for any network, several devices, checkpoints, and the training loop."""
 
 from fs_jax._utils.extras import require
 

@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: the latest few and, apart from them, the best; whole, or not there at all."""
+"""Checkpoints with Orbax: the latest few, and the best one. Each is written atomically."""
 
 import os
 import pathlib
@@ -19,16 +19,18 @@ KEPT = 3
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `workdir/checkpoints` (the latest few) and `workdir/best` (one).
+    """Saves and restores the checkpoints of a run: the latest few in `workdir/checkpoints`, the best in `workdir/best`.
 
-    Saving is asynchronous: arrays are copied, then written in the background, and a checkpoint appears under its name
-    only when it is whole. Each holds the unreplicated state, so that any number of devices can go on from it, and the
-    configuration. (They are of configured runs; for a network of one's own, save the state's arrays by Orbax itself.)
+    Saving is asynchronous: arrays are copied, then written in the background. A checkpoint gets its final name only
+    when it is complete. Each checkpoint contains the configuration and the unreplicated state, so any number of
+    devices can resume from it.
+
+    This class is for runs that have a `TrainConfig`. For a network of your own, save the state's arrays with Orbax.
 
     Args:
       workdir: The run's folder.
-      config: The run's configuration; a checkpoint of another one is refused.
-      read_only: Only look: make no folders, and leave damaged checkpoints where they are.
+      config: The run's configuration. A checkpoint with another configuration raises an error.
+      read_only: Only read: create no folders, and do not rename damaged checkpoints.
 
     Example:
       >>> import tempfile
@@ -44,8 +46,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, config: TrainConfig, *, read_only: bool = False):
         self._config, self._read_only = config, read_only
-        # An absolute path is what Orbax asks for.
-        root = local_path("workdir", workdir).absolute()
+        root = local_path("workdir", workdir).absolute()  # Orbax requires an absolute path
         self._latest = _manager(root / "checkpoints", KEPT, read_only)
         self._best = _manager(root / "best", 1, read_only)
 
@@ -56,11 +57,11 @@ class Checkpoints:
         self.close()
 
     def save(self, state: TrainState) -> None:
-        """Save `state` under its step, unless that is there. The state must be finite.
+        """Save `state` under the number of its step, unless that step is already saved.
 
         Raises:
-          ValueError: if it isn't a state of this configuration's optimizer and method.
-          FloatingPointError: if a parameter or statistic isn't finite; nothing is written then.
+          ValueError: if the state does not belong to this configuration's optimizer and method.
+          FloatingPointError: if a value of the state is not finite; nothing is written.
         """
         state = jax.tree.map(np.asarray, state)
         for name, like in _like(self._config, state.variables).items():
@@ -68,40 +69,40 @@ class Checkpoints:
             theirs: object = jax.tree.structure(getattr(state, name))
             if ours != theirs:
                 raise ValueError(
-                    f"state: expected the {name} of the configuration's training, {ours}; got {theirs}. Nothing was "
-                    "saved."
+                    f"state: expected the {name} of this configuration, {ours}; got {theirs}. Nothing was saved. Pass "
+                    "a state made by create_state with the same configuration."
                 )
         _check_finite(state)
         if int(state.step) not in self._latest.all_steps():
             self._latest.save(int(state.step), args=self._args(state))
 
     def save_best(self, state: TrainState, scores: dict[str, float]) -> None:
-        """Save `state` as the best so far, with the scores that made it so, in place of the one before."""
+        """Save `state` as the best one, with its scores, in place of the previous best."""
         state = jax.tree.map(np.asarray, state)
         _check_finite(state)
         if int(state.step) not in self._best.all_steps():
             self._best.save(int(state.step), args=self._args(state, scores))
 
     def best_scores(self) -> dict[str, float]:
-        """The scores that were saved with the best checkpoint; empty where there is none."""
+        """The scores saved with the best checkpoint; empty if there is no best checkpoint."""
         step = self._best.latest_step()
         if step is None:
             return {}
         try:
             return self._best.restore(step, args=ocp.args.Composite(scores=ocp.args.JsonRestore()))["scores"]
-        except Exception as error:  # whatever a damaged file brings about
+        except Exception as error:  # a damaged file can raise anything
             _skipped(self._best, step, error)
             self._set_aside(self._best, [step])
             return {}
 
     def restore_latest(self) -> TrainState | None:
-        """The newest checkpoint that can be read; None where there is none.
+        """The newest readable checkpoint, or None if there are no checkpoints.
 
-        A damaged one is passed over with a warning, and set aside so that its step can be saved again.
+        A damaged checkpoint is skipped with a warning and renamed, so that its step can be saved again.
 
         Raises:
-          ValueError: if a checkpoint is of another configuration, naming the fields that differ; or if there are
-            checkpoints and none can be read. Nothing is changed then.
+          ValueError: if a checkpoint has another configuration (the message names the fields that differ), or if no
+            checkpoint is readable. Nothing is changed in either case.
         """
         damaged: list[int] = []
         for step in sorted(self._latest.all_steps(), reverse=True):
@@ -112,28 +113,29 @@ class Checkpoints:
             damaged.append(step)
         if damaged:
             raise ValueError(
-                f"workdir: expected a checkpoint that can be read; none of steps {damaged} in {self._latest.directory} "
-                "can. Nothing was changed. See the warnings; to start anew, choose another workdir."
+                f"workdir: expected a readable checkpoint; got damaged ones at steps {damaged} in "
+                f"{self._latest.directory}. Nothing was changed. See the warnings; to start again, choose another "
+                "workdir."
             )
         return None
 
     def restore_best(self) -> TrainState | None:
-        """The best checkpoint; None where there is none, or it is damaged."""
+        """The best checkpoint, or None if there is none or it is damaged."""
         step = self._best.latest_step()
         return None if step is None else self._restore(self._best, step)
 
     def steps(self) -> list[int]:
-        """Steps of the latest checkpoints, oldest first."""
+        """Steps of the latest checkpoints, in increasing order."""
         return sorted(self._latest.all_steps())
 
     def close(self) -> None:
-        """Wait for what is being written."""
+        """Wait until all checkpoints are written."""
         for manager in (self._latest, self._best):
             manager.wait_until_finished()
             manager.close()
 
     def _set_aside(self, manager, steps: list[int]) -> None:
-        """Rename damaged checkpoints, out of Orbax's sight but not out of the user's."""
+        """Rename damaged checkpoints, so that Orbax ignores them and the user can still inspect them."""
         if self._read_only or not steps:
             return
         for step in steps:
@@ -151,7 +153,7 @@ class Checkpoints:
         )
 
     def _restore(self, manager, step) -> TrainState | None:
-        # The configuration first: arrays of another network don't fit, and that would read like damage.
+        # The configuration first: restoring the arrays of another network would fail as if the file were damaged.
         try:
             stored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
         except Exception as error:
@@ -170,9 +172,9 @@ class Checkpoints:
             ours, theirs = ([(x.shape, x.dtype) for x in arrays] for arrays in (leaves, saved.get(name, [])))
             if ours != theirs:
                 raise ValueError(
-                    f"workdir: expected a checkpoint of this code; {manager.directory / str(step)} has an {name} of "
-                    f"{len(theirs)} arrays, where there are {len(ours)} now, or of other shapes. Take the version of "
-                    "the code that wrote it, or another workdir."
+                    f"workdir: expected a checkpoint that this version of the code wrote, with {len(ours)} arrays in "
+                    f"{name}; got {len(theirs)} arrays, or other shapes, in {manager.directory / str(step)}. Use the "
+                    "version that wrote it, or another workdir."
                 )
             return jax.tree.unflatten(structure, saved.get(name, []))
 
@@ -181,43 +183,43 @@ class Checkpoints:
 
 
 def check_same_config(ours: TrainConfig, theirs: TrainConfig, where: str) -> None:
-    """Raise a ValueError that names each field in which `theirs`, found at `where`, differs from `ours`."""
+    """Raise a ValueError that names the fields in which `theirs`, stored at `where`, differs from `ours`."""
     differing = differences(ours, theirs)
     if "data" not in differing and ours.data is not None:
-        differing.pop("dataset", None)  # a file that was moved
+        differing.pop("dataset", None)  # the same data under another path
     if differing:
         listed = "; ".join(f"{name}: {mine!r} here, {other!r} there" for name, (mine, other) in differing.items())
         if "data" in differing:
-            listed += " (the training images or labels are others)"
+            listed += " (data: the training images or labels differ)"
         if "parts" in differing:
-            listed += " (parts: devices with transport or BatchNorm of their own)"
+            listed += " (parts: the number of devices that have a transport problem or BatchNorm of their own)"
         raise ValueError(
-            f"workdir: expected a run of this configuration; {where} is of another one: {listed}. "
-            "Give the same options, or another workdir."
+            f"workdir: expected a run with this configuration; got another one in {where}: {listed}. "
+            "Pass the same options, or another workdir."
         )
 
 
 def _manager(directory: pathlib.Path, kept: int, read_only: bool) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=None if read_only else kept,
-        save_interval_steps=0 if read_only else 1,  # as Orbax sets them itself, with a warning
+        save_interval_steps=0 if read_only else 1,  # the values that Orbax would choose, with a warning
         create=not read_only,
         read_only=read_only,
-        cleanup_tmp_directories=not read_only,  # what a killed run left half-written
+        cleanup_tmp_directories=not read_only,  # incomplete checkpoints of a killed process
         enable_async_checkpointing=not read_only,
     )
     return ocp.CheckpointManager(directory, options=options, item_names=("state", "config", "scores"))
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    # The optimizer's nested tuples become a flat list: what is on disk doesn't depend on Optax's types.
+    # A flat list instead of the optimizer's nested tuples: the files do not depend on Optax's types.
     flat = {"opt_state": jax.tree.leaves(state.opt_state), "own": jax.tree.leaves(state.own)}
     filled = {name: leaves for name, leaves in flat.items() if leaves}
     return {"params": state.params, "batch_stats": state.batch_stats, **filled, "step": state.step}
 
 
 def _like(config: TrainConfig, variables: dict[str, Any]) -> dict[str, Any]:
-    """Structure and shapes of what a configuration's optimizer and method keep."""
+    """Structure and shapes of the optimizer's state and the method's own state."""
     return {
         "opt_state": jax.eval_shape(make_optimizer(config).init, variables["params"]),
         "own": jax.eval_shape(make_method(config).init, variables),
@@ -227,12 +229,14 @@ def _like(config: TrainConfig, variables: dict[str, Any]) -> dict[str, Any]:
 def _check_finite(state: TrainState) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if jnp.issubdtype(leaf.dtype, np.inexact) and not np.isfinite(leaf.astype(np.float64)).all():
-            raise FloatingPointError(f"state: expected finite arrays; {jax.tree_util.keystr(path)} isn't. Not saved.")
+            raise FloatingPointError(
+                f"state: expected finite arrays; {jax.tree_util.keystr(path)} is not finite. Nothing was saved."
+            )
 
 
 def _skipped(manager, step, error) -> None:
     warnings.warn(
-        f"{manager.directory / str(step)} can't be read and is passed over: {type(error).__name__}: "
+        f"The damaged checkpoint {manager.directory / str(step)} is skipped: {type(error).__name__}: "
         f"{str(error).splitlines()[0] if str(error) else ''}",
         stacklevel=3,
     )

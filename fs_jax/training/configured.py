@@ -1,4 +1,4 @@
-"""From a configuration to what trains: network, optimizer, method, state and step."""
+"""Builds the network, optimizer, method, state and training step that a configuration describes."""
 
 import functools
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from fs_jax.training.transports import make_transport
 
 
 class Parts(NamedTuple):
-    """What a configuration's training is made of."""
+    """The network, optimizer and method of a configuration."""
 
     model: WideResNet
     optimizer: optax.GradientTransformation
@@ -31,7 +31,7 @@ class Parts(NamedTuple):
 
 
 def parts(config: TrainConfig, num_classes: int, *, axis_name: str | None = None) -> Parts:
-    """Network, optimizer and method of a configuration.
+    """Build the network, optimizer and method of a configuration.
 
     Example:
       >>> from fs_jax.config import preset
@@ -42,10 +42,15 @@ def parts(config: TrainConfig, num_classes: int, *, axis_name: str | None = None
 
 
 def make_model(config: TrainConfig, num_classes: int, *, axis_name: str | None = None) -> WideResNet:
-    """The configuration's network; with `axis_name`, BatchNorm is synchronised over it where the configuration says so.
+    """Build the configuration's network.
+
+    Args:
+      config: Configuration.
+      num_classes: Number of logits.
+      axis_name: Mapped axis over which BatchNorm is synchronised, if the configuration has `sync_batch_norm`.
 
     Raises:
-      ValueError: for float64 where JAX computes in 32 bits.
+      ValueError: for float64 without 64-bit mode in JAX.
 
     Example:
       >>> from fs_jax.config import preset
@@ -53,7 +58,9 @@ def make_model(config: TrainConfig, num_classes: int, *, axis_name: str | None =
       10
     """
     if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
-        raise ValueError("dtype: expected float32 or bfloat16 unless JAX computes in 64 bits; set JAX_ENABLE_X64=1.")
+        raise ValueError(
+            "dtype: expected float32 or bfloat16, as JAX is not in 64-bit mode; got float64. Set JAX_ENABLE_X64=1."
+        )
     return WideResNet(
         depth=config.model.depth,
         width=config.model.width,
@@ -64,10 +71,14 @@ def make_model(config: TrainConfig, num_classes: int, *, axis_name: str | None =
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """SGD as PyTorch has it: weight decay on every parameter, added to the gradient before the momentum.
+    """SGD with momentum and weight decay, as in PyTorch.
 
-    m <- momentum m + (g + weight_decay p); p <- p - lr m, with lr multiplied by `decay_factor` after each of the
-    configured epochs.
+    For a parameter p with gradient g,
+
+        m <- momentum * m + (g + weight_decay * p)
+        p <- p - lr * m
+
+    Weight decay covers every parameter. lr is multiplied by `decay_factor` after each of `decay_epochs`.
 
     Example:
       >>> from fs_jax.config import preset
@@ -80,7 +91,9 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
-    """Learning rate by step: piecewise constant, decaying at the starts of epochs.
+    """Piecewise constant learning rate, as a function of the step.
+
+    The rate is multiplied by `decay_factor` after each of `decay_epochs`.
 
     Example:
       >>> from fs_jax.config import TrainConfig
@@ -92,18 +105,17 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
     constant_pieces = optax.piecewise_constant_schedule(config.learning_rate, decays)
 
     def schedule(step):
-        with jax.numpy_dtype_promotion("standard"):  # Optax's compares the step's integer with a float
+        with jax.numpy_dtype_promotion("standard"):  # Optax compares the integer step with a float
             return constant_pieces(step)
 
     return schedule
 
 
 def make_method(config: TrainConfig) -> Method:
-    """The configuration's training method, with its own defaults where the configuration says nothing.
+    """Build the configuration's training method. Fields that are None take the method's own default.
 
     Raises:
-      ValueError: for a method or a transport that its registry doesn't have, with the nearest name, or a setting that
-        the method doesn't have.
+      ValueError: for an unknown method, transport or setting; the message suggests the nearest name.
 
     Example:
       >>> from fs_jax.config import preset
@@ -122,22 +134,23 @@ def make_method(config: TrainConfig) -> Method:
     own = sorted(entry.settings - common.keys())
     for name, _ in config.method_settings:
         if not own:
-            raise ValueError(f"method_settings: expected none, as {entry.name} has none of its own; got {name}.")
+            raise ValueError(
+                f"method_settings: expected none, as {entry.name} has no settings of its own; got {name}. Remove it."
+            )
         check_choice(f"setting of {entry.name}", name, own)
-    # What the configuration leaves open has the method's own default.
     settings = {name: value for name, value in common.items() if name in entry.settings and value is not None}
     method = entry.build(**settings, **dict(config.method_settings))
     return method if config.weight_average is None else averaged(method, decay=config.weight_average)
 
 
 def create_state(config: TrainConfig, rng: Key[Array, ""], info: DataInfo | None = None) -> TrainState:
-    """The configuration's state before the first step: a fresh network, no momentum, step 0.
+    """The initial training state of a configuration: random weights, zero momentum, step 0.
 
     Args:
       config: Configuration.
       rng: Key of the initial weights.
-      info: Of the loaded data set: shape of the images, number of classes. By default that of the data set that the
-        configuration names.
+      info: The data set's description, for the image shape and the number of classes. By default it is looked up by
+        `config.dataset`.
 
     Raises:
       ValueError: for an unknown data set.
@@ -156,21 +169,22 @@ def create_state(config: TrainConfig, rng: Key[Array, ""], info: DataInfo | None
 def train_step(
     state: TrainState, batch: Batch, rng: Key[Array, ""], *, config: TrainConfig, axis_name: str | None = None
 ) -> tuple[TrainState, Metrics]:
-    """One step of the configuration's training: `make_train_step` of its network, optimizer and method.
+    """One training step of a configuration: `make_train_step` with its network, optimizer and method.
 
     Args:
       state: State before the step.
-      batch: `images` [N, H, W, C] float in [0, 1], `labels` [N], and for parity tests optionally `start` [N, H, W, C],
-        the attack's first iterate. On a mapped axis, N images of each device.
-      rng: Key of the run: the step's noise is drawn from `fold_in(rng, state.step)`, image by image.
+      batch: `images` [N, H, W, C], floating point in [0, 1]; `labels` [N]; and optionally `start` [N, H, W, C], the
+        attack's first iterate. On a mapped axis, N is the number of images per device.
+      rng: Key of the run. Image i of the step uses `fold_in(fold_in(rng, state.step), i)`.
       config: Configuration.
       axis_name: Mapped axis over which gradients, statistics and metrics are averaged.
 
     Returns:
-      State after the step, and metrics: `loss`, `accuracy` on the attacked images, and the method's own.
+      State after the step, and metrics: `loss`, `accuracy` on the attacked images, and those of the method.
 
     Raises:
-      TypeError, ValueError: for batches that the attacks reject.
+      TypeError, ValueError: for images outside [0, 1] (checked outside jit only), or arrays of the wrong type or
+        shape.
 
     Example:
       >>> from fs_jax.config import ModelConfig
@@ -189,18 +203,20 @@ def train_step(
 
 
 def pmap_train_step(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Step:
-    """`train_step` over devices: gradients, statistics and metrics are averaged, the state's buffers are donated.
+    """`train_step` over several devices, with `jax.pmap`.
+
+    Gradients, BatchNorm statistics and metrics are averaged over devices. The state's buffers are donated.
 
     Args:
-      config: Configuration. Its `batch_size` is that of all devices together.
-      devices: Devices to use; all local ones by default.
+      config: Configuration. Its `batch_size` counts the images on all devices.
+      devices: Devices to use; by default all local devices.
 
     Returns:
-      A function from a replicated state (leaves [D, ...], see `replicate`), a batch (leaves [D, N / D, ...]) and a key
-      to the state after the step and metrics, leaves with the leading axis [D] again.
+      A function (state, batch, rng) -> (state, metrics). The state is replicated over D devices (arrays [D, ...], see
+      `replicate`), the batch has arrays [D, N / D, ...], and the metrics have shape [D].
 
     Raises:
-      ValueError: if the batch size isn't a multiple of the number of devices.
+      ValueError: if the batch size is not a multiple of the number of devices.
 
     Example:
       >>> from fs_jax.config import ModelConfig
@@ -218,16 +234,16 @@ def pmap_train_step(config: TrainConfig, devices: Sequence[jax.Device] | None = 
     return pmapped(*parts(config, num_classes, axis_name=axis_of(devices)), devices)
 
 
-@functools.lru_cache(maxsize=4)  # a run that is resumed in the same process compiles nothing anew
+@functools.lru_cache(maxsize=4)  # resuming in the same process does not recompile
 def pmap_train_steps(config: TrainConfig, info: DataInfo, devices: tuple[jax.Device, ...]) -> Program:
-    """Many steps of the configuration's training in one dispatch: see `parallel.pmapped_steps`."""
+    """Several training steps of a configuration in one dispatch; see `parallel.pmapped_steps`."""
     axis_name = axis_of(check_devices(config, devices))
     step = make_train_step(*parts(config, info.num_classes, axis_name=axis_name), axis_name=axis_name)
     return pmapped_steps(step, info, config.batch_size, devices)
 
 
 def check_devices(config: TrainConfig, devices: Sequence[jax.Device] | None) -> tuple[jax.Device, ...]:
-    """The devices, all local ones by default, if they divide the batch."""
+    """The devices, by default all local ones. Raises a ValueError if they do not divide the batch evenly."""
     devices = tuple(devices or jax.local_devices())
     if config.batch_size % len(devices):
         nearest = max(1, round(config.batch_size / len(devices))) * len(devices)
@@ -239,7 +255,7 @@ def check_devices(config: TrainConfig, devices: Sequence[jax.Device] | None) -> 
 
 
 def most_devices(config: TrainConfig, devices: Sequence[jax.Device]) -> int:
-    """How many of the devices can share the batch evenly, at most.
+    """The largest number of these devices that divides the batch evenly.
 
     Example:
       >>> most_devices(TrainConfig(batch_size=60), range(8))

@@ -1,4 +1,4 @@
-"""The training run: wiring of data, step, checkpoints, logs and monitoring. Stops cleanly, resumes by itself."""
+"""The training loop: data, step, checkpoints, logs and monitoring. Stops cleanly and resumes automatically."""
 
 import contextlib
 import dataclasses
@@ -45,16 +45,16 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Run(NamedTuple):
-    """What `train` gives back."""
+    """The result of `train`."""
 
     state: TrainState
-    """The state on the host, unreplicated."""
+    """The final state, unreplicated, on the host."""
     finished: bool
-    """Whether the last epoch is done; otherwise the same call goes on."""
+    """Whether all epochs are done. If not, the same call resumes training."""
     stopped: bool
-    """Whether a signal or the time limit asked for a stop, be it with the last step."""
+    """Whether a signal or the time limit requested a stop. (Both this and `finished` can be True.)"""
     variables: dict[str, Any]
-    """What to evaluate: the network's variables, or their average where the configuration averages them."""
+    """The variables to evaluate: the network's, or their moving average if the configuration has a `weight_average`."""
 
 
 def train(
@@ -70,42 +70,50 @@ def train(
     on_epoch: Callable[[int, dict[str, Any]], None] | None = None,
     progress: bool = True,
 ) -> Run:
-    """Train, or resume training, until the configuration's last epoch.
+    """Train a configured network, or resume its training.
 
-    A run that is stopped (SIGTERM, SIGINT, `max_minutes`) or killed, and called again, ends in the same weights as one
-    left alone: batches, crops and noise are drawn from the seed, the epoch and the step.
+    If training is stopped (SIGTERM, SIGINT, `max_minutes`) or killed, the same call resumes it. The final weights are
+    those of an uninterrupted run, because batches, crops and noise depend only on the seed, the epoch and the step.
 
-    Any number of devices can resume a run; another number gives other sums, so the same weights to rounding only. With
-    `transport.scope="device"` or without `sync_batch_norm` it would be another method, and is refused.
+    You can resume with a different number of devices. The weights then agree to rounding, as sums are taken in another
+    order. With `transport.scope="device"` or without `sync_batch_norm` the number of devices is part of the method, and
+    a different number raises an error.
 
-    In `workdir`: `config.json`, `metrics.jsonl` and `tensorboard/` (a row per dispatch, and one per epoch with the
-    accuracies on the monitored images), `checkpoints/` and `best/`. The monitored images are held-out ones, or
-    training images where none are held out, drawn by the seed; never test images. Best is the highest accuracy under
-    PGD-10 (for standard training, the highest clean accuracy).
+    The folder `workdir` contains
+
+    - `config.json`: the configuration;
+    - `metrics.jsonl` and `tensorboard/`: one row per dispatch, and one per epoch with the monitored accuracies;
+    - `checkpoints/`: the latest checkpoints;
+    - `best/`: the checkpoint with the highest monitored accuracy under PGD-10 (for standard training, the highest clean
+      accuracy).
+
+    Accuracies are monitored on held-out images (`config.holdout`) or, without them, on training images. Test images are
+    never used.
 
     Args:
-      config: Configuration. Its `train_size` and `data` are set to the data set's, its `parts` to what devices do.
+      config: Configuration. `train_size`, `data` and `parts` are overwritten with those of the data set and devices.
       dataset: The data set, on the host.
-      workdir: A new folder, or the one of this run.
-      devices: Devices to use; by default as many local ones as share the batch evenly.
-      max_minutes: Stop cleanly after so many minutes, counted from the call.
-      checkpoint_minutes: Minutes between checkpoints; there is one at the end of each epoch and of the run as well.
-      steps_per_dispatch: Steps that run on the devices without the host, and make one row of the log. By default as
-        many as take ten seconds, by measurement, and 25 at most: a stop waits for them.
-      monitor_images: How many images are monitored, at most; 0 for none.
-      on_epoch: Is called before the first epoch and after each, before its checkpoint, with the number of epochs done
-        and the variables to evaluate, on the host. A run that is killed calls it again for the epoch that it repeats.
+      workdir: A new folder, or the folder of the run to resume.
+      devices: Devices to use; by default the largest number of local devices that divides the batch evenly.
+      max_minutes: Stop cleanly after this many minutes, counted from the call.
+      checkpoint_minutes: Minutes between checkpoints. Checkpoints are also saved after each epoch and on a stop.
+      steps_per_dispatch: Training steps per dispatch, which run on the devices without the host. By default as many as
+        take ten seconds, at most 25. A stop waits for the current dispatch.
+      monitor_images: Largest number of monitored images; 0 for no monitoring.
+      on_epoch: Called as `on_epoch(epochs_done, variables)` before the first epoch, and after each epoch before its
+        checkpoint. `variables` are those to evaluate, on the host. After a kill, it is called again for a repeated
+        epoch.
       progress: Show a progress bar.
 
     Returns:
-      The last state, and whether the run is finished.
+      A `Run`: the final state, whether training is finished, and the variables to evaluate.
 
     Raises:
-      ValueError: if the workdir holds something else or a run of another configuration, or the batch doesn't fit the
-        devices or the data.
+      ValueError: if the workdir contains other files or a run with another configuration, or if the batch size does not
+        fit the devices or the data.
       BlockingIOError: if another process is training in the workdir.
-      FloatingPointError: if the loss isn't finite; the last good checkpoint is kept.
-      PermissionError, NotADirectoryError: if the workdir can't be written to.
+      FloatingPointError: if the loss is not finite. The last good checkpoint is kept.
+      PermissionError, NotADirectoryError: if the workdir is not writable.
 
     Example:
       >>> import tempfile
@@ -118,7 +126,9 @@ def train(
       (5, True)
     """
     if jax.process_count() > 1:
-        raise ValueError(f"jax.process_count(): expected 1; got {jax.process_count()}. Train on one host.")
+        raise ValueError(
+            f"jax.process_count(): expected 1; got {jax.process_count()}. Training supports a single host."
+        )
     check_number("max_minutes", 0 if max_minutes is None else max_minutes, at_least=0)
     check_number("checkpoint_minutes", checkpoint_minutes, at_least=0)
     if steps_per_dispatch is not None:
@@ -141,14 +151,14 @@ def train(
         state = create_state(config, init_rng, dataset.info) if state is None else state
         step = int(state.step)
         if progress and step:
-            print(f"Going on from step {step} of {config.total_steps}.", file=sys.stderr)
+            print(f"Resuming from step {step} of {config.total_steps}.", file=sys.stderr)
         kept, monitored = _split(config, monitor_images)
         images, labels = share((dataset.train_images[kept], dataset.train_labels[kept]), devices)
         state, ordered, stopping = replicate(state, devices), None, False
         monitor, pace = (dataset.train_images[monitored], dataset.train_labels[monitored]), _Pace(steps_per_dispatch)
         if on_epoch is not None and step == 0:
             on_epoch(0, unreplicate(state).evaluated(method))
-        with _Log(workdir, step) as log, _progress_bar(config, step, progress) as bar, _say_what_is_kept(checkpoints):
+        with _Log(workdir, step) as log, _progress_bar(config, step, progress) as bar, _explain_non_finite(checkpoints):
             keeper = _Keeper(config, checkpoints, log, monitor)
             while step < config.total_steps and not stopping:
                 epoch, first = divmod(step, config.steps_per_epoch)
@@ -176,7 +186,7 @@ def train(
                     keeper.monitor(unreplicate(state))
                     if on_epoch is not None:
                         on_epoch(epoch + 1, unreplicate(state).evaluated(method))
-                # After the best one: a run that is killed in between comes back to before both.
+                # After the best one: if the process is killed in between, both are repeated.
                 if ends_epoch or stopping or keeper.seconds() >= 60 * checkpoint_minutes:
                     keeper.save(unreplicate(state))
         state = unreplicate(state)
@@ -184,25 +194,26 @@ def train(
 
 
 def open_workdir(workdir: str | os.PathLike, config: TrainConfig) -> pathlib.Path:
-    """The folder of a run: a new one with the configuration in it, or the one that has this configuration.
+    """Create the folder of a run and write its configuration, or check that an existing folder has this configuration.
 
     Raises:
-      ValueError: if the folder holds files but no run, or a run of another configuration, or isn't a local one.
-      PermissionError, NotADirectoryError, FileExistsError: if it can't be made or written to.
+      ValueError: if the folder contains files but no run, has a run with another configuration, or is not local.
+      PermissionError, NotADirectoryError, FileExistsError: if the folder cannot be created or is not writable.
     """
     workdir = local_path("workdir", workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise type(error)(f"workdir: expected a folder that can be made; got {workdir}: {error.strerror}.") from None
+        raise type(error)(f"workdir: expected a folder that can be created; got {workdir}: {error.strerror}.") from None
     if not os.access(workdir, os.W_OK | os.X_OK):
-        raise PermissionError(f"workdir: expected a folder that can be written to; got {workdir}. Choose another.")
+        raise PermissionError(f"workdir: expected a writable folder; got {workdir}. Choose another.")
     if (workdir / CONFIG_FILE).exists():
         check_same_config(config, read_config(workdir), str(workdir / CONFIG_FILE))
     elif found := sorted(path.name for path in workdir.iterdir()):
         raise ValueError(
-            f"workdir: expected a new folder or the folder of a run; got {workdir}, which holds no {CONFIG_FILE} but "
-            f"{', '.join(found[:3])}{', ...' if len(found) > 3 else ''}. Choose another; nothing was changed."
+            f"workdir: expected a new folder or the folder of a run; got {workdir}, which contains "
+            f"{', '.join(found[:3])}{', ...' if len(found) > 3 else ''} but no {CONFIG_FILE}. Choose another folder; "
+            "nothing was changed."
         )
     else:
         write_text(workdir / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
@@ -210,22 +221,23 @@ def open_workdir(workdir: str | os.PathLike, config: TrainConfig) -> pathlib.Pat
 
 
 def read_config(workdir: str | os.PathLike) -> TrainConfig:
-    """The configuration of the run in `workdir`.
+    """Read the configuration of the run in `workdir`.
 
     Raises:
-      FileNotFoundError: if there is no run in it.
+      FileNotFoundError: if `workdir` is not the folder of a run.
+      ValueError: if its configuration is not readable.
     """
     path = local_path("workdir", workdir) / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(
-            f"workdir: expected the folder of a run, with {CONFIG_FILE}; got {workdir}. "
-            "Make one with fs_jax.training.train, or in a clone: python -m experiments.train PRESET --workdir DIR"
+            f"workdir: expected the folder of a run, with {CONFIG_FILE}; got {workdir}. Train with "
+            "fs_jax.training.train or, in a clone, python -m experiments.train PRESET --workdir DIR"
         )
     try:
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"workdir: expected the folder of a run; {path} is no configuration of one: {error} Choose another."
+            f"workdir: expected the folder of a run; got an invalid configuration in {path}: {error} Choose another."
         ) from None
 
 
@@ -235,14 +247,14 @@ def _fit_to_data(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     check_number("holdout", config.holdout, at_least=0, at_most=config.train_size - 1, integer=True)
     if config.steps_per_epoch < 1:
         raise ValueError(
-            f"batch_size: expected at most the {config.train_size - config.holdout} training images; "
+            f"batch_size: expected at most {config.train_size - config.holdout}, the number of training images; "
             f"got {config.batch_size}."
         )
     return config
 
 
 def _usable(config: TrainConfig, devices: Sequence[jax.Device] | None) -> tuple[jax.Device, ...]:
-    """The devices that were asked for; else the local ones, but for those that are too many for the batch."""
+    """The given devices or, by default, the largest number of local ones that divides the batch evenly."""
     if devices:
         return tuple(devices)
     local = jax.local_devices()
@@ -250,55 +262,57 @@ def _usable(config: TrainConfig, devices: Sequence[jax.Device] | None) -> tuple[
 
 
 def _splits(config: TrainConfig) -> bool:
-    """Whether devices solve transport problems, or normalise, by themselves."""
+    """Whether each device has a transport problem or BatchNorm statistics of its own."""
     own_transport = config.transport.scope == "device" and "scope" in METHODS[config.method].settings
     return own_transport or not config.sync_batch_norm
 
 
 def _notes(config: TrainConfig, devices: int, *, chosen: bool) -> list[str]:
-    """Where the number of devices changes what is trained, or, if nobody chose it, wastes some."""
+    """Warnings: the number of devices changes the method, or some local devices are not used by default."""
     notes, per_device = [], config.batch_size // devices
     if not chosen and devices < jax.local_device_count():
         notes.append(
-            f"{devices} of {jax.local_device_count()} devices are used: more can't share the batch_size of "
-            f"{config.batch_size} images, over all devices, evenly. Set a multiple of their number to use all."
+            f"Only {devices} of {jax.local_device_count()} devices are used, as more cannot share the batch_size of "
+            f"{config.batch_size} images evenly. To use all, set batch_size to a multiple of "
+            f"{jax.local_device_count()}."
         )
     if devices > 1 and config.transport.scope == "device" and "scope" in METHODS[config.method].settings:
         notes.append(
             f"transport.scope='device': each of {devices} devices solves a transport problem of its {per_device} "
-            f"images. That is another method than one problem of all {config.batch_size}, for which set "
+            f"images. This is a different method from one problem of all {config.batch_size} images; for that, set "
             "transport.scope='global'."
         )
     if devices > 1 and not config.sync_batch_norm:
         notes.append(
-            f"sync_batch_norm=False: BatchNorm normalises by each device's {per_device} images. That is another method "
-            f"than by all {config.batch_size}, for which set sync_batch_norm=True."
+            f"sync_batch_norm=False: BatchNorm normalises over the {per_device} images of each device. This is a "
+            f"different method from normalising over all {config.batch_size} images; for that, set "
+            "sync_batch_norm=True."
         )
     return notes
 
 
 def _try(config: TrainConfig, dataset: Dataset) -> None:
-    """Trace a step of one image, so that what can't work fails before anything is written."""
+    """Trace a training step with one image, so that errors are raised before anything is written."""
     batch = {"images": jnp.zeros((1, *dataset.info.image_shape)), "labels": jnp.zeros(1, jnp.int32)}
     rng = jax.random.key(config.seed)
     jax.eval_shape(lambda: train_step(create_state(config, rng, dataset.info), batch, rng, config=config))
 
 
 class _Pace:
-    """How many steps a dispatch has: as many as were asked for, or as take some ten seconds."""
+    """The number of steps per dispatch: the requested one, or as many as take about ten seconds."""
 
     def __init__(self, steps: int | None):
         self.steps = steps or 1
         self._fixed, self._compiled = steps is not None, False
 
     def took(self, count: int, seconds: float) -> None:
-        if self._compiled and not self._fixed:  # the first dispatch compiles, which says nothing of the next
+        if self._compiled and not self._fixed:  # the first dispatch includes compilation
             self.steps = min(25, max(1, int(10 * count / max(seconds, 1e-3))))
         self._compiled = True
 
 
 def _means(sums: dict[str, Any], step: int, count: int) -> dict[str, float]:
-    """Of the metrics' sums over the steps of a dispatch."""
+    """Mean metrics of a dispatch, from their sums over its steps. Raises a FloatingPointError if one is not finite."""
     metrics = {name: float(total) / count for name, total in sums.items()}
     if wrong := [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]:
         raise FloatingPointError(f"Not finite between steps {step} and {step + count}: {', '.join(wrong)}.")
@@ -306,7 +320,7 @@ def _means(sums: dict[str, Any], step: int, count: int) -> dict[str, float]:
 
 
 class _Keeper:
-    """Monitors the network at the end of each epoch, and keeps checkpoints: the latest, and the best."""
+    """Monitors accuracies after each epoch, and saves the latest and the best checkpoints."""
 
     def __init__(self, config: TrainConfig, checkpoints: Checkpoints, log: "_Log", monitor: tuple):
         self._config, self._checkpoints, self._log, self._monitor = config, checkpoints, log, monitor
@@ -314,7 +328,7 @@ class _Keeper:
         self._decisive = f"monitor_{METHODS[config.method].chosen_by}"
 
     def monitor(self, state: TrainState) -> None:
-        """Accuracies on the monitored images; the state is kept if they are the best so far."""
+        """Log the accuracies on the monitored images, and save the state if it is the best so far."""
         if not len(self._monitor[1]):
             return
         step = int(state.step)
@@ -331,7 +345,7 @@ class _Keeper:
         self._saved_at = time.monotonic()
 
     def seconds(self) -> float:
-        """Since the last checkpoint."""
+        """Seconds since the last checkpoint."""
         return time.monotonic() - self._saved_at
 
 
@@ -339,26 +353,26 @@ class _Keeper:
 def _not_finite_at(step: int) -> Iterator[None]:
     try:
         yield
-    except FloatingPointError as error:  # the loss was finite, the weights after it aren't
+    except FloatingPointError as error:  # the loss was finite, but the weights after the step are not
         raise FloatingPointError(f"Not finite at step {step}: {error}") from None
 
 
 @contextlib.contextmanager
-def _say_what_is_kept(checkpoints: Checkpoints) -> Iterator[None]:
-    """Where training stops as something isn't finite, say what there is and what to do."""
+def _explain_non_finite(checkpoints: Checkpoints) -> Iterator[None]:
+    """Add to a FloatingPointError which checkpoint is left and what to try."""
     try:
         yield
     except FloatingPointError as error:
         steps = checkpoints.steps()
-        kept = f"The last good checkpoint is of step {steps[-1]}." if steps else "There is no checkpoint yet."
+        kept = f"The last good checkpoint is at step {steps[-1]}." if steps else "No checkpoint was saved yet."
         raise FloatingPointError(
-            f"{error} The run stops. {kept} Try a lower learning rate, a larger transport.reg, or float32, in a new "
+            f"{error} Training stopped. {kept} Try a lower learning rate, a larger transport.reg, or float32, in a new "
             "workdir."
         ) from None
 
 
 def _split(config: TrainConfig, monitor_images: int) -> tuple[np.ndarray | slice, np.ndarray]:
-    """Indices of the images to train on and of the monitored ones."""
+    """Indices of the training images and of the monitored images."""
     shuffled = np.random.default_rng(config.seed).permutation(config.train_size)  # an .npz may be sorted by class
     if not config.holdout:
         return slice(None), shuffled[:monitor_images]
@@ -375,7 +389,7 @@ def _epoch_order(rng: Key[Array, ""], epoch: int, count: int) -> Int[Array, "k"]
 
 
 def _monitor(config: TrainConfig, state: TrainState, monitor: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-    """Accuracies on the monitored images: clean, and under PGD-10 of the training radius."""
+    """Clean accuracy, and accuracy under PGD-10 at the training radius, on the monitored images."""
     images, labels = monitor
     model = make_model(config, state.params["fc"]["bias"].shape[0])
     logits_fn = as_logits_fn(model, state.evaluated(make_method(config)))
@@ -386,14 +400,14 @@ def _monitor(config: TrainConfig, state: TrainState, monitor: tuple[np.ndarray, 
 
 
 class _Log:
-    """`metrics.jsonl` and TensorBoard; rows after the resumed step, of a run that was killed, are taken back."""
+    """Writes `metrics.jsonl` and TensorBoard. On resuming, rows after the resumed step are removed."""
 
     def __init__(self, workdir: pathlib.Path, step: int):
         from tensorboardX import SummaryWriter
 
         path = workdir / METRICS_FILE
         if path.exists():
-            rows = read_jsonl(path)  # without the line that a kill cut short
+            rows = read_jsonl(path)  # without an incomplete last line, which a kill can leave
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         self._file = path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
@@ -427,12 +441,12 @@ def _progress_bar(config: TrainConfig, step: int, show: bool) -> Any:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT append to, so that the loop ends after the dispatch that is running."""
+    """A list to which SIGTERM and SIGINT append, so that the loop stops after the current dispatch."""
     received: list[int] = []
     handled = (signal.SIGTERM, signal.SIGINT)
     try:
         previous = {number: signal.signal(number, lambda got, _: received.append(got)) for number in handled}
-    except ValueError:  # not in the main thread: the caller handles signals
+    except ValueError:  # not in the main thread, where signals cannot be handled
         yield received
         return
     try:
@@ -444,13 +458,13 @@ def _stop_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def _lock(workdir: pathlib.Path) -> Iterator[None]:
-    """Two runs in one folder would write over each other: the second is refused."""
+    """Lock the workdir, so that a second process cannot train in it at the same time."""
     try:
         lock = locked(workdir / "run")
     except BlockingIOError:
         raise BlockingIOError(
-            f"workdir: expected a folder that no run is using; another process is training in {workdir}. "
-            "Wait for it, or choose another folder."
+            f"workdir: expected an unused folder; another process is training in {workdir}. Wait for it, or choose "
+            "another folder."
         ) from None
     try:
         yield

@@ -1,4 +1,4 @@
-"""Label smoothing as the paper's code has it, and the cross-entropy to smoothed labels."""
+"""Label smoothing as in the paper's code, and the cross-entropy with smoothed labels."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,15 @@ from jaxtyping import Array, Float, Int
 
 
 def smooth_labels(labels: Int[Array, "n"], num_classes: int, smoothing: float) -> Float[Array, "n classes"]:
-    """Smoothed one-hot labels: 1 - smoothing for the true class, smoothing / (C - 1) for each other.
+    """Smoothed one-hot labels.
 
-    The paper prints (1 - Delta) y + Delta / (C - 1), which doesn't sum to 1; this is what its code computes. (Optax's
-    `smooth_labels` spreads the smoothing over all C classes instead.)
+    For a label y among C classes, the probability of class c is
+
+        p_c = 1 - smoothing          if c = y
+        p_c = smoothing / (C - 1)    otherwise
+
+    This is what the paper's code computes. The formula printed in the paper, (1 - Delta) y + Delta / (C - 1), does not
+    sum to 1. Optax's `smooth_labels` differs: it spreads the smoothing over all C classes.
 
     Args:
       labels: True classes [N].
@@ -33,7 +38,19 @@ def smooth_labels(labels: Int[Array, "n"], num_classes: int, smoothing: float) -
 def smoothed_cross_entropy(
     logits: Float[Array, "n classes"], labels: Int[Array, "n"], smoothing: float
 ) -> Float[Array, "n"]:
-    """Cross-entropy to `smooth_labels`: -sum_c p_c log softmax(z)_c, for each image, in nats.
+    """Cross-entropy between `smooth_labels` and the softmax of the logits.
+
+    For logits z and smoothed labels p,
+
+        loss = -sum_c p_c log softmax(z)_c
+
+    Args:
+      logits: Logits [N, C].
+      labels: True classes [N].
+      smoothing: The paper's Delta, in [0, 1].
+
+    Returns:
+      Loss of each image [N], in nats.
 
     Example:
       >>> smoothed_cross_entropy(jnp.zeros((1, 4)), jnp.array([2]), 0.5).round(3).tolist()

@@ -1,6 +1,7 @@
-"""The step over several devices, by `jax.pmap`: the one file that knows it.
+"""Training steps over several devices, with `jax.pmap`.
 
-`pmap` is in maintenance mode and today a wrapper over `jit` and `shard_map`; what replaces it replaces this file.
+`pmap` is in maintenance mode: it is now a wrapper around `jit` and `shard_map`. Only this file uses it, so only this
+file has to change when it is replaced.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from fs_jax.training.state import TrainState
 from fs_jax.training.step import Step, make_train_step
 
 AXIS = "devices"
-"""The mapped axis: the `axis_name` of a BatchNorm that normalises by the images of all devices."""
+"""Name of the mapped axis. A BatchNorm with this `axis_name` normalises over the images of all devices."""
 
 
 def pmapped(
@@ -32,17 +33,20 @@ def pmapped(
     method: Method,
     devices: Sequence[jax.Device] | None = None,
 ) -> Step:
-    """The step of `make_train_step` over devices; the state's buffers are donated.
+    """Make a training step over several devices, as `make_train_step` does for one.
+
+    Gradients, BatchNorm statistics and metrics are averaged over devices. The state's buffers are donated.
 
     Args:
-      model: As `make_train_step` takes it. BatchNorm normalises by each device's images, unless it has the axis `AXIS`.
+      model: A Flax Linen module, as for `make_train_step`. Its BatchNorm normalises over each device's images, unless
+        its `axis_name` is `AXIS`.
       optimizer: The optimizer.
       method: The training method.
-      devices: Devices to use; all local ones by default.
+      devices: Devices to use; by default all local devices.
 
     Returns:
-      A function from a replicated state (leaves [D, ...], see `replicate`), a batch (leaves [D, N / D, ...]) and a key
-      to the state after the step and metrics, leaves with the leading axis [D] again.
+      A function (state, batch, rng) -> (state, metrics). The state is replicated over D devices (arrays [D, ...], see
+      `replicate`), the batch has arrays [D, N / D, ...], and the metrics have shape [D].
 
     Example:
       >>> import flax.linen as nn
@@ -77,7 +81,7 @@ def pmapped(
 
 
 def axis_of(devices: Sequence[jax.Device]) -> str | None:
-    """What is averaged over: `AXIS`, or on one device nothing.
+    """The axis to average over: `AXIS`, or None for a single device.
 
     Example:
       >>> axis_of(jax.local_devices()[:1])
@@ -86,19 +90,27 @@ def axis_of(devices: Sequence[jax.Device]) -> str | None:
 
 
 def pmapped_steps(step: Step, info: DataInfo, batch_size: int, devices: Sequence[jax.Device]) -> "Program":
-    """Many steps in one dispatch, with the data set on the devices: batches are cut, cropped and flipped there.
+    """Make a function that runs several training steps in one dispatch.
+
+    The data set is on the devices. Batches are selected, cropped and flipped there.
 
     Args:
-      step: Of `make_train_step`, with `axis_name=AXIS` if there are several devices.
-      info: The data set's crop and flip.
+      step: A step of `make_train_step`, with `axis_name=AXIS` for several devices.
+      info: The data set's description, for its crop padding and flip.
       batch_size: Images per step, over all devices.
       devices: The devices.
 
     Returns:
-      A function (state, images uint8 [M, H, W, C], labels [M], order [M'], rng, first, count) of a replicated state,
-      the training set, the epoch's order of its images, the run's key, the number of the first step within the epoch
-      and the number of steps. It gives the state after them and the sums of their
-      metrics, both replicated. The number is no constant of the program: one serves an epoch's last, shorter call too.
+      A function (state, images, labels, order, rng, first, count) -> (state, sums):
+
+      - state: replicated state;
+      - images: training images, uint8 [M, H, W, C];
+      - labels: training labels [M];
+      - order: the epoch's order of the images, as indices [K];
+      - rng: the run's key;
+      - first: number of the first step, counted within the epoch;
+      - count: number of steps. It is not static, so an epoch's shorter last dispatch does not recompile;
+      - sums: metrics summed over the steps, replicated.
     """
     per_device = batch_size // len(devices)
 
@@ -133,7 +145,7 @@ def pmapped_steps(step: Step, info: DataInfo, batch_size: int, devices: Sequence
 
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
-    """A copy of every array for every device, along a new leading axis.
+    """Copy every array to every device, along a new leading axis.
 
     Example:
       >>> replicate(jnp.ones(3), jax.local_devices()[:1]).shape
@@ -150,7 +162,7 @@ def replicate(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTr
 
 
 def unreplicate(tree: PyTree) -> PyTree:
-    """The first device's copy of every array, as NumPy arrays on the host: `replicate` undone.
+    """The first device's copy of every array, as NumPy arrays on the host: the inverse of `replicate`.
 
     Example:
       >>> unreplicate(replicate(jnp.ones(3), jax.local_devices()[:1])).shape
@@ -160,7 +172,7 @@ def unreplicate(tree: PyTree) -> PyTree:
 
 
 def share(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
-    """Arrays put whole on every device, without a leading axis: the data set and the order of an epoch.
+    """Put whole arrays on every device, without a leading axis. Used for the data set and the order of an epoch.
 
     Example:
       >>> share(jnp.ones(3), jax.local_devices()[:1]).shape
@@ -171,7 +183,7 @@ def share(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
 
 
 class Program:
-    """A pmapped function, compiled with the backend's options for each set of shapes that it meets."""
+    """A pmapped function, compiled with the backend's compiler options once per set of argument shapes."""
 
     def __init__(self, pmapped: Any):
         self._pmapped = pmapped

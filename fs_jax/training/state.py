@@ -1,4 +1,4 @@
-"""The training state: what a step changes."""
+"""The training state."""
 
 import functools
 from typing import Any
@@ -16,26 +16,26 @@ from fs_jax.training.methods import Method
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a training step changes."""
+    """Everything that a training step updates."""
 
     params: PyTree
     """Parameters of the network."""
     batch_stats: PyTree
-    """BatchNorm's running statistics; empty for a network without."""
+    """BatchNorm's running statistics; empty for a network without BatchNorm."""
     opt_state: PyTree
-    """The optimizer's momentum and step count."""
+    """State of the optimizer."""
     step: Int[Array, ""]
     """Number of steps taken."""
     own: PyTree = ()
-    """What the method keeps, as averages of the weights."""
+    """State of the method, such as an average of the weights."""
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `model.apply` takes."""
+        """The network's variables, as `model.apply` takes them."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def evaluated(self, method: Method) -> dict[str, Any]:
-        """The variables to evaluate, which are others than `variables` if the method averages them."""
+        """The variables to evaluate: `variables`, or their average if the method averages the weights."""
         return method.evaluated(self.own, self.variables)
 
 
@@ -46,21 +46,21 @@ def init_state(
     rng: Key[Array, ""],
     images: Float[Array, "n h w c"] | jax.ShapeDtypeStruct,
 ) -> TrainState:
-    """The state before the first step: a fresh network, step 0.
+    """The initial training state: random weights, step 0.
 
     Args:
-      model: A Flax Linen module, as `make_train_step` takes it.
+      model: A Flax Linen module, as for `make_train_step`.
       optimizer: The optimizer.
       method: The training method.
       rng: Key of the initial weights.
-      images: Images like those that are trained on; their shape and dtype count.
+      images: Example images, for their shape [N, H, W, C] and dtype. Values must be in [0, 1].
 
     Returns:
-      The state.
+      The training state.
 
     Raises:
-      ValueError: if the module has other collections than `params` and `batch_stats`, or for images outside [0, 1].
-      TypeError: for images that aren't floating point.
+      ValueError: if the module has collections other than `params` and `batch_stats`, or for images outside [0, 1].
+      TypeError: for images that are not floating point.
 
     Example:
       >>> from fs_jax.models import WideResNet
@@ -76,7 +76,7 @@ def init_state(
     variables = _init(model, rng, jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype))
     if other := set(variables) - {"params", "batch_stats"}:
         raise ValueError(
-            f"model: expected the collections params and batch_stats; it has {', '.join(sorted(other))} too."
+            f"model: expected only the collections params and batch_stats; got also {', '.join(sorted(other))}."
         )
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     return TrainState(
@@ -88,10 +88,10 @@ def init_state(
 
 
 def check_parts(model: nn.Module, method: Method) -> None:
-    """Refuse what is no Linen module, and what is no method.
+    """Check that `model` is a Linen module and `method` a `Method`.
 
     Raises:
-      TypeError: saying what to pass.
+      TypeError: otherwise.
 
     Example:
       >>> from fs_jax.training.methods import standard

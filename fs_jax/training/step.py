@@ -1,4 +1,4 @@
-"""One training step, pure: the loss of a method, its gradient, and the optimizer's update."""
+"""A pure training step: a method's loss, its gradient, and the optimizer's update."""
 
 from collections.abc import Callable
 
@@ -21,26 +21,33 @@ _DROPOUT = 2**31 - 1  # no image has this position
 def make_train_step(
     model: nn.Module, optimizer: optax.GradientTransformation, method: Method, *, axis_name: str | None = None
 ) -> Step:
-    """A step (state, batch, rng) -> (state, metrics) of any network, optimizer and method.
+    """Make a training step (state, batch, rng) -> (state, metrics) for any network, optimizer and method.
+
+    The step is a pure function, which you can jit or map over devices. It computes the method's loss, takes its
+    gradient with respect to `params`, and applies the optimizer's update.
 
     Args:
-      model: A Flax Linen module: `model.apply(variables, images, train=False)` gives logits [N, classes], or a tuple
-        that begins with them. With `train=True` its BatchNorm may move `batch_stats`, and its dropout draws from the
-        stream "dropout", once for each step and device. To share BatchNorm's moments over devices, give its BatchNorm
-        the mapped axis's name.
-      optimizer: Any of Optax.
-      method: Such as `fs_jax.training.methods.feature_scatter()`, or one's own `Method`.
-      axis_name: Mapped axis over which gradients, statistics and metrics are averaged.
+      model: A Flax Linen module. `model.apply(variables, images, train=False)` returns logits [N, classes], or a tuple
+        whose first element is the logits. With `train=True`, BatchNorm may update `batch_stats`, and dropout draws from
+        the stream "dropout", once per step and device. To synchronise BatchNorm over devices, pass `axis_name` to its
+        BatchNorm layers.
+      optimizer: Any Optax optimizer.
+      method: A training method, such as `fs_jax.training.methods.feature_scatter()`, or your own `Method`.
+      axis_name: Mapped axis over which gradients, BatchNorm statistics and metrics are averaged.
 
     Returns:
-      The step: a pure function, to be jitted or mapped over devices. It takes a state (see `init_state`); a batch,
-      which is a dictionary of `images` [N, H, W, C] float in [0, 1], `labels` [N], and what the method takes besides;
-      and the run's key, from which each step draws by its number, image by image. On a mapped axis N is each
-      device's. It gives the state after the step and metrics: `loss`, and the method's.
+      The step. Its arguments and results are
+
+      - state: a `TrainState`; see `init_state`;
+      - batch: a dictionary with `images` [N, H, W, C], floating point in [0, 1], `labels` [N], and any other arrays
+        that the method reads. On a mapped axis, N is the number of images per device;
+      - rng: the key of the run, the same in every step. Image i of the step uses
+        `fold_in(fold_in(rng, state.step), i)`;
+      - metrics: `loss`, and the metrics of the method.
 
     Raises:
-      TypeError, ValueError: by the step, for images that aren't float or not in [0, 1], or labels of another shape or
-        type. (Values are looked at where they are known, so not under jit.)
+      TypeError, ValueError: when the step is called, for images that are not floating point or not in [0, 1], or labels
+        of the wrong shape or type. Values are not checked inside jit.
 
     Example:
       >>> from fs_jax.training import init_state
@@ -64,7 +71,7 @@ def make_train_step(
             raise ValueError(f"batch: expected images and labels; got {', '.join(map(str, batch)) or 'nothing'}.")
         check_images(batch["images"])
         check_labels(batch["labels"], batch["images"])
-        # Keyed by the position in the whole batch, so that attacks don't depend on the number of devices.
+        # Keys depend on the position in the whole batch, so that attacks do not depend on the number of devices.
         count, rng = len(batch["images"]), jax.random.fold_in(rng, state.step)
         begin = 0 if axis_name is None else jax.lax.axis_index(axis_name) * count
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, begin + jnp.arange(count, dtype=jnp.int32))
@@ -78,7 +85,7 @@ def make_train_step(
         batch_stats, metrics = variables["batch_stats"], {"loss": loss, **metrics}
         if axis_name is not None:
             gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), axis_name)
-        with jax.numpy_dtype_promotion("standard"):  # which Optax's own arithmetic, Adam's for one, rests on
+        with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes, for instance in Adam
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         own = method.update(state.own, {"params": params, "batch_stats": batch_stats})
@@ -88,7 +95,7 @@ def make_train_step(
 
 
 def _checked(result):
-    """What the loss gave, if that is what a loss gives."""
+    """The result of a method's loss, after checking its structure."""
     try:
         loss, (variables, metrics) = result
         named = set(variables), set(metrics)
@@ -96,8 +103,8 @@ def _checked(result):
         raise TypeError(f"method.loss: expected (loss, (variables, metrics)); got {type(result).__name__}.") from None
     if named[0] != {"params", "batch_stats"} or "loss" in named[1]:
         raise ValueError(
-            "method.loss: expected variables of params and batch_stats, as `apply` gives them, and metrics of which "
-            f"none is named loss; got {sorted(named[0])} and {sorted(named[1])}."
+            "method.loss: expected variables with params and batch_stats, as `apply` returns them, and no metric "
+            f"named loss; got variables {sorted(named[0])} and metrics {sorted(named[1])}."
         )
     return loss, (variables, metrics)
 
@@ -111,7 +118,9 @@ def _apply(model: nn.Module, dropout: Key[Array, ""]) -> Apply:
                 variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout}
             )
         if features and not (isinstance(outputs, tuple) and len(outputs) == 2):
-            raise ValueError("model: expected one that gives (logits, features), as its features are asked for.")
+            raise ValueError(
+                "model: expected a network that returns (logits, features), as the method uses the features."
+            )
         return (outputs[int(features)] if isinstance(outputs, tuple) else outputs), {**variables, **moved}
 
     return apply

@@ -1,4 +1,4 @@
-"""The transports that configurations can name. A new one is its solver in `fs_jax.ot`, and a line here."""
+"""The registry of transport solvers that configurations can name. To add one, add a line here."""
 
 import functools
 from collections.abc import Callable
@@ -16,17 +16,17 @@ TRANSPORTS: dict[str, Callable[[TransportConfig], Solve]] = {
     "sinkhorn": lambda c: functools.partial(ot.sinkhorn, reg=c.reg, num_iters=c.num_iters),
     "ipot": lambda c: functools.partial(ot.ipot, beta=c.beta, num_iters=c.num_iters),
     "released_sinkhorn": lambda c: functools.partial(ot.released_sinkhorn, reg=c.reg),
-    # What the transport is compared with: each image with itself alone, and with all alike.
+    # Baselines: match each image with itself only, or with all images equally.
     "identity": lambda c: lambda cost: ot.fixed_plan(cost, jnp.eye(len(cost)) / len(cost)),
     "independent": lambda c: lambda cost: ot.fixed_plan(cost, jnp.full(cost.shape, 1 / cost.size)),
 }
 
 
 def make_transport(config: TransportConfig) -> Solve:
-    """The configuration's transport: a function from a cost matrix to a `Transport`.
+    """Build a configuration's transport solver: a function from a cost matrix [n, n] to a `fs_jax.ot.Transport`.
 
     Raises:
-      ValueError: for a solver that isn't in `TRANSPORTS`, with the nearest name.
+      ValueError: for a solver that is not in `TRANSPORTS`; the message suggests the nearest name.
 
     Example:
       >>> import jax.numpy as jnp

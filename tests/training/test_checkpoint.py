@@ -1,4 +1,4 @@
-"""Checkpoints: what goes in comes out, damage is passed over, another configuration is refused, nothing is lost."""
+"""Checkpoints are restored exactly; damaged ones are skipped; another configuration raises an error."""
 
 import dataclasses
 import pathlib
@@ -31,7 +31,7 @@ def equal(ours, theirs):
     assert jax.tree.map(lambda x: x.dtype, ours) == jax.tree.map(lambda x: x.dtype, theirs)
 
 
-def test_the_state_comes_back_whole_and_the_newest_first(state, tmp_path):
+def test_the_newest_state_is_restored_exactly(state, tmp_path):
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         assert checkpoints.restore_latest() is None
         for step in (5, 7):
@@ -40,7 +40,7 @@ def test_the_state_comes_back_whole_and_the_newest_first(state, tmp_path):
         equal(checkpoints.restore_latest(), at(state, 7))
 
 
-def test_the_latest_few_are_kept_and_the_best_apart_from_them(state, tmp_path):
+def test_the_latest_checkpoints_and_the_best_one_are_kept(state, tmp_path):
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         checkpoints.save_best(at(state, 1), {"monitor_robust": 0.9})
         for step in range(1, 6):
@@ -66,22 +66,22 @@ def damaged(path: pathlib.Path, how: str):
 
 
 @pytest.mark.parametrize("how", ["truncated", "missing"])
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(state, tmp_path, how):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(state, tmp_path, how):
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         for step in (2, 4):
             checkpoints.save(at(state, step))
     damaged(tmp_path / "checkpoints" / "4", how)
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
-        with pytest.warns(UserWarning, match="checkpoints/4 can't be read and is passed over"):
+        with pytest.warns(UserWarning, match="The damaged checkpoint .*checkpoints/4 is skipped"):
             restored = checkpoints.restore_latest()
         equal(restored, at(state, 2))
-        checkpoints.save(at(state, 4))  # the step is free again, and what was damaged is still there to look at
+        checkpoints.save(at(state, 4))  # the step can be saved again, and the damaged files are kept
     assert (tmp_path / "checkpoints" / "damaged-4").is_dir()
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         equal(checkpoints.restore_latest(), at(state, 4))
 
 
-def test_where_no_checkpoint_can_be_read_nothing_is_changed(state, tmp_path):
+def test_if_all_checkpoints_are_damaged_nothing_is_changed(state, tmp_path):
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         for step in (2, 4):
             checkpoints.save(at(state, step))
@@ -89,28 +89,28 @@ def test_where_no_checkpoint_can_be_read_nothing_is_changed(state, tmp_path):
         damaged(tmp_path / "checkpoints" / str(step), "truncated")
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         with (
-            pytest.warns(UserWarning, match="passed over"),
-            pytest.raises(ValueError, match=r"none of steps \[4, 2\].*Nothing was changed"),
+            pytest.warns(UserWarning, match="is skipped"),
+            pytest.raises(ValueError, match=r"damaged ones at steps \[4, 2\].*Nothing was changed"),
         ):
             checkpoints.restore_latest()
         assert checkpoints.steps() == [2, 4]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
 
 
-def test_a_damaged_best_checkpoint_does_not_stop_the_run(state, tmp_path):
+def test_a_damaged_best_checkpoint_is_skipped(state, tmp_path):
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         checkpoints.save_best(at(state, 2), {"monitor_robust": 0.5})
     for file in (tmp_path / "best" / "2" / "scores").iterdir():
         file.write_bytes(file.read_bytes()[:3])
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
-        with pytest.warns(UserWarning, match="best/2 can't be read"):
+        with pytest.warns(UserWarning, match="best/2 is skipped"):
             assert checkpoints.best_scores() == {}
         checkpoints.save_best(at(state, 2), {"monitor_robust": 0.6})
     with Checkpoints(tmp_path, CONFIG, read_only=True) as checkpoints:
         assert checkpoints.best_scores() == {"monitor_robust": 0.6}
 
 
-def test_looking_changes_nothing(state, tmp_path):
+def test_reading_changes_nothing(state, tmp_path):
     with Checkpoints(tmp_path / "empty", CONFIG, read_only=True) as checkpoints:
         assert checkpoints.restore_latest() is checkpoints.restore_best() is None
     assert not (tmp_path / "empty").exists()
@@ -118,23 +118,23 @@ def test_looking_changes_nothing(state, tmp_path):
         for step in (2, 4):
             checkpoints.save(at(state, step))
     damaged(tmp_path / "checkpoints" / "4", "truncated")
-    with Checkpoints(tmp_path, CONFIG, read_only=True) as checkpoints, pytest.warns(UserWarning, match="passed"):
+    with Checkpoints(tmp_path, CONFIG, read_only=True) as checkpoints, pytest.warns(UserWarning, match="skipped"):
         equal(checkpoints.restore_latest(), at(state, 2))
     assert (tmp_path / "checkpoints" / "4").is_dir()
 
 
-def test_a_checkpoint_of_another_configuration_is_refused_with_the_fields(state, tmp_path):
+def test_an_error_names_the_fields_of_another_configuration(state, tmp_path):
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         checkpoints.save(at(state, 2))
     other = dataclasses.replace(
         CONFIG, learning_rate=0.05, model=ModelConfig(depth=16, width=1), attack=AttackConfig(epsilon=0.3)
     )
-    with Checkpoints(tmp_path, other) as checkpoints, pytest.raises(ValueError, match="of another one") as error:
+    with Checkpoints(tmp_path, other) as checkpoints, pytest.raises(ValueError, match="got another one") as error:
         checkpoints.restore_latest()
     for field in ("learning_rate: 0.05 here, 0.1 there", "model.depth: 16 here, 10 there", "attack.epsilon"):
         assert field in str(error.value)
     assert "momentum" not in str(error.value)
-    assert (tmp_path / "checkpoints" / "2").is_dir()  # refused is not damaged
+    assert (tmp_path / "checkpoints" / "2").is_dir()  # not renamed as if it were damaged
 
 
 @pytest.mark.parametrize("part", ["params", "batch_stats"])
@@ -142,7 +142,9 @@ def test_a_state_that_is_not_finite_is_not_saved(state, tmp_path, part):
     broken = jax.tree.map(lambda x: x * jnp.nan, getattr(state, part))
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         checkpoints.save(at(state, 2))
-        with pytest.raises(FloatingPointError, match=f"expected finite arrays; .{part}.* isn't. Not saved"):
+        with pytest.raises(
+            FloatingPointError, match=f"expected finite arrays; .{part}.* is not finite. Nothing was saved"
+        ):
             checkpoints.save(state.replace(**{part: broken}, step=jnp.int32(3)))
         assert checkpoints.steps() == [2]
 

@@ -1,4 +1,4 @@
-"""Runs: stopped, killed or left alone they end in the same weights; what is wrong is said before anything is lost."""
+"""Training runs: interrupted and uninterrupted ones give the same weights; errors come before anything is written."""
 
 import dataclasses
 import json
@@ -28,12 +28,12 @@ SHORT = TrainConfig(
     dataset="digits",
     train_size=1437,
     model=ModelConfig(10, 1),
-    method="standard",  # whose step is traced and compiled soonest
+    method="standard",  # its step compiles fastest
     batch_size=128,
     epochs=3,
     decay_epochs=(2,),
 )
-# Its noise is drawn as feature scattering's, and it compiles sooner.
+# PGD with one step: it draws noise as feature scattering does, and compiles faster.
 WORDS = [
     "digits", "--batch-size", "128", "--epochs", "2", "--decay-epochs", "1", "--holdout", "256",
     "--monitor-images", "4", "--steps-per-dispatch", "3", "--checkpoint-minutes", "0", "--devices", "1",
@@ -50,12 +50,12 @@ runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
 
 
 def command(workdir, *options):
-    """The command in this process, which has its programs compiled: its exit status."""
+    """Run the command in this process, where its programs are already compiled, and return its exit status."""
     return train_script.main([*WORDS, "--workdir", str(workdir), *options])
 
 
 def start(workdir):
-    """The command in a process of its own, on a device such as this process has."""
+    """Start the command in a process of its own, with as many devices as this process has."""
     return subprocess.Popen(
         [sys.executable, "-c", MODULE, *WORDS, "--workdir", str(workdir)],
         cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": str(jax.local_device_count())},
@@ -83,8 +83,8 @@ def last_state(workdir):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     assert command(workdir) == 0
     return workdir
 
@@ -107,35 +107,35 @@ def same_run(workdir, other):
     ],
     ids=["SIGKILL", "SIGKILL twice", "SIGTERM twice"],
 )
-def test_a_run_that_is_stopped_and_resumed_equals_one_left_alone_bit_for_bit(stop, at, undisturbed, tmp_path, capsys):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(stop, at, uninterrupted, tmp_path, capsys):
     workdir = tmp_path / "run"
     assert command(workdir, "--max-minutes", "0") == 75
-    # One dispatch: it never stops without progress.
-    assert "Stopped at step 3. The same command goes on" in capsys.readouterr().out
+    # One dispatch: even without time, a run makes progress.
+    assert "Stopped at step 3. Rerun the same command to resume" in capsys.readouterr().out
     for reached in at:  # within an epoch of 9 steps
         process = start(workdir)
         wait_for(lambda reached=reached: rows(workdir)[-1]["step"] >= reached, process)
         if stop == signal.SIGKILL:
-            process.send_signal(signal.SIGSTOP)  # else it might end meanwhile
+            process.send_signal(signal.SIGSTOP)  # so that it cannot end before it is killed
             with pytest.raises(BlockingIOError, match="another process is training"):
                 command(workdir)
         process.send_signal(stop)
         out, err = process.communicate(timeout=240)
         if stop == signal.SIGTERM:
             assert process.returncode == 75, err
-            assert "The same command goes on" in out
+            assert "Rerun the same command to resume" in out
         else:
             assert process.returncode == -signal.SIGKILL
     assert command(workdir) == 0
     out, err = capsys.readouterr()
-    assert "Going on from step" in err
+    assert "Resuming from step" in err
     assert "python -m experiments.evaluate --workdir" in out
     assert int(last_state(workdir).step) == 18
-    same_run(workdir, undisturbed)
+    same_run(workdir, uninterrupted)
 
 
 @pytest.mark.slow
-def test_feature_scattering_that_stops_after_each_dispatch_equals_one_left_alone_bit_for_bit(tmp_path):
+def test_feature_scattering_stopped_after_each_dispatch_equals_an_uninterrupted_run_bit_for_bit(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert command(whole, "--method", "feature_scatter") == 0
     stops = 0
@@ -145,125 +145,129 @@ def test_feature_scattering_that_stops_after_each_dispatch_equals_one_left_alone
     same_run(stopped, whole)
 
 
-def test_a_finished_run_is_left_as_it_is(undisturbed):
-    before = rows(undisturbed)
-    run = train(read_config(undisturbed), DIGITS, undisturbed, devices=jax.devices()[:1], progress=False)
+def test_a_finished_run_is_not_changed(uninterrupted):
+    before = rows(uninterrupted)
+    run = train(read_config(uninterrupted), DIGITS, uninterrupted, devices=jax.devices()[:1], progress=False)
     assert run.finished
-    assert rows(undisturbed) == before
+    assert rows(uninterrupted) == before
 
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    # Weights that grow 4,000-fold a step leave float32's range of 3e38 after some ten of them, not at once.
+    # The weights grow 4,000-fold per step, so they overflow float32 (3e38) after about ten steps.
     config = dataclasses.replace(SHORT, learning_rate=2e7, epochs=3, decay_epochs=())
-    with pytest.raises(FloatingPointError, match=r"Not finite .* The run stops.*Try a lower learning rate") as error:
+    with pytest.raises(FloatingPointError, match=r"Not finite .* Training stopped.*Try a lower learning rate") as error:
         train(
             config, DIGITS, tmp_path, devices=jax.devices()[:1], monitor_images=0, progress=False,
             steps_per_dispatch=1, checkpoint_minutes=0,
         )  # fmt: skip
     state = last_state(tmp_path)
-    assert f"The last good checkpoint is of step {int(state.step)}." in str(error.value)
+    assert f"The last good checkpoint is at step {int(state.step)}." in str(error.value)
     assert int(state.step) > 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def test_the_best_checkpoint_is_the_best_monitored_epoch(undisturbed):
-    monitored = [row for row in rows(undisturbed) if "monitor_robust" in row]
+def test_the_best_checkpoint_is_the_best_monitored_epoch(uninterrupted):
+    monitored = [row for row in rows(uninterrupted) if "monitor_robust" in row]
     assert len(monitored) == 2
-    best = max(monitored, key=lambda row: row["monitor_robust"])  # the first of equals
-    config = read_config(undisturbed)
-    with Checkpoints(undisturbed, config) as checkpoints:
+    best = max(monitored, key=lambda row: row["monitor_robust"])  # the first one, if several are equal
+    config = read_config(uninterrupted)
+    with Checkpoints(uninterrupted, config) as checkpoints:
         assert int(checkpoints.restore_best().step) == best["step"]
         assert checkpoints.best_scores() == {k: best[k] for k in ("monitor_clean", "monitor_robust")}
     assert config.steps_per_epoch == (1437 - 256) // 128
-    assert list((undisturbed / "tensorboard").iterdir())
+    assert list((uninterrupted / "tensorboard").iterdir())
 
 
-def test_a_run_of_another_configuration_is_refused(undisturbed):
-    with pytest.raises(ValueError, match=r"expected a run of this configuration.*seed: 1 here, 0 there"):
-        train(dataclasses.replace(read_config(undisturbed), seed=1), DIGITS, undisturbed, devices=jax.devices()[:1])
+def test_another_configuration_cannot_resume_a_run(uninterrupted):
+    with pytest.raises(ValueError, match=r"expected a run with this configuration.*seed: 1 here, 0 there"):
+        train(dataclasses.replace(read_config(uninterrupted), seed=1), DIGITS, uninterrupted, devices=jax.devices()[:1])
 
 
-def test_a_foreign_folder_is_refused_and_left_as_it_is(tmp_path):
+def test_a_folder_with_other_files_raises_an_error_and_is_not_changed(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"holds no config.json but thesis.tex.*nothing was changed"):
+    with pytest.raises(ValueError, match=r"contains thesis.tex but no config.json.*nothing was changed"):
         train(SHORT, DIGITS, tmp_path, devices=jax.devices()[:1])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("below", ["", "below"])
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path, below):
+def test_a_file_as_workdir_raises_an_error(tmp_path, below):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
-    with pytest.raises(OSError, match=r"workdir: expected a folder that can be made; got .*file"):
+    with pytest.raises(OSError, match=r"workdir: expected a folder that can be created; got .*file"):
         train(SHORT, DIGITS, tmp_path / "file" / below, devices=jax.devices()[:1])
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_: False)  # as a mode of 0o500 would have it, were the tests not root
-    with pytest.raises(PermissionError, match="workdir: expected a folder that can be written to"):
+def test_a_workdir_that_is_not_writable_raises_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as with mode 0o500, if the tests do not run as root
+    with pytest.raises(PermissionError, match="workdir: expected a writable folder"):
         train(SHORT, DIGITS, tmp_path, devices=jax.devices()[:1])
 
 
 @pytest.mark.parametrize("text", ['{"name": "a web page"}', "[1, 2]", '{"dataset": "dig'])
-def test_a_foreign_configuration_is_refused(tmp_path, text):
+def test_an_invalid_configuration_in_the_workdir_raises_an_error(tmp_path, text):
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"workdir: expected the folder of a run; .*config.json is no configuration"):
+    with pytest.raises(
+        ValueError, match=r"workdir: expected the folder of a run; got an invalid configuration in .*config.json"
+    ):
         train(SHORT, DIGITS, tmp_path, devices=jax.devices()[:1])
 
 
-def test_a_configuration_that_does_not_work_leaves_no_folder_behind(tmp_path):
+def test_a_configuration_that_does_not_work_creates_no_folder(tmp_path):
     config = dataclasses.replace(SHORT, model=ModelConfig(10, 1, "float64"))
-    with pytest.raises(ValueError, match="dtype: expected float32 or bfloat16 unless JAX computes in 64 bits"):
+    with pytest.raises(ValueError, match="dtype: expected float32 or bfloat16, as JAX is not in 64-bit mode"):
         train(config, DIGITS, tmp_path / "run", devices=jax.devices()[:1])
     assert not (tmp_path / "run").exists()
 
 
-def test_a_holdout_of_everything_is_refused(tmp_path):
+def test_a_holdout_of_all_images_raises_an_error(tmp_path):
     with pytest.raises(ValueError, match="holdout: expected an integer of at least 0 of at most 1436; got 1437"):
         train(dataclasses.replace(SHORT, holdout=1437), DIGITS, tmp_path / "run", devices=jax.devices()[:1])
 
 
-def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="batch_size: expected at most the 1437 training images; got 2000"):
+def test_a_batch_larger_than_the_data_raises_an_error_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="batch_size: expected at most 1437, the number of training images; got 2000"):
         train(dataclasses.replace(SHORT, batch_size=2000), DIGITS, tmp_path / "run", devices=jax.devices()[:1])
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/run", "file:///tmp/run", pathlib.Path("s3://bucket/run")])
-def test_addresses_are_no_folders(address, tmp_path, monkeypatch):
+def test_a_url_as_workdir_raises_an_error(address, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"workdir: expected a local folder; got the address \w+://.*Mount it"):
         train(SHORT, DIGITS, address, progress=False)
     assert not list(tmp_path.iterdir())
 
 
-def test_other_data_do_not_resume_a_run(undisturbed):
+def test_other_data_cannot_resume_a_run(uninterrupted):
     images = DIGITS.train_images.copy()
     images[0, 0, 0] ^= 1
     with pytest.raises(ValueError, match=r"data: '\w+' here, '\w+' there"):
-        train(read_config(undisturbed), dataclasses.replace(DIGITS, train_images=images), undisturbed, progress=False)
+        train(
+            read_config(uninterrupted), dataclasses.replace(DIGITS, train_images=images), uninterrupted, progress=False
+        )
 
 
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"batch_size": 62}, r"2 of 4 devices are used: more can't share the batch_size of 62"),
+        ({"batch_size": 62}, r"Only 2 of 4 devices are used, as more cannot share the batch_size of 62"),
         (
             {"transport": TransportConfig(scope="device"), "method": "feature_scatter"},
             "4 devices solves a transport problem",
         ),
-        ({"sync_batch_norm": False}, "BatchNorm normalises by each device's 32 images"),
+        ({"sync_batch_norm": False}, "BatchNorm normalises over the 32 images of each device"),
     ],
 )
-def test_what_the_number_of_devices_changes_is_said_before_anything_starts(changes, note, tmp_path):
+def test_a_warning_says_how_the_number_of_devices_changes_the_method(changes, note, tmp_path):
     (tmp_path / "other").touch()
     config = dataclasses.replace(SHORT, **changes)
     with pytest.warns(UserWarning, match=note), pytest.raises(ValueError, match="workdir: expected a new folder"):
         train(config, DIGITS, tmp_path, progress=False)
 
 
-def test_several_devices_that_change_nothing_say_nothing(tmp_path):
+def test_without_an_effect_of_the_number_of_devices_there_is_no_warning(tmp_path):
     (tmp_path / "other").touch()
     config = dataclasses.replace(SHORT, method="feature_scatter")
     with warnings.catch_warnings():
@@ -272,7 +276,7 @@ def test_several_devices_that_change_nothing_say_nothing(tmp_path):
             train(config, DIGITS, tmp_path, progress=False)
 
 
-def test_dispatches_take_some_ten_seconds():
+def test_a_dispatch_takes_about_ten_seconds():
     pace = loop._Pace(None)
     lengths = []
     for seconds in (60.0, 10.6, 4.0, 0.1, 50.0):  # the first one compiles
@@ -298,7 +302,7 @@ print(int(run.state.step), jax.local_device_count())
 """
 
 
-@pytest.mark.slow  # and of some 4 GB
+@pytest.mark.slow  # and needs about 4 GB
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_the_papers_preset_takes_a_step_on_any_number_of_devices(devices, tmp_path):
     done = subprocess.run(
@@ -307,11 +311,11 @@ def test_the_papers_preset_takes_a_step_on_any_number_of_devices(devices, tmp_pa
     )  # fmt: skip
     assert done.stdout.split() == ["1", str(devices)], done.stderr
     assert ("6 of 8 devices are used" in done.stderr) == (devices == 8)
-    assert "another method" not in done.stderr
+    assert "a different method" not in done.stderr
 
 
 @pytest.mark.slow
-def test_an_average_of_the_weights_is_what_is_monitored_kept_and_given_back(tmp_path):
+def test_the_average_of_the_weights_is_monitored_saved_and_returned(tmp_path):
     config = dataclasses.replace(SHORT, epochs=2, decay_epochs=(1,), weight_average=0.9)
     run = train(config, DIGITS, tmp_path / "run", devices=jax.devices()[:1], monitor_images=64, progress=False)
     method = make_method(config)
@@ -322,15 +326,17 @@ def test_an_average_of_the_weights_is_what_is_monitored_kept_and_given_back(tmp_
     jax.tree.map(np.testing.assert_array_equal, variables, run.variables)
 
 
-def test_another_number_of_devices_does_not_resume_a_run_whose_method_it_would_change(tmp_path):
+def test_a_run_whose_method_depends_on_the_number_of_devices_resumes_with_that_number_only(tmp_path):
     config = dataclasses.replace(SHORT, sync_batch_norm=False)
     loop.open_workdir(tmp_path / "run", loop._fit_to_data(dataclasses.replace(config, parts=4), DIGITS))
-    with pytest.raises(ValueError, match=r"parts: 1 here, 4 there \(parts: devices with transport or BatchNorm"):
+    with pytest.raises(
+        ValueError, match=r"parts: 1 here, 4 there \(parts: the number of devices that have a transport"
+    ):
         train(config, DIGITS, tmp_path / "run", devices=jax.devices()[:1], progress=False)
 
 
 @pytest.mark.slow
-def test_a_function_is_called_before_the_first_epoch_and_after_each(tmp_path):
+def test_on_epoch_is_called_before_the_first_epoch_and_after_each_epoch(tmp_path):
     seen = []
 
     def on_epoch(epoch, variables):

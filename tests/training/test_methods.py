@@ -1,4 +1,4 @@
-"""Training methods: TRADES as published, averages of weights, one's own network and method, and the registry."""
+"""Training methods: TRADES as published, weight averaging, custom networks and methods, and the registry."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ IMAGES, LABELS = RNG.uniform(size=(5, 2, 2, 1)), np.array([0, 3, 1, 2, 0])
 
 
 class Network(nn.Module):
-    """With what a network may have: BatchNorm, dropout, and features besides the logits."""
+    """A network with BatchNorm, dropout, and features as a second output."""
 
     dropout: float = 0.0
 
@@ -42,7 +42,7 @@ def batch(dtype=jnp.float32, **more):
     return {"images": jnp.asarray(IMAGES, dtype), "labels": jnp.asarray(LABELS), **more}
 
 
-# TRADES again, in NumPy and without its derivatives: these are differences.
+# TRADES again, in NumPy, with finite differences for derivatives.
 
 
 def forward(params, stats, images, train):
@@ -93,14 +93,14 @@ def trades_by_hand(params, stats, start, epsilon, step_size, num_steps, beta, ra
                 return loss({**params, layer: {**params[layer], name: value}})
 
             stepped[layer][name] = leaf - rate * differences(at, leaf)
-    for images in (IMAGES, attacked, IMAGES):  # as the authors' code calls the network
+    for images in (IMAGES, attacked, IMAGES):  # in the order of the authors' code
         stats = forward(params, stats, images, train=True)[1]
     return stepped, stats, loss(params)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.usefixtures("standard_promotion")
-def test_trades_is_the_published_one_step_by_step():
+def test_trades_equals_the_published_method_at_each_step():
     settings = {"epsilon": 0.05, "step_size": 0.02, "num_steps": 4, "beta": 6.0}
     model, optimizer, method = Network(), optax.sgd(0.1), trades(**settings)
     state = init_state(model, optimizer, method, jax.random.key(0), jnp.asarray(IMAGES))
@@ -110,7 +110,7 @@ def test_trades_is_the_published_one_step_by_step():
         start = IMAGES + 0.001 * np.random.default_rng(number).normal(size=IMAGES.shape)
         state, metrics = step(state, batch(jnp.float64, start=jnp.asarray(start)), jax.random.key(1))
         params, stats, loss = trades_by_hand(params, stats, start, **settings, rate=0.1)
-        # Central differences of 1e-6: rounding of 1e-10, times the rate and the steps; the loss is as sensitive.
+        # Central differences of 1e-6 have rounding errors of 1e-10, which the rate and the steps multiply.
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-7)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-8), state.params, params)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-8), state.batch_stats["bn"], stats)
@@ -134,7 +134,7 @@ def test_trades_starts_from_small_noise_of_each_image():
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
-def test_the_average_is_that_of_the_weights_along_the_way(decay):
+def test_the_average_is_the_moving_average_of_the_weights(decay):
     model, optimizer = Network(), optax.sgd(0.5)
     method = averaged(standard(), decay=decay)
     plain = jax.jit(make_train_step(model, optimizer, standard()))
@@ -165,7 +165,7 @@ def trained(model, method, steps=12, **more):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_ones_own_network(name):
+def test_every_method_trains_a_custom_network(name):
     state, losses = trained(Network(), METHODS[name].build())
     assert losses[-1] < losses[0]
     assert int(state.step) == len(losses)
@@ -176,14 +176,16 @@ def test_every_method_trains_ones_own_network(name):
 def test_every_transport_matches_the_batch_with_itself(solver):
     transport = make_transport(TransportConfig(solver=solver))
     plan = transport(ot.cosine_cost(jnp.eye(4), jnp.eye(4))).plan
-    np.testing.assert_allclose(plan.sum(0), 0.25, atol=1e-2)  # the released code's plan is a coupling to a hundredth
+    np.testing.assert_allclose(
+        plan.sum(0), 0.25, atol=1e-2
+    )  # the marginals of the released code's plan are off by up to a hundredth
     if solver != "independent":
         np.testing.assert_allclose(plan, jnp.eye(4) / 4, atol=1e-2)
     _, losses = trained(Network(), feature_scatter(transport=transport))
     assert losses[-1] < losses[0]
 
 
-def test_ones_own_method_owns_a_state_and_takes_more_of_the_batch():
+def test_a_custom_method_can_have_a_state_and_read_other_arrays_of_the_batch():
     def loss(apply, variables, batch, context):
         logits, variables = apply(variables, batch["images"], train=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
@@ -195,7 +197,7 @@ def test_ones_own_method_owns_a_state_and_takes_more_of_the_batch():
     assert losses[-1] < losses[0]
 
 
-def test_dropout_draws_anew_at_each_step():
+def test_each_step_has_a_new_dropout_mask():
     frozen = optax.sgd(0.0)
     model, method = Network(dropout=0.5), standard()
     state = init_state(model, frozen, method, jax.random.key(0), batch()["images"])
@@ -205,7 +207,7 @@ def test_dropout_draws_anew_at_each_step():
     assert float(first["loss"]) != float(second["loss"])
 
 
-def test_a_network_without_batch_norm_trains_and_one_with_other_collections_is_refused():
+def test_a_network_may_lack_batch_norm_but_not_have_other_collections():
     class Plain(nn.Module):
         @nn.compact
         def __call__(self, images, train=False):
@@ -221,11 +223,11 @@ def test_a_network_without_batch_norm_trains_and_one_with_other_collections_is_r
             self.variable("calls", "number", lambda: jnp.zeros(()))
             return nn.Dense(4)(images.reshape(len(images), -1))
 
-    with pytest.raises(ValueError, match="it has calls too"):
+    with pytest.raises(ValueError, match="got also calls"):
         trained(Counting(), standard())
 
 
-def test_a_method_has_its_own_defaults_and_configurations_change_them():
+def test_configurations_override_the_defaults_of_a_method():
     def default(function, name):
         return inspect.signature(function).parameters[name].default
 
@@ -252,16 +254,16 @@ def test_a_method_has_its_own_defaults_and_configurations_change_them():
         ({"method": "trades", "method_settings": {"bta": 3.0}}, "setting of trades: .*Did you mean 'beta'"),
         (
             {"method": "pgd", "method_settings": {"beta": 3.0}},
-            "method_settings: expected none, as pgd has none of its own; got beta",
+            "method_settings: expected none, as pgd has no settings of its own; got beta",
         ),
     ],
 )
-def test_methods_that_there_are_not_are_refused(settings, message):
+def test_unknown_names_are_answered_with_the_nearest(settings, message):
     with pytest.raises(ValueError, match=message):
         make_method(TrainConfig(**settings))
 
 
-def test_the_readmes_lines_train_ones_own_network():
+def test_the_readmes_example_trains_a_custom_network():
     readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (block,) = [
         part.split("```")[0] for part in readme.split("```python\n") if "make_train_step" in part.split("```")[0]
@@ -284,7 +286,7 @@ def test_the_readmes_lines_train_ones_own_network():
         (lambda: averaged(standard(), decay=1.0), "decay: expected .* below 1; got 1.0"),
     ],
 )
-def test_settings_that_no_method_can_have_are_refused(build, message):
+def test_settings_outside_their_range_raise_an_error(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
@@ -298,20 +300,20 @@ def test_settings_that_no_method_can_have_are_refused(build, message):
         (IMAGES, np.eye(5), (TypeError, ValueError), "labels: expected"),
     ],
 )
-def test_batches_that_no_method_can_take_are_refused(images, labels, error, message):
+def test_invalid_batches_raise_an_error(images, labels, error, message):
     model, optimizer, method = Network(), optax.sgd(0.1), standard()
     state = init_state(model, optimizer, method, jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
     with pytest.raises(error, match=message):
         make_train_step(model, optimizer, method)(state, {"images": images, "labels": labels}, jax.random.key(1))
 
 
-def test_an_average_of_bfloat16_moves():
+def test_weights_in_bfloat16_are_averaged_in_float32():
     method = averaged(standard(), decay=0.999)
     own, variables = method.init({"w": jnp.zeros(1, jnp.bfloat16)}), {"w": jnp.ones(1, jnp.bfloat16)}
     own = {**own, "steps": jnp.int32(100_000)}
     for _ in range(1000):
         own = method.update(own, variables)
-    # 1 - 0.999^1000 = 0.632, where bfloat16 has steps of 0.004.
+    # 1 - 0.999^1000 = 0.632; bfloat16 has a resolution of 0.004 there.
     np.testing.assert_allclose(method.evaluated(own, variables)["w"].astype(np.float32), 0.632, atol=0.003)
     assert method.evaluated(own, variables)["w"].dtype == jnp.bfloat16
 
@@ -323,11 +325,11 @@ def test_an_average_of_bfloat16_moves():
         ({"model": lambda x: x}, TypeError, "model: expected a Flax Linen module; got function"),
         ({"loss": lambda *_: jnp.zeros(())}, TypeError, r"method.loss: expected \(loss, \(variables, metrics\)\)"),
         ({"loss": lambda _, v, *__: (0.0, ({**v, "delta": 0}, {}))}, ValueError, "got .*'delta'"),
-        ({"loss": lambda _, v, *__: (0.0, (v, {"loss": 0.0}))}, ValueError, "none is named loss"),
+        ({"loss": lambda _, v, *__: (0.0, (v, {"loss": 0.0}))}, ValueError, "no metric named loss"),
         ({"batch": {"images": IMAGES}}, ValueError, "batch: expected images and labels; got images"),
     ],
 )
-def test_what_is_no_method_network_or_batch_is_refused(change, error, message):
+def test_a_wrong_method_network_or_batch_raises_an_error(change, error, message):
     model, optimizer = Network(), optax.sgd(0.1)
     state = init_state(model, optimizer, standard(), jax.random.key(0), batch()["images"])
     method = Method(change["loss"]) if "loss" in change else change.get("method", standard())
@@ -338,7 +340,7 @@ def test_what_is_no_method_network_or_batch_is_refused(change, error, message):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", METHODS)
-def test_strict_promotion_is_enough(name):
+def test_methods_work_with_strict_promotion(name):
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         optimizer, method = optax.sgd(0.1), METHODS[name].build()
         state = init_state(Network(), optimizer, method, jax.random.key(0), batch()["images"])
@@ -347,7 +349,7 @@ def test_strict_promotion_is_enough(name):
         jax.eval_shape(step, state, {**batch(), "labels": labels}, jax.random.key(1))
 
 
-def test_penultimate_features_are_scattered_in_place_of_the_logits():
+def test_penultimate_features_can_be_scattered():
     metrics, signs = {}, np.array([1, -1, 1, -1, 1], np.float32)[:, None, None, None]
     start = jnp.clip(batch()["images"] + 0.05 * signs, 0, 1)
     for penultimate in (0, 1):
@@ -357,13 +359,13 @@ def test_penultimate_features_are_scattered_in_place_of_the_logits():
         _, metrics[penultimate] = step(state, batch(start=start), jax.random.key(2))
         natural, moved = (Network().apply(state.variables, x)[penultimate] for x in (batch()["images"], start))
         solved = ot.sinkhorn(ot.cosine_cost(natural, moved), reg=0.01, num_iters=50)
-        # The same sums in another program.
+        # The same sums in a different program.
         np.testing.assert_allclose(metrics[penultimate]["transport_cost"], solved.primal_cost, rtol=1e-4)
-    # Features tell nothing of the classes.
+    # There is no accuracy without logits.
     assert metrics[0].keys() - metrics[1].keys() == {"natural_accuracy"}
 
 
-def test_a_network_without_features_can_not_have_them_scattered():
+def test_scattering_features_requires_a_network_that_returns_them():
     class Plain(nn.Module):
         @nn.compact
         def __call__(self, images, train=False):
@@ -371,11 +373,11 @@ def test_a_network_without_features_can_not_have_them_scattered():
 
     method = feature_scatter(epsilon=0.1, penultimate=1)
     state = init_state(Plain(), optax.sgd(0.1), method, jax.random.key(0), batch()["images"])
-    with pytest.raises(ValueError, match=r"model: expected one that gives \(logits, features\)"):
+    with pytest.raises(ValueError, match=r"model: expected a network that returns \(logits, features\)"):
         make_train_step(Plain(), optax.sgd(0.1), method)(state, batch(), jax.random.key(1))
 
 
-def test_the_clean_images_take_their_part_of_the_loss():
+def test_clean_weight_is_the_weight_of_the_clean_loss():
     def apply(variables, images, *, train):
         seen.append(len(images))
         return images.reshape(len(images), -1) @ variables["params"], variables
@@ -387,7 +389,9 @@ def test_the_clean_images_take_their_part_of_the_loss():
         losses.append(feature_scatter(epsilon=0.1, clean_weight=weight).loss(apply, variables, batch(), context)[0])
         assert seen[-1] == (10 if weight else 5)
     clean = jnp.mean(smoothed_cross_entropy(images.reshape(5, -1) @ variables["params"], labels, 0.5))
-    for weight, loss in zip((0.25, 0.5), losses[1:], strict=True):  # without BatchNorm they don't meet
+    for weight, loss in zip(
+        (0.25, 0.5), losses[1:], strict=True
+    ):  # without BatchNorm, the two halves of the batch are independent
         np.testing.assert_allclose(loss, (1 - weight) * losses[0] + weight * clean, rtol=1e-5)
     with pytest.raises(ValueError, match="clean_weight: expected"):
         feature_scatter(clean_weight=1.0)

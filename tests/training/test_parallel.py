@@ -1,4 +1,4 @@
-"""Several simulated devices: what one computes, four compute."""
+"""Four simulated devices compute what one device computes."""
 
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ def split(batch, devices):
 
 
 def as_type(state, dtype):
-    # By NumPy, where no other shape is another program.
+    # With NumPy, which does not compile a program for each shape.
     return jax.tree.map(
         lambda x: np.asarray(x).astype(dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype), state
     )
@@ -64,7 +64,7 @@ def as_type(state, dtype):
 @pytest.mark.parametrize("method", mostly_slow(["feature_scatter", "trades"], "feature_scatter"))
 @pytest.mark.usefixtures("float64")
 @pytest.mark.usefixtures("standard_promotion")
-def test_four_devices_equal_one_with_ones_own_network(method):
+def test_four_devices_equal_one_with_a_custom_network(method):
     class Network(nn.Module):
         axis_name: str | None = None
 
@@ -102,9 +102,9 @@ def check_four_devices(start, one, step, batch, rng):
         many, metrics = step(many, split(batch, 4), rng)
     for name, value in expected.items():
         np.testing.assert_allclose(unreplicate(metrics)[name], value, atol=1e-5, err_msg=name)
-    # In float64, where no sign of a gradient hangs on rounding: sums in another order, 1e-5 is asked for.
+    # In float64, where rounding does not flip the sign of a gradient. The sums are in another order.
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), unreplicate(many), single)
-    for copy in range(1, 4):  # the devices' copies are one state
+    for copy in range(1, 4):  # all devices have the same state
         jax.tree.map(lambda x, copy=copy: np.testing.assert_array_equal(x[0], x[copy]), many)
 
 
@@ -146,8 +146,8 @@ def test_no_device_has_the_transport_of_the_whole_batch(transport, gathers):
 
 
 @pytest.mark.slow
-def test_transport_per_device_is_another_problem():
-    # Otherwise the test above would say nothing of "global".
+def test_transport_per_device_is_a_different_problem():
+    # Otherwise the test above could not detect an error in "global".
     config = configure(dtype="float32")
     apart = dataclasses.replace(config, transport=TransportConfig(scope="device"))
     batch, costs = split(batch_of(16, jnp.float32), 4), []
@@ -159,7 +159,7 @@ def test_transport_per_device_is_another_problem():
 
 @pytest.mark.slow
 def test_dispatches_of_any_length_give_the_same_weights_bit_for_bit():
-    # Of PGD with one step: crops and noise are drawn as for feature scattering.
+    # PGD with one step: it draws crops and noise as feature scattering does.
     config = configure("pgd", dtype="float32", attack=AttackConfig(epsilon=0.1, num_steps=1))
     device = jax.devices()[:1]
     steps = pmap_train_steps(config, DIGITS.info, tuple(device))
@@ -176,8 +176,8 @@ def test_dispatches_of_any_length_give_the_same_weights_bit_for_bit():
 
 
 @pytest.mark.slow
-def test_batches_are_the_orders_images_cropped_in_turn():
-    # With a learning rate of all but nothing, the metrics of two steps are those of each batch, in the order given.
+def test_batches_follow_the_order_of_the_epoch():
+    # With a negligible learning rate, the metrics of two steps are those of the initial weights on each batch.
     config = configure("standard", dtype="float32", learning_rate=1e-12)
     info = dataclasses.replace(DIGITS.info, crop_padding=0)
     device = jax.devices()[:1]
@@ -194,13 +194,13 @@ def test_batches_are_the_orders_images_cropped_in_turn():
     np.testing.assert_allclose(unreplicate(sums)["loss"], expected, rtol=1e-5)  # float32 sums
 
 
-def test_a_batch_that_does_not_divide_is_refused():
+def test_a_batch_that_the_devices_do_not_divide_raises_an_error():
     config = dataclasses.replace(preset("digits"), batch_size=30)
     with pytest.raises(ValueError, match=r"multiple of the number of devices, 4; got 30\. Try 32, or 3 devices"):
         pmap_train_step(config)
 
 
-def test_arrays_without_the_axis_of_devices_are_refused():
+def test_arrays_without_an_axis_of_devices_raise_an_error():
     config = configure("standard", dtype="float32")
     step, state = pmap_train_step(config), create_state(config, jax.random.key(0))
     with pytest.raises(ValueError, match=r"state: expected arrays with a leading axis of 4 .*See `replicate`"):

@@ -1,4 +1,4 @@
-"""One training step, against the two that the released code recorded, and the mathematics of its loss."""
+"""A training step equals the recorded steps of the released code, and its loss equals the formula."""
 
 import dataclasses
 import functools
@@ -17,12 +17,12 @@ from fs_jax.training.configured import learning_rate_schedule
 from tests.conftest import GOLDEN
 
 
-# The deeper network's logits and gradients are compared in tests/models; the step on them is no other code.
+# The deeper network is slow here; tests/models compares its logits and gradients.
 @pytest.mark.parametrize(
     "recorded", [(10, 1), pytest.param((16, 2), marks=pytest.mark.slow)], ids=["wrn_10_1", "wrn_16_2"], indirect=True
 )
 @pytest.mark.usefixtures("float64")
-def test_two_steps_of_feature_scattering_equal_the_released_codes(recorded):
+def test_two_steps_of_feature_scattering_equal_the_released_code(recorded):
     config = TrainConfig(
         model=ModelConfig(recorded.depth, recorded.width, "float64"),
         transport=TransportConfig(solver="released_sinkhorn"),
@@ -35,7 +35,7 @@ def test_two_steps_of_feature_scattering_equal_the_released_codes(recorded):
     for number in (0, 1):
         start = recorded.images + recorded.nhwc(f"fs{number}_noise_nchw") / 2
         state, metrics = step(state, {"images": recorded.images, "labels": recorded.labels, "start": start})
-        # Attacked images and weights were recorded in float32: 6e-8 of values near 1 is what they are known to.
+        # Attacked images and weights were recorded in float32, which resolves 6e-8 near 1.
         np.testing.assert_allclose(metrics["loss"], recorded[f"fs{number}_loss"], atol=1e-6, rtol=0)
         ours = convert.to_torch(state.variables)
         for name, array in recorded.state_dict(f"fs{number}_after/").items():
@@ -44,7 +44,7 @@ def test_two_steps_of_feature_scattering_equal_the_released_codes(recorded):
     assert int(state.step) == 2
 
 
-def test_smoothed_labels_and_loss_equal_the_recorded():
+def test_smoothed_labels_and_loss_equal_the_recorded_ones():
     with np.load(GOLDEN / "losses.npz") as losses:
         logits, labels = jnp.asarray(losses["logits"]), jnp.asarray(losses["labels"])
         for smoothing in (0.0, 0.3, 0.5, 0.8):
@@ -90,7 +90,7 @@ def test_a_few_steps_lower_the_loss(method):
     assert int(state.step) == 10
     if method == "feature_scatter":
         assert last["transport_cost"] > 0
-        assert last["natural_accuracy"] > 0.2  # a tenth by chance
+        assert last["natural_accuracy"] > 0.2  # 0.1 by chance
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_noise_changes_with_the_step_and_the_key():
     assert cost(0, 0) == cost(0, 0)
 
 
-def test_bad_batches_are_refused():
+def test_images_outside_0_to_1_raise_an_error():
     config = preset("digits")
     state = create_state(config, jax.random.key(0))
     batch = {"images": jnp.full((4, 8, 8, 1), 255.0), "labels": jnp.arange(4)}
@@ -112,7 +112,7 @@ def test_bad_batches_are_refused():
         train_step(state, batch, jax.random.key(0), config=config)
 
 
-def test_optimizer_is_sgd_as_pytorch_has_it():
+def test_the_optimizer_is_pytorchs_sgd():
     # p <- p - lr m, m <- momentum m + (g + decay p), by hand for two steps.
     config = TrainConfig(decay_epochs=(), weight_decay=0.1)
     p, m = 2.0, 0.0

@@ -1,4 +1,4 @@
-"""Weight averaging: what is evaluated is the average of the weights along the way."""
+"""Weight averaging: evaluate a moving average of the weights."""
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +8,24 @@ from fs_jax.training.methods.method import Method
 
 
 def averaged(method: Method, *, decay: float = 0.999) -> Method:
-    """The same training, evaluated at an exponential moving average of the weights and of BatchNorm's statistics.
+    """Train with `method`, and evaluate an exponential moving average of the weights and BatchNorm statistics.
 
-    w_bar <- d w_bar + (1 - d) w after each step, with d = min(decay, (1 + t) / (10 + t)) after t steps before: short
-    at first, when the weights are still far from where they go.
+    After step t = 0, 1, ..., with weights w, the average is updated as
+
+        d = min(decay, (1 + t) / (10 + t))
+        w_avg <- d * w_avg + (1 - d) * w
+
+    The smaller d of the first steps forgets the initial weights quickly.
 
     Args:
-      method: The method that trains. It sees the weights, not their average.
-      decay: In [0, 1); 0.999 averages over some thousand steps.
+      method: The training method. Training uses the weights, not their average.
+      decay: Decay in [0, 1). 0.999 averages over about 1,000 steps.
+
+    Returns:
+      The method with averaging. `TrainState.evaluated` returns the average.
 
     Raises:
-      ValueError: for a decay outside of this range.
+      ValueError: for a decay outside [0, 1).
 
     Example:
       >>> from fs_jax.training.methods import standard
@@ -29,12 +36,12 @@ def averaged(method: Method, *, decay: float = 0.999) -> Method:
       [0.8999999761581421]
 
     Source: Polyak & Juditsky, "Acceleration of stochastic approximation by averaging", 1992; the exponential average
-    with a decay that rises is TensorFlow's `ExponentialMovingAverage`.
+    with an increasing decay is TensorFlow's `ExponentialMovingAverage`.
     """
     check_number("decay", decay, at_least=0, below=1)
 
     def init(variables):
-        # In float32 at least: bfloat16 rounds most decays to 1. And copies, as the step donates its buffers.
+        # At least float32, as bfloat16 rounds most decays to 1. Copies, as the step donates its buffers.
         with jax.numpy_dtype_promotion("standard"):
             average = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32)), variables)
         return {"average": average, "steps": jnp.zeros((), jnp.int32), "method": method.init(variables)}

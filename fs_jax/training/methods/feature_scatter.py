@@ -1,4 +1,4 @@
-"""The paper's method: train on images whose features were scattered."""
+"""Feature-scattering adversarial training, the paper's method."""
 
 import functools
 import inspect
@@ -15,7 +15,7 @@ from fs_jax.training.methods.method import Entry, Method, accuracy, check_settin
 
 Scope = Literal["device", "global"]
 
-# Algorithm 1 at the paper's weight; 50 iterations as the paper's experiments with it.
+# Algorithm 1 with the paper's entropic weight and number of iterations.
 _paper_transport = functools.partial(ot.sinkhorn, reg=0.01, num_iters=50)
 
 
@@ -30,27 +30,40 @@ def feature_scatter(
     penultimate: int = 0,
     clean_weight: float = 0.0,
 ) -> Method:
-    """Descend the smoothed cross-entropy of images that were moved to raise the transport cost of their logits.
+    """Feature-scattering adversarial training.
 
-    The attack ascends <T, C> between the logits of the batch as it is and as attacked, without labels, against the
-    network in inference mode. BatchNorm's running statistics come from the pass that is trained on.
+    The attack perturbs the images x of a batch together, without their labels. It maximises the transport cost between
+    the network's logits f for the natural and for the attacked images,
+
+        max <T, C>    over x' with |x' - x| <= epsilon,    C_ij = 1 - cos(f(x_i), f(x'_j))
+
+    where T is the transport plan for the cost C. The loss is the smoothed cross-entropy of the attacked images.
+
+    The attack uses the network in inference mode. The training pass, on the attacked images only, updates BatchNorm's
+    running statistics.
 
     Args:
       epsilon: Radius, in units of [0, 1].
-      step_size: Step, in units of [0, 1]; epsilon by default.
-      num_steps: Number of steps.
+      step_size: Size of an attack step, in units of [0, 1]; by default epsilon.
+      num_steps: Number of attack steps.
       smoothing: The paper's Delta: the true class has 1 - smoothing.
-      transport: From a cost matrix to a `fs_jax.ot.Transport`; by default Algorithm 1 with reg 0.01 and 50 iterations.
-      scope: One transport problem over the batch of all devices, "global", or one for each device's part. Of the one
-        over N images on D devices a transport that takes an `axis_name`, as `fs_jax.ot.sinkhorn` does, has N/D rows
-        on each; another, such as `fs_jax.ot.ipot`, is solved whole, [N, N], by each.
-      penultimate: 1 to scatter the features before the last layer, 0 the logits, as the released code does.
-      clean_weight: Weight of the loss of the images as they are, in [0, 1); the attacked ones' has the rest. By default
-        these alone are trained on, as in the paper.
+      transport: Function from a cost matrix to a `fs_jax.ot.Transport`; by default Algorithm 1 (Sinkhorn) with reg 0.01
+        and 50 iterations.
+      scope: "global" for one transport problem over the images of all devices, "device" for one per device. For the
+        global problem over N images on D devices, a transport with an `axis_name` argument, such as
+        `fs_jax.ot.sinkhorn`, has N/D rows per device; any other, such as `fs_jax.ot.ipot`, is solved whole, [N, N],
+        on each.
+      penultimate: 0 to scatter the logits, as the released code does; 1 to scatter the network's second output, the
+        features before the last layer.
+      clean_weight: Weight w of the loss on natural images, in [0, 1). The loss on attacked images has weight 1 - w. By
+        default 0, as in the paper.
 
     Returns:
-      The method. Its metrics are, besides the accuracy on the attacked images, `transport_cost` <T, C> and
-      `marginal_error` (L1) of the transport and, where logits are scattered, `natural_accuracy` (inference mode).
+      The method. Its metrics are `accuracy` on the attacked images, `transport_cost` <T, C>, the plan's
+      `marginal_error` (L1) and, with penultimate=0, `natural_accuracy` (in inference mode).
+
+    Raises:
+      TypeError, ValueError: for a setting outside its range.
 
     Example:
       >>> method = feature_scatter(transport=functools.partial(ot.ipot, beta=1.0))
@@ -92,9 +105,10 @@ def feature_scatter(
 def _over_devices(transport, axis_name):
     """The cost between natural and attacked logits, and the transport, of one problem over the devices of an axis.
 
-    A device has the rows of its own natural images, or where the transport does not take rows alone, all rows. The
-    result is the same on every device, so its gradient to a device's own images, summed over the devices by the
-    transpose of the gathering, is the whole problem's times their number: of the same sign.
+    A device has the rows of its own natural images, or all rows if the transport does not take rows alone. The result
+    is the same on every device, and the transpose of the gathering sums the devices' gradients. So the gradient with
+    respect to a device's images is multiplied by the number of devices. Its sign is unchanged, and the attack uses only
+    the sign.
     """
     if axis_name is None:
         return ot.cosine_cost, transport
@@ -112,6 +126,6 @@ def _gathered_cost(x, y, gathers_rows, axis_name):
 
 FEATURE_SCATTER = Entry(
     "feature_scatter",
-    "the paper's: attacks that scatter the features of a batch, 1 step by default",
+    "the paper's method: attacks that scatter the features of a batch; 1 step by default",
     feature_scatter,
 )

@@ -1,4 +1,4 @@
-"""What a training method is: the loss that a step descends, and what it keeps from step to step."""
+"""The definition of a training method: its loss, and the state that it keeps between steps."""
 
 import dataclasses
 import inspect
@@ -12,29 +12,31 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from fs_jax._utils.validation import check_number
 
 Variables = dict[str, PyTree]
-"""`params` and `batch_stats`, as `model.apply` takes them."""
+"""A dictionary with `params` and `batch_stats`, as `model.apply` takes it."""
 Apply = Callable[..., tuple[Float[Array, "n classes"], Variables]]
-"""(variables, images, train=...) -> logits, and the variables with BatchNorm's statistics moved where it trains.
-With `features=True` the network's second output, its features, is in the logits' place.
-Dropout draws once for each step and device: every pass of a step has the same mask."""
+"""The network: `apply(variables, images, train=...)` returns the logits [N, classes] and the variables, with updated
+BatchNorm statistics if train=True. With `features=True` it returns the network's second output, its features, instead
+of the logits. All passes of a step on a device have the same dropout mask."""
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
 
 
 class Context(NamedTuple):
-    """What a step tells its method besides the batch."""
+    """What a training step passes to its method, in addition to the network and the batch."""
 
     keys: Key[Array, "n"]
-    """One key for each image, by its position in the batch of all devices."""
+    """One key per image. It depends on the image's position in the whole batch, over all devices."""
     own: PyTree = ()
-    """What the method keeps from step to step (see `Method.init`)."""
+    """The method's own state (see `Method.init`)."""
     axis_name: str | None = None
-    """The mapped axis of the devices, None on one."""
+    """The mapped axis of the devices; None on a single device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A training method: its loss, and what it keeps from step to step.
+    """A training method: its loss, and the state that it keeps between steps.
+
+    Only `loss` is required. The other three functions are for methods with a state of their own.
 
     Example:
       >>> def loss(apply, variables, batch, context):
@@ -44,47 +46,51 @@ class Method:
     """
 
     loss: Callable[[Apply, Variables, Batch, Context], tuple[Float[Array, ""], tuple[Variables, Metrics]]]
-    """(apply, variables, batch, context) -> (loss, (variables, metrics)): what is descended, by `params`; the variables
-    with the statistics that the next step has; and scalars to log. `batch` has `images` [N, H, W, C] in [0, 1] and
-    `labels` [N]. Losses and metrics are means over the images, so that their means over devices are those of all."""
+    """`loss(apply, variables, batch, context)` returns `(loss, (variables, metrics))`: the scalar to minimise with
+    respect to `params`, the variables with the BatchNorm statistics for the next step, and scalars to log. `batch` has
+    `images` [N, H, W, C] in [0, 1] and `labels` [N]. The loss and the metrics must be means over the images, so that
+    they can be averaged over devices."""
     init: Callable[[Variables], PyTree] = lambda variables: ()
-    """What it keeps from step to step, before the first one: arrays, in any pytree. It follows from the variables
-    alone, so that it is the same on all devices; what the loss computes can't be kept."""
+    """`init(variables)` returns the method's own state before the first step: any pytree of arrays. It can depend on
+    the variables only, so that all devices have the same. Results of the loss cannot be part of it."""
     update: Callable[[PyTree, Variables], PyTree] = lambda own, variables: own
-    """(own, variables after the step) -> own."""
+    """`update(own, variables)` returns the method's own state after a step, given the new variables."""
     evaluated: Callable[[PyTree, Variables], Variables] = lambda own, variables: variables
-    """(own, variables) -> the variables to evaluate: not the last ones, if weights are averaged."""
+    """`evaluated(own, variables)` returns the variables to evaluate, such as an average of the weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A method as the registry has it."""
+    """A method in the registry."""
 
     name: str
-    """As configurations name it."""
+    """The name in configurations."""
     summary: str
-    """In a line."""
+    """One line, for help texts."""
     build: Callable[..., Method]
-    """Makes it. Of its arguments, `epsilon`, `step_size`, `num_steps`, `smoothing`, `transport` and `scope` are what
-    every configuration has; the others are `TrainConfig.method_settings`."""
+    """Function that makes the method. Its arguments `epsilon`, `step_size`, `num_steps`, `smoothing`, `transport` and
+    `scope` come from the fields of the configuration, all others from `TrainConfig.method_settings`."""
     chosen_by: str = "robust"
-    """The accuracy that the best checkpoint has the highest of: "robust" or "clean"."""
+    """The monitored accuracy that selects the best checkpoint: "robust" or "clean"."""
 
     @property
     def settings(self) -> frozenset[str]:
-        """What can be set: the arguments of `build`."""
+        """The names of the settings: the arguments of `build`."""
         return frozenset(inspect.signature(self.build).parameters)
 
 
 def infer(
     apply: Apply, variables: Variables, *, features: bool = False
 ) -> Callable[[Float[Array, "n h w c"]], Float[Array, "n d"]]:
-    """The network in inference mode as a function of images, for attacks: no gradient goes to its variables.
+    """The network in inference mode as a function of images, for attacks. Its variables have no gradient.
 
     Args:
-      apply: As a step gives it to its method.
-      variables: As well.
-      features: Whether the function gives the network's second output, its features, and not its logits.
+      apply: The network, as passed to `Method.loss`.
+      variables: The variables, as passed to `Method.loss`.
+      features: Return the network's second output, its features, instead of its logits.
+
+    Returns:
+      A function from images [N, H, W, C] to logits or features [N, D].
 
     Example:
       >>> apply = lambda variables, images, train: (images.sum((1, 2)) * variables["params"], variables)
@@ -98,7 +104,7 @@ def infer(
 
 
 def accuracy(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) -> Float[Array, ""]:
-    """Share of images that are classified correctly.
+    """Fraction of correctly classified images.
 
     Example:
       >>> float(accuracy(jnp.eye(4), jnp.array([0, 1, 2, 2])))
@@ -114,10 +120,10 @@ def check_settings(
     step_size: float = 0.0,
     num_steps: int = 1,
 ) -> None:
-    """Refuse settings that no method can have.
+    """Check the settings that methods have in common.
 
     Raises:
-      TypeError, ValueError: naming the setting, what was expected and what was given.
+      TypeError, ValueError: for a setting outside its range.
 
     Example:
       >>> check_settings(smoothing=1.5)

@@ -1,4 +1,4 @@
-"""Training on noise: what an attack's random start does without its steps."""
+"""Training with uniform noise: the random start of an attack, without its steps."""
 
 import jax.numpy as jnp
 
@@ -8,7 +8,7 @@ from fs_jax.training.methods.method import Entry, Method, accuracy, check_settin
 
 
 def noise(*, epsilon: float = 8 / 255, smoothing: float = 0.0) -> Method:
-    """Descend the smoothed cross-entropy of images with uniform noise, clipped to [0, 1].
+    """Training with uniform noise. The loss is the smoothed cross-entropy of noisy images, clipped to [0, 1].
 
     Args:
       epsilon: Radius of the noise, in units of [0, 1].
@@ -29,4 +29,4 @@ def noise(*, epsilon: float = 8 / 255, smoothing: float = 0.0) -> Method:
     return Method(loss)
 
 
-NOISE = Entry("noise", "on images with uniform noise, without any attack", noise)
+NOISE = Entry("noise", "training on images with uniform noise, without an attack", noise)

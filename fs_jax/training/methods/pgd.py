@@ -10,14 +10,15 @@ from fs_jax.training.methods.method import Entry, Method, accuracy, check_settin
 def pgd(
     *, epsilon: float = 8 / 255, step_size: float | None = None, num_steps: int = 7, smoothing: float = 0.0
 ) -> Method:
-    """Descend the smoothed cross-entropy of images that PGD has moved to raise it.
+    """PGD adversarial training. The loss is the smoothed cross-entropy of images attacked by PGD.
 
-    The attack sees BatchNorm in inference mode; its running statistics come from the pass on the attacked images.
+    The attack uses the network in inference mode. The training pass, on the attacked images, updates BatchNorm's
+    running statistics.
 
     Args:
       epsilon: Radius, in units of [0, 1].
-      step_size: Step, in units of [0, 1]; epsilon / 4 by default.
-      num_steps: Number of steps.
+      step_size: Size of an attack step, in units of [0, 1]; by default epsilon / 4.
+      num_steps: Number of attack steps.
       smoothing: Label smoothing: the true class has 1 - smoothing.
 
     Example:

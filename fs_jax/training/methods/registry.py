@@ -1,4 +1,4 @@
-"""The methods that configurations can name. A new one is a file, and a line here."""
+"""The registry of methods that configurations can name. To add one, write a file like the others and list it here."""
 
 from fs_jax.training.methods.feature_scatter import FEATURE_SCATTER
 from fs_jax.training.methods.method import Entry

@@ -1,4 +1,4 @@
-"""Training on the images as they are."""
+"""Standard training, on natural images."""
 
 import jax.numpy as jnp
 
@@ -7,7 +7,7 @@ from fs_jax.training.methods.method import Entry, Method, accuracy, check_settin
 
 
 def standard(*, smoothing: float = 0.0) -> Method:
-    """Descend the smoothed cross-entropy of the images as they are.
+    """Standard training. The loss is the smoothed cross-entropy of the natural images.
 
     Args:
       smoothing: Label smoothing: the true class has 1 - smoothing.
@@ -25,4 +25,4 @@ def standard(*, smoothing: float = 0.0) -> Method:
     return Method(loss)
 
 
-STANDARD = Entry("standard", "training on the images as they are", standard, chosen_by="clean")
+STANDARD = Entry("standard", "training on natural images, without an attack", standard, chosen_by="clean")

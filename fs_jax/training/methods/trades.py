@@ -1,4 +1,4 @@
-"""TRADES: the cross-entropy of the images as they are, and how far attacks can move the answers."""
+"""TRADES: cross-entropy on natural images, plus the KL divergence that attacks cause."""
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +18,33 @@ def trades(
     smoothing: float = 0.0,
     beta: float = 6.0,
 ) -> Method:
-    """Descend CE(f(x), y) + beta KL(f(x) || f(x')), where x' is attacked so that the divergence is large.
+    """TRADES adversarial training.
 
-    x'_0 = x + 0.001 n with n standard normal; x'_{k+1} = project(x'_k + step_size sign(grad KL(f(x) || f(x'_k)))), with
-    the network in inference mode. The loss's gradient goes through both f(x) and f(x'), in training mode.
+    For natural images x, attacked images x' and labels y, the loss is
 
-    BatchNorm as published: f(x) and f(x') are two batches with moments of their own. The authors' code computes f(x)
-    twice, so the running statistics move by the moments of x, then of x', then of x again; so do these.
+        CE(f(x), y) + beta * KL(f(x) || f(x'))
+
+    The attack maximises the divergence, with the network in inference mode and standard normal noise n:
+
+        x'_0 = x + 0.001 n
+        x'_{k+1} = project(x'_k + step_size * sign(grad KL(f(x) || f(x'_k))))
+
+    The gradient of the loss goes through both f(x) and f(x'), in training mode.
+
+    BatchNorm follows the published code: f(x) and f(x') are separate batches with separate moments. As that code
+    computes f(x) twice, the running statistics are updated with the moments of x, of x', and of x again.
 
     Args:
       epsilon: Radius, in units of [0, 1].
-      step_size: Step, in units of [0, 1]; by default 7/31 of epsilon, as the authors' 0.007 for 0.031.
-      num_steps: Number of steps.
+      step_size: Size of an attack step, in units of [0, 1]; by default 7/31 of epsilon, as the authors' 0.007 for an
+        epsilon of 0.031.
+      num_steps: Number of attack steps.
       smoothing: Label smoothing of the cross-entropy: the true class has 1 - smoothing.
       beta: Weight of the KL divergence, the authors' 1 / lambda.
 
     Returns:
-      The method. Its metrics are, besides the accuracy on the attacked images, `natural_accuracy` (training mode) and
-      `divergence`, the mean KL in nats.
+      The method. Its metrics are `accuracy` on the attacked images, `natural_accuracy` (in training mode), and
+      `divergence`, the mean KL divergence in nats.
 
     Example:
       >>> method = trades(epsilon=0.031, beta=1.0)
@@ -53,7 +62,9 @@ def trades(
         attacked = _ascend_divergence(infer(apply, variables), images, start, epsilon, step_size, num_steps)
         natural, variables = apply(variables, images, train=True)
         logits, variables = apply(variables, attacked, train=True)
-        _, variables = apply(variables, images, train=True)  # for the statistics; XLA computes it once
+        _, variables = apply(
+            variables, images, train=True
+        )  # for the statistics only; XLA removes the repeated computation
         divergence = jnp.mean(_divergence(natural, logits))
         value = jnp.mean(smoothed_cross_entropy(natural, labels, smoothing)) + beta * divergence
         metrics = {
@@ -85,13 +96,13 @@ def _ascend_divergence(
 
 
 def _divergence(natural, logits):
-    """KL(natural || other) in nats, for each image."""
+    """KL divergence between the softmax of `natural` and of `logits`, in nats, for each image."""
     log_p, log_q = jax.nn.log_softmax(natural), jax.nn.log_softmax(logits)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
 
 
 TRADES = Entry(
     "trades",
-    "TRADES (Zhang et al. 2019): cross-entropy, and beta times the divergence under attack; 10 steps by default",
+    "TRADES (Zhang et al. 2019): cross-entropy plus beta times the divergence under attack; 10 steps by default",
     trades,
 )
