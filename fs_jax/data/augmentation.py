@@ -1,4 +1,4 @@
-"""Random crops and mirror images, on the device and inside the step; each image's draw hangs on its own key alone."""
+"""Random crops and flips, on the device, inside the training step. Each image uses its own key."""
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +11,19 @@ Images = Float[Array, "n h w c"] | UInt8[Array, "n h w c"]
 
 
 def augment(rng: Key[Array, ""] | Key[Array, "n"], images: Images, *, padding: int, flip: bool) -> Images:
-    """A random crop of each padded image, mirrored with probability 1/2.
+    """Randomly crop each image after padding it, and flip it horizontally with probability 1/2.
 
-    With a key for each image, fold_in(rng, index of the image), the result depends neither on the size of the batch nor
-    on the number of devices that share it.
+    If you pass one key per image, derived from the index of the image in the data set, the result does not depend on
+    the batch size or the number of devices.
 
     Args:
-      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image.
+      rng: One key, from which image i uses `fold_in(rng, i)`; or one key per image.
       images: Images [N, H, W, C], floating point or uint8.
-      padding: Pixels of black on each side before the crop; 0 for no crop.
-      flip: Whether to mirror.
+      padding: Width of the black padding on each side, in pixels; 0 for no crop.
+      flip: Whether to flip.
 
     Returns:
-      Images of the same shape and dtype. With padding 0 and flip False, the images as they are.
+      Images of the same shape and dtype. With padding 0 and flip False, the unchanged images.
 
     Raises:
       ValueError, TypeError: see `random_crop`.
@@ -33,7 +33,7 @@ def augment(rng: Key[Array, ""] | Key[Array, "n"], images: Images, *, padding: i
       >>> augment(jax.random.key(0), images, padding=1, flip=False).shape
       (2, 8, 8, 1)
 
-    Source: the paper's training code, which crops (padding 4) and mirrors CIFAR's images.
+    Source: the paper's training code, which crops (with padding 4) and flips CIFAR's images.
     """
     _check_images(images)
     crop_keys, flip_keys = jax.vmap(jax.random.split, out_axes=1)(image_keys(rng, len(images)))
@@ -42,22 +42,25 @@ def augment(rng: Key[Array, ""] | Key[Array, "n"], images: Images, *, padding: i
 
 
 def random_crop(rng: Key[Array, ""] | Key[Array, "n"], images: Images, *, padding: int) -> Images:
-    """A random window, of the image's own size, of each image in a black frame.
+    """Pad each image with black, and crop it to its original size at a random position.
 
-    y[i, j] = x[i + d - padding, j + e - padding], 0 outside of x, with d, e uniform in 0, ..., 2 padding: PyTorch's
-    `RandomCrop(size, padding)`.
+    With d and e uniform in 0, ..., 2 * padding, and x zero outside the image,
+
+        y[i, j] = x[i + d - padding, j + e - padding]
+
+    as in PyTorch's `RandomCrop(size, padding)`.
 
     Args:
-      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image.
+      rng: One key, from which image i uses `fold_in(rng, i)`; or one key per image.
       images: Images [N, H, W, C], floating point or uint8.
-      padding: Width of the frame in pixels; 0 for no crop.
+      padding: Width of the padding on each side, in pixels; 0 for no crop.
 
     Returns:
       Images of the same shape and dtype.
 
     Raises:
-      TypeError: images that are neither floating point nor uint8, or a padding that isn't an integer.
-      ValueError: images of another rank, a negative padding, or a number of keys that isn't the number of images.
+      TypeError: for images that are neither floating point nor uint8, or a padding that is not an integer.
+      ValueError: for images of the wrong rank, a negative padding, or a number of keys other than 1 or N.
 
     Example:
       >>> crop = random_crop(jax.random.key(0), jnp.ones((1, 8, 8, 1)), padding=1)
@@ -79,17 +82,17 @@ def random_crop(rng: Key[Array, ""] | Key[Array, "n"], images: Images, *, paddin
 
 
 def random_flip(rng: Key[Array, ""] | Key[Array, "n"], images: Images) -> Images:
-    """Each image or, with probability 1/2, its mirror image (left and right exchanged).
+    """Flip each image horizontally (exchange left and right) with probability 1/2.
 
     Args:
-      rng: A key, from which image i takes `fold_in(rng, i)`; or a key for each image.
+      rng: One key, from which image i uses `fold_in(rng, i)`; or one key per image.
       images: Images [N, H, W, C], floating point or uint8.
 
     Returns:
       Images of the same shape and dtype.
 
     Raises:
-      TypeError, ValueError: as `random_crop` does.
+      TypeError, ValueError: see `random_crop`.
 
     Example:
       >>> images = jnp.arange(6).reshape(1, 2, 3, 1) / 6

@@ -20,28 +20,30 @@ _CIFAR100 = tuple(
     poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
     squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
     wardrobe whale willow_tree wolf woman worm
-    """.split()  # noqa: SIM905 - a hundred quoted names would hide them
+    """.split()  # noqa: SIM905 - more readable than a hundred quoted names
 )
 
 
 def _read_archive(
     files: list[Path], *, folder: str, splits: dict[str, list[str]], labels: list[str]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Rows of label bytes and 3,072 pixels, channels first, in the members of a tar."""
+    """Read the binary version: tar members whose rows are label bytes and 3,072 pixels, channels first."""
     (path,) = files
     wanted = {f"{folder}/{member}" for members in splits.values() for member in members}
     found = {}
     try:
         with tarfile.open(path) as tar:
-            for member in tar:  # in the tar's order: going back in a gzip means reading it again
+            for member in tar:  # in the order of the tar, as seeking backwards in a gzip reads it again
                 if os.path.normpath(member.name) in wanted and (file := tar.extractfile(member)):
                     found[os.path.normpath(member.name)] = np.frombuffer(file.read(), np.uint8)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"archive: expected a whole tar or tar.gz; got {path}: {error}. Download it again.") from error
+        raise ValueError(
+            f"archive: expected a tar or tar.gz file; got {path}, which cannot be read: {error}. Download it again."
+        ) from error
     if missing := sorted(wanted - found.keys()):
         raise ValueError(
             f"archive: expected {', '.join(sorted(wanted))}; got {path} without {', '.join(missing)}. "
-            "Take the binary version, whose name ends in -binary.tar.gz."
+            "Use the binary version, whose name ends in -binary.tar.gz."
         )
     row = len(labels) + 3072
     for name, data in found.items():
@@ -56,7 +58,7 @@ def _read_archive(
     return {split: features(members) for split, members in splits.items()}
 
 
-# URLs and checksums as TFDS has them.
+# The URLs and checksums of TFDS.
 CIFAR10 = Published(
     DataInfo("cifar10", (32, 32, 3), 10, flip=True, crop_padding=4, class_names=_CIFAR10),
     {
@@ -88,13 +90,13 @@ CIFAR100 = Published(
 
 
 def _halved(images):
-    """Means of 2 x 2 pixels, rounded."""
+    """Average blocks of 2 x 2 pixels, rounded."""
     count, height, width, channels = images.shape
     blocks = images.reshape(count, height // 2, 2, width // 2, 2, channels).astype(np.uint16)
     return ((blocks.sum((2, 4)) + 2) // 4).astype(np.uint8)
 
 
-# For experiments on a CPU: a step takes a quarter of the time.
+# For experiments on CPUs: a training step takes a quarter of the time.
 CIFAR10_16X16 = Derived(
     DataInfo("cifar10_16x16", (16, 16, 3), 10, flip=True, crop_padding=2, class_names=_CIFAR10), "cifar10", _halved
 )

@@ -1,4 +1,4 @@
-"""The 1,797 digits of 8 x 8 pixels that come with scikit-learn."""
+"""scikit-learn's 1,797 handwritten digits of 8 x 8 pixels."""
 
 import functools
 
@@ -9,9 +9,9 @@ from fs_jax.data.types import Bundled, DataInfo
 
 
 def _read_digits(fold: int) -> dict[str, np.ndarray]:
-    """Every fifth of the images sorted by class, from number `fold`, is a test image."""
+    """With the images sorted by class, every fifth image is a test image, starting from number `fold`."""
     require("sklearn")
-    from sklearn.datasets import load_digits  # a second to import, for those who want digits only
+    from sklearn.datasets import load_digits  # here, as the import takes a second
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
@@ -25,7 +25,7 @@ def _read_digits(fold: int) -> dict[str, np.ndarray]:
     }
 
 
-# Five folds, so that in turn each image is a test image.
+# Five folds for cross-validation: each image is a test image in one of them.
 DIGITS_FOLDS = tuple(
     Bundled(
         DataInfo(name, (8, 8, 1), 10, flip=False, crop_padding=1, class_names=tuple("0123456789")),

@@ -1,4 +1,4 @@
-"""Downloads a data set and writes it as TFDS would, without TensorFlow."""
+"""Download a data set and write it in the format of TFDS, without TensorFlow."""
 
 import contextlib
 import hashlib
@@ -14,40 +14,46 @@ from fs_jax.data.types import Bundled, Derived, Published, check_labels
 
 
 def prepare(name: str, data_dir: str | os.PathLike, *, archive: str | os.PathLike | None = None) -> Path:
-    """Download a data set and write it as TFDS would, in array_record, without TensorFlow.
+    """Download a data set and write it in the format of TFDS (array_record), without TensorFlow.
 
-    TFDS writes the records and the metadata. Only the images come to it from here, because its own readers need
-    TensorFlow. Ids and keys are TFDS's, so the images and their order are too. Left out are SVHN's "extra" split and
-    the names of CIFAR-100's coarse labels.
+    TFDS writes the records and the metadata. Only the images are read here, because the readers of TFDS need
+    TensorFlow. Images, ids and their order are the same as those that TFDS would write. Two things are missing: SVHN's
+    "extra" split and the names of CIFAR-100's coarse labels.
 
     Args:
       name: "cifar10", "cifar100" or "svhn_cropped".
-      data_dir: The folder that holds TFDS's folders. It is made if it isn't there.
-      archive: The published file, where it can't be downloaded: cifar-10-binary.tar.gz, cifar-100-binary.tar.gz; for
-        SVHN the folder with train_32x32.mat and test_32x32.mat. Its checksum is not compared, so that a part will do.
+      data_dir: The TFDS data folder. It is created if necessary.
+      archive: A local copy of the published file, instead of a download: cifar-10-binary.tar.gz or
+        cifar-100-binary.tar.gz; for SVHN, the folder with train_32x32.mat and test_32x32.mat. Its checksum is not
+        checked, so that a part of the data set can be used.
 
     Returns:
-      The prepared folder, as data_dir/cifar10/3.0.2. What is prepared already is left as it is.
+      The prepared folder, such as data_dir/cifar10/3.0.2. An existing one is not changed.
 
     Raises:
-      ValueError: the name is unknown, or the archive isn't the one that is meant.
-      FileNotFoundError: no such archive.
-      ConnectionError: the download failed; the message says where to put the file.
+      ValueError: for an unknown name, or a wrong archive.
+      FileNotFoundError: if the archive does not exist.
+      NotADirectoryError: if data_dir is a file.
+      ConnectionError: if the download fails. The message says where to put the file.
 
     Example:
       >>> prepare("cifar10", "~/tensorflow_datasets", archive="cifar-10-binary.tar.gz")  # doctest: +SKIP
       PosixPath('/home/you/tensorflow_datasets/cifar10/3.0.2')
     """
     if isinstance(source := DATASETS.get(name), Bundled):
-        raise ValueError(f"name: expected a data set to prepare; got {name!r}, which comes with a library. Load it.")
+        raise ValueError(
+            f"name: expected a data set to prepare; got {name!r}, which needs no preparation. Load it directly."
+        )
     if isinstance(source, Derived):
-        raise ValueError(f"name: expected a data set to prepare; got {name!r}, made of {source.source}. Prepare that.")
+        raise ValueError(
+            f"name: expected a data set to prepare; got {name!r}, which is made from {source.source}. Prepare that one."
+        )
     published = {name: source for name, source in DATASETS.items() if isinstance(source, Published)}
     check_choice("name", name, published)
     require("tensorflow_datasets", "PIL", "requests")
     origin, data_dir = published[name], Path(data_dir).expanduser()
     if data_dir.exists() and not data_dir.is_dir():
-        raise NotADirectoryError(f"data_dir: expected a folder; got the file {data_dir}. Name another.")
+        raise NotADirectoryError(f"data_dir: expected a folder; got the file {data_dir}. Choose another.")
     with contextlib.suppress(FileNotFoundError):
         return tfds.prepared_folder(name, data_dir)
 
@@ -59,28 +65,31 @@ def prepare(name: str, data_dir: str | os.PathLike, *, archive: str | os.PathLik
     for split, features in splits.items():
         check_labels(f"{files[0]}: {split} labels", features["label"])
         if features["label"].max() >= origin.info.num_classes:
-            raise ValueError(f"{files[0]}: {split} labels: expected {name}'s; got {features['label'].max()}.")
+            raise ValueError(
+                f"{files[0]}: {split} labels: expected at most {origin.info.num_classes - 1}, as in {name}; got "
+                f"{features['label'].max()}. Use the archive of {name}."
+            )
     return tfds.write(origin.info, splits, origin.id_format, data_dir)
 
 
 def _archive_files(origin: Published, archive: Path) -> list[Path]:
-    """The published files, in a folder or the only one itself."""
+    """The published files: those in a folder, or a single file."""
     names = [os.path.basename(url) for url in origin.files]
     files = [archive / n for n in names] if archive.is_dir() or len(names) > 1 else [archive]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(
                 f"archive: expected {' and '.join(names)}{' in one folder' if len(names) > 1 else ''}; "
-                f"got nothing at {file}. They are published as {' and '.join(origin.files)}."
+                f"got no file {file}. The published files are {' and '.join(origin.files)}."
             )
     return files
 
 
 def _download(origin: Published, url: str, sha256: str, data_dir: Path) -> Path:
-    """The file of this URL in data_dir/downloads, fetched if it isn't there.
+    """Download a file to data_dir/downloads, unless it exists, and return its path.
 
-    TFDS's download manager goes on trying for minutes where there is no network, and keeps files under names that a
-    person who brings a file can't guess.
+    TFDS's download manager is not used: without a network it retries for minutes, and its file names are hashes, so
+    that users could not put a file there themselves.
     """
     import requests
     from tqdm import tqdm
@@ -106,7 +115,7 @@ def _download(origin: Published, url: str, sha256: str, data_dir: Path) -> Path:
                 raise requests.RequestException(f"expected the SHA-256 {sha256}; got {digest.hexdigest()}")
     except requests.RequestException as error:
         raise ConnectionError(
-            f"{name}: {url} can't be downloaded: {error}. Fetch it elsewhere, put it at {path}, and run this again; "
-            f"or say where it is: {tfds.prepare_command(name, data_dir, 'FOLDER' if len(origin.files) > 1 else 'FILE')}"
+            f"{name}: the download of {url} failed: {error}. Download it elsewhere and put it at {path}; or pass its "
+            f"location: {tfds.prepare_command(name, data_dir, 'FOLDER' if len(origin.files) > 1 else 'FILE')}"
         ) from error
     return path

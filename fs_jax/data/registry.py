@@ -1,4 +1,4 @@
-"""The data sets by name: a new one is one file beside this one, and its line here."""
+"""The registry of data sets. To add one, write a file like the others and list it here."""
 
 import dataclasses
 import os
@@ -18,17 +18,17 @@ DATASETS = {source.info.name: source for source in _SOURCES}
 
 
 def info(name: str | os.PathLike) -> DataInfo:
-    """What is known of a data set without reading its images.
+    """Describe a data set without reading its images.
 
     Args:
-      name: As `load` takes it. Of an `.npz`, one header and the labels are read.
+      name: A name or path, as in `load`. Of an `.npz` file, only the header of the images and the labels are read.
 
     Returns:
-      Its `DataInfo`.
+      The data set's `DataInfo`.
 
     Raises:
-      ValueError: the name is unknown (the nearest is named), or the `.npz` isn't one that `load` can read.
-      FileNotFoundError: no such `.npz`.
+      ValueError: for an unknown name (the message suggests the nearest one), or an invalid `.npz` file.
+      FileNotFoundError: if the `.npz` file does not exist.
 
     Example:
       >>> info("digits").image_shape
@@ -49,30 +49,31 @@ def load(
 ) -> Dataset:
     """Read a data set into memory.
 
-    The order of images never changes: where TFDS numbered them, it is that of the original files ("test_00042" is test
-    image 42, as it is in RobustBench and torchvision); elsewhere it is that of TFDS's records, which are shuffled.
+    The order of the images is fixed. CIFAR's images have the order of the original files: "test_00042" is test image
+    42, as in RobustBench and torchvision. Other data sets of TFDS have the order of TFDS's records, which are shuffled.
 
     Args:
-      name: One of
-        - "cifar10", "cifar100", "svhn_cropped": folders that `prepare`, or TFDS, has prepared;
-        - "digits": the 1,797 images of 8x8 pixels that come with scikit-learn. Grey levels 0, ..., 16 become
-          round(255 v / 16). Of the images sorted by class every fifth, from the first, is a test image: 1,437 to train
-          and 360 to test, all classes in proportion, and no randomness. "digits_fold1" to "digits_fold4" begin with
-          the next ones, so that in turn each image is a test image;
-        - "cifar10_16x16": CIFAR-10, of whose images each pixel is the mean of 2 x 2;
-        - the path of an `.npz` with train_images, test_images (uint8 [N, H, W, C]), train_labels, test_labels (integers
-          [N]) and, if wanted, class_names (strings), and for training flip (a bool) and crop_padding (pixels).
-      data_dir: The folder that holds TFDS's folders; $TFDS_DATA_DIR or else ~/tensorflow_datasets by default.
-      cache_dir: Where the decoded arrays of TFDS's folders are kept; $XDG_CACHE_HOME/fs_jax or else ~/.cache/fs_jax by
-        default. They are found by name, version and a hash of the records, so that they never stand in for other
-        records, and are checked by a hash of their own: a damaged file is rebuilt, with a warning.
+      name: A name in `DATASETS`, or the path of an `.npz` file:
+
+        - "cifar10", "cifar100", "svhn_cropped": a folder prepared by `prepare` or by TFDS;
+        - "cifar10_16x16": CIFAR-10 with blocks of 2 x 2 pixels averaged;
+        - "digits": scikit-learn's 1,797 digits of 8 x 8 pixels. Grey levels v = 0, ..., 16 become round(255 v / 16).
+          With the images sorted by class, every fifth image is a test image: 1,437 training and 360 test images;
+        - "digits_fold1" to "digits_fold4": the other four folds, so that each image is a test image in one of the five;
+        - a path that ends in `.npz`: train_images, test_images (uint8 [N, H, W, C]), train_labels, test_labels
+          (integers [N]) and optionally class_names (strings), flip (a bool) and crop_padding (pixels).
+
+      data_dir: The TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      cache_dir: Folder for the decoded arrays of TFDS's folders; by default $XDG_CACHE_HOME/fs_jax, else
+        ~/.cache/fs_jax. File names contain the data set's name, its version and a hash of its records. The arrays are
+        checked by a hash; a damaged file is rebuilt with a warning.
 
     Returns:
       A `Dataset`.
 
     Raises:
-      ValueError: the name is unknown, or the data aren't as they should be.
-      FileNotFoundError: the data aren't there; the message says what to run.
+      ValueError: for an unknown name (the message suggests the nearest one) or invalid data.
+      FileNotFoundError: if the data do not exist. The message gives the command to run.
 
     Example:
       >>> digits = load("digits")

@@ -1,4 +1,4 @@
-"""SVHN: 32 x 32 photographs of house numbers' digits."""
+"""SVHN: photographs of digits in house numbers, 32 x 32 pixels."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from fs_jax.data.types import DataInfo, Published
 
 
 def _read_archive(files: list[Path]) -> dict[str, dict[str, np.ndarray]]:
-    """MATLAB files with X, uint8 [32, 32, 3, N], and y, [N, 1] in 1, ..., 10, where 10 is the digit 0."""
+    """Read the MATLAB files: X, uint8 [32, 32, 3, N], and y [N, 1] in 1, ..., 10, where 10 is the digit 0."""
     from scipy.io import loadmat
 
     def features(path):
@@ -27,7 +27,7 @@ def _read_archive(files: list[Path]) -> dict[str, dict[str, np.ndarray]]:
     return {split: features(path) for split, path in zip(("train", "test"), files, strict=True)}
 
 
-# URLs and checksums as TFDS has them.
+# The URLs and checksums of TFDS.
 SVHN_CROPPED = Published(
     DataInfo("svhn_cropped", (32, 32, 3), 10, flip=False, crop_padding=4, class_names=tuple("0123456789")),
     {

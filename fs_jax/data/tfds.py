@@ -1,4 +1,4 @@
-"""TFDS's folders, read (in array_record or in tfrecord) and written without TensorFlow, and kept decoded in a cache."""
+"""Read TFDS's folders (array_record or tfrecord) and write them (array_record), without TensorFlow."""
 
 import hashlib
 import io
@@ -15,15 +15,15 @@ from fs_jax._utils.files import cache_home, local_path
 from fs_jax.data.npz import cached
 from fs_jax.data.types import DataInfo
 
-_CACHE_FORMAT = 1  # raise it when the decoded arrays or their order change
+_CACHE_FORMAT = 1  # increase it when the decoded arrays or their order change
 
 
 def read(
     about: DataInfo, data_dir: str | os.PathLike | None, cache_dir: str | os.PathLike | None
 ) -> tuple[Path, dict[str, np.ndarray]]:
-    """The prepared folder of a data set, and its arrays: from the cache, or decoded and cached.
+    """The prepared folder of a data set, and its arrays, which are decoded and cached if necessary.
 
-    Folders are by default those of TFDS and of the user's caches. Arguments and errors are those of `load`.
+    See `load` for the arguments and errors.
     """
     tfds_dir = local_path("data_dir", data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     folder = prepared_folder(about.name, tfds_dir)
@@ -33,7 +33,7 @@ def read(
 
 
 def prepared_folder(name: str, data_dir: Path) -> Path:
-    """The folder of the newest prepared version, as data_dir/cifar10/3.0.2."""
+    """The folder of the newest prepared version, such as data_dir/cifar10/3.0.2."""
     versions = [
         (tuple(int(part) for part in folder.name.split(".")), folder)
         for folder in data_dir.glob(f"{name}/*")
@@ -43,19 +43,19 @@ def prepared_folder(name: str, data_dir: Path) -> Path:
         return max(versions)[1]
     found = f"a folder without {name}" if data_dir.is_dir() else "no such folder"
     raise FileNotFoundError(
-        f"data_dir: expected {name}/<version>/dataset_info.json under {data_dir}; got {found}. Name the folder that "
-        f"holds TFDS's folders, or prepare it: {prepare_command(name, data_dir)}"
+        f"data_dir: expected {name}/<version>/dataset_info.json under {data_dir}; got {found}. Pass the TFDS data "
+        f"folder, or prepare the data set: {prepare_command(name, data_dir)}"
     )
 
 
 def prepare_command(name: str, data_dir: str | os.PathLike, archive: str | None = None) -> str:
-    """What to type to prepare a data set, for messages: it runs wherever the package is installed."""
+    """The command that prepares a data set, for messages. It needs only the installed package."""
     call = f"prepare({name!r}, {os.fspath(data_dir)!r}{f', archive={archive!r}' if archive else ''})"
     return f'python -c "from fs_jax import data; data.{call}"'
 
 
 def _fingerprint(folder: Path) -> str:
-    """The SHA-256 of what `load` reads of a folder: its bytes, so that a copy has the same."""
+    """SHA-256 of the files that `load` reads, by content, so that a copy of the folder has the same."""
     digest = hashlib.sha256(f"{_CACHE_FORMAT}".encode())
     name = folder.parent.name
     paths = [folder / "dataset_info.json", *folder.glob(f"{name}-train*"), *folder.glob(f"{name}-test*")]
@@ -66,15 +66,15 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _decode(about: DataInfo, folder: Path) -> dict[str, np.ndarray]:
-    """Decode a folder that TFDS prepared."""
+    """Decode a folder prepared by TFDS."""
     require("tensorflow_datasets", "PIL")
-    import tensorflow_datasets as tfds  # half a second, and not needed once the cache is there
+    import tensorflow_datasets as tfds  # here, as the import takes half a second and is not needed with a cache
     from PIL import Image
     from tqdm import tqdm
 
     builder = tfds.builder_from_directory(folder)
     require("google_crc32c" if builder.info.file_format.value == "tfrecord" else "array_record")
-    # TFDS's own decoder is slower, and advises to install OpenCV.
+    # TFDS's own decoder is slower, and warns if OpenCV is missing.
     as_bytes = {"image": tfds.decode.SkipDecoding()}
     arrays: dict[str, np.ndarray] = {}
     ids: list[str] = []
@@ -95,13 +95,13 @@ def _decode(about: DataInfo, folder: Path) -> dict[str, np.ndarray]:
     except Exception as error:
         raise ValueError(
             f"{folder}: expected {about.name} as TFDS prepares it; reading {split} record {len(ids)} failed: {error} "
-            f"Prepare it anew: {prepare_command(about.name, 'ANOTHER_FOLDER')}"
+            f"Prepare it again: {prepare_command(about.name, 'ANOTHER_FOLDER')}"
         ) from error
     return arrays
 
 
 def _records(builder: Any, split: str) -> Iterator[bytes]:
-    """Serialized examples in the order of the records; TFDS itself reads tfrecord with TensorFlow only."""
+    """Serialized examples, in the order of the records. Reads tfrecord itself, as TFDS needs TensorFlow for that."""
     import tensorflow_datasets as tfds
 
     file_format = builder.info.file_format.value
@@ -117,9 +117,10 @@ def _records(builder: Any, split: str) -> Iterator[bytes]:
 
 
 def _read_tfrecord(path: os.PathLike) -> Iterator[bytes]:
-    """The records of a TFRecord file, each framed as length (uint64), CRC of the length, data, CRC of the data.
+    """The records of a TFRecord file.
 
-    A CRC is CRC-32C, rotated right by 15 bits, plus a constant. (PNG's own checksum covers the pixels, not the label.)
+    A record is stored as its length (uint64), the CRC of the length, the data, and the CRC of the data. A CRC is the
+    CRC-32C, rotated right by 15 bits, plus a constant. (The checksum in a PNG does not cover the label.)
     """
     from google_crc32c import value as crc32c
 
@@ -130,68 +131,69 @@ def _read_tfrecord(path: os.PathLike) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while length := file.read(8):
             record = None
-            if intact(length, file.read(4)):  # or a damaged length could ask for all the memory there is
+            if intact(length, file.read(4)):  # otherwise a damaged length could request all memory
                 record = file.read(int.from_bytes(length, "little"))
             if record is None or not intact(record, file.read(4)):
-                raise ValueError(f"{path}: expected whole records; got one cut short or damaged.")
+                raise ValueError(f"{path}: expected complete records; got a truncated or damaged one.")
             yield record
 
 
 def _original_order(ids: list[str]) -> np.ndarray:
-    """Positions that sort TFDS's numbered ids; where they are something else, that order would group the classes."""
+    """Positions that sort numbered ids. Other ids are not sorted, as their order would group the classes."""
     numbered = all(re.fullmatch(r"(train|test)_\d+", i) for i in ids)
     return np.argsort(ids, kind="stable") if numbered else np.arange(len(ids))
 
 
 def write(about: DataInfo, splits: Mapping[str, Mapping[str, np.ndarray]], id_format: str, data_dir: Path) -> Path:
-    """Write a data set that TFDS knows, as TFDS would, in array_record.
+    """Write a data set of TFDS in the format of TFDS (array_record).
 
-    TFDS writes the records and the metadata. Only the images come to it from here, because its own readers need
-    TensorFlow.
+    TFDS writes the records and the metadata. Only the images are passed to it, because its own readers need TensorFlow.
 
     Args:
-      about: Its name is TFDS's.
-      splits: TFDS's features, one array each, by split.
-      id_format: Of TFDS's ids, in {split} and {index}.
-      data_dir: The folder that holds TFDS's folders.
+      about: Description of the data set; its name must be TFDS's.
+      splits: For each split, one array for each of TFDS's features.
+      id_format: Format of TFDS's ids, with {split} and {index}.
+      data_dir: The TFDS data folder.
 
     Returns:
-      The folder.
+      The folder of the data set.
 
     Raises:
-      FileExistsError: there is one already, without the metadata that are written last.
+      FileExistsError: if the folder exists but is incomplete.
     """
     import tensorflow_datasets as tfds
     from PIL import Image
 
-    base: Any = tfds.builder_cls(about.name)  # known when it runs
+    base: Any = tfds.builder_cls(about.name)  # a class that is known only at run time
 
-    class Builder(base, skip_registration=True):  # type: ignore[call-arg]  # a keyword that TFDS's class takes
-        """TFDS's own description of the data set, with these images."""
+    class Builder(base, skip_registration=True):  # type: ignore[call-arg]  # a keyword of TFDS's class
+        """TFDS's builder of the data set, with these images."""
 
         name = about.name
 
         def _split_generators(self, dl_manager):
             label = self.info.features["label"]
-            if label.names == [str(number) for number in range(label.num_classes)]:  # none, or read with the images
+            if label.names == [
+                str(number) for number in range(label.num_classes)
+            ]:  # unnamed, or named when TFDS reads the images
                 label.names = list(about.class_names)
             return {split: self._generate_examples(split) for split in splits}
 
         def _generate_examples(self, split):
             for index in range(len(splits[split]["label"])):
                 example = {key: int(column[index]) for key, column in splits[split].items() if key != "image"}
-                # A PIL image: arrays are what TFDS encodes with TensorFlow. Of one channel it has no axis for it.
+                # A PIL image, as TFDS needs TensorFlow to encode arrays. A single channel has no axis in PIL.
                 image = splits[split]["image"][index]
                 example["image"] = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
                 if "id" in self.info.features:
                     example["id"] = id_format.format(split=split, index=index)
-                yield index, example  # the index is TFDS's key too, by which it shuffles
+                yield index, example  # the index is also TFDS's key, by which it shuffles
 
     builder = Builder(data_dir=data_dir, file_format="array_record")
     if builder.data_path.exists():
         raise FileExistsError(
-            f"{builder.data_path}: expected no such folder, or one with dataset_info.json; got one without. It may be "
-            "what a preparation left that was cut short: remove it and run this again."
+            f"{builder.data_path}: expected no folder, or one with dataset_info.json; got one without. It may "
+            "come from an interrupted preparation: remove it and run this again."
         )
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     return prepared_folder(about.name, data_dir)

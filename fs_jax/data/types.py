@@ -1,4 +1,4 @@
-"""What a data set is, and what its arrays must be."""
+"""Types of data sets, and checks of their arrays."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,18 +12,18 @@ ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 @dataclasses.dataclass(frozen=True)
 class DataInfo:
-    """What is known of a data set before its images are read."""
+    """Description of a data set, without its images."""
 
     name: str
-    """The name, or the path of the `.npz`, that `load` takes."""
+    """Name of the data set, or path of the `.npz` file, as in `load`."""
     image_shape: tuple[int, int, int]
     """Height, width, channels."""
     num_classes: int
     """Labels are 0, ..., num_classes - 1."""
     flip: bool
-    """Whether an image's mirror image is in its class (not so for digits)."""
+    """Whether training flips images horizontally. (Digits are not flipped.)"""
     crop_padding: int
-    """Pixels of padding on each side for random crops; 0 for none."""
+    """Padding on each side for random crops, in pixels; 0 for no crops."""
     class_names: tuple[str, ...]
     """One name per label."""
 
@@ -33,7 +33,7 @@ class Dataset:
     """A data set in memory."""
 
     info: DataInfo
-    """Shapes, classes, and how to augment."""
+    """Image shape, classes and augmentation."""
     train_images: UInt8[np.ndarray, "n h w c"]
     """Training images [N, H, W, C] in 0, ..., 255."""
     train_labels: Int32[np.ndarray, "n"]
@@ -46,42 +46,42 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Bundled:
-    """A data set that comes with a library."""
+    """A source of data sets: one that a library contains."""
 
     info: DataInfo
-    """What is known of it before it is read."""
+    """Description of the data set."""
     read: Callable[[], dict[str, np.ndarray]]
-    """The arrays of `ARRAYS`."""
+    """Function that returns the arrays named in `ARRAYS`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A data set that TFDS knows: where it is published, and how its files are read."""
+    """A source of data sets: published files, which `prepare` converts to the format of TFDS."""
 
     info: DataInfo
-    """What is known of it before it is read; its name is TFDS's."""
+    """Description of the data set. Its name must be TFDS's."""
     files: dict[str, str]
-    """SHA-256 by URL."""
+    """SHA-256 of each file, by URL."""
     read_archive: Callable[[list[Path]], dict[str, dict[str, np.ndarray]]]
-    """From files to TFDS's features, one array each, by split."""
+    """Function from the paths of the files to an array for each of TFDS's features, by split."""
     id_format: str = "{split}_{index:05d}"
-    """TFDS's ids."""
+    """Format of TFDS's ids."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """A data set that is made of another one's images; labels and classes stay."""
+    """A source of data sets: another data set with changed images and the same labels."""
 
     info: DataInfo
-    """What is known of it before it is read."""
+    """Description of the data set."""
     source: str
-    """The name of the other one."""
+    """Name of the other data set."""
     change: Callable[[UInt8[np.ndarray, "n h w c"]], UInt8[np.ndarray, "n h2 w2 c2"]]
-    """From the other one's images to its own."""
+    """Function from the other data set's images to the new ones."""
 
 
 def make_dataset(about: DataInfo, arrays: Mapping[str, np.ndarray], source: str) -> Dataset:
-    """The arrays as a `Dataset`, if they are fit to be one."""
+    """Check the arrays and make a `Dataset`."""
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         check_images(f"{source}: {split}_images", images.dtype, images.shape)
@@ -89,17 +89,17 @@ def make_dataset(about: DataInfo, arrays: Mapping[str, np.ndarray], source: str)
         if images.shape[1:] != about.image_shape:
             raise ValueError(
                 f"{source}: {split}_images: expected images of shape {about.image_shape}; got {images.shape[1:]}. "
-                "All images of a data set have one size."
+                "All images of a data set must have the same shape."
             )
         if len(labels) != len(images):
             raise ValueError(
-                f"{source}: {split}_labels: expected {len(images)}, one for each of {split}_images; got {len(labels)}. "
-                "Make both again from their source."
+                f"{source}: {split}_labels: expected {len(images)}, one per image; got {len(labels)}. Save images and "
+                "labels again."
             )
         if labels.max() >= about.num_classes:
             raise ValueError(
                 f"{source}: {split}_labels: expected 0 to {about.num_classes - 1}; got {labels.max()}. "
-                "Number the classes from 0, and name all of them if class_names are given."
+                "Number the classes from 0. If there are class_names, they must name all classes."
             )
     return Dataset(
         about,
@@ -115,10 +115,10 @@ def check_images(argument: str, dtype: np.dtype, shape: tuple[int, ...]) -> None
     if dtype != np.uint8:
         raise ValueError(
             f"{argument}: expected uint8 in 0, ..., 255; got {dtype}. "
-            "Of images in [0, 1] save np.rint(255 * images).astype(np.uint8), of 0 to 255 images.astype(np.uint8)."
+            "Save np.rint(255 * images).astype(np.uint8) for images in [0, 1], images.astype(np.uint8) for 0 to 255."
         )
     if len(shape) != 4 or 0 in shape:
-        advice = "Add the channel with images[..., None]." if len(shape) == 3 else "Save all images as one array."
+        advice = "Add a channel with images[..., None]." if len(shape) == 3 else "Save all images as one array."
         raise ValueError(f"{argument}: expected shape [N, height, width, channels]; got {tuple(shape)}. {advice}")
     if shape[1] in (1, 3) and shape[3] not in (1, 3):
         raise ValueError(
@@ -128,15 +128,17 @@ def check_images(argument: str, dtype: np.dtype, shape: tuple[int, ...]) -> None
 
 
 def check_labels(argument: str, labels: np.ndarray) -> None:
-    """Raise ValueError unless these are integers [N] from 0."""
+    """Raise ValueError unless these are integers [N] of at least 0."""
     if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1 or not labels.size:
         raise ValueError(
             f"{argument}: expected integers of shape [N]; got {labels.dtype} of shape {labels.shape}. "
             + (
                 "Save labels.ravel()."
                 if labels.ndim == 2 and labels.shape[1] == 1
-                else "Of one-hot labels save labels.argmax(1), of whole numbers in floats labels.astype(np.int32)."
+                else "Save labels.argmax(1) for one-hot labels, labels.astype(np.int32) for floating-point labels."
             )
         )
     if labels.min() < 0:
-        raise ValueError(f"{argument}: expected labels from 0; got {labels.min()}. Drop images without a label.")
+        raise ValueError(
+            f"{argument}: expected labels of at least 0; got {labels.min()}. Remove images without a label."
+        )

@@ -1,4 +1,4 @@
-"""Networks in Flax Linen: `model.apply(variables, images, train=...) -> (logits, features)`."""
+"""Wide-ResNets in Flax Linen, and their weights from and to PyTorch."""
 
 from fs_jax._utils.extras import require
 

@@ -1,4 +1,4 @@
-"""Wide-ResNet weights to and from PyTorch's names, layouts and files. Nothing that a file holds is ever executed."""
+"""Convert Wide-ResNet weights from and to PyTorch's names, layouts and files. Code in a file is never executed."""
 
 import os
 import pathlib
@@ -21,30 +21,35 @@ PerChannel = float | tuple[float, ...]
 def load_weights(
     path: str | os.PathLike, *, mean: PerChannel | None = None, std: PerChannel | None = None
 ) -> tuple[WideResNet, dict[str, Any]]:
-    """The network in a file of weights: this project's, the paper's, or a Wide-ResNet of RobustBench.
+    """Load a network from a file of weights: this project's, the paper's, or a Wide-ResNet of RobustBench.
 
-    Depth, width and number of classes are read off the arrays. Prefixes (`module.`, `module.basic_net.`, `model.`) and
-    wrappers (`{"net": ..., "epoch": ...}`) are taken off, whatever their names. `sub_block1`, a group of blocks that
-    TRADES' network and its descendants hold and never use, is left out. Half-precision weights become float32.
+    Depth, width and number of classes are inferred from the arrays. Any prefix of the names (such as `module.`,
+    `module.basic_net.` or `model.`) and any wrapper (such as `{"net": ..., "epoch": ...}`) is removed. `sub_block1`, an
+    unused group of blocks in TRADES' network and its descendants, is ignored. Half-precision weights become float32.
 
-    How images are normalised belongs to the network. The arguments say it, or else the file's buffers (`mu` and `sigma`
-    as RobustBench has them, or `mean` and `std`), or else the prefix `basic_net.` of the paper's code, whose images are
-    in [-1, 1]. It isn't guessed: a wrong one costs accuracy, and nothing would tell.
+    The normalisation of images is part of the network. It is taken from, in this order:
+
+    - the arguments `mean` and `std`;
+    - buffers in the file: `mu` and `sigma`, as in RobustBench, or `mean` and `std`;
+    - the prefix `basic_net.` of the paper's code, whose images are in [-1, 1].
+
+    Otherwise there is an error. It is not guessed, because a wrong normalisation only lowers the accuracy.
 
     Args:
-      path: A file `.safetensors` or `.npz`. Any other is PyTorch's (`.pt`, `.pth`, no suffix at all, ...), and read by
-        PyTorch, where it is installed, as tensors only.
-      mean: The network takes (images - mean) / std of images in [0, 1]: a number, or one for each channel. 0 (and std
-        1) for images as they are, as most Wide-ResNets of RobustBench take them; 0.5 and 0.5 for [-1, 1].
-      std: As `mean`.
+      path: A `.safetensors` or `.npz` file. All other files (`.pt`, `.pth`, without a suffix, ...) are read by PyTorch,
+        if it is installed, as tensors only.
+      mean: The network's input is (images - mean) / std for images in [0, 1]: a number, or one per channel. Use mean 0
+        and std 1 for no normalisation, as in most Wide-ResNets of RobustBench; 0.5 and 0.5 for inputs in [-1, 1].
+      std: See `mean`.
 
     Returns:
       The network, and its variables `{"params": ..., "batch_stats": ...}`.
 
     Raises:
-      ValueError: for a file that isn't weights, or another network's, with the first missing and unexpected names; for
-        an array of another shape or values that aren't finite; if nothing says how images are normalised.
-      ImportError: for a PyTorch file where PyTorch 2.6 or newer isn't installed.
+      ValueError: for a file without weights or with another network's weights (the message gives the first missing and
+        the first unexpected name), an array of the wrong shape, values that are not finite, or an unknown
+        normalisation.
+      ImportError: for a PyTorch file without PyTorch 2.6 or newer.
 
     Example:
       >>> import tempfile
@@ -67,28 +72,28 @@ def load_weights(
         mean, std = own
     if mean is None:
         raise ValueError(
-            f"mean, std: expected them, as {path} doesn't say how its network's images are normalised. "
-            "Give 0 and 1 for images as they are (most of RobustBench's), 0.5 and 0.5 for [-1, 1] (the paper's); "
-            "or make a file that says it, with save_weights of what this returns."
+            f"mean, std: expected values, as {path} does not contain the network's normalisation; got none. Pass 0 and "
+            "1 for no normalisation (most of RobustBench), or 0.5 and 0.5 for inputs in [-1, 1] (the paper). "
+            "save_weights stores the normalisation in the file."
         )
     wide = jax.tree.map(lambda x: x.astype(np.promote_types(x.dtype, np.float32)), variables)
     return model.clone(mean=_per_channel(mean), std=_per_channel(std)), wide
 
 
 def save_weights(path: str | os.PathLike, model: WideResNet, variables: Mapping[str, Any]) -> None:
-    """Write a network as PyTorch's `state_dict`: whole or not at all, for `load_weights` and for PyTorch.
+    """Write a network as PyTorch's `state_dict`, atomically, for `load_weights` and for PyTorch.
 
-    The names are those of the paper's code and of RobustBench's `WideResNet`. Beside them are the normalisation's
-    buffers `mu` and `sigma` [1, channels, 1, 1], as in RobustBench's networks that normalise; the paper's has none.
+    The names are those of the paper's code and of RobustBench's `WideResNet`. The file also contains the normalisation
+    as buffers `mu` and `sigma` [1, channels, 1, 1], as in RobustBench's networks. (The paper's files have none.)
 
     Args:
-      path: A file `.safetensors`, `.npz`, or, where PyTorch is installed, `.pt` or `.pth`.
+      path: A `.safetensors` or `.npz` file; `.pt` or `.pth` if PyTorch is installed.
       model: The network.
       variables: Its variables, `{"params": ..., "batch_stats": ...}`.
 
     Raises:
-      ValueError: for another suffix, or variables that aren't a Wide-ResNet's.
-      ImportError: for a PyTorch file where PyTorch isn't installed.
+      ValueError: for another suffix, or variables that do not belong to a Wide-ResNet.
+      ImportError: for a PyTorch file without PyTorch 2.6 or newer.
 
     Example:
       See `load_weights`.
@@ -100,26 +105,26 @@ def save_weights(path: str | os.PathLike, model: WideResNet, variables: Mapping[
     for name, value in (("mu", model.mean), ("sigma", model.std)):
         arrays[name] = np.broadcast_to(np.asarray(value, np.float32), channels).reshape(1, channels, 1, 1)
     with replacing(path) as file:
-        # Transposed arrays are views, and a file has the bytes in order.
+        # Transposed arrays are views; files need contiguous arrays.
         _WRITERS[suffix](file, {name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Variables of `fs_jax.models.WideResNet` from the arrays of the paper's PyTorch network.
+    """Convert the arrays of the paper's PyTorch network to variables of `fs_jax.models.WideResNet`.
 
-    Convolution kernels go from [out, in, h, w] to [h, w, in, out], the classifier's from [out, in] to [in, out].
+    Convolution kernels are transposed from [out, in, h, w] to [h, w, in, out], the classifier's from [out, in] to
+    [in, out].
 
     Args:
-      state_dict: Arrays by PyTorch name (`conv1.weight`, `block1.layer.0.bn1.running_mean`, `fc.bias`, ...), all with
-        or all without one prefix. A tensor passes as `tensor.numpy()`. `num_batches_tracked` is passed over, and so is
-        `sub_block1`.
+      state_dict: Arrays by PyTorch name (`conv1.weight`, `block1.layer.0.bn1.running_mean`, `fc.bias`, ...), optionally
+        all with the same prefix. Pass tensors as `tensor.numpy()`. `num_batches_tracked` and `sub_block1` are ignored.
 
     Returns:
-      `{"params": ..., "batch_stats": ...}` in the arrays' own dtypes.
+      `{"params": ..., "batch_stats": ...}`, with the dtypes of the arrays.
 
     Raises:
-      ValueError: for arrays that aren't those of one Wide-ResNet, with the first missing and unexpected names, for one
-        of another shape, or for values that aren't finite.
+      ValueError: if the arrays are not those of a Wide-ResNet (the message gives the first missing and the first
+        unexpected name), or have the wrong shape or values that are not finite.
 
     Example:
       >>> variables = jax.jit(WideResNet(10, 1).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
@@ -131,7 +136,9 @@ def from_torch(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of the paper's PyTorch network from variables of `fs_jax.models.WideResNet`: `from_torch` undone.
+    """Convert variables of `fs_jax.models.WideResNet` to the arrays of the paper's PyTorch network.
+
+    This is the inverse of `from_torch`.
 
     Args:
       variables: `{"params": ..., "batch_stats": ...}`.
@@ -140,7 +147,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
       Arrays by PyTorch name, in PyTorch's layouts.
 
     Raises:
-      ValueError: for variables that aren't a Wide-ResNet's.
+      ValueError: for variables that do not belong to a Wide-ResNet.
     """
     leaves = jax.tree_util.tree_leaves_with_path(
         {"params": variables["params"], "batch_stats": variables["batch_stats"]}
@@ -162,20 +169,23 @@ def robustbench_entry(
     venue: str = "Unpublished",
     additional_data: bool = False,
 ) -> dict[str, Any]:
-    """The fields of RobustBench's `model_info/DATASET/Linf/NAME.json` for an evaluated network.
+    """Make the fields of RobustBench's `model_info/DATASET/Linf/NAME.json` for an evaluated network.
 
     Args:
       model: The network.
-      dataset: `cifar10` or `cifar100`, as RobustBench has it.
-      epsilon: Radius on [0, 1] images.
-      clean_accuracy: Fraction of the test images, 10,000 for RobustBench.
-      autoattack_accuracy: The same under the standard version of AutoAttack; None if it wasn't run.
-      reported_accuracy: The robust accuracy that the paper reports; None if there is none.
+      dataset: `cifar10` or `cifar100`, as in RobustBench.
+      epsilon: Radius, on images in [0, 1].
+      clean_accuracy: Fraction of correctly classified test images (RobustBench uses 10,000).
+      autoattack_accuracy: Fraction robust to the standard version of AutoAttack; None if it was not run.
+      reported_accuracy: The robust accuracy reported in the paper, as a fraction; None without one.
       name: Title of the paper.
       authors: Its authors, separated by commas.
-      link: Its address.
-      venue: Where and when it appeared, "NeurIPS 2019".
-      additional_data: Whether training used more than the data set.
+      link: URL of the paper.
+      venue: Venue and year, such as "NeurIPS 2019".
+      additional_data: Whether training used other data than the data set.
+
+    Returns:
+      The fields, as JSON data.
 
     Example:
       >>> entry = robustbench_entry(WideResNet(28, 10), dataset="cifar10", epsilon=8 / 255, clean_accuracy=0.8998,
@@ -206,7 +216,7 @@ def robustbench_entry(
     }
 
 
-# By number of axes: kernels of convolutions [h, w, in, out] and of the classifier [in, out], vectors.
+# Transpositions by number of axes: convolution kernels [h, w, in, out], the classifier's kernel [in, out], vectors.
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 _FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 _PATH = re.compile(
@@ -222,7 +232,7 @@ _TORCH_WORDS = {
 
 
 def _torch_name(path: tuple[Any, ...]) -> str:
-    """PyTorch's name of the leaf at this path of the variables."""
+    """PyTorch's name of the array at this path of the variables."""
     words = "/".join(key.key for key in path[1:])  # the first is the collection
     match = _PATH.fullmatch(words)
     if match is None:
@@ -232,12 +242,12 @@ def _torch_name(path: tuple[Any, ...]) -> str:
     return f"{block}.layer.{layer}." * (block is not None) + ".".join(_TORCH_WORDS.get(w, w) for w in (module, leaf))
 
 
-# An array that every Wide-ResNet has and no other network; what stands before it is the prefix.
+# An array that every Wide-ResNet has and no other network. The text before it is the prefix.
 _ANCHOR = re.compile(r"((?:.*\.)?)block1\.layer\.0\.conv1\.weight")
 
 
 def _fit(state_dict: Mapping[str, np.ndarray]) -> tuple[WideResNet, dict[str, Any]]:
-    """The Wide-ResNet that has these arrays and no others, and its variables."""
+    """The Wide-ResNet that has exactly these arrays, and its variables."""
     prefixes = [match[1] for name in state_dict if (match := _ANCHOR.fullmatch(name))]
     prefix = min(prefixes, key=len, default="")
 
@@ -262,7 +272,9 @@ def _fit(state_dict: Mapping[str, np.ndarray]) -> tuple[WideResNet, dict[str, An
         if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name}: expected floating point of shape {shape}; got {array.dtype} {array.shape}.")
         if not np.isfinite(array).all():
-            raise ValueError(f"{name}: expected finite values; {np.sum(~np.isfinite(array))} are NaN or infinite.")
+            raise ValueError(
+                f"{name}: expected finite values; got {np.sum(~np.isfinite(array))} that are NaN or infinite."
+            )
         return array.transpose(_FROM_TORCH[array.ndim])
 
     return model, jax.tree.map(convert, names, expected)
@@ -284,7 +296,7 @@ def _check_names(found, expected, prefix, model):
             if names
         ]
         raise ValueError(
-            f"state_dict: expected the arrays of a Wide-ResNet (here of depth {model.depth}); {'; '.join(counts)}."
+            f"state_dict: expected the arrays of a Wide-ResNet (here of depth {model.depth}); got {'; '.join(counts)}."
         )
 
 
@@ -292,40 +304,40 @@ _BUFFERS = {"mu": "mean", "mean": "mean", "sigma": "std", "std": "std"}
 
 
 def _take_normalisation(arrays: dict[str, np.ndarray]) -> tuple[PerChannel | None, PerChannel | None]:
-    """Mean and std by which a network's images are normalised, as its arrays say, with their buffers taken out."""
+    """Remove the normalisation's buffers from the arrays, and return its mean and std; None if unknown."""
     found = {}
     for name in list(arrays):
         buffer = _BUFFERS.get(name.rpartition(".")[2])
         if buffer is not None and buffer not in found:
             found[buffer] = _per_channel(arrays.pop(name))
     if len(found) == 1:
-        raise ValueError(f"expected both buffers of the normalisation, or neither; got only the {next(iter(found))}.")
+        raise ValueError(f"expected both buffers of the normalisation, or neither; got only {next(iter(found))}.")
     if not found and any("basic_net.block1." in name for name in arrays):
         return 0.5, 0.5
     return found.get("mean"), found.get("std")
 
 
 def _per_channel(values: Any) -> PerChannel:
-    """One number where all channels have the same."""
+    """A single number if all channels have the same."""
     numbers = tuple(float(value) for value in np.ravel(values))
     return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
 def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays in a file by name, and nothing else of what is in it."""
+    """The arrays in a file, by name. Other content is not read."""
     read = {".safetensors": _read_safetensors, ".npz": _read_npz}.get(pathlib.Path(path).suffix, _read_torch)
     with open(path, "rb") as file:
         try:
             networks = read(file)
         except ImportError:
             raise
-        except Exception as error:  # bytes that aren't what they should be fail inside a library, in ways of all kinds
+        except Exception as error:  # libraries raise all kinds of errors for damaged files
             raise ValueError(
-                f"expected a file of weights; got one that can't be read as arrays alone ({type(error).__name__}). "
-                "Whatever else it holds is not executed."
+                f"expected a file that contains only arrays; got an unreadable one ({type(error).__name__}). Code in "
+                "the file was not executed."
             ) from error
     if len(networks) != 1:
-        raise ValueError(f"expected the arrays of one network, by name; got {len(networks)} such.")
+        raise ValueError(f"expected the arrays of one network, by name; got {len(networks)} networks.")
     return networks[0]
 
 
@@ -333,7 +345,7 @@ def _read_safetensors(file: BinaryIO) -> list[dict[str, np.ndarray]]:
     require("safetensors")
     from safetensors.numpy import load_file
 
-    return [load_file(file.name)]  # `load`, of bytes, doesn't know bfloat16
+    return [load_file(file.name)]  # `load`, which reads bytes, does not support bfloat16
 
 
 def _read_npz(file: BinaryIO) -> list[dict[str, np.ndarray]]:
@@ -342,11 +354,11 @@ def _read_npz(file: BinaryIO) -> list[dict[str, np.ndarray]]:
 
 
 def _read_torch(file: BinaryIO) -> list[dict[str, np.ndarray]]:
-    """The Wide-ResNets that wrappers hold; without one the largest network, whose names then tell what it is."""
+    """The Wide-ResNets in a PyTorch file; without any, its largest network, so that an error can name its arrays."""
     torch = _import_torch()
 
     def to_numpy(tensor):
-        is_half = tensor.dtype in (torch.float16, torch.bfloat16)  # NumPy lacks the second
+        is_half = tensor.dtype in (torch.float16, torch.bfloat16)  # NumPy has no bfloat16
         return (tensor.float() if is_half else tensor).detach().numpy()
 
     content = torch.load(file, map_location="cpu", weights_only=True)
@@ -359,7 +371,7 @@ def _read_torch(file: BinaryIO) -> list[dict[str, np.ndarray]]:
 
 
 def _mappings(content: Any, depth: int = 3) -> Iterator[Mapping[str, Any]]:
-    """A mapping and those inside it, by name, as deep as wrappers go."""
+    """A mapping, and the mappings nested in it up to a depth."""
     if isinstance(content, Mapping) and depth > 0:
         yield {name: value for name, value in content.items() if isinstance(name, str)}
         for value in content.values():
@@ -387,14 +399,14 @@ _WRITERS = {
 
 
 def _import_torch():
-    needed = "PyTorch files need PyTorch 2.6 or newer (pip install torch); .safetensors and .npz need nothing more"
+    needed = "PyTorch files require PyTorch 2.6 or newer (pip install torch); .safetensors and .npz do not"
     try:
         import torch
     except ImportError as error:
         raise ImportError(
-            f"{needed}. Where it is installed, load_weights and save_weights turn one into another."
+            f"{needed}. On a machine with PyTorch, load_weights and save_weights convert files."
         ) from error
     version = tuple(map(int, torch.__version__.split(".")[:2]))
-    if version < (2, 6):  # older ones could be made to run code: CVE-2025-32434
+    if version < (2, 6):  # older versions can be made to execute code: CVE-2025-32434
         raise ImportError(f"{needed}; got {torch.__version__}.")
     return torch

@@ -1,4 +1,4 @@
-"""Convolution whose derivatives run at speed on a CPU as well."""
+"""A 2D convolution whose derivatives are fast on CPUs."""
 
 import functools
 
@@ -12,15 +12,18 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def conv2d(x: Float[Array, "n h w c"], kernel: Float[Array, "size size c d"], stride: int) -> Float[Array, "n h2 w2 d"]:
-    """Cross-correlation of images with an odd square kernel, padded by half its size on all sides, as PyTorch pads.
+    """Cross-correlation of images with an odd square kernel, with PyTorch's padding.
 
-    y[n, i, j, d] = sum_{a, b, c} x[n, stride i + a - p, stride j + b - p, c] kernel[a, b, c, d] with p = size // 2. (A
-    stride-2 convolution padded "SAME" would pad on one side only, and give other values.)
+    With p = size // 2 pixels of padding on all sides,
 
-    The derivative is the same on every platform; how it is computed is not. XLA's CPU backend is fast on convolutions
-    of one layout only, channels last, which the derivatives that JAX writes down don't have: there they are written
-    as convolutions of that layout, between barriers that keep XLA from folding the transpositions in again. It matters
-    most inside a loop, where the others are far slower (jax issue 12868). Both modes and all orders work.
+        y[n, i, j, d] = sum_{a, b, c} x[n, stride * i + a - p, stride * j + b - p, c] * kernel[a, b, c, d]
+
+    (For stride 2, the padding "SAME" would pad one side only and give other values.)
+
+    On CPUs, the derivatives are computed in another way. XLA's CPU backend is fast only for convolutions with channels
+    last, and JAX's derivatives have another layout. Here they are written as convolutions with channels last, between
+    optimization barriers that keep XLA from undoing the transpositions. The difference is largest inside a loop (jax
+    issue 12868). Forward mode, reverse mode and derivatives of any order work.
 
     Args:
       x: Images or feature maps [N, H, W, C].
@@ -34,8 +37,8 @@ def conv2d(x: Float[Array, "n h w c"], kernel: Float[Array, "size size c d"], st
       >>> conv2d(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 2)), 2).shape
       (1, 2, 2, 2)
     """
-    if jax.sharding.get_abstract_mesh().manual_axes:  # in `shard_map` operands vary over the same axes
-        # The sum of nothing is 0, and varies as the array does.
+    if jax.sharding.get_abstract_mesh().manual_axes:  # in `shard_map`, both operands must vary over the same axes
+        # A sum over no elements: 0, but it varies over the axes of the array.
         x, kernel = (
             a + jnp.sum(lax.stop_gradient(b).ravel()[:0]).astype(a.dtype) for a, b in ((x, kernel), (kernel, x))
         )
@@ -54,7 +57,7 @@ def _conv2d(x, kernel, stride):
 
 @functools.partial(_differentiable.defjvp, symbolic_zeros=True)
 def _jvp(stride, primals, tangents):
-    """The tangent, written as the transpose of what reverse mode shall compute, which JAX's own transposition gives."""
+    """The tangent, as the transpose of the wanted reverse mode: JAX transposes it back to exactly that."""
     (x, kernel), y = primals, _differentiable(*primals, stride)
     transposes = (
         functools.partial(_of_images, x, stride, kernel),
@@ -69,13 +72,13 @@ def _jvp(stride, primals, tangents):
 
 
 def _of_images(like, stride, kernel, g):
-    """The transpose in the images: of y's cotangent g."""
+    """The cotangent of the images, given the cotangent g of the output."""
     own, jaxs = (functools.partial(way, like, stride) for way in (_channels_last_of_images, _jaxs_of_images))
     return lax.platform_dependent(kernel, g, cpu=own, default=jaxs)
 
 
 def _of_kernel(like, stride, x, g):
-    """The transpose in the kernel."""
+    """The cotangent of the kernel, given the cotangent g of the output."""
     own, jaxs = (functools.partial(way, like, stride) for way in (_channels_last_of_kernel, _jaxs_of_kernel))
     return lax.platform_dependent(x, g, cpu=own, default=jaxs)
 
@@ -89,7 +92,7 @@ def _jaxs_of_kernel(like, stride, x, g):
 
 
 def _channels_last_of_images(like, stride, kernel, g):
-    """g, dilated by the stride, with the kernel turned and its channels exchanged; NHWC, HWIO, NHWC."""
+    """A convolution of g, dilated by the stride, with the rotated kernel, its channels swapped; NHWC, HWIO, NHWC."""
     size, half = kernel.shape[0], kernel.shape[0] // 2
     turned = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
     low = size - 1 - half
@@ -103,9 +106,9 @@ def _channels_last_of_images(like, stride, kernel, g):
 
 
 def _channels_last_of_kernel(like, stride, x, g):
-    """Images and channels change places, and g, dilated by the stride, is the kernel; NHWC, HWIO, NHWC.
+    """A convolution of x, with batch and channel axes swapped, with g, dilated by the stride; NHWC, HWIO, NHWC.
 
-    Of a kernel of one pixel it is a product, and faster as one.
+    For a 1 x 1 kernel, a matrix product is faster.
     """
     size, half = like.shape[0], like.shape[0] // 2
     if size == 1:
@@ -122,10 +125,10 @@ def _channels_last_of_kernel(like, stride, x, g):
 
 
 def _transposed(x, axes):
-    """The transposition as one pass over memory, and nothing else in it.
+    """Transpose x in a separate pass over memory.
 
-    XLA would compute what it is of inside of that pass, whose order suits nothing else; and without the reshaping copy
-    it as it lies first.
+    Without the barriers, XLA would fuse the computation of x into this pass, where the order of memory access is slow.
+    Without the reshape, it would first copy x in its old layout.
     """
     moved = lax.optimization_barrier(x).transpose(axes)
     return lax.optimization_barrier(moved.reshape(len(moved), -1)).reshape(moved.shape)

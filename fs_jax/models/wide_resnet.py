@@ -1,4 +1,4 @@
-"""Wide-ResNet (Zagoruyko & Komodakis, 2016), as the feature-scattering paper's code has it, in Flax Linen."""
+"""Wide-ResNet (Zagoruyko & Komodakis, 2016) in Flax Linen, as in the code of the feature-scattering paper."""
 
 import functools
 import math
@@ -24,29 +24,36 @@ _dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class WideResNet(nn.Module):
-    """Wide-ResNet of pre-activation blocks, from images in [0, 1] to logits and pooled features.
+    """Wide-ResNet with pre-activation blocks, from images in [0, 1] to logits and pooled features.
 
-    `depth = 6n + 4` layers: a 3 x 3 convolution to 16 channels, three groups of n blocks with 16, 32 and 64 times
-    `width` channels (the second and third halve the resolution), BatchNorm, ReLU, the mean over positions, and a linear
-    classifier. Images are normalised inside, to (images - mean) / std.
+    The `depth = 6n + 4` layers are
+
+    - the normalisation (images - mean) / std;
+    - a 3 x 3 convolution to 16 channels;
+    - three groups of n blocks with 16, 32 and 64 times `width` channels, of which the second and third halve the
+      resolution;
+    - BatchNorm, ReLU, the mean over positions (the features), and a linear classifier (the logits).
 
     Args:
       depth: Number of layers, 6n + 4.
       width: Widening factor k of "WRN-depth-k".
       num_classes: Number of logits.
-      mean: Subtracted from the images: a number, or a tuple with one for each channel. The paper's mean and std of 0.5
-        make [-1, 1]; networks from elsewhere have others.
-      std: Divides what is left, as `mean`.
-      dtype: Precision of the convolutions' arithmetic. Parameters are float32; BatchNorm, ReLU, the pooled features
-        and the classifier are computed in float32 or the wider type of `dtype`.
-      axis_name: Mapped axis over whose devices train-mode BatchNorm takes its moments (None: each device's own).
+      mean: Mean of the normalisation: a number, or a tuple with one number per channel. The paper's mean and std of 0.5
+        map images to [-1, 1]. Other networks have other values.
+      std: Standard deviation of the normalisation, in the same form as `mean`.
+      dtype: Precision of the convolutions. Parameters are float32. BatchNorm, ReLU, features and logits are computed in
+        float32, or in `dtype` if it is wider. float32 convolutions have XLA's default precision: on NVIDIA GPUs, this
+        is TF32 unless `jax_default_matmul_precision` is set.
+      axis_name: Mapped axis over which BatchNorm synchronises its moments in training mode; None for no
+      synchronisation.
 
     Returns:
-      From `apply(variables, images, train=False)`: logits [N, num_classes] and features [N, 64 * width]. With
-      `train=True` BatchNorm uses the batch's moments, and with `mutable=["batch_stats"]` moves the running ones.
+      `apply(variables, images, train=False)` returns logits [N, num_classes] and features [N, 64 * width]. With
+      `train=True`, BatchNorm uses the moments of the batch, and with `mutable=["batch_stats"]` it also updates the
+      running statistics.
 
     Raises:
-      ValueError: if depth isn't 6n + 4, a size or `std` isn't positive, or the images aren't [N, H, W, C].
+      ValueError: if depth is not 6n + 4, a size or `std` is not positive, or the images are not [N, H, W, C].
 
     Example:
       >>> model = WideResNet(depth=10, width=1)
@@ -68,7 +75,7 @@ class WideResNet(nn.Module):
     axis_name: str | None = None
 
     def __post_init__(self):
-        ModelConfig(depth=self.depth, width=self.width)  # the one place that knows which sizes exist
+        ModelConfig(depth=self.depth, width=self.width)  # checks the sizes
         if self.num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1; got {self.num_classes}.")
         if not np.isfinite(self.mean).all():
@@ -106,7 +113,7 @@ class WideResNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """Pre-activation residual block: two 3 x 3 convolutions; a 1 x 1 shortcut where the number of channels changes."""
+    """Pre-activation block of two 3 x 3 convolutions, with a 1 x 1 shortcut if the number of channels changes."""
 
     channels: int
     stride: int
@@ -118,7 +125,7 @@ class _Block(nn.Module):
         activated = nn.relu(BatchNorm(self.axis_name, name="bn1")(_wide(x), train=train))
         if x.shape[-1] == self.channels:
             shortcut = x
-        else:  # the shortcut, too, starts after the activation
+        else:  # this shortcut also starts after the activation
             shortcut = _Conv(self.channels, 1, self.stride, self.dtype, name="shortcut")(activated)
         y = _Conv(self.channels, 3, self.stride, self.dtype, name="conv1")(activated)
         y = nn.relu(BatchNorm(self.axis_name, name="bn2")(_wide(y), train=train))
@@ -126,7 +133,7 @@ class _Block(nn.Module):
 
 
 class _Conv(nn.Module):
-    """`conv2d` with its kernel, without a bias."""
+    """A convolution without a bias."""
 
     channels: int
     size: int
@@ -141,14 +148,19 @@ class _Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, with PyTorch's running statistics.
+    """Batch normalisation over all axes but the last, with the running statistics of PyTorch.
 
-    In train mode, with the batch's mean m and biased variance v over n values per channel,
-    y = scale (x - m) / sqrt(v + 1e-5) + bias, and the running statistics move by a tenth towards m and towards the
-    *unbiased* v n / (n - 1), as PyTorch's do and `flax.linen.BatchNorm`'s don't. Otherwise the running ones are used.
+    In training mode, for a batch with mean m and biased variance v over n values per channel,
+
+        y = scale * (x - m) / sqrt(v + 1e-5) + bias
+        running_mean <- 0.9 * running_mean + 0.1 * m
+        running_var <- 0.9 * running_var + 0.1 * v * n / (n - 1)
+
+    Otherwise m and v are the running statistics. The running variance is unbiased, as in PyTorch and unlike in
+    `flax.linen.BatchNorm`.
 
     Args:
-      axis_name: Mapped axis over whose devices the moments are taken; None for each device's own.
+      axis_name: Mapped axis over which the moments are taken; None for those of each device.
 
     Example:
       >>> x = jnp.array([[0.0], [2.0]])
@@ -187,8 +199,8 @@ class BatchNorm(nn.Module):
     def _moments(self, x, shift):
         """Mean, biased variance and number of values per channel, in one pass over the batch.
 
-        The variance is E[(x - shift)^2] - E[x - shift]^2: one pass, and a shift near the mean (the running one, held
-        constant) takes away the cancellation that E[x^2] - E[x]^2 suffers from.
+        The variance is E[(x - shift)^2] - E[x - shift]^2. The shift, the running mean, avoids most of the cancellation
+        in E[x^2] - E[x]^2.
         """
         axes = tuple(range(x.ndim - 1))
         count = math.prod(x.shape[:-1])
@@ -201,26 +213,29 @@ class BatchNorm(nn.Module):
 
 
 def _per_channel(values, ndim):
-    """Values of the last axis, of a rank to compute with `ndim` axes."""
+    """Reshape values of the last axis to broadcast with an array of `ndim` axes."""
     return values.reshape((1,) * (ndim - 1) + (-1,))
 
 
 def _wide(x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
-    """`x` in float32 at least, for what is no convolution.
+    """`x` in at least float32, for all operations but convolutions.
 
-    Rounding commutes with a ReLU, so that one before the next convolution's rounding gives the same values as one
-    after it. But XLA's CPU backend (jaxlib 0.12.0) gives NaN for a reduction whose fusion has two ReLUs in bfloat16:
-    `jnp.sum(relu(relu(x) * y - 1).astype(float32))` is enough. In float32 the same is right.
+    A ReLU before the rounding to bfloat16 gives the same values as one after it. But XLA's CPU backend (jaxlib 0.12.0)
+    returns NaN for a reduction fused with two ReLUs in bfloat16, such as
+    `jnp.sum(relu(relu(x) * y - 1).astype(float32))`. In float32 the result is correct.
     """
     return x.astype(np.promote_types(x.dtype, np.float32))
 
 
 def as_logits_fn(model: Any, variables: PyTree) -> Callable[[Float[Array, "n h w c"]], Float[Array, "n classes"]]:
-    """A network as attacks see it: `logits_fn(images)`, in inference mode. Of other variables it compiles nothing anew.
+    """The network in inference mode as a function of images, for attacks and `evaluate`.
+
+    Attacks do not recompile for the same network with other variables.
 
     Args:
-      model: Flax module whose `apply(variables, images, train=False)` gives logits, or a tuple that begins with them.
-      variables: Its variables; they are put on the device once.
+      model: Flax module. `model.apply(variables, images, train=False)` returns logits, or a tuple whose first element
+        is the logits.
+      variables: Its variables. They are copied to the device once.
 
     Returns:
       A function from images [N, H, W, C] to logits [N, classes].

@@ -1,4 +1,4 @@
-"""CIFAR-10's archive with a few images, prepared."""
+"""CIFAR-10's archive with a few images, and the prepared data set."""
 
 import functools
 
@@ -25,7 +25,7 @@ def cifar(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(cifar, tmp_path_factory):
-    """(data_dir with CIFAR-10's archive prepared, its arrays); not to be written to."""
+    """(data_dir with the prepared CIFAR-10, its arrays). Tests must not change it."""
     data_dir = tmp_path_factory.mktemp("tfds")
     data.prepare("cifar10", data_dir, archive=cifar[0])
     return data_dir, cifar[1]
@@ -33,5 +33,5 @@ def prepared(cifar, tmp_path_factory):
 
 @pytest.fixture
 def load(prepared, tmp_path):
-    """Loads the prepared CIFAR-10 with a cache of this test's own."""
+    """Loads the prepared CIFAR-10 with a cache for this test only."""
     return functools.partial(data.load, "cifar10", data_dir=prepared[0], cache_dir=tmp_path / "cache")

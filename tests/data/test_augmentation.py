@@ -1,4 +1,4 @@
-"""Crops are windows of the framed image, flips are mirror images, and an image's draw depends on its key alone."""
+"""Crops are windows of the padded image; flips are mirror images; an image's augmentation depends only on its key."""
 
 import functools
 
@@ -11,7 +11,7 @@ from fs_jax.data import augmentation
 
 pytestmark = pytest.mark.usefixtures("small_programs")
 
-# Compiled, as they are used; one test compares with the functions as they are.
+# Jitted, as in training. One test compares with the functions outside jit.
 augment = jax.jit(augmentation.augment, static_argnames=("padding", "flip"))
 random_crop = jax.jit(augmentation.random_crop, static_argnames="padding")
 random_flip = jax.jit(augmentation.random_flip)
@@ -20,13 +20,13 @@ KEY = jax.random.key(0)
 
 
 def distinct(count, height, width, channels=1, dtype=np.float32):
-    """Images in which no two pixels of an image are equal, and none is black: a window shows where it was cut."""
+    """Images with distinct pixels, none of them black, so that a window determines its position."""
     one = 1 + np.arange(height * width * channels).reshape(height, width, channels)
     return jnp.asarray(np.broadcast_to(one, (count, *one.shape)), dtype)
 
 
 def windows(images, padding):
-    """{(top, left): image} over all windows of the first image, by NumPy."""
+    """{(top, left): window} for all windows of the first image, with NumPy."""
     height, width = images.shape[1:3]
     framed = np.pad(images[0], ((padding, padding), (padding, padding), (0, 0)))
     steps = range(2 * padding + 1)
@@ -35,12 +35,12 @@ def windows(images, padding):
 
 def offset(image, table):
     matches = [place for place, window in table.items() if np.array_equal(window, image)]
-    assert len(matches) == 1, "a crop is exactly one window of the framed image"
+    assert len(matches) == 1, "a crop is exactly one window of the padded image"
     return matches[0]
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((8, 8, 1), np.float32), ((5, 7, 3), np.uint8)])
-def test_a_crop_is_a_window_of_the_image_in_a_black_frame(shape, dtype):
+def test_a_crop_is_a_window_of_the_padded_image(shape, dtype):
     images = distinct(50, *shape, dtype=dtype)
     crops = random_crop(KEY, images, padding=2)
     assert crops.shape == images.shape
@@ -55,7 +55,7 @@ def test_all_windows_are_equally_likely():
     table = windows(np.asarray(images), 1)
     found = [offset(crop, table) for crop in np.asarray(random_crop(KEY, images, padding=1))]
     counts = np.array([found.count(place) for place in table])
-    # Binomial with p = 1/9: 500 expected, standard deviation 21; five of them leave nothing to chance.
+    # Binomial with p = 1/9: 500 expected, standard deviation 21; five standard deviations.
     np.testing.assert_allclose(counts, count / 9, atol=5 * np.sqrt(count * 8 / 81))
 
 
@@ -74,40 +74,40 @@ def test_a_flip_exchanges_left_and_right_exactly(dtype):
 def test_half_of_the_images_are_flipped():
     count = 10_000
     flipped = random_flip(KEY, distinct(count, 1, 2))[:, 0, 0, 0] == 2
-    # Binomial with p = 1/2: standard deviation sqrt(n)/2 = 50; five of them.
+    # Binomial with p = 1/2: standard deviation sqrt(n)/2 = 50; five standard deviations.
     assert abs(int(flipped.sum()) - count / 2) < 5 * np.sqrt(count) / 2
 
 
-def test_crop_and_flip_are_drawn_independently():
+def test_crop_and_flip_are_independent():
     count = 3600
     images = distinct(count, 4, 4)
     table = windows(np.asarray(images), 1)
-    # The mirror image of a window is no window, as no two pixels are equal.
+    # The mirror image of a window is not a window, as all pixels are distinct.
     mirrored = {place: window[:, ::-1] for place, window in table.items()}
     every = {(place, flip): w for flip, t in enumerate((table, mirrored)) for place, w in t.items()}
     found = [offset(image, every) for image in np.asarray(augment(KEY, images, padding=1, flip=True))]
     counts = np.array([found.count(outcome) for outcome in every])
-    # Binomial with p = 1/18: 200 expected, standard deviation 14; five of them.
+    # Binomial with p = 1/18: 200 expected, standard deviation 14; five standard deviations.
     np.testing.assert_allclose(counts, count / 18, atol=5 * np.sqrt(count * 17 / 18**2))
 
 
-def test_an_image_draws_the_same_in_any_batch_and_on_any_number_of_devices():
+def test_augmentation_does_not_depend_on_the_batch_or_the_number_of_devices():
     images = jax.random.uniform(KEY, (6, 8, 8, 3))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(6))  # which one key stands for
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(6))  # the keys that are derived from a single key
     function = functools.partial(augment, padding=4, flip=True)
     whole = function(KEY, images)
     shared = jax.vmap(function)(keys.reshape(3, 2), images.reshape(3, 2, 8, 8, 3))
     np.testing.assert_array_equal(whole, shared.reshape(whole.shape))
 
 
-def test_a_loop_under_pmap_changes_nothing():
+def test_augmentation_in_a_loop_under_pmap_is_the_same():
     images = distinct(6, 8, 8)
     function = functools.partial(augmentation.augment, padding=1, flip=True)
 
     def steps(key, images):
         return jax.lax.fori_loop(0, 3, lambda i, _: function(jax.random.fold_in(key, i), images), images)
 
-    last = function(jax.random.fold_in(KEY, 2), images)  # not compiled
+    last = function(jax.random.fold_in(KEY, 2), images)  # outside jit
     np.testing.assert_array_equal(last, jax.pmap(steps)(KEY[None], images[None])[0])
 
 
@@ -124,6 +124,6 @@ def test_no_padding_and_no_flip_is_the_identity():
     (np.ones((2, 8, 8, 3)), KEY, 1.5, TypeError, "padding: expected an integer of at least 0; got 1.5"),
     (np.ones((2, 8, 8, 3)), jax.random.split(KEY, 3), 1, ValueError, "rng: .* one for each of the 2 images"),
 ])  # fmt: skip
-def test_bad_input_is_named(images, rng, padding, error, message):
+def test_invalid_input_raises_an_error(images, rng, padding, error, message):
     with pytest.raises(error, match=message):
         augmentation.augment(rng, images, padding=padding, flip=True)

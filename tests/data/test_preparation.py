@@ -1,4 +1,4 @@
-"""What is published is prepared as TFDS would; what isn't meant is refused before anything is written."""
+"""`prepare` writes the published files as TFDS would; invalid files raise an error before anything is written."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ def test_cifar100_has_fine_labels(tmp_path):
     assert_equal(data.load("cifar100", data_dir=tmp_path, cache_dir=tmp_path), arrays)
 
 
-def test_svhn_is_read_from_matlabs_files_where_ten_is_the_digit_zero(tmp_path):
+def test_label_ten_of_svhns_files_is_the_digit_zero(tmp_path):
     from scipy.io import savemat
 
     splits = {"train": random_split(12), "test": random_split(5, seed=1)}
@@ -36,19 +36,19 @@ def test_svhn_is_read_from_matlabs_files_where_ten_is_the_digit_zero(tmp_path):
     assert_equal(data.load("svhn_cropped", data_dir=tmp_path, cache_dir=tmp_path), arrays)
 
 
-def test_the_command_prepares_and_says_what_is_wrong_in_one_line(cifar, tmp_path):
+def test_the_script_prepares_and_prints_errors_in_one_line(cifar, tmp_path):
     command = ("-m", "experiments.prepare_data", "cifar10", "--data-dir", str(tmp_path), "--archive")
     run = run_python(*command, str(tmp_path / "nothing"))
     assert run.returncode == 2
-    assert run.stderr.startswith("error: archive: expected cifar-10-binary.tar.gz; got nothing at ")
+    assert run.stderr.startswith("error: archive: expected cifar-10-binary.tar.gz; got no file ")
     run = run_python(*command, str(cifar[0]))
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == str(tmp_path / "cifar10" / "3.0.2")
 
 
-def test_what_is_prepared_is_left_as_it_is(prepared):
+def test_a_prepared_data_set_is_not_changed(prepared):
     before = {path: path.stat().st_mtime_ns for path in prepared[0].rglob("*")}
-    assert data.prepare("cifar10", prepared[0]) == prepared[0] / "cifar10" / "3.0.2"  # and nothing is downloaded
+    assert data.prepare("cifar10", prepared[0]) == prepared[0] / "cifar10" / "3.0.2"  # without a download
     assert before == {path: path.stat().st_mtime_ns for path in prepared[0].rglob("*")}
 
 
@@ -72,7 +72,7 @@ def published(cifar, monkeypatch):
     server.server_close()
 
 
-def test_a_download_is_prepared_and_kept(cifar, published, tmp_path):
+def test_a_download_is_prepared_and_saved(cifar, published, tmp_path):
     published(cifar[0].name, hashlib.sha256(cifar[0].read_bytes()).hexdigest())
     data.prepare("cifar10", tmp_path)
     assert_equal(data.load("cifar10", data_dir=tmp_path, cache_dir=tmp_path), cifar[1])
@@ -82,7 +82,7 @@ def test_a_download_is_prepared_and_kept(cifar, published, tmp_path):
 @pytest.mark.parametrize(("name", "problem"), [
     ("cifar-10-binary.tar.gz", "expected the SHA-256 1234; got "), ("gone.tar.gz", "404"),
 ])  # fmt: skip
-def test_a_failed_download_says_where_to_put_the_file(published, tmp_path, name, problem):
+def test_the_error_of_a_failed_download_says_where_to_put_the_file(published, tmp_path, name, problem):
     published(name, "1234")
     with pytest.raises(ConnectionError) as caught:
         data.prepare("cifar10", tmp_path)
@@ -92,7 +92,7 @@ def test_a_failed_download_says_where_to_put_the_file(published, tmp_path, name,
     assert not list((tmp_path / "downloads").iterdir())
 
 
-def test_a_file_put_where_the_message_says_is_used(cifar, published, tmp_path):
+def test_a_file_in_the_downloads_folder_is_used(cifar, published, tmp_path):
     published(cifar[0].name, "1234")
     (tmp_path / "downloads").mkdir()
     shutil.copy(cifar[0], tmp_path / "downloads")
@@ -106,12 +106,12 @@ def cifar_members(batch, labels=(3,)):
 
 
 @pytest.mark.parametrize(("members", "message"), [
-    ({"cifar-10-batches-py/data_batch_1": b""}, "Take the binary version, whose name ends in -binary.tar.gz"),
+    ({"cifar-10-batches-py/data_batch_1": b""}, "Use the binary version, whose name ends in -binary.tar.gz"),
     (cifar_members({"cifar-10-batches-bin/test_batch.bin": b"12"}), "test_batch.bin: expected rows .* 3073 .* got 2"),
     (cifar_members({"cifar-10-batches-bin/test_batch.bin": b""}), "test_batch.bin: expected rows .* 3073 .* got 0"),
-    (cifar_members({}, labels=(3, 10)), "train labels: expected cifar10's; got 10"),
+    (cifar_members({}, labels=(3, 10)), "train labels: expected at most 9, as in cifar10; got 10"),
 ])  # fmt: skip
-def test_a_foreign_archive_is_refused_before_anything_is_written(members, message, tmp_path):
+def test_a_wrong_archive_raises_an_error_before_anything_is_written(members, message, tmp_path):
     archive = write_tar(tmp_path / "archive.tar.gz", members)
     with pytest.raises(ValueError, match=message):
         data.prepare("cifar10", tmp_path / "tfds", archive=archive)
@@ -119,16 +119,16 @@ def test_a_foreign_archive_is_refused_before_anything_is_written(members, messag
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: b"not a tar"])
-def test_a_damaged_archive_is_refused(cifar, tmp_path, damage):
+def test_a_damaged_archive_raises_an_error(cifar, tmp_path, damage):
     archive = tmp_path / "archive.tar.gz"
     archive.write_bytes(damage(cifar[0].read_bytes()))
-    with pytest.raises(ValueError, match=r"(?s)archive: expected a whole tar or tar.gz; got .* Download it"):
+    with pytest.raises(ValueError, match=r"(?s)archive: expected a tar or tar.gz file; got .* Download it"):
         data.prepare("cifar10", tmp_path / "tfds", archive=archive)
 
 
-def test_svhns_archive_is_a_folder_of_two_files(tmp_path):
+def test_svhn_needs_a_folder_with_two_files(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"expected train_32x32.mat and test_32x32.mat in one folder; got nothing"
+        FileNotFoundError, match=r"expected train_32x32.mat and test_32x32.mat in one folder; got no file"
     ):
         data.prepare("svhn_cropped", tmp_path, archive=tmp_path)
     for split in ("train", "test"):
@@ -137,10 +137,10 @@ def test_svhns_archive_is_a_folder_of_two_files(tmp_path):
         data.prepare("svhn_cropped", tmp_path, archive=tmp_path)
 
 
-def test_preparing_refuses_what_it_cannot_prepare(cifar, tmp_path):
+def test_what_cannot_be_prepared_raises_an_error(cifar, tmp_path):
     with pytest.raises(ValueError, match=r"name: expected one of cifar10, .*; got 'cifar_10'. Did you mean 'cifar10'"):
         data.prepare("cifar_10", tmp_path)
-    with pytest.raises(ValueError, match=r"digits.*comes with a library"):
+    with pytest.raises(ValueError, match=r"digits.*needs no preparation"):
         data.prepare("digits", tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="data_dir: expected a folder; got the file"):

@@ -1,4 +1,4 @@
-"""What is prepared is read again, without TensorFlow; damage is noticed."""
+"""Prepared data sets are read without TensorFlow; damage is detected; decoded arrays are cached."""
 
 import io
 import json
@@ -13,12 +13,12 @@ from fs_jax.data import tfds
 from tests.archives import assert_equal, flip_a_byte, run_python
 
 
-def test_cifar10_comes_back_pixel_for_pixel_in_the_archives_order(load, prepared):
-    # TFDS shuffles the records: this is a test of the order too.
+def test_cifar10_is_read_exactly_in_the_order_of_the_archive(load, prepared):
+    # TFDS shuffles the records, so this also tests the order.
     assert_equal(load(), prepared[1])
 
 
-def test_tfds_itself_reads_the_prepared_folder(prepared):
+def test_tfds_reads_the_prepared_folder(prepared):
     import tensorflow_datasets as tfds
 
     source = tfds.data_source("cifar10", split="test", data_dir=prepared[0])
@@ -54,8 +54,8 @@ def tfrecord_dir(prepared, tmp_path):
 @pytest.mark.parametrize(
     ("name", "shape"), [("mnist", (28, 28, 1)), ("fashion_mnist", (28, 28, 1)), ("stl10", (96, 96, 3))]
 )
-def test_what_else_tfds_knows_can_be_written_and_read(tmp_path, name, shape):
-    # One channel, no ids, names that TFDS has or hasn't.
+def test_other_data_sets_of_tfds_can_be_written_and_read(tmp_path, name, shape):
+    # One channel; no ids; class names with and without TFDS's.
     about = data.DataInfo(name, shape, 10, flip=False, crop_padding=0, class_names=tuple("abcdefghij"))
     rng = np.random.default_rng(0)
     splits = {
@@ -70,7 +70,7 @@ def test_what_else_tfds_knows_can_be_written_and_read(tmp_path, name, shape):
         np.testing.assert_array_equal(arrays[f"{split}_images"][order], features["image"][[0, 2, 1]])
 
 
-def test_cifar10_at_half_the_size_is_the_mean_of_four_pixels(prepared, tmp_path):
+def test_cifar10_16x16_averages_blocks_of_four_pixels(prepared, tmp_path):
     small = data.load("cifar10_16x16", data_dir=prepared[0], cache_dir=tmp_path / "cache")
     for split in ("train", "test"):
         images = prepared[1][f"{split}_images"].astype(int)
@@ -79,20 +79,20 @@ def test_cifar10_at_half_the_size_is_the_mean_of_four_pixels(prepared, tmp_path)
         np.testing.assert_array_equal(getattr(small, f"{split}_labels"), prepared[1][f"{split}_labels"])
 
 
-def test_a_tfrecord_folder_is_read_as_well(tfrecord_dir, prepared, tmp_path):
+def test_a_tfrecord_folder_is_read(tfrecord_dir, prepared, tmp_path):
     assert_equal(data.load("cifar10", data_dir=tfrecord_dir, cache_dir=tmp_path / "cache"), prepared[1])
 
 
 @pytest.mark.parametrize("cut", [1, 5, 1000])
-def test_a_truncated_tfrecord_is_refused(tfrecord_dir, tmp_path, cut):
+def test_a_truncated_tfrecord_raises_an_error(tfrecord_dir, tmp_path, cut):
     (path,) = tfrecord_dir.glob("cifar10/*/cifar10-test*")
     path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(ValueError, match=r"reading test record \d+ failed: .*expected whole records"):
+    with pytest.raises(ValueError, match=r"reading test record \d+ failed: .*expected complete records"):
         data.load("cifar10", data_dir=tfrecord_dir, cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
-def test_missing_records_are_noticed(prepared, tmp_path):
+def test_missing_records_raise_an_error(prepared, tmp_path):
     shutil.copytree(prepared[0] / "cifar10", tmp_path / "cifar10")
     (path,) = tmp_path.glob("cifar10/*/cifar10-test*")
     path.unlink()
@@ -103,7 +103,7 @@ def test_missing_records_are_noticed(prepared, tmp_path):
 @pytest.mark.parametrize(("file_format", "position"), [
     ("tfrecord", "length"), ("tfrecord", "label"), ("tfrecord", "checksum"), ("array_record", "label"),
 ])  # fmt: skip
-def test_a_damaged_byte_is_noticed(request, prepared, tmp_path, file_format, position):
+def test_a_damaged_byte_raises_an_error(request, prepared, tmp_path, file_format, position):
     if file_format == "tfrecord":
         folder = request.getfixturevalue("tfrecord_dir")
     else:
@@ -111,18 +111,18 @@ def test_a_damaged_byte_is_noticed(request, prepared, tmp_path, file_format, pos
         shutil.copytree(prepared[0] / "cifar10", folder / "cifar10")
     (path,) = folder.glob("cifar10/*/cifar10-test*")
     content = bytearray(path.read_bytes())
-    # No checksum of the image's own covers the label. It ends the `tf.train.Example`: its name, then the lengths
-    # of feature, list and packed numbers, each behind its tag, then the number.
+    # The checksum in the PNG does not cover the label. The label is at the end of the `tf.train.Example`: its name, the
+    # lengths of feature, list and packed numbers, each after its tag, then the number.
     label = content.index(b"label") + len(b"label") + 6
-    # Of the length its highest byte: unchecked, it would ask for all the memory there is.
+    # The highest byte of the length: unchecked, it would request all memory.
     content[{"length": 7, "label": label, "checksum": -1}[position]] ^= 4
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"reading test record \d+ failed"):
         data.load("cifar10", data_dir=folder, cache_dir=tmp_path / "cache")
 
 
-def test_numbered_ids_give_the_order_and_other_ids_leave_it():
-    # Names such as CIFAR-10's "dump_truck_s_000431.png" sort by class: the first thousand would be no sample.
+def test_only_numbered_ids_are_sorted():
+    # Names such as CIFAR-10's "dump_truck_s_000431.png" would sort by class.
     assert tfds._original_order(["test_00002", "test_00000", "test_00001"]).tolist() == [1, 2, 0]
     assert tfds._original_order(["truck_2.png", "airplane_1.png"]).tolist() == [0, 1]
     assert tfds._original_order(["", ""]).tolist() == [0, 1]
@@ -134,7 +134,7 @@ def test_the_newest_version_is_read(prepared, tmp_path):
     assert tfds.prepared_folder("cifar10", tmp_path).name == "3.0.10"
 
 
-def test_the_default_folder_is_tfdss_own(prepared, tmp_path, monkeypatch):
+def test_the_default_folder_is_that_of_tfds(prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared[0]))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert_equal(data.load("cifar10"), prepared[1])
@@ -162,7 +162,7 @@ print(data.load("cifar10", data_dir={str(tmp_path)!r}, cache_dir={str(tmp_path)!
     run = run_python("-c", code)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == "(15, 32, 32, 3)"
-    # From the cache, and TFDS is not even imported.
+    # With the cache, TFDS is not even imported.
     code = f"""
 import sys
 from fs_jax import data
@@ -176,19 +176,19 @@ assert "tensorflow_datasets" not in sys.modules
 
 @pytest.fixture
 def cached(load, tmp_path):
-    """The file that the first load left."""
+    """The file of the cache, after a first load."""
     load()
     (path,) = (tmp_path / "cache").iterdir()
     return path
 
 
-def test_the_second_time_nothing_is_decoded(load, prepared, cached, monkeypatch):
+def test_the_second_load_decodes_nothing(load, prepared, cached, monkeypatch):
     monkeypatch.setattr(tfds, "_decode", None)
     assert_equal(load(), prepared[1])
 
 
 def change_a_pixel(path):
-    """A well-formed file whose checksums are right, but for the hash."""
+    """Write a valid file with another pixel, so that only the hash is wrong."""
     arrays = dict(np.load(path))
     arrays["train_images"][7, 3, 3, 1] ^= 1
     np.savez(path, **arrays)
@@ -208,7 +208,7 @@ def truncate(path):
 def test_a_damaged_cache_is_rebuilt_with_a_warning(load, prepared, cached, damage):
     good = cached.read_bytes()
     damage(cached)
-    with pytest.warns(UserWarning, match="cached data set is damaged and is decoded anew: .*cifar10"):
+    with pytest.warns(UserWarning, match="cached data set is damaged and will be decoded again: .*cifar10"):
         assert_equal(load(), prepared[1])
     assert dict(np.load(cached))["sha256"] == dict(np.load(io.BytesIO(good)))["sha256"]
     with warnings.catch_warnings():
@@ -216,25 +216,25 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning(load, prepared, cached, damag
         assert_equal(load(), prepared[1])
 
 
-def test_other_records_are_not_taken_for_the_cached_ones(load, cached, prepared, tmp_path):
-    # Prepared anew, with another test set, in a folder of the same name and version.
+def test_other_records_have_another_cache(load, cached, prepared, tmp_path):
+    # Another test set, in a folder with the same name and version.
     folder = shutil.copytree(prepared[0], tmp_path / "tfds")
     same = tfds._fingerprint(folder / "cifar10" / "3.0.2")
-    assert same == tfds._fingerprint(prepared[0] / "cifar10" / "3.0.2")  # a copy shares the cache
+    assert same == tfds._fingerprint(prepared[0] / "cifar10" / "3.0.2")  # a copy uses the same cache
     (records,) = folder.glob("cifar10/*/cifar10-test*")
     flip_a_byte(records)
     assert tfds._fingerprint(folder / "cifar10" / "3.0.2") != same
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_an_interrupted_write_leaves_nothing_behind(load, prepared, tmp_path, monkeypatch, error):
+def test_an_interrupted_write_leaves_no_file(load, prepared, tmp_path, monkeypatch, error):
     def savez(file, **_):
         file.write(b"half")
         raise error
 
     monkeypatch.setattr(np, "savez", savez)
     if isinstance(error, OSError):
-        with pytest.warns(UserWarning, match="can't be kept at .*: disk full; pass another cache_dir"):
+        with pytest.warns(UserWarning, match="cannot be cached at .*: disk full. Pass another cache_dir"):
             assert_equal(load(), prepared[1])
     else:
         with pytest.raises(KeyboardInterrupt):
@@ -242,14 +242,14 @@ def test_an_interrupted_write_leaves_nothing_behind(load, prepared, tmp_path, mo
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_without_a_place_for_the_cache_the_data_are_read_all_the_same(load, prepared, tmp_path):
+def test_data_are_read_without_a_writable_cache(load, prepared, tmp_path):
     (tmp_path / "cache").touch()
-    with pytest.warns(UserWarning, match="can't be kept"):
+    with pytest.warns(UserWarning, match="cannot be cached"):
         assert_equal(load(), prepared[1])
 
 
 @pytest.mark.parametrize(("folder", "found"), [("", "a folder without cifar10"), ("missing", "no such folder")])
-def test_a_data_set_that_is_not_there_comes_with_the_command_to_run(tmp_path, folder, found):
+def test_the_error_for_a_missing_data_set_has_the_command_to_run(tmp_path, folder, found):
     data_dir = tmp_path / folder
     with pytest.raises(FileNotFoundError) as caught:
         data.load("cifar10", data_dir=data_dir)

@@ -1,4 +1,4 @@
-"""The convolution's derivatives, written for the CPU, are those that JAX derives."""
+"""The convolution's derivatives, which are written for CPUs, equal those of JAX."""
 
 import functools
 
@@ -23,9 +23,9 @@ def reference(x, kernel, stride):
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 3, 5])
 @pytest.mark.usefixtures("float64")
-def test_derivatives_equal_those_that_jax_derives(size, stride):
+def test_derivatives_equal_those_of_jax(size, stride):
     rng = np.random.default_rng(0)
-    # A height and a width that leave other remainders by every stride.
+    # Height and width have different remainders for each stride.
     x, kernel = rng.normal(size=(2, 7, 10, 3)), rng.normal(size=(size, size, 3, 4))
     shape = jax.eval_shape(lambda: reference(x, kernel, stride)).shape
     g = rng.normal(size=shape)
@@ -74,7 +74,7 @@ def test_gradients_can_be_exported():
 )
 @pytest.mark.parametrize("of", mostly_slow(["images", "kernel"], "kernel"))
 @pytest.mark.usefixtures("float64")
-def test_hessian_products_in_each_order_are_those_of_jaxs_convolution(product, of):
+def test_hessian_products_equal_those_of_jaxs_convolution(product, of):
     rng = np.random.default_rng(2)
     x, kernel = jnp.asarray(rng.normal(size=(2, 5, 4, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 3)))
     at = x if of == "images" else kernel
@@ -92,7 +92,7 @@ def test_hessian_products_in_each_order_are_those_of_jaxs_convolution(product, o
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_derivative_that_nobody_asks_for_is_not_computed():
+def test_an_unused_derivative_is_not_computed():
     x, kernel = jnp.ones((2, 4, 4, 1)), jnp.ones((3, 3, 1, 2))
 
     def convolutions(of):
@@ -105,7 +105,7 @@ def test_a_derivative_that_nobody_asks_for_is_not_computed():
 
 
 @pytest.mark.usefixtures("float64")
-def test_under_shard_map_a_shared_kernels_gradient_is_the_sum_over_devices():
+def test_the_gradient_of_a_shared_kernel_under_shard_map_is_the_sum_over_devices():
     mesh, spec = jax.sharding.Mesh(np.array(jax.devices()), ("d",)), jax.sharding.PartitionSpec
     rng = np.random.default_rng(3)
     x, kernel = jnp.asarray(rng.normal(size=(4, 3, 3, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 2)))

@@ -1,4 +1,4 @@
-"""The network is the released one: logits, gradients and running statistics, against what that code recorded."""
+"""Logits, gradients and running statistics of the network equal those recorded from the released code."""
 
 from functools import partial
 
@@ -19,11 +19,11 @@ def build(recorded, dtype):
     return WideResNet(recorded.depth, recorded.width, dtype=dtype), recorded.variables(dtype)
 
 
-# Float64: the same sums in another order, 1e-10 is asked for and 1e-15 met. Float32 has 2^-24 = 6e-8 per operation;
-# logits of size 1 after 10 to 16 layers stay within 1e-4.
+# float64: the same sums in another order; measured 1e-15. float32: 2^-24 = 6e-8 per operation, for logits of size 1
+# after 10 to 16 layers.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-10), (np.float32, 1e-4)], ids=["float64", "float32"])
 @pytest.mark.usefixtures("float64")
-def test_logits_and_features_equal_the_recorded(recorded, dtype, tolerance):
+def test_logits_and_features_equal_the_recorded_ones(recorded, dtype, tolerance):
     model, variables = build(recorded, dtype)
     images = recorded.images.astype(dtype)
     logits, features = jax.jit(model.apply)(variables, images)
@@ -45,13 +45,13 @@ def assert_gradient_is_the_recorded(recorded, model, variables, tolerance):
         return -jnp.mean(log_probabilities[jnp.arange(len(images)), recorded.labels])
 
     expected = recorded.nhwc("eval_ce_grad")
-    # The recorded gradient is to images in [-1, 1], twice ours.
+    # The recorded gradient is with respect to images in [-1, 1], so half of that for images in [0, 1].
     gradient = jax.jit(jax.grad(loss))(recorded.images.astype(model.dtype)) / 2
     assert gradient.dtype == model.dtype
     np.testing.assert_allclose(gradient, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
 
 
-# Of the deeper network the logits are compared quickly, and the rest where there is time.
+# For the deeper network, comparing the logits is fast; the other tests are slow.
 shallow_is_quick = pytest.mark.parametrize(
     "recorded", [(10, 1), pytest.param((16, 2), marks=pytest.mark.slow)], ids=["wrn_10_1", "wrn_16_2"], indirect=True
 )
@@ -59,28 +59,28 @@ shallow_is_quick = pytest.mark.parametrize(
 
 @shallow_is_quick
 @pytest.mark.usefixtures("float64")
-def test_input_gradient_equals_the_recorded(recorded):
-    # It was rounded to float32: 1e-6 of its largest entry.
+def test_input_gradient_equals_the_recorded_one(recorded):
+    # It was recorded in float32: 1e-6 of its largest entry.
     assert_gradient_is_the_recorded(recorded, *build(recorded, np.float64), 1e-6)
 
 
 @shallow_is_quick
 @pytest.mark.usefixtures("float64")
-def test_input_gradient_in_float32_is_that_of_the_same_active_units(recorded, monkeypatch):
-    # A ReLU's derivative jumps at 0. Of the WRN-16-2's 245,760 units for an image, some are nearer to 0 than float32
-    # can tell: a second image's at -1.8e-7, which on some CPUs comes out above 0, and moves the gradient by 7%. So the
-    # active units are float64's here, and what is left is what float32's sums make of 16 layers there and back: up to
-    # 1.2e-6, whatever the machine. (Of those units that are in doubt, the one that matters least moves it by 5e-4.)
+def test_input_gradient_in_float32_equals_the_recorded_one_for_the_same_active_units(recorded, monkeypatch):
+    # A ReLU's derivative jumps at 0. The WRN-16-2 has 245,760 units per image, and some inputs are closer to 0 than
+    # float32 resolves: one is -1.8e-7, which is positive on some CPUs and changes the gradient by 7%. So the active
+    # units are those of float64 here. The remaining error, of float32 sums in 16 layers forward and backward, is up to
+    # 1.2e-6 on any machine. (The least important of the ambiguous units changes the gradient by 5e-4.)
     seen, relu = [], nn.relu
     (exact, exact_variables), single = build(recorded, np.float64), build(recorded, np.float32)
     monkeypatch.setattr(nn, "relu", lambda x: seen.append(x) or relu(x))
     inputs = jax.jit(lambda *args: (exact.apply(*args), seen)[1])(exact_variables, recorded.images)
-    # Float64 itself is in no doubt about any of them: of values of size 1 it knows 1e-14.
+    # In float64 no unit is ambiguous: values of size 1 are accurate to 1e-14.
     assert min(np.abs(x).min() for x in inputs) > 1e-10
     units = iter(inputs)
     monkeypatch.setattr(nn, "relu", lambda x: jnp.where(next(units) > 0, x, 0))
     assert_gradient_is_the_recorded(recorded, *single, 4e-6)
-    assert not list(units)  # each was used
+    assert not list(units)  # all were used
 
 
 @pytest.fixture(scope="module")
@@ -90,30 +90,30 @@ def initial():
 
 
 @pytest.mark.slow
-def test_initial_weights_have_the_released_spread(initial):
+def test_initial_weights_have_the_distribution_of_the_released_code(initial):
     for path, kernel in jax.tree_util.tree_leaves_with_path(initial["params"]):
         name = jax.tree_util.keystr(path)
         if "kernel" not in name or "fc" in name:
             continue
         expected = np.sqrt(2 / (kernel.shape[0] * kernel.shape[1] * kernel.shape[3]))
-        # The standard deviation of n normal draws is known to 1 / sqrt(2 n): five of those.
+        # The standard deviation of n normal draws has a relative standard error of 1 / sqrt(2 n); five of them.
         assert abs(np.std(kernel) / expected - 1) < 5 / np.sqrt(2 * kernel.size), name
     bound = 1 / np.sqrt(64)
     kernel = initial["params"]["fc"]["kernel"]
     assert np.abs(kernel).max() <= bound
-    assert np.abs(kernel).max() > 0.98 * bound  # of 640 uniform draws the largest is this near, all but surely
+    assert np.abs(kernel).max() > 0.98 * bound  # fails for 640 uniform draws with probability 0.98^640 = 2e-6
     assert not initial["params"]["fc"]["bias"].any()
 
 
 @pytest.mark.parametrize(("depth", "parameters"), [(10, 77_850), (28, 36_479_194)])
-def test_number_of_parameters_is_the_known_one(depth, parameters):
+def test_number_of_parameters_equals_the_published_one(depth, parameters):
     # 36.5 million is the published size of the WRN-28-10; the WRN-10-1's is that of the recorded weights.
     model = WideResNet(depth, 10 if depth == 28 else 1)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"])) == parameters
 
 
-def test_bfloat16_computes_convolutions_only_and_gives_float32(initial):
+def test_with_bfloat16_only_convolutions_are_in_bfloat16(initial):
     model = WideResNet(10, 1, dtype=jnp.bfloat16)
     images = np.random.default_rng(1).uniform(size=(2, 32, 32, 3)).astype(np.float32)
     logits, features = jax.jit(model.apply)(initial, images)
@@ -121,13 +121,13 @@ def test_bfloat16_computes_convolutions_only_and_gives_float32(initial):
     assert logits.dtype == features.dtype == jnp.float32
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
-    # 8 bits of mantissa are 0.4% an operation, of logits of size 1.
+    # 8 bits of mantissa: 0.4% per operation, for logits of size 1.
     np.testing.assert_allclose(logits, exact, atol=0.05)
-    assert np.abs(logits - exact).max() > 0  # and it is used
+    assert np.abs(logits - exact).max() > 0  # bfloat16 is used
 
 
 @pytest.mark.slow
-def test_bfloat16_gradients_are_those_of_float32_to_rounding(initial):
+def test_bfloat16_gradients_equal_those_of_float32_to_rounding(initial):
     images = np.random.default_rng(1).uniform(size=(8, 32, 32, 3)).astype(np.float32)
 
     def loss(params, dtype):
@@ -140,13 +140,13 @@ def test_bfloat16_gradients_are_those_of_float32_to_rounding(initial):
         return [ravel_pytree(jax.grad(loss)(params, dtype))[0] for dtype in (jnp.bfloat16, jnp.float32)]
 
     rounded, exact = gradients(initial["params"])
-    # 0.4% an operation, of some twenty on the way there and back.
+    # 0.4% per operation, for about twenty operations forward and backward.
     assert 0 < np.linalg.norm(rounded - exact) < 0.1 * np.linalg.norm(exact)
 
 
 @pytest.mark.usefixtures("float64")
-def test_batch_norm_moments_survive_a_large_mean():
-    # The naive E[x^2] - E[x]^2 loses all of a variance of 1 beside a mean of 1e4 in float32.
+def test_batch_norm_moments_are_accurate_for_a_large_mean():
+    # In float32, E[x^2] - E[x]^2 has no correct digit for a variance of 1 and a mean of 1e4.
     x = jnp.asarray(np.random.default_rng(0).normal(1e4, 1, (4096, 2)), jnp.float32)
     norm = BatchNorm()
     variables = jax.tree.map(jnp.float32, norm.init(jax.random.key(0), x))
@@ -154,7 +154,7 @@ def test_batch_norm_moments_survive_a_large_mean():
     y = norm.apply(variables, x, train=True, mutable=["batch_stats"])[0]
     wide = np.asarray(x, np.float64)
     exact = (wide - wide.mean(0)) / wide.std(0)
-    # Inputs of 1e4 are 1e-3 apart in float32, and y is x times a factor less a product of that size.
+    # float32 resolves 1e-3 at 1e4, and y is the difference of two products of that size.
     np.testing.assert_allclose(y, exact, atol=5e-3)
 
 
@@ -167,11 +167,11 @@ def test_batch_norm_moments_survive_a_large_mean():
         ({"num_classes": 0}, "num_classes: expected at least 1"),
     ],
 )
-def test_networks_that_do_not_exist_are_refused(arguments, message):
+def test_invalid_sizes_raise_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         WideResNet(**arguments)
 
 
-def test_images_of_another_rank_are_refused():
+def test_images_of_another_rank_raise_an_error():
     with pytest.raises(ValueError, match=r"images: expected shape .*got \(32, 32, 3\)"):
         WideResNet(10, 1).init(jax.random.key(0), jnp.zeros((32, 32, 3)))
