@@ -1,1 +1,1 @@
-"""Experiment scripts: one for each table or figure, run as `python -m experiments.NAME`."""
+"""Scripts that train, evaluate, and regenerate tables and figures: `python -m experiments.NAME --help`."""

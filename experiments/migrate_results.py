@@ -1,9 +1,9 @@
-"""Bring results of older versions to the current schema: `python -m experiments.migrate_results FILE...`.
+"""Convert results of older versions to the current schema: `python -m experiments.migrate_results FILE...`.
 
-Takes the `result.json` of `experiments.evaluate` and of `experiments.autoattack_reference`, and the files of networks
-that the comparisons write. No attack is run: what an older version didn't record is null. Images that some attack
-wasn't meant for used to count as robust to it, and are unknown now; so the worst case, and the report beside a
-`result.json`, may change. A file of the current schema is left as it is.
+Converts the `result.json` of `experiments.evaluate` and of `experiments.autoattack_reference`, and the JSON files of
+networks that the quickstart and `experiments.cifar10_short` write. No attack is run; fields that an older version did
+not record are null. Older versions counted images outside an attack's subset as robust to it. Now they are unknown, so
+the worst case and the `report.md` in the same folder may change. Files of the current schema are not changed.
 """
 
 import dataclasses
@@ -19,14 +19,19 @@ from experiments.output import write_files
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Bring results of older versions to the current schema."""
+    """Convert results of older versions to the current schema, in place, in seconds. No attack is run."""
 
     files: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional]
-    """JSON files of results; they are replaced."""
+    """JSON files of results, which are overwritten."""
+
+
+EXAMPLES = """\
+  python -m experiments.migrate_results runs/cifar10/evaluations/attacks/result.json
+"""
 
 
 def main(argv: list[str]) -> None:
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.migrate_results")
+    arguments = command_line.parse(Arguments, argv, prog="python -m experiments.migrate_results", examples=EXAMPLES)
 
     from experiments.evaluation_report import report_text
     from fs_jax.evaluation.journal import SCHEMA
@@ -41,7 +46,7 @@ def main(argv: list[str]) -> None:
                 f"{path}: expected the result of an evaluation, with attacks and records; got another file."
             )
         if old.get("schema") == SCHEMA:
-            print(f"{path}: is of this schema")
+            print(f"{path}: already has the current schema")
             continue
         new = migrated(old) if "schema" not in old else {**old, "schema": SCHEMA, "warnings": old.get("warnings")}
         write_files(path.parent, {path.name: new})
@@ -52,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 
 def migrated(old: dict[str, Any]) -> dict[str, Any]:
-    """The result in the current schema."""
+    """A result in the current schema."""
     import numpy as np
 
     from fs_jax._utils.keys import IMPLEMENTATION
@@ -96,7 +101,7 @@ def migrated(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def migrated_attack(old: dict[str, Any]) -> dict[str, Any]:
-    """What an attack found, and its settings by the names that its specification has."""
+    """The summary of an attack in the current schema, with the names of settings of its specification."""
     from fs_jax.attacks import REGISTRY, Attack
     from fs_jax.attacks.transfer import TRANSFER
 
@@ -123,11 +128,11 @@ def migrated_attack(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def migrated_record(old: dict[str, Any], names: dict[str, str], attacks: dict[str, Any]) -> dict[str, Any]:
-    """What happened to an image."""
+    """The record of an image in the current schema."""
     margin = {names[name]: value for name, value in old["margin"].items()}
     if "fallen_at" in old:
         misclassified_at = {names[name]: value for name, value in old["fallen_at"].items()}
-    else:  # The last iterate decided.
+    else:  # the last iterate was judged
         misclassified_at = {name: -1 if value > 0 else attacks[name]["num_steps"] for name, value in margin.items()}
     return {
         "index": old["index"],

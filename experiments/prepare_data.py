@@ -1,10 +1,4 @@
-"""Downloads a data set and writes it in TFDS's format, without TensorFlow; CIFAR-10 takes a minute and 310 MB of disk.
-
-    python -m experiments.prepare_data cifar10 --data-dir DIR
-    python -m experiments.prepare_data cifar10 --data-dir DIR --archive cifar-10-binary.tar.gz    # without a network
-
-A data set that is there already is left as it is.
-"""
+"""Download a data set and write it in the format of TFDS: `python -m experiments.prepare_data NAME --data-dir DIR`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,18 +10,26 @@ from fs_jax import data
 
 
 def prepare(name: Annotated[str, tyro.conf.Positional], data_dir: Path, archive: Path | None = None) -> None:
-    """Download a data set and write it in TFDS's format.
+    """Download a data set and write it in the format of TFDS: a minute and 310 MB of disk for CIFAR-10.
+
+    TensorFlow is not needed. An existing data set is not changed.
 
     Args:
       name: cifar10, cifar100 or svhn_cropped.
-      data_dir: Folder that holds TFDS's folders, as TFDS_DATA_DIR.
-      archive: Local copy of what would be downloaded: a .tar.gz, or for SVHN the folder with the two .mat files.
+      data_dir: TFDS data folder, such as ~/tensorflow_datasets.
+      archive: Local copy of the download: the .tar.gz file or, for SVHN, the folder with the two .mat files.
     """
     print(data.prepare(name, data_dir, archive=archive))
 
 
+EXAMPLES = """\
+  python -m experiments.prepare_data cifar10 --data-dir ~/tensorflow_datasets
+  python -m experiments.prepare_data cifar10 --data-dir DIR --archive cifar-10-binary.tar.gz   # without a network
+"""
+
+
 def main(argv: list[str]) -> None:
-    tyro.cli(prepare, args=argv, prog="python -m experiments.prepare_data")
+    command_line.parse(prepare, argv, prog="python -m experiments.prepare_data", examples=EXAMPLES)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,43 @@
-"""Three networks on scikit-learn's digits, in two minutes on two cores: `python -m experiments.quickstart`.
+"""Train three networks on scikit-learn's digits and attack them: `python -m experiments.quickstart`.
 
-Trains by the standard method, by PGD adversarial training and by feature scattering, evaluates them under attack, and
-writes into `runs/quickstart`: a folder for each run (metrics as JSONL and for TensorBoard, checkpoints), `table.md`,
-a JSON file for each network, and the figures `training.png`, `accuracy.png` and `attacks.png`. Run it again to go on
-where it was stopped.
+The methods are standard training, PGD adversarial training and feature scattering. Writes to `runs/quickstart`: a
+folder for each run (checkpoints, and metrics as JSONL and for TensorBoard), `table.md`, a JSON file for each network,
+and the figures `training.png`, `accuracy.png` and `attacks.png`.
 """
 
 import dataclasses
 import pathlib
 from typing import Literal
 
-import tyro
-
 from experiments import command_line
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Train three networks on scikit-learn's digits and compare them under attack."""
+    """Train three networks on digits and attack them: two minutes on two CPU cores. To resume, rerun the command."""
 
     workdir: pathlib.Path = pathlib.Path("runs/quickstart")
     """Folder of the runs and the results: a new one, or the one to resume."""
     methods: tuple[Literal["standard", "pgd", "feature_scatter"], ...] = ("standard", "pgd", "feature_scatter")
-    """Which networks to train."""
+    """Training methods."""
     epochs: int | None = None
-    """Epochs of each run; by default the preset's."""
+    """Epochs of each run; by default those of the preset digits."""
     attacked_images: int | None = None
-    """Test images that the attacks are run on, the first so many; by default all."""
+    """Number of test images to attack, the first ones; by default all."""
     progress: bool = True
     """Show progress bars."""
 
+
+EXAMPLES = """\
+  python -m experiments.quickstart
+  python -m experiments.quickstart --methods pgd feature_scatter --epochs 3 --workdir runs/short
+"""
 
 METHODS = {"standard": "standard", "pgd": "PGD training", "feature_scatter": "feature scattering"}
 
 
 def main(argv: list[str]) -> int:
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.quickstart")
+    arguments = command_line.parse(Arguments, argv, prog="python -m experiments.quickstart", examples=EXAMPLES)
 
     from experiments.comparison import compare
     from fs_jax import data
@@ -49,7 +51,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"methods: expected one or more of {', '.join(METHODS)}; got none.")
     runs = [workdir / method / "config.json" for method in METHODS]
     if workdir.is_dir() and any(workdir.iterdir()) and not any(run.exists() for run in runs):
-        raise ValueError(f"workdir: expected a new folder or one of the quickstart; got {workdir}. Choose another.")
+        raise ValueError(f"workdir: expected a new folder, or one of the quickstart; got {workdir}. Choose another.")
     if arguments.attacked_images is not None:
         check_number("attacked_images", arguments.attacked_images, at_least=1, integer=True)
     base = preset("digits")
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> int:
         progress=arguments.progress,
     )
     if table is None:
-        print("Stopped. The same command goes on.")
+        print("Stopped. Rerun the same command to resume.")
         return command_line.STOPPED
     print(f"\n{table}\nFigures, metrics and checkpoints: {arguments.workdir}")
     return 0

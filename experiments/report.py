@@ -1,7 +1,7 @@
-"""The page of results: `python -m experiments.report`.
+"""Write the page of results: `python -m experiments.report`.
 
-Collects `experiments/results/paper` into `report.md`, with PNGs, and `report.html`, one file that needs no network, for
-a screen, a phone or paper. Nothing is computed anew: figures are drawn again from the JSON files.
+Collects `experiments/results/paper` into `report.md`, with PNG figures, and `report.html`, a single file that needs no
+network. No experiment is run; figures are drawn from the JSON files.
 """
 
 import dataclasses
@@ -10,8 +10,6 @@ import json
 import pathlib
 import re
 import tempfile
-
-import tyro
 
 from experiments import command_line
 from experiments.output import made_on, write_files
@@ -25,44 +23,45 @@ from fs_jax._utils.text import radius
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Collect the results of the paper's experiments on one page."""
+    """Collect the results of the paper's experiments on one page, in a few seconds. No experiment is run."""
 
     results: pathlib.Path = pathlib.Path("experiments/results/paper")
-    """Folder of the tables and figures, with a folder for each scale; the page is written into it."""
+    """Folder of the tables and figures, with one folder per scale. The page is written to it."""
 
 
 TITLE = "Feature scattering, regenerated"
-ORDER = ("paper", "short", "medium", "small", "digits")  # what is nearest to the paper first; trials are left out
+ORDER = ("paper", "short", "medium", "small", "digits")  # the closest to the paper first; without trials
 
 METHOD = """\
-Adversarial training moves each training image, within a small ball, to where the network errs, and trains on that.
-**Feature scattering** (Zhang & Wang, NeurIPS 2019) moves a whole batch instead, without labels: it ascends the
-optimal-transport distance between the network's outputs for the batch as it is and as moved. It takes one step where
-PGD training takes seven, trains on smoothed labels, and is reported to keep 70.5% of CIFAR-10's test images under
-PGD-20 and 60.6% under CW-100; AutoAttack, a stronger evaluation of 2020, leaves the released network
-[36.64%](https://robustbench.github.io)."""
+Adversarial training perturbs each training image within a small ball so that the network misclassifies it, and trains
+on the perturbed images. **Feature scattering** (Zhang & Wang, NeurIPS 2019) perturbs the images of a batch together,
+without their labels: it maximises the optimal-transport distance between the network's outputs for the natural and for
+the perturbed batch. It takes one attack step, where PGD training takes seven, and trains with smoothed labels. The
+paper reports 70.5% accuracy on CIFAR-10 under PGD-20 and 60.6% under CW-100. Under AutoAttack, a stronger evaluation of
+2020, the released network has [36.64%](https://robustbench.github.io)."""
 
 WORDS = {
-    "radius": "how far each pixel of an image, in [0, 1], may be moved",
-    "FGSM, PGD-20, CW-100": "attacks that follow a loss's gradient for 1, 20 and 100 steps: the cross-entropy's, and "
-    "(CW) that of the margin between the true class and the next",
-    "AutoAttack": "four attacks, each on what those before it left: APGD-CE, APGD-T, FAB-T and, without gradients, "
-    "Square; a network is as robust as what is left at the end",
-    "transport plan": "how the outputs of the batch are matched with those of the moved batch; *identity*: each image "
-    "with itself, *independent*: each with all alike",
-    "τ, β": "how blurred that matching is in Sinkhorn's algorithm, and in IPOT's",
-    "Δ": "label smoothing: the true class has 1 - Δ of the probability",
+    "radius": "the largest change of each pixel; pixels are in [0, 1]",
+    "FGSM, PGD-20, CW-100": "attacks with 1, 20 and 100 gradient steps on a loss: the cross-entropy or, for CW, the "
+    "margin between the true class and the next one",
+    "AutoAttack": "four attacks in turn, each on the images that are robust to the ones before: APGD-CE, APGD-T, FAB-T "
+    "and, without gradients, Square. Robust accuracy counts the images that are robust to all four",
+    "transport plan": "the matching between the outputs for the natural and for the perturbed batch; *identity* "
+    "matches each image with itself, *independent* with all images equally",
+    "τ, β": "the entropic weight of Sinkhorn's algorithm, the proximal weight of IPOT; larger values blur the plan",
+    "Δ": "label smoothing: the true class has the probability 1 - Δ",
 }
 
 
 def main(argv: list[str]) -> None:
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.report")
+    prog = "python -m experiments.report"
+    arguments = command_line.parse(Arguments, argv, prog=prog, examples=f"  {prog}\n  {prog} --results results/mine\n")
     folder = local_path("results", arguments.results)
     results = read(folder)
     if not any(results.values()):
         raise FileNotFoundError(
-            f"results: expected folders of the paper's experiments, such as {folder / 'digits'}; there are none "
-            "(trials are left out). Make some: python -m experiments.paper --scale digits"
+            f"results: expected a folder with results, such as {folder / 'digits'}; got none (trials are ignored). "
+            "Make some with: python -m experiments.paper --scale digits"
         )
     text = page(results)
     write_files(folder, {"report.md": text, "report.html": as_html(text, results)})
@@ -70,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 
 def read(folder: pathlib.Path) -> dict[str, dict[str, Data]]:
-    """Results by scale and file name, in the order of the page."""
+    """Read the results, by scale and file name, in the order of the page."""
     found: dict[str, dict[str, Data]] = {}
     for path in sorted(folder.glob("*/*.json"), key=place):
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -80,20 +79,22 @@ def read(folder: pathlib.Path) -> dict[str, dict[str, Data]]:
 
 
 def place(path: pathlib.Path) -> tuple[int, str]:
-    """Experiments in their order; those of other seeds behind."""
+    """Sort key of a file: experiments in their order, and those with other seeds after them."""
     matches = [index for index, name in enumerate(EXPERIMENTS) if path.stem.startswith(name)]
     return (matches[0] if matches else len(EXPERIMENTS), path.stem)
 
 
 def page(results: dict[str, dict[str, Data]]) -> str:
-    """The whole page in Markdown."""
+    """The page in Markdown."""
     import tabulate
 
-    words = tabulate.tabulate(WORDS.items(), headers=["word", "meaning"], tablefmt="pipe")
-    parts = [f"# {TITLE}", METHOD, words, "## What we find", HOW_CERTAIN]
+    words = tabulate.tabulate(WORDS.items(), headers=["term", "meaning"], tablefmt="pipe")
+    parts = [f"# {TITLE}", METHOD, words, "## Findings", HOW_CERTAIN]
     for of in results.values():
         first = next(iter(of.values()))
-        design = SCALES[first["scale"]].summary if first["dataset"] is None else f"As scale {first['scale']} has it."
+        design = (
+            SCALES[first["scale"]].summary if first["dataset"] is None else f"The settings of scale {first['scale']}."
+        )
         parts += [f"### {headline(first)}", design, claims(of)]
     for scale, of in results.items():
         parts += [f"## Results: {headline(next(iter(of.values())))}"]
@@ -101,20 +102,24 @@ def page(results: dict[str, dict[str, Data]]) -> str:
             about = experiment(data["experiment"])
             figure = None if about.draw is None else f"{scale}/{name}.png"
             parts += [deeper(writing.as_markdown(about, data, figure))]
-    parts += ["## What was run", overview(results), "Networks that several experiments share are counted in each."]
+    parts += [
+        "## Times",
+        overview(results),
+        "The times of networks that several experiments share are included in each.",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
 HOW_CERTAIN = """\
-Claims of the paper, and what our networks say of them. Their size, data and training are said with each scale: what
-they show of the *method's parts* and of *how it is judged* holds there, and their accuracies are not those of the
-released network. Intervals are of 95%, over test images; differences are of the same images, for these networks: that
-other seeds would give others isn't in them. *Agrees* and *disagrees* mean that the whole interval says so,
-*undetermined* that it doesn't."""
+Claims of the paper, checked on our networks. Each scale states the size, data and training of its networks. The
+findings about the *parts of the method* and about *its evaluation* hold at that scale; the accuracies are not those of
+the released network. Intervals are 95% intervals over test images. Differences are on the same images, for these
+networks: the intervals do not include the variation between seeds. The verdict is *agrees* or *disagrees* if it holds
+for the whole interval, and *undetermined* otherwise."""
 
 
 def headline(data: Data) -> str:
-    """Data, resolution and radius of a scale.
+    """Data set, resolution and radius of a scale.
 
     Example:
       >>> config = {"dataset": "digits", "attack": {"epsilon": 0.1}}
@@ -129,17 +134,17 @@ NAMES = {"digits": "scikit-learn's digits", "cifar10": "CIFAR-10", "cifar100": "
 
 
 def claims(of: dict[str, Data]) -> str:
-    """The paper's claims, and what these results say of them."""
-    # Of several files of an experiment, that of most seeds.
+    """The paper's claims, with the verdicts of these results."""
+    # For an experiment with several files, use the one with the most seeds.
     best = {data["experiment"]: data for data in sorted(of.values(), key=lambda data: len(data["seeds"]))}
     found = findings.findings(best)
     if not found:
-        return "These results check none of the paper's claims yet."
+        return "These results are not sufficient to check a claim of the paper."
     return "\n".join(f"- *{each.claim}* **{each.verdict.capitalize()}.** {each.evidence}" for each in found)
 
 
 def overview(results: dict[str, dict[str, Data]]) -> str:
-    """Time, machine and command of everything on the page."""
+    """Time, machine and command of all experiments on the page."""
     import tabulate
 
     rows = []
@@ -153,12 +158,12 @@ def overview(results: dict[str, dict[str, Data]]) -> str:
 
 
 def deeper(markdown: str) -> str:
-    """Its headings two levels further down."""
+    """Move headings two levels down."""
     return re.sub(r"^#", "###", markdown, flags=re.MULTILINE)
 
 
 def as_html(markdown: str, results: dict[str, dict[str, Data]]) -> str:
-    """The page as one file: figures are vectors inside it."""
+    """The page as a single HTML file, with the figures as SVG."""
     from markdown_it import MarkdownIt
 
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
@@ -175,11 +180,11 @@ def as_html(markdown: str, results: dict[str, dict[str, Data]]) -> str:
 
 
 def vectors(scale: str, name: str, data: Data) -> str:
-    """The figure of a result as an <svg> element."""
+    """The figure of an experiment as an <svg> element."""
     draw = experiment(data["experiment"]).draw
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / f"{scale}-{name}.svg"
-        draw(data, path)  # type: ignore[misc]  # there is one
+        draw(data, path)  # type: ignore[misc]  # not None
         text = path.read_text(encoding="utf-8")
     return text[text.index("<svg") :]
 

@@ -1,11 +1,7 @@
-"""Networks that come with this repository, to evaluate without training: `python -m experiments.weights`.
+"""List or restore the trained networks of this repository: `python -m experiments.weights`.
 
-    python -m experiments.weights                                                  # which there are
-    python -m experiments.weights digits/feature_scattering --output network.safetensors
-    python -m experiments.evaluate --weights network.safetensors --dataset digits --epsilon 0.1 --suite autoattack
-
-They are in `experiments/weights`: bfloat16, compressed, in files of 4 MB at most, with a manifest of hashes. What is
-restored has the same bits, or is refused.
+The networks are in `experiments/weights`: in bfloat16, compressed, in files of at most 4 MB, with their SHA-256 in a
+manifest. A restored network has exactly the stored bits; a damaged file raises an error.
 """
 
 import dataclasses
@@ -31,23 +27,33 @@ SHARD = 4 << 20  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """List the networks that come with this repository, or restore one; or add one."""
+    """List the trained networks of this repository, restore one to a file, or add one, in seconds."""
 
     name: tyro.conf.Positional[str | None] = None
-    """The network, as the list has it."""
+    """Name of the network. Without it, all networks are listed."""
     output: pathlib.Path | None = None
-    """A new file to restore it to, .safetensors."""
+    """A new .safetensors file for the restored network."""
     keep: pathlib.Path | None = None
-    """The folder of a run, to add its network under this name."""
+    """Folder of a run, whose network is added under this name."""
     folder: pathlib.Path = FOLDER
-    """Where they are."""
+    """Folder of the stored networks."""
+
+
+EXAMPLES = """\
+  python -m experiments.weights
+  python -m experiments.weights digits/feature_scattering --output network.safetensors
+  python -m experiments.evaluate --weights network.safetensors --dataset digits --epsilon 0.1 --suite autoattack
+  python -m experiments.weights small/mine --keep runs/mine
+"""
 
 
 def main(argv: list[str]) -> None:
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.weights")
+    arguments = command_line.parse(Arguments, argv, prog="python -m experiments.weights", examples=EXAMPLES)
     if arguments.name is None:
         if arguments.output is not None or arguments.keep is not None:
-            raise ValueError("name: expected the network's; got none. The command alone lists them.")
+            raise ValueError(
+                "name: expected the name of a network; got none. Without options, the command lists the names."
+            )
         print(listing(arguments.folder))
     elif arguments.keep is not None:
         from experiments.networks import load_network
@@ -65,11 +71,11 @@ def main(argv: list[str]) -> None:
 
 
 def listing(folder: pathlib.Path) -> str:
-    """Names, networks and data sets."""
+    """A table of the stored networks."""
     import tabulate
 
     if not manifest(folder):
-        return f"There are no networks in {folder} yet."
+        return f"No networks in {folder}."
     rows = [
         [name, of["network"], of["dataset"], of["epsilon"], of["method"], of["bytes"]]
         for name, of in manifest(folder).items()
@@ -78,16 +84,16 @@ def listing(folder: pathlib.Path) -> str:
 
 
 def manifest(folder: pathlib.Path) -> dict[str, Any]:
-    """What is in the folder, by name."""
+    """Descriptions of the stored networks, by name."""
     path = folder / MANIFEST
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def keep(model: Any, variables: Any, about: dict[str, Any], name: str, folder: pathlib.Path = FOLDER) -> int:
-    """Add a network, rounded to bfloat16; how many bytes it takes.
+    """Add a network, rounded to bfloat16, and return its compressed size in bytes.
 
     Raises:
-      ValueError: for a name that is taken, or a network that isn't a run's.
+      ValueError: if the name exists or is invalid, or if the network does not come from a run.
     """
     import jax
     import jax.numpy as jnp
@@ -96,11 +102,11 @@ def keep(model: Any, variables: Any, about: dict[str, Any], name: str, folder: p
 
     there = manifest(folder)
     if name in there:
-        raise ValueError(f"name: expected a new one; {name} is there.")
+        raise ValueError(f"name: expected a new name; got {name}, which exists. Choose another.")
     if not re.fullmatch(r"\w+(/\w+)*", name):
-        raise ValueError(f"name: expected letters, digits and _, such as small/ours; got {name!r}.")
+        raise ValueError(f"name: expected letters, digits, _ and /, such as small/mine; got {name!r}.")
     if "config" not in about:
-        raise ValueError("keep: expected the folder of a run, which says how its network was trained; got a file.")
+        raise ValueError("keep: expected the folder of a run, with the configuration of its training; got a file.")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
     with tempfile.TemporaryDirectory() as temporary:
         path = pathlib.Path(temporary) / "network.safetensors"
@@ -124,23 +130,23 @@ def keep(model: Any, variables: Any, about: dict[str, Any], name: str, folder: p
 
 
 def restore(name: str, path: pathlib.Path, folder: pathlib.Path = FOLDER) -> None:
-    """Write a network's file, whole or not at all.
+    """Restore a network to a file, atomically.
 
     Raises:
-      ValueError: for an unknown name, with the nearest one; for a file that exists; if any byte isn't what it was.
+      ValueError: for an unknown name (the message suggests the nearest one), an existing file, or damaged data.
     """
     there = manifest(folder)
     if not there:
-        raise ValueError(f"name: expected one of those in {folder}; there are none.")
+        raise ValueError(f"name: expected a network in {folder}; got {name!r}, but the folder has no networks.")
     check_choice("name", name, there)
     if path.exists() or path.suffix != ".safetensors":
-        raise ValueError(f"output: expected a new file .safetensors; got {path}{' exists' * path.exists()}.")
+        raise ValueError(f"output: expected a new .safetensors file; got {path}{', which exists' * path.exists()}.")
     packed = b""
     for shard in there[name]["shards"]:
         data = (folder / shard["file"]).read_bytes()
         check_hash(folder / shard["file"], data, shard["sha256"])
         packed += data
-    # No more than it should be, whatever the file says.
+    # Limited to the known size, so that a manipulated file cannot fill the memory.
     data = lzma.LZMADecompressor().decompress(packed, max_length=there[name]["bytes"])
     check_hash(folder / name, data, there[name]["sha256"])
     with replacing(path) as file:
@@ -150,7 +156,7 @@ def restore(name: str, path: pathlib.Path, folder: pathlib.Path = FOLDER) -> Non
 def check_hash(path: pathlib.Path, data: bytes, expected: str) -> None:
     got = hashlib.sha256(data).hexdigest()
     if got != expected:
-        raise ValueError(f"{path}: expected SHA-256 {expected}; got {got}. Fetch it again: git checkout -- {path}")
+        raise ValueError(f"{path}: expected SHA-256 {expected}; got {got}. Restore it with: git checkout -- {path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Results of the paper's experiments, as a worker would write them."""
+"""Results of the paper's experiments, as a worker writes them."""
 
 import json
 
@@ -7,14 +7,14 @@ from experiments.paper.scales import scale_of
 
 
 def evaluated(right, chain=("clean", "pgd-20")):
-    """An evaluation in which image i is right after the first right[i] attacks."""
+    """An evaluation in which image i is robust to the first right[i] attacks only."""
     attacks = [{"name": name, "after": [], "num_images": None, "seconds": 1.0 / len(chain)} for name in chain]
     records = [{"misclassified_at": {n: -1 if k < count else 0 for k, n in enumerate(chain)}} for count in right]
     return {"attacks": attacks, "records": records, "environment": {"device": "cpu", "cpu_count": 2, "jax": "0"}}
 
 
 def finish(name, scale, workdir, rows=None, dataset=None):
-    """Results of an experiment's rows as a worker would write them: on 15 of 20 images it is right, always."""
+    """Write results of an experiment's rows, with 15 of 20 images robust to all attacks."""
     experiment, scale = jobs.experiment(name), scale_of(scale, dataset)
     for row in experiment.rows[:rows]:
         for config in jobs.configurations(experiment, scale, row, [0]):

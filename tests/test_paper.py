@@ -1,4 +1,4 @@
-"""The paper's tables: every declaration is whole, networks are shared, and numbers are pooled and compared rightly."""
+"""The paper's tables: declarations are valid, networks are shared, and numbers are pooled and compared correctly."""
 
 import csv
 import dataclasses
@@ -42,12 +42,12 @@ def test_every_experiment_can_be_run_at_every_scale(name, scale):
             assert config.dataset in SCALES[scale].datasets
             make_method(config)
             folders.add(jobs.folder_of(pathlib.Path(), SCALES[scale], config))
-    # No two rows are the same network, but where one epoch is as few as seven steps' passes allow.
+    # All rows are different networks, except at scale trial, whose single epoch cannot be shortened to equal passes.
     assert scale == "trial" or len(folders) == len(experiment.rows) * len(configs)
 
 
 @pytest.mark.parametrize("name", jobs.EXPERIMENTS)
-def test_the_papers_numbers_are_of_attacks_that_are_run(name):
+def test_the_papers_numbers_are_for_attacks_that_are_run(name):
     experiment = jobs.experiment(name)
     reported = {attack for row in experiment.rows for attack in row.paper}
     if reported:
@@ -56,33 +56,33 @@ def test_the_papers_numbers_are_of_attacks_that_are_run(name):
         assert reported <= {attack for attack, *_ in settings}
 
 
-def test_experiments_share_the_networks_that_they_have_in_common(tmp_path):
+def test_experiments_share_networks(tmp_path):
     alone = {name: jobs.jobs(SCALES["digits"], [name], [0], tmp_path) for name in jobs.EXPERIMENTS}
     together = jobs.jobs(SCALES["digits"], jobs.EXPERIMENTS, [0], tmp_path)
     assert len(together) < sum(map(len, alone.values()))
-    # The paper's own configuration is a row of all but one of them.
+    # All experiments except one have a row with the paper's configuration.
     (own,) = [job for job in together if job.folder == alone["table1_strong_attacks"][0].folder]
     assert set(own.experiments) == set(jobs.EXPERIMENTS) - {"table4_ipot_beta"}
-    # And tables with the same attacks have one evaluation of it.
+    # Tables with the same attacks share its evaluation.
     files = {name: jobs.result_file(own.folder, SCALES["digits"], name) for name in own.experiments}
     assert files["table2_label_smoothing"] == files["table3_sinkhorn_tau"] != files["matching"]
     assert files["main_table"] == files["matching"] == files["autoattack_gap"]
 
 
-def test_some_rows_can_be_asked_for(tmp_path):
+def test_rows_can_be_selected(tmp_path):
     (job, *_) = some = jobs.jobs(SCALES["digits"], ["main_table", "transfer"], [0], tmp_path, rows=["TRADES"])
     assert {job.config.method for job in some} == {"trades"}
     assert job.experiments == ("main_table", "transfer")
 
 
-def test_equal_passes_are_equal():
+def test_rows_at_equal_passes_have_equal_passes():
     config = SCALES["medium"].config
     fewer = changed(config, at_equal_passes(PGD_7).changes)
     assert fewer.epochs * (2 * 7 + 3) == pytest.approx(config.epochs * (2 + 3 + 1), rel=0.05)
     assert fewer.decay_epochs == (5, 6)
 
 
-def test_changes_are_named_as_on_the_command_line():
+def test_changes_have_dotted_names():
     config = changed(TrainConfig(), {"smoothing": 0.3, "transport.reg": 0.05, "attack.num_steps": lambda c: c.epochs})
     assert (config.smoothing, config.transport.reg, config.attack.num_steps) == (0.3, 0.05, 200)
     assert config.attack.epsilon == TrainConfig().attack.epsilon
@@ -95,17 +95,17 @@ def test_folds_are_pooled():
     assert tables.by_network([evaluated([2, 2, 1]), evaluated([0, 1])], "clean") == [1.0, 0.5]
     chained = evaluated([2, 1, 0])
     chained["attacks"][1]["after"] = ["clean"]
-    del chained["records"][2]["misclassified_at"]["pgd-20"]  # spared, and no less wrong
+    del chained["records"][2]["misclassified_at"]["pgd-20"]  # not attacked, as it is misclassified already
     assert tables.survived(chained, "pgd-20").tolist() == [True, False, False]
     chained["attacks"][1]["num_images"] = 2
     assert tables.survived(chained, "pgd-20").tolist() == [True, False]
 
 
-def test_an_image_counts_once_however_many_seeds_there_are():
+def test_an_image_counts_once_for_several_seeds():
     of_seeds = [evaluated([2, 2, 1, 0]), evaluated([2, 1, 0, 0])]
     correct = tables.pooled(of_seeds, datasets=1)
     assert correct["clean"].tolist() == [1, 1, 0.5, 0]
-    # Networks that agree on every image tell no more than one of them.
+    # Networks that agree on all images have the interval of a single one.
     one, same = (np.arange(100) < 50 for _ in range(2))
     several = tables.mean_accuracy(np.mean([one, same], 0))
     assert several == tables.mean_accuracy(one)
@@ -117,37 +117,37 @@ def test_an_image_counts_once_however_many_seeds_there_are():
 @pytest.mark.parametrize(("ours", "theirs", "word"), [
     (900, 900, "equal"), (960, 900, "higher"), (840, 900, "lower"), (905, 895, "equal"),
 ])  # fmt: skip
-def test_rows_are_equal_only_within_two_points_for_sure(ours, theirs, word):
+def test_rows_are_equal_only_if_the_interval_is_within_two_points(ours, theirs, word):
     assert tables.difference(np.arange(1000) < ours, np.arange(1000) < theirs)["verdict"] == word
 
 
-def test_images_without_a_difference_prove_little_if_they_are_few():
+def test_few_images_without_a_difference_are_undetermined():
     same = np.ones(20, bool)
     assert tables.difference(same, same)["verdict"] == "undetermined"
     assert tables.difference(np.ones(200, bool), np.ones(200, bool))["verdict"] == "equal"
 
 
-def test_data_that_workers_would_fail_at_are_refused_before(tmp_path):
+def test_data_are_checked_before_the_workers_start(tmp_path):
     few = dataclasses.make_dataclass("Few", ["train_labels", "info"])
     info = dataclasses.make_dataclass("Info", ["num_classes"])
     missing = jobs.jobs(SCALES["trial"], ["main_table"], [0], tmp_path)
-    with pytest.raises(ValueError, match="dataset: expected at least 60 training images; got 30"):
+    with pytest.raises(ValueError, match="dataset: expected at least 60 training images, a batch; got 30"):
         runner.check_data(few(np.zeros(30), info(10)), missing)
-    with pytest.raises(ValueError, match=r"at least 4 classes for main_table; .* can be run: .*table4_ipot_beta"):
+    with pytest.raises(ValueError, match=r"at least 4 classes for main_table; .* can run: .*table4_ipot_beta"):
         runner.check_data(few(np.zeros(90), info(3)), missing)
     runner.check_data(few(np.zeros(90), info(4)), missing)
 
 
-def test_few_images_decide_nothing():
+def test_few_images_are_undetermined():
     rng = np.random.default_rng(0)
     assert tables.difference(rng.random(100) < 0.5, rng.random(100) < 0.5)["verdict"] == "undetermined"
 
 
-def test_files_have_ours_and_the_papers(tmp_path):
+def test_files_have_our_accuracies_and_the_papers(tmp_path):
     experiment = jobs.experiment("table4_ipot_beta")
     assert (
         writing.write(experiment, SCALES["trial"], [0], tmp_path, tmp_path / "r") is None
-    )  # not before a row is there
+    )  # not before a row is finished
     finish("table4_ipot_beta", "trial", tmp_path)
     path = writing.write(experiment, SCALES["trial"], [0], tmp_path, tmp_path / "r")
     assert "| β = 1 | 100.0" in " ".join(path.read_text(encoding="utf-8").split())
@@ -162,14 +162,14 @@ def test_files_have_ours_and_the_papers(tmp_path):
     }  # fmt: skip
 
 
-def test_a_table_names_the_rows_that_are_missing(tmp_path):
+def test_a_table_names_missing_rows(tmp_path):
     finish("table3_sinkhorn_tau", "trial", tmp_path, rows=2)
     path = writing.write(jobs.experiment("table3_sinkhorn_tau"), SCALES["trial"], [0], tmp_path, tmp_path / "r")
     assert "Not run yet: τ = 0.005, τ = 0.05, τ = 0.5." in path.read_text(encoding="utf-8")
 
 
-def test_rows_are_compared_with_the_first_alone(tmp_path):
-    """Not with the first that happens to be finished."""
+def test_rows_are_compared_with_the_first_row_only(tmp_path):
+    """Rows are not compared with the first finished row."""
     finish("matching", "trial", tmp_path)
     scale, experiment = SCALES["trial"], jobs.experiment("matching")
     whole = json.loads(
@@ -184,7 +184,7 @@ def test_rows_are_compared_with_the_first_alone(tmp_path):
     assert rest["rows"]["identity plan"]["pgd-20"]["difference"] is None
 
 
-def test_the_gap_is_divided_among_the_attacks(tmp_path):
+def test_the_gap_is_the_sum_over_the_attacks(tmp_path):
     finish("autoattack_gap", "trial", tmp_path, rows=1)
     path = writing.write(jobs.experiment("autoattack_gap"), SCALES["trial"], [0], tmp_path, tmp_path / "r")
     parts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["networks"]["feature scattering"]["parts"]
@@ -196,26 +196,26 @@ def test_the_gap_is_divided_among_the_attacks(tmp_path):
 ALL = ("β = 0.5", "β = 1")
 
 
-def test_no_result_is_overwritten(tmp_path, capsys):
+def test_other_results_are_not_overwritten(tmp_path, capsys):
     experiment = jobs.experiment("table4_ipot_beta")
     finish("table4_ipot_beta", "trial", tmp_path)
     path = writing.write(experiment, SCALES["trial"], [0], tmp_path, tmp_path)
-    writing.check_results(experiment, SCALES["trial"], [0], tmp_path, ALL)  # its own: more rows may come
-    assert writing.file_name(experiment, [0, 1]) != path.stem  # of other seeds
+    writing.check_results(experiment, SCALES["trial"], [0], tmp_path, ALL)  # the same results, which may get more rows
+    assert writing.file_name(experiment, [0, 1]) != path.stem  # other seeds
     with pytest.raises(ValueError, match=r"results: expected a new folder.*epochs 200 here, 1 there"):
         writing.check_results(experiment, SCALES["paper"], [0], tmp_path, ALL)
-    with pytest.raises(ValueError, match=r"has rows that this workdir has not: β = 0.5"):
+    with pytest.raises(ValueError, match=r"got more rows in .*: β = 0.5"):
         writing.check_results(experiment, SCALES["trial"], [0], tmp_path, ["β = 1"])
     finish("table4_ipot_beta", "trial", tmp_path / "other", rows=1)
     assert writing.write(experiment, SCALES["trial"], [0], tmp_path / "other", tmp_path) is None
-    assert "Kept: " in capsys.readouterr().out
+    assert "Not overwritten: " in capsys.readouterr().out
     assert "β = 0.5" in path.read_text(encoding="utf-8")
     path.with_suffix(".json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"results: expected .* none that this version reads"):
+    with pytest.raises(ValueError, match=r"results: expected .* an unreadable file"):
         writing.check_results(experiment, SCALES["trial"], [0], tmp_path, ALL)
 
 
-def test_attacks_that_have_run_are_taken_over(tmp_path):
+def test_results_of_finished_attacks_are_reused(tmp_path):
     logits_fn = lambda x: 10 * jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)  # noqa: E731
     images, labels = np.linspace(0.5, 1, 12, dtype=np.float32).reshape(12, 1, 1, 1), np.zeros(12, int)
     few, more = ([parse_attack(word, 0.1) for word in words] for words in (["clean", "pgd-5"], ["pgd-5", "fgsm"]))
@@ -232,7 +232,7 @@ def test_attacks_that_have_run_are_taken_over(tmp_path):
     assert {line["attack"] for line in lines if "index" in line} == {"pgd-5"}
     alone = evaluate(logits_fn, images, labels, more, progress=False)
     assert run("second", more)[1].records == alone.records
-    others = [parse_attack(word, 0.2) for word in ("clean", "pgd-5")]  # at another radius: nothing to take but clean
+    others = [parse_attack(word, 0.2) for word in ("clean", "pgd-5")]  # at another radius, only clean can be reused
     attacked.take_over(tmp_path / "third.journal.jsonl", others, len(labels))
     assert '"pgd-5"' not in (tmp_path / "third.journal.jsonl").read_text(encoding="utf-8")
 
@@ -240,26 +240,26 @@ def test_attacks_that_have_run_are_taken_over(tmp_path):
 @pytest.mark.parametrize(("words", "message"), [
     (["--scale", "digts"], "scale: expected one of trial, digits, small, medium, short, paper; got 'digts'."),
     (["--seeds", "-1"], "seeds: expected an integer of at least 0"), (["--workers", "0"], "workers: expected"),
-    (["--seeds", "1", "1"], "seeds: expected each once"),
+    (["--seeds", "1", "1"], "seeds: expected distinct seeds"),
     (["--rows", "β = 2"], "rows: expected one of β = 1, β = 0.5; got 'β = 2'"),
     (["--max-minutes", "0"], "max_minutes: expected a finite number above 0"),
     (["--scale", "small", "--data-dir", "/nowhere"], "data_dir: expected cifar10/<version>"),
 ])  # fmt: skip
-def test_what_is_wrong_is_said_at_once(words, message, tmp_path):
+def test_wrong_options_raise_an_error_at_once(words, message, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
         runner.run(["table4_ipot_beta"], [*words, "--workdir", str(tmp_path), "--results", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} <= {".runner.lock"}
 
 
-def test_a_workdir_is_for_one_run_at_a_time(tmp_path):
+def test_a_workdir_is_locked(tmp_path):
     with (
         runner.locked_workdir(tmp_path),
-        pytest.raises(BlockingIOError, match="workdir: expected a folder that no other run"),
+        pytest.raises(BlockingIOError, match="workdir: expected an unused folder"),
     ):
         runner.run(["table4_ipot_beta"], ["--workdir", str(tmp_path)])
 
 
-def test_workers_get_their_accelerators_from_those_that_may_be_used(monkeypatch, tmp_path):
+def test_workers_use_the_visible_accelerators_only(monkeypatch, tmp_path):
     started = []
     monkeypatch.setattr(runner.subprocess, "Popen", lambda words, env, **_: started.append(env))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
@@ -272,8 +272,8 @@ def test_workers_get_their_accelerators_from_those_that_may_be_used(monkeypatch,
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
-def test_killed_twice_and_run_again(tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="has other signals")
+def test_a_table_that_is_killed_twice_resumes(tmp_path):
     command = [
         sys.executable, "-m", "experiments.paper.table4_ipot_beta", "--scale", "trial",
         "--workdir", str(tmp_path / "runs"), "--results", str(tmp_path / "results"),
@@ -285,7 +285,7 @@ def test_killed_twice_and_run_again(tmp_path):
         process.send_signal(number)
         process.wait(timeout=90)
         process.stdout.close()
-    deadline = time.monotonic() + 90  # for workers to see that their runner is gone
+    deadline = time.monotonic() + 90  # for workers to notice that the runner has ended
     while any((folder / "run" / ".run.lock").exists() and in_use(folder) for folder in (tmp_path / "runs").glob("*/*")):
         assert time.monotonic() < deadline
         time.sleep(1)
@@ -303,7 +303,7 @@ def in_use(folder):
 
 
 @pytest.mark.slow
-def test_a_table_is_stopped_resumed_and_written(tmp_path):
+def test_a_stopped_table_resumes(tmp_path):
     command = [
         sys.executable, "-m", "experiments.paper.table4_ipot_beta", "--scale", "trial",
         "--workdir", str(tmp_path / "runs"), "--results", str(tmp_path / "results"),
@@ -320,21 +320,23 @@ def test_a_table_is_stopped_resumed_and_written(tmp_path):
     assert (tmp_path / "results" / "trial" / "table4_ipot_beta.csv").exists()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
     assert run().returncode == 0
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}  # nothing ran
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")
+    }  # nothing was run again
 
 
 def test_estimates_count_the_test_images_and_the_passes_of_the_attacks(tmp_path):
     (job, *_) = jobs.jobs(SCALES["paper"], ["table3_sinkhorn_tau"], [0], tmp_path)
     cost = {"step": 0.0, "pass": 1.0, "train_images": 50_000}
     few, many = (costs.seconds_of(job, {**cost, "test_images": n}) for n in (100, 10_000))
-    # Of each image: a look, FGSM, 20 and 100 steps of PGD and of CW, whose last iterate decides.
+    # Per image: a forward pass, FGSM, 20 and 100 steps of PGD and of CW, which are judged at the last iterate.
     assert many - few == pytest.approx(9_900 * (0.4 + 1 + 2 * (20 + 100)))
     slow = costs.seconds_of(job, {**cost, "step": 2.0, "test_images": 100})
     assert slow - few == 2 * job.config.total_steps
 
 
 @pytest.mark.slow
-def test_all_experiments_of_a_scale(tmp_path):
+def test_all_experiments_of_a_scale_run(tmp_path):
     done = subprocess.run(
         [
             sys.executable, "-m", "experiments.paper", "--scale", "trial",
@@ -349,8 +351,8 @@ def test_all_experiments_of_a_scale(tmp_path):
 
 
 @pytest.mark.slow
-def test_another_data_set(tmp_path):
-    rng = np.random.default_rng(0)  # of CIFAR-100's shape
+def test_a_scale_can_have_another_data_set(tmp_path):
+    rng = np.random.default_rng(0)  # images with the shape of CIFAR-100's
     arrays = {
         f"{split}_{name}": values
         for split, count in (("train", 300), ("test", 20))
@@ -374,10 +376,10 @@ def test_another_data_set(tmp_path):
 
 
 @pytest.mark.parametrize("dataset", ["cifar100", "svhn_cropped"])
-def test_other_published_sets_are_named_in_the_caption(dataset, tmp_path):
+def test_the_caption_names_the_data_set(dataset, tmp_path):
     finish("table4_ipot_beta", "short", tmp_path, dataset=dataset)
     scale = scale_of("short", dataset)
     path = writing.write(jobs.experiment("table4_ipot_beta"), scale, [0], tmp_path, tmp_path / "r")
     text = path.read_text(encoding="utf-8")
     assert f"--scale short --dataset {dataset}`" in text
-    assert "in (): the paper's, on CIFAR-10" in text
+    assert "in parentheses, the paper's accuracy on CIFAR-10" in text

@@ -1,4 +1,4 @@
-"""The page of results: what it says follows from the numbers, and it needs nothing but itself."""
+"""The page of results: its verdicts follow from the numbers, and the HTML file is self-contained."""
 
 import pathlib
 import re
@@ -14,7 +14,7 @@ from tests.paper_results import finish
 
 
 def results_of(tmp_path, *names):
-    """Files of these tables, as if they had been run at the scale of digits."""
+    """Files of these tables, as if they had been run at scale digits."""
     for name in names:
         finish(name, "digits", tmp_path / "runs")
         writing.write(
@@ -23,7 +23,7 @@ def results_of(tmp_path, *names):
     return tmp_path / "results"
 
 
-def test_the_page_has_all_results_and_the_html_is_whole(tmp_path):
+def test_the_page_has_all_results_and_the_html_is_self_contained(tmp_path):
     folder = results_of(tmp_path, "table4_ipot_beta", "autoattack_gap", "ablation")
     report.main(["--results", str(folder)])
     text, page = ((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
@@ -34,11 +34,15 @@ def test_the_page_has_all_results_and_the_html_is_whole(tmp_path):
     assert not re.search(r'(src|href)="(?!https://robustbench)', re.sub(r'xlink:href="#[^"]*"', "", page))
     ids = re.findall(r' id="([^"]+)"', page)
     shared = {name for name in ids if ids.count(name) > 1}
-    assert not {name for name in re.findall(r"url\(#([^)]+)\)", page)} & shared  # no figure is cut by another's frame
+    assert (
+        not {name for name in re.findall(r"url\(#([^)]+)\)", page)} & shared
+    )  # no figure uses the clip path of another
 
 
-def test_no_page_without_results(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"results: expected folders .*python -m experiments.paper --scale"):
+def test_without_results_there_is_an_error(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"results: expected a folder with results.*python -m experiments.paper --scale"
+    ):
         report.main(["--results", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
@@ -71,7 +75,7 @@ def network(*, falls=5, purity=(0.9, 0.9)):
 
 
 def whole(**changes):
-    """Results of all experiments that claims are checked by."""
+    """Results of all experiments that the claims need."""
     plan = {"diagonal": 0.97, "identity_signs": 0.99}
     return {
         "main_table": table("feature scattering", **{"PGD-7": row()}),
@@ -97,7 +101,7 @@ def verdict(about, results):
 
 def test_every_claim_is_checked():
     assert len(findings.findings(whole())) == len(findings.CLAIMS)
-    # And its rows are those that the experiments have.
+    # The rows here are rows of the experiments.
     for name, data in whole().items():
         labels = [row.label for row in jobs.experiment(name).rows]
         assert set(data.get("rows", {})) <= set(labels)
@@ -105,7 +109,7 @@ def test_every_claim_is_checked():
         assert set(data.get("networks", {})) <= set(labels)
 
 
-def test_what_is_not_there_says_nothing():
+def test_without_results_there_is_no_finding():
     assert findings.findings({}) == []
     without = whole(matching={"reference": "Sinkhorn, τ = 0.01", "rows": {"identity plan": {
         name: {**of, "difference": None} for name, of in row().items()
@@ -118,36 +122,37 @@ def test_what_is_not_there_says_nothing():
 ])  # fmt: skip
 @pytest.mark.parametrize(("about", "experiment", "label"), [
     ("more robust than adversarial", "main_table", "PGD-7"), ("One step", "equal_passes", "PGD-7, equal passes"),
-    ("Matching by transport", "matching", "identity plan"), ("smoothing", "ablation", "transport, 1 step, Δ = 0"),
+    ("matching by optimal transport", "matching", "identity plan"), ("smoothing", "ablation", "transport, 1 step, Δ = "
+        "0"),
 ])  # fmt: skip
-def test_more_than_another_is_what_the_strongest_attack_says(about, experiment, label, told, said):
+def test_claims_of_more_robustness_are_decided_by_the_strongest_attack(about, experiment, label, told, said):
     changed = table(whole()[experiment]["reference"], **{label: row(verdict=told)})
     assert verdict(about, whole(**{experiment: changed})) == said
 
 
 @pytest.mark.parametrize(("points", "half", "said"), [
     ((0.1, 0.2), 1.0, "agrees"), ((0.1, 1.2), 1.0, "undetermined"), ((0.1, 5.0), 1.0, "disagrees"),
-    ((0.0, 1.1), 1.0, "undetermined"),  # alone it were different; of two it may be by chance
+    ((0.0, 1.1), 1.0, "undetermined"),  # a single row would differ; of two rows, one can by chance
 ])  # fmt: skip
-def test_stable_means_equal_everywhere(points, half, said):
+def test_stable_means_that_all_rows_are_equal(points, half, said):
     rows = {f"τ = {n}": row(points=each, half=half) for n, each in enumerate(points)}
     assert verdict("Sinkhorn's τ", whole(table3_sinkhorn_tau=table("τ = 0.01", **rows))) == said
 
 
 @pytest.mark.parametrize(("lost", "said"), [(0.2, "disagrees"), (0.005, "agrees"), (0.02, "undetermined")])
-def test_pgd_tells_unless_autoattack_takes_more(lost, said):
+def test_pgd_measures_robustness_if_autoattack_agrees(lost, said):
     networks = {"feature scattering": gap(lost), "PGD-7": gap(0.01)}
     assert verdict("Accuracy under PGD", whole(autoattack_gap={"networks": networks})) == said
 
 
 @pytest.mark.parametrize(("falls", "said"), [(20, "disagrees"), (1, "undetermined")])
-def test_plateaus_are_evidence_if_nothing_falls_behind_them(falls, said):
+def test_plateaus_are_evidence_if_all_images_with_one_are_robust(falls, said):
     networks = {"feature scattering": network(falls=falls)}
     assert verdict("plateau", whole(figure1_loss_curves={"networks": networks})) == said
 
 
 @pytest.mark.parametrize(("standard", "said"), [(0.5, "agrees"), (0.9, "undetermined"), (0.95, "disagrees")])
-def test_clusters_hold_if_the_standard_networks_mix_more(standard, said):
+def test_clusters_mix_less_if_their_purity_drops_less(standard, said):
     networks = {"standard": network(purity=(0.9, standard)), "feature scattering": network()}
     assert verdict("clusters", whole(figure2_embeddings={"networks": networks})) == said
 

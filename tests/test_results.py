@@ -1,4 +1,4 @@
-"""Every committed result has the current schema, and says what its records say."""
+"""All committed results have the current schema, and their summaries agree with their records."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ EVALUATIONS = [
 
 @pytest.fixture(scope="module")
 def fresh():
-    """What `evaluate` gives today."""
+    """A result of the current `evaluate`."""
     images, labels = np.full((3, 2, 2, 1), 0.5, np.float32), np.zeros(3, int)
     return evaluate(
         lambda x: x.mean((1, 2)) * jnp.array([[1.0, -1.0]]), images, labels, ["clean", "pgd-2"], progress=False
@@ -41,7 +41,7 @@ def test_a_committed_result_has_the_schema_and_agrees_with_its_records(path, fre
     together = [attack for attack in result["attacks"] if not attack["apart"]]
     for attack in together:
         limit = attack["num_images"] or len(result["records"])
-        if attack["total"] == min(limit, len(result["records"])):  # clean accuracy may be of more images
+        if attack["total"] == min(limit, len(result["records"])):  # clean accuracy can be for more images
             before = (*attack["after"], attack["name"])
             at = [record["misclassified_at"] for record in result["records"][:limit]]
             assert attack["correct"] == sum(all(of.get(name, -1) < 0 for name in before) for of in at), attack["name"]

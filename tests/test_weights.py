@@ -1,4 +1,4 @@
-"""Networks that come with the repository: what is restored has the same bits, or is refused."""
+"""The networks of the repository are restored exactly; damaged files raise an error."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def network():
     return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
-def test_what_is_restored_has_the_same_bits(network, tmp_path, monkeypatch):
+def test_a_restored_network_has_the_same_bits(network, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "SHARD", 50_000)  # so that there are several
     model, variables = network
     weights.keep(model, variables, ABOUT, "digits/ours", tmp_path)
@@ -30,7 +30,7 @@ def test_what_is_restored_has_the_same_bits(network, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, dict(rounded), restored)
 
 
-def test_a_changed_byte_is_refused(network, tmp_path):
+def test_a_changed_byte_raises_an_error(network, tmp_path):
     weights.keep(*network, ABOUT, "ours", tmp_path)
     shard = tmp_path / "ours-0.xz"
     shard.write_bytes(shard.read_bytes()[:-1] + b"!")
@@ -41,16 +41,16 @@ def test_a_changed_byte_is_refused(network, tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), [
     (["oars", "--output", "a.safetensors"], "name: expected one of ours; got 'oars'. Did you mean 'ours'"),
-    (["ours", "--output", "a.pt"], "output: expected a new file .safetensors"), (["ours"], "output: expected a new"),
-    (["--output", "a.safetensors"], "name: expected the network's"),
+    (["ours", "--output", "a.pt"], "output: expected a new .safetensors file"), (["ours"], "output: expected a new"),
+    (["--output", "a.safetensors"], "name: expected the name of a network"),
 ])  # fmt: skip
-def test_wrong_words_are_refused(words, message, network, tmp_path):
+def test_wrong_options_raise_an_error(words, message, network, tmp_path):
     weights.keep(*network, ABOUT, "ours", tmp_path)
     with pytest.raises(ValueError, match=message):
         weights.main([*words, "--folder", str(tmp_path)])
 
 
-def test_names_are_new_and_networks_are_known(network, tmp_path):
+def test_only_networks_of_runs_are_added_under_new_names(network, tmp_path):
     weights.keep(*network, ABOUT, "ours", tmp_path)
     for name in ("ours", "../ours", "a b"):
         with pytest.raises(ValueError, match="name: expected"):
@@ -59,7 +59,7 @@ def test_names_are_new_and_networks_are_known(network, tmp_path):
         weights.keep(*network, {"file": "a.pt"}, "theirs", tmp_path)
 
 
-def test_those_of_the_repository_can_be_restored(tmp_path):
+def test_all_networks_of_the_repository_can_be_restored(tmp_path):
     assert weights.manifest(weights.FOLDER)
     for number, name in enumerate(weights.manifest(weights.FOLDER)):
         weights.restore(name, tmp_path / f"{number}.safetensors")

@@ -1,12 +1,11 @@
-"""Where a training step's time goes on a CPU: its convolutions and their derivatives, beside PyTorch's, layer by layer.
+"""Time convolutions and their derivatives against PyTorch, layer by layer, on a CPU.
 
     python -m experiments.benchmarks.convolutions
 
-Needs PyTorch (`pip install -e ".[bench]"`). The layers are those of a WRN-10-2 on 32 x 32 images in a batch of 60. For
-each: the convolution, its derivative to the images, and that to the kernel; ours as `conv2d` computes them, alone in a
-program; PyTorch's channels last. All take turns in one process.
-
-Writes `convolutions.json` and `convolutions.md` to the results folder.
+Convolutions take most of the time of a training step. The layers are those of a WRN-10-2 on 32 x 32 images in a batch
+of 60. For each layer, this times the convolution, its derivative with respect to the images, and that with respect to
+the kernel: ours computed by `conv2d`, each in a program of its own, and PyTorch's with channels last. All take turns in
+one process. Writes `convolutions.json` and `convolutions.md` to the results folder.
 """
 
 import dataclasses
@@ -15,13 +14,11 @@ import pathlib
 import statistics
 from typing import Any
 
-import tyro
-
 from experiments import command_line
 from experiments.benchmarks.timing import seconds_in_turn
 from experiments.output import made_on, write_files
 
-# Side of the images, channels in and out, size of the kernel, stride; each is in the network once.
+# Height and width of the images, channels in and out, kernel size, stride. Each layer occurs once in the network.
 LAYERS = (
     (32, 3, 16, 3, 1), (32, 16, 32, 3, 1), (32, 32, 32, 3, 1), (32, 16, 32, 1, 1), (32, 32, 64, 3, 2),
     (16, 64, 64, 3, 1), (32, 32, 64, 1, 2), (16, 64, 128, 3, 2), (8, 128, 128, 3, 1), (16, 64, 128, 1, 2),
@@ -31,17 +28,19 @@ PASSES = ("forward", "to the images", "to the kernel")
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Time convolutions and their derivatives against PyTorch's."""
+    """Time convolutions against PyTorch (pip install -e ".[bench]"): two minutes on two CPU cores."""
 
     batch_size: int = 60
+    """Images in a batch."""
     rounds: int = 15
-    """Times that each is run; the median counts."""
+    """Number of timed rounds. Medians are reported."""
     results: pathlib.Path = pathlib.Path("experiments/results/bench_convolutions")
     """Folder of the table and the JSON file."""
 
 
 def main(argv: list[str]) -> None:
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.benchmarks.convolutions")
+    prog = "python -m experiments.benchmarks.convolutions"
+    arguments = command_line.parse(Arguments, argv, prog=prog, examples=f"  {prog} --rounds 5 --results results/bench")
 
     import tabulate
     import torch
@@ -55,8 +54,8 @@ def main(argv: list[str]) -> None:
         medians = {of: {who: 1e3 * statistics.median(times[who, of]) for who in WHO} for of in PASSES}
         rows.append({"layer": layer, **medians})
     sums = {of: {who: sum(row[of][who] for row in rows) for who in WHO} for of in PASSES}
-    # A step passes forward three times (natural, attack, training), back twice to the images and once to the kernels.
-    # (Of the images that are trained on none: the first layer has that pass once.)
+    # A step has three forward passes (natural, attack, training), two backward passes to the images (attack, training)
+    # and one to the kernels. The first layer has one to the images, as training does not need it there.
     step = {
         who: 3 * sums["forward"][who] + 2 * sums["to the images"][who] - rows[0]["to the images"][who]
         + sums["to the kernel"][who]
@@ -74,9 +73,9 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     environment = {**backend.describe(), "torch": torch.__version__}
     text = (
-        f"{table}\n\nA step of feature scattering has 3 passes forward, 2 to the images and 1 to the kernel: "
-        f"{step['ours']:.0f} ms of convolutions against {step['PyTorch']:.0f}, "
-        f"**{step['ours'] / step['PyTorch']:.2f} of PyTorch's**.\n\n"
+        f"{table}\n\nA step of feature scattering has 3 forward passes, 2 backward passes to the images and 1 to the "
+        f"kernels: {step['ours']:.0f} ms of convolutions, against {step['PyTorch']:.0f} ms for PyTorch, a ratio of "
+        f"**{step['ours'] / step['PyTorch']:.2f}**.\n\n"
         f"Batch {arguments.batch_size}, {arguments.rounds} rounds, medians. {made_on(environment)}.\n"
     )
     result = {
@@ -93,7 +92,7 @@ def words(layer) -> str:
 
 
 def ours(count, side, channels, filters, size, stride):
-    """Our three passes, each a function of nothing."""
+    """Our three passes, as functions without arguments."""
     import jax
 
     from fs_jax._utils import backend
@@ -104,7 +103,7 @@ def ours(count, side, channels, filters, size, stride):
     jit = functools.partial(jax.jit, compiler_options=backend.compiler_options(backend.platform_of([]), training=True))
     forward = jit(lambda x, w: conv2d(x, w, stride))
     y = forward(images, kernel)
-    # The derivatives alone: what of the pass forward isn't needed is not computed.
+    # Only the derivatives: XLA removes the unused forward pass.
     to_images = jit(lambda x, w, g: jax.vjp(lambda x: conv2d(x, w, stride), x)[1](g))
     to_kernel = jit(lambda x, w, g: jax.vjp(lambda w: conv2d(x, w, stride), w)[1](g))
     return [
@@ -115,7 +114,7 @@ def ours(count, side, channels, filters, size, stride):
 
 
 def pytorchs(count, side, channels, filters, size, stride):
-    """PyTorch's three passes, each a function of nothing."""
+    """PyTorch's three passes, as functions without arguments."""
     import torch
 
     images = torch.randn(count, channels, side, side).contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Times that can be compared: programs take turns in one process, so that noise falls on all alike."""
+"""Comparable times: programs take turns in one process, so that noise affects all of them alike."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -13,15 +13,18 @@ Name = TypeVar("Name", bound=Hashable)
 def seconds_in_turn(
     programs: Mapping[Name, Callable[[], Any]], rounds: int, *, pause: float | None = None, title: str | None = None
 ) -> dict[Name, list[float]]:
-    """Seconds of each program in each round; in every round each runs once, after one round that isn't counted.
+    """Time each program once per round, after a warm-up round.
 
     Args:
-      programs: Functions of nothing. What they return is waited for.
-      rounds: How many are counted.
-      pause: For libraries with threads of their own. These spin for some milliseconds after a run, on the cores of who
-        is next; and once they sleep, the first run waits for them to wake. So a turn is a pause of so many seconds, a
-        run that isn't counted, and one that is.
-      title: Of a progress bar; None for none.
+      programs: Functions without arguments. Their results are waited for.
+      rounds: Number of timed rounds.
+      pause: Seconds of pause before a program, followed by a call that is not timed. Use it for libraries with threads
+        of their own: their threads spin for some milliseconds after a call, which slows down the next program; and
+        after they have gone to sleep, the first call waits for them to wake up.
+      title: Title of a progress bar; None for no progress bar.
+
+    Returns:
+      Seconds of each round, by program.
     """
     times: dict[Name, list[float]] = {name: [] for name in programs}
     for number in tqdm(range(rounds + 1), title, unit="round", disable=title is None):
@@ -36,7 +39,7 @@ def seconds_in_turn(
 
 
 def timed(program: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of one run, and what it returned."""
+    """Seconds of one call, and its result."""
     began = time.perf_counter()
     result = jax.block_until_ready(program())
     return time.perf_counter() - began, result

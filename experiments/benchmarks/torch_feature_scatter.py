@@ -1,21 +1,20 @@
-"""Feature-scattering training in eager PyTorch: the benchmark's opponents.
+"""Feature-scattering training in eager PyTorch, to compare times with.
 
-`feature_scatter_step` makes the passes that the authors' code makes, in this order:
+`feature_scatter_step` makes the same passes as the authors' code, in this order:
 
-1. a copy of the network in inference mode, which the attack sees;
+1. a copy of the network in inference mode, for the attack;
 2. three forward passes of the clean images through the copy; the third gives the logits that the transport starts from;
 3. a forward pass of the noisy images, the transport cost between the two sets of logits, and one plain `backward()`:
-   it reaches the pixels, and on its way computes the gradients of every weight through both sets of logits, which
-   nobody reads;
+   besides the gradient of the images, this computes the unused gradients of all weights through both sets of logits;
 4. a forward and backward pass of the scattered images in training mode, and a step of SGD;
-5. every so often, a forward pass of the clean images in training mode for the log, which moves BatchNorm's averages.
+5. in logged steps, a forward pass of the clean images in training mode, which updates BatchNorm's averages.
 
-What is wasteful there is wasteful on purpose. `minimal_step` computes the same with no pass too many. Written from the
+The unused passes are kept on purpose. `minimal_step` computes the same without them. Written from the
 paper (Zhang & Wang, "Defense against adversarial attacks using feature scattering-based adversarial training", NeurIPS
 2019) and checked against recorded outputs of the authors' code: logits, attacked images, loss and weights after each of
 two steps agree to 1e-6 in float64.
 
-Needs torch and nothing else. Images here are NCHW in [-1, 1], so a radius of 8/255 on [0, 1] is 16/255.
+Needs only torch. Images here are NCHW in [-1, 1], so a radius of 8/255 on [0, 1] is 16/255.
 """
 
 import copy
@@ -31,7 +30,7 @@ EPSILON = 16 / 255
 
 
 class BasicBlock(nn.Module):
-    """A pre-activation residual block of two 3x3 convolutions; where the shape changes, the shortcut is a 1x1 one."""
+    """A pre-activation residual block of two 3x3 convolutions, with a 1x1 shortcut if the shape changes."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -50,7 +49,7 @@ class BasicBlock(nn.Module):
 
 
 class Group(nn.Module):
-    """Blocks of one width, the first of which may halve the resolution."""
+    """A group of blocks of the same width. The first block may halve the resolution."""
 
     def __init__(self, num_blocks: int, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -61,7 +60,7 @@ class Group(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the blocks in turn."""
+        """Apply the blocks in order."""
         return self.layer(x)
 
 
@@ -93,24 +92,24 @@ class WideResNet(nn.Module):
 
 
 def make(depth: int, width: int, classes: int = 10) -> WideResNet:
-    """A freshly initialised network in training mode: `make(28, 10)` is the paper's."""
+    """A network with random weights, in training mode. `make(28, 10)` is the paper's."""
     return WideResNet(depth, width, classes)
 
 
 def make_optimizer(
     net: nn.Module, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 2e-4
 ) -> torch.optim.SGD:
-    """SGD with momentum, and weight decay on every parameter, BatchNorm's too."""
+    """SGD with momentum, and weight decay on all parameters, including those of BatchNorm."""
     return torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
 
 
 def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
-    """Rows of x [n, d] and y [m, d] to max(0, 1 - cosine) [n, m]."""
+    """Cosine cost max(0, 1 - cos) [n, m] between the rows of x [n, d] and y [m, d]."""
     return (1 - F.normalize(x, dim=1) @ F.normalize(y, dim=1).T).clamp(min=0)
 
 
 class Plan(NamedTuple):
-    """A transport plan [n, m], the potentials [n] and [m] that it comes from, and the iterations that they took."""
+    """A transport plan [n, m], its potentials [n] and [m], and the number of iterations."""
 
     plan: Tensor
     u: Tensor
@@ -119,9 +118,9 @@ class Plan(NamedTuple):
 
 
 def released_sinkhorn(cost: Tensor, reg: float = 0.01, max_iters: int = 100, threshold: float = 0.1) -> Plan:
-    """The authors' code's Sinkhorn: rows first, 1e-6 in each logarithm, stopped when u moves by less than `threshold`.
+    """Sinkhorn as in the authors' code: rows first, 1e-6 in each logarithm, stops when u changes by < `threshold`.
 
-    It stops after a handful of iterations, where the plan is not yet a coupling.
+    It stops after a few iterations, before the plan has the right marginals.
     """
     n, m = cost.shape
     u, v = cost.new_zeros(n), cost.new_zeros(m)
@@ -140,7 +139,7 @@ def released_sinkhorn(cost: Tensor, reg: float = 0.01, max_iters: int = 100, thr
 
 
 def sinkhorn(cost: Tensor, reg: float = 0.01, num_iters: int = 50) -> Plan:
-    """Algorithm 1 in the log domain, uniform marginals: columns, then rows, a fixed number of times."""
+    """Algorithm 1 in the log domain, with uniform marginals: columns, then rows, for a fixed number of iterations."""
     n, m = cost.shape
     u, v = cost.new_zeros(n), cost.new_zeros(m)
     for _ in range(num_iters):
@@ -150,7 +149,7 @@ def sinkhorn(cost: Tensor, reg: float = 0.01, num_iters: int = 50) -> Plan:
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Mean cross-entropy with 1 - smoothing on the true class and smoothing / (C - 1) on each of the others."""
+    """Mean cross-entropy with probability 1 - smoothing for the true class and smoothing / (C - 1) for the others."""
     classes = logits.shape[1]
     targets = torch.full_like(logits, smoothing / (classes - 1))
     targets.scatter_(1, labels[:, None], 1 - smoothing)
@@ -174,7 +173,7 @@ def scatter(
     num_steps: int = 1,
     transport: Callable[[Tensor], Plan] = released_sinkhorn,
 ) -> Tensor:
-    """Moves images [N, 3, H, W] so that the optimal-transport distance of their logits from the clean ones grows.
+    """Attack images [N, 3, H, W] to increase the optimal-transport distance between their logits and the clean ones.
 
     Args:
         net: a network in inference mode, whose weight gradients are overwritten.
@@ -182,13 +181,13 @@ def scatter(
         noise: [N, 3, H, W], added at the start, which is not clipped to [-1, 1].
         epsilon: radius of the ball, on [-1, 1] images.
         step_size: length of a step along the sign of the gradient.
-        num_steps: steps; the paper trains with one.
-        transport: cost matrix to plan. The gradient goes through its iterations and through the plan.
+        num_steps: number of steps; the paper trains with one.
+        transport: function from a cost matrix to a plan. The gradient goes through its iterations and the plan.
 
     Returns:
         The scattered images, detached.
     """
-    for _ in range(2):  # two natural passes whose logits are looked at and thrown away
+    for _ in range(2):  # two natural passes whose logits are not used
         net(images)
     natural, _ = net(images)
     x = images + noise
@@ -204,13 +203,13 @@ def scatter(
 
 
 def moved(x: Tensor, gradient: Tensor, images: Tensor, step_size: float, epsilon: float) -> Tensor:
-    """A step along the sign of the gradient, back into the ball around the images and into [-1, 1]."""
+    """A step along the sign of the gradient, projected onto the ball around the images and onto [-1, 1]."""
     x = x + step_size * gradient.sign()
     return torch.minimum(torch.maximum(x, images - epsilon), images + epsilon).clamp(-1, 1)
 
 
 class StepResult(NamedTuple):
-    """The mean loss, the logits of the scattered images in training mode [N, C], and these images."""
+    """The mean loss, the logits of the scattered images in training mode [N, C], and the scattered images."""
 
     loss: Tensor
     logits: Tensor
@@ -234,20 +233,21 @@ def feature_scatter_step(
     """One training step; `net` and `optimizer` change in place.
 
     Args:
-        net: the network; it is left in training mode.
+        net: the network. It is in training mode afterwards.
         optimizer: holds the network's parameters.
         images: [N, 3, H, W] in [-1, 1].
         labels: [N], int64.
-        noise: [N, 3, H, W] in [-epsilon, epsilon]; drawn uniformly where it isn't given.
+        noise: [N, 3, H, W] in [-epsilon, epsilon]; by default drawn uniformly.
         epsilon: the attack's radius on [-1, 1] images.
-        step_size: the attack's step.
-        num_steps: the attack's steps.
-        smoothing: probability that the targets give to the wrong classes together.
+        step_size: the attack's step size.
+        num_steps: the attack's number of steps.
+        smoothing: total probability of the wrong classes in the targets.
         transport: `released_sinkhorn`, or `sinkhorn` for Algorithm 1.
-        log_pass: also pass the clean images in training mode, as the authors' code does in the steps that it logs.
+        log_pass: also make a forward pass of the clean images in training mode, as the authors' code does in logged
+        steps.
 
     Returns:
-        Loss, logits and scattered images, of before the weights' step.
+        Loss, logits and scattered images, before the update of the weights.
     """
     if noise is None:
         noise = torch.empty_like(images).uniform_(-epsilon, epsilon)
@@ -269,7 +269,7 @@ def feature_scatter_step(
 def descend(
     net: nn.Module, optimizer: torch.optim.Optimizer, scattered: Tensor, labels: Tensor, smoothing: float
 ) -> StepResult:
-    """The weights' step, on images that are attacked already."""
+    """Update the weights on attacked images."""
     net.train()
     optimizer.zero_grad()
     logits, _ = net(scattered)
@@ -291,9 +291,9 @@ def minimal_step(
     smoothing: float = 0.5,
     transport: Callable[[Tensor], Plan] = released_sinkhorn,
 ) -> StepResult:
-    """The step of `feature_scatter_step` with one attack step, by three forward and two backward passes.
+    """`feature_scatter_step` with one attack step, in three forward and two backward passes.
 
-    For channels last, give a network and images `to(memory_format=torch.channels_last)`.
+    For channels last, pass a network and images converted by `to(memory_format=torch.channels_last)`.
     """
     if noise is None:
         noise = torch.empty_like(images).uniform_(-epsilon, epsilon)

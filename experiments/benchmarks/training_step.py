@@ -1,14 +1,19 @@
-"""Time of a feature-scattering step: against the sum of its parts, and against PyTorch, side by side.
+"""Time a feature-scattering training step against the sum of its parts and against PyTorch.
 
     python -m experiments.benchmarks.training_step
 
-Needs PyTorch (`pip install -e ".[bench]"`). All contestants take turns in one process, round after round, so that noise
-falls on all alike; medians over the rounds are reported, with ratios. The parts are jitted alone: the natural forward
-pass, the forward and backward pass to the images (through a fixed direction in place of the transport), the transport
-with its cost and derivative, and the forward and backward pass to the weights. Of PyTorch there are two, both of
-`torch_feature_scatter.py`: the passes that the released code does, three natural ones and weight gradients in the
-attack that nobody uses; and a minimal step, with no pass too many, channels last, which is what its convolutions are
-fastest in on a CPU. (The released code also runs clean images through the network when it logs; that isn't timed.)
+All programs take turns in one process, so that noise affects all of them alike. Medians over rounds and their ratios
+are reported. The parts of the step are jitted separately:
+
+- the natural forward pass;
+- the forward and backward pass to the images, with a fixed direction in place of the transport;
+- the transport, with its cost and derivative;
+- the forward and backward pass to the weights.
+
+There are two PyTorch implementations, both in `torch_feature_scatter.py`. One makes the passes of the released code,
+including three natural passes and unused weight gradients in the attack. The other is minimal, without unused passes,
+with channels last, in which PyTorch's convolutions are fastest on a CPU. (The released code's logging passes are not
+timed.)
 """
 
 import dataclasses
@@ -18,8 +23,6 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import tyro
-
 from experiments import command_line
 from experiments.benchmarks.timing import seconds_in_turn
 from experiments.output import made_on, write_files
@@ -27,13 +30,16 @@ from experiments.output import made_on, write_files
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Time a feature-scattering training step against its parts and against PyTorch."""
+    """Time a training step against PyTorch (pip install -e ".[bench]"): two minutes on two CPU cores."""
 
     depth: int = 10
+    """Depth of the Wide-ResNet."""
     width: int = 2
+    """Width of the Wide-ResNet."""
     batch_size: int = 60
+    """Images in a batch."""
     rounds: int = 15
-    """Times that each contestant is run; the median counts."""
+    """Number of timed rounds. Medians are reported."""
     results: pathlib.Path = pathlib.Path("experiments/results/bench_training_step")
     """Folder of the table and the JSON file."""
 
@@ -43,7 +49,8 @@ MINIMAL = "PyTorch, minimal, channels last"
 
 
 def main(argv: list[str]) -> None:
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.benchmarks.training_step")
+    prog = "python -m experiments.benchmarks.training_step"
+    arguments = command_line.parse(Arguments, argv, prog=prog, examples=f"  {prog} --rounds 5 --results results/bench")
     contestants: dict[str, Callable[[], Any]] = {}
     for solver in ("released_sinkhorn", "sinkhorn"):
         contestants |= {f"{solver}: {name}": run for name, run in jax_contestants(arguments, solver).items()}
@@ -88,7 +95,7 @@ def main(argv: list[str]) -> None:
 
 
 def jax_contestants(arguments: Arguments, solver: str):
-    """Our step as training runs it, and its parts, each a function of nothing."""
+    """Our training step, and its parts, as functions without arguments."""
     import jax
     import jax.numpy as jnp
 
@@ -160,7 +167,7 @@ def jax_contestants(arguments: Arguments, solver: str):
 
 
 def torch_contestants(arguments: Arguments, solver: str):
-    """The same step by the independent PyTorch implementation, eager."""
+    """The same step in eager PyTorch, as functions without arguments."""
     import torch
 
     from experiments.benchmarks import torch_feature_scatter as peer

@@ -1,1 +1,1 @@
-"""The paper's tables, one thin declaration each, for one runner: `python -m experiments.paper --help`."""
+"""The paper's tables and figures. Each is a short declaration; one runner runs them all."""

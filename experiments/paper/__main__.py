@@ -1,4 +1,4 @@
-"""All of the paper's tables and figures: `python -m experiments.paper --scale digits`; `--list` says what there is."""
+"""Run all of the paper's tables and figures: `python -m experiments.paper --scale digits`; `--list` lists them."""
 
 from experiments import command_line
 from experiments.paper.runner import run

@@ -1,4 +1,4 @@
-"""Which part of the method is real: attack, steps and smoothing in turn: `python -m experiments.paper.ablation`."""
+"""Ablation of attack, number of steps and label smoothing: `python -m experiments.paper.ablation`."""
 
 from typing import Any
 
@@ -39,14 +39,15 @@ SEVEN_STEPS = [row for row in GRID if "7 steps" in row.label and "Δ = 0.5" in r
 
 EXPERIMENT = table(
     name="ablation",
-    title="Which part is real",
-    source="(not in the paper)",
+    title="Ablation of the method",
+    source="not in the paper",
     rows=[*GRID, *NOISE, *ONE_FACTOR, *map(at_equal_passes, [*SEVEN_STEPS, PGD_7])],
     attacks=apgd_t,
     draw=pgd_against_apgd_t,
-    reading="The first row is the paper's method. All have as many training steps, but those at equal passes: an "
-    "attack of 7 steps takes three times the passes of one with 1. One step is as long as the radius, each of 7 a "
-    "quarter of that. APGD-T stands for AutoAttack, whose accuracy it decides but for a few images (autoattack_gap).",
+    reading="The first row is the paper's method. All rows have the same number of training steps, except those at "
+    "equal passes: a training step with a 7-step attack takes three times as many passes as one with a 1-step attack. "
+    "A single step has the size of the radius, each of 7 steps a quarter of it. APGD-T replaces AutoAttack here, "
+    "because it determines AutoAttack's accuracy up to a few images (see autoattack_gap).",
 )
 
 if __name__ == "__main__":

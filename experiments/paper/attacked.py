@@ -1,4 +1,4 @@
-"""Networks under attack: the attacks of the tables, and what is kept of them."""
+"""The attacks of the tables, and their evaluation."""
 
 import functools
 import json
@@ -10,25 +10,25 @@ from experiments.paper.experiment import Data, Measurement, Network
 from experiments.paper.scales import Scale
 
 Attacks = Callable[[Scale], Sequence[Any]]
-"""From the scale to `fs_jax.attacks.Attack`s, the first of which is clean."""
+"""A function from the scale to a list of `fs_jax.attacks.Attack`s, the first of which is clean."""
 
 SIX = ("clean", "fgsm", "pgd-20", "pgd-100", "cw-20", "cw-100")
 
 
 def of_six(*accuracies: float) -> dict[str, float]:
-    """The paper's numbers of a row of its tables 2 to 4, by attack."""
+    """The paper's accuracies in a row of its tables 2 to 4, by attack."""
     return dict(zip(SIX, accuracies, strict=True))
 
 
 def six_attacks(scale: Scale) -> list[Any]:
-    """The attacks of the paper's tables 2 to 4, judged as it judges them."""
+    """The attacks of the paper's tables 2 to 4, judged at the same iterates as in the paper."""
     from fs_jax.attacks import parse_attack
 
     return [parse_attack(word, scale.config.attack.epsilon) for word in SIX]
 
 
 def and_autoattack(scale: Scale) -> list[Any]:
-    """The six, AutoAttack's standard version, and PGD-20 on logits of another size."""
+    """The six attacks, AutoAttack's standard version, and PGD-20 on rescaled logits."""
     from fs_jax.evaluation import suite
 
     autoattack = suite("autoattack", epsilon=scale.config.attack.epsilon)[1:]
@@ -36,7 +36,7 @@ def and_autoattack(scale: Scale) -> list[Any]:
 
 
 def apgd_t(scale: Scale) -> list[Any]:
-    """What tells most of a network in little time: PGD-20, CW-20, and APGD-T of AutoAttack by itself."""
+    """The most informative attacks for little time: PGD-20, CW-20, and AutoAttack's APGD-T alone."""
     from fs_jax.attacks import Attack, parse_attack
 
     epsilon = scale.config.attack.epsilon
@@ -48,10 +48,11 @@ RESCALED = (0.1, 10.0)
 
 
 def rescaled_pgd(scale: Scale, factor: float) -> Any:
-    """PGD-20 on the cross-entropy of logits times a factor, which classifies alike.
+    """PGD-20 on the cross-entropy of logits times a factor, which does not change the classification.
 
-    Where a network is so sure that the gradient of its cross-entropy is rounded to zero, or so unsure that all classes
-    pull alike, another size finds adversaries that the network's own hides.
+    A very confident network has cross-entropy gradients that are rounded to zero. For a very unconfident one, all
+    classes contribute almost equally to the gradient. Rescaled logits then lead to adversarial examples that PGD-20
+    misses.
     """
     from jax.tree_util import Partial
 
@@ -69,7 +70,7 @@ def rescaled_pgd(scale: Scale, factor: float) -> Any:
         "step_size": length(lambda epsilon: epsilon / 4),
         "any_iterate": flag(False),
     }
-    # By PGD's own name, so that its random start is that of PGD-20: the factor is all that differs.
+    # The name of PGD, so that the random start is that of PGD-20 and only the factor differs.
     kind = Specification("pgd", "PGD on logits times a factor", build, settings, steps_in_name=True, every_run=True)
     return Attack(kind, scale.config.attack.epsilon, factor=factor, label=f"pgd-20, logits x {factor:g}")
 
@@ -81,7 +82,7 @@ def _rescaled_cross_entropy(logits, labels, *, factor):
 
 
 def attacked(attacks: Attacks) -> Measurement:
-    """Accuracy under attack, image by image; an attack runs once on a network, whatever tables ask for it."""
+    """Measure accuracy under attack, image by image. Each attack runs once per network, for all tables."""
     return Measurement(
         run=functools.partial(_evaluated, attacks),
         settings=lambda scale: [
@@ -108,13 +109,13 @@ def _evaluated(attacks: Attacks, network: Network, scale: Scale, path: pathlib.P
 
 
 def take_over(journal: pathlib.Path, attacks: Sequence[Any], images: int) -> None:
-    """Begin a journal with what those beside it, of the same network, have of the same attacks."""
+    """Start a journal with the results of the same attacks in other journals of the same network."""
     from fs_jax._utils.files import read_jsonl, write_text
 
     wanted = {attack.name: json.loads(json.dumps(attack.described())) for attack in attacks}
     lines: list[Data] = []
     for other in sorted(journal.parent.glob("*.journal.jsonl")):
-        header, *rest = read_jsonl(other) or [{}]  # nothing in it yet, if its process was killed at once
+        header, *rest = read_jsonl(other) or [{}]  # empty if its process was killed at once
         if header.get("images") != images:
             continue
         same = {
@@ -127,19 +128,19 @@ def take_over(journal: pathlib.Path, attacks: Sequence[Any], images: int) -> Non
         write_text(journal, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
-STANDING = 0.6  # of the images, under attacks that drop those that are misclassified
+REMAINING = 0.6  # estimated share of images, for attacks that drop misclassified ones
 
 
 def passes(attack: Any, images: int) -> float:
-    """Passes forward and backward that an attack makes, of one image each; a pass forward alone counts 0.4."""
+    """Number of forward and backward passes of an attack, per image; a forward pass alone counts 0.4."""
     images = min(images, attack.num_images or images)
     steps, settings = attack.settings.get("num_steps", 1), attack.settings
     runs = settings.get("restarts", 1) * settings.get("targets", 1)
-    standing = 1.0 if not attack.any_iterate else STANDING
+    remaining = 1.0 if not attack.any_iterate else REMAINING
     if attack.specification.name == "clean":
         return 0.4 * images
     if attack.specification.name == "spsa":
-        return 0.4 * images * standing * steps * 2 * settings["num_directions"]
+        return 0.4 * images * remaining * steps * 2 * settings["num_directions"]
     if attack.specification.name == "square" or attack.specification.name.startswith("local-search"):
-        return 0.4 * images * standing * steps * runs
-    return images * standing * steps * runs
+        return 0.4 * images * remaining * steps * runs
+    return images * remaining * steps * runs

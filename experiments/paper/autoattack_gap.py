@@ -1,4 +1,4 @@
-"""Where the accuracy between PGD-20 and AutoAttack goes: `python -m experiments.paper.autoattack_gap`."""
+"""Why AutoAttack's accuracy is lower than PGD-20's: `python -m experiments.paper.autoattack_gap`."""
 
 from collections.abc import Sequence
 
@@ -24,17 +24,19 @@ STEPS = {
 
 
 def parts(of: Finished, datasets: int) -> Data:
-    """Shares of the test images: what each attack takes of those that all before it left, and what is left."""
-    correct = {name: images == 1 for name, images in pooled(of.results, datasets).items()}  # by all seeds' networks
-    left, found = np.ones(len(correct["clean"]), bool), {}
+    """Fractions of the test images: misclassified under each attack but not under the ones before it, and robust."""
+    correct = {
+        name: images == 1 for name, images in pooled(of.results, datasets).items()
+    }  # by the networks of all seeds
+    robust, found = np.ones(len(correct["clean"]), bool), {}
     for part, attack in STEPS.items():
-        found[part] = float(np.mean(left & ~correct[attack]))
-        left &= correct[attack]
+        found[part] = float(np.mean(robust & ~correct[attack]))
+        robust &= correct[attack]
     rescaled = {f"x {factor:g}": correct[f"pgd-20, logits x {factor:g}"] for factor in RESCALED}
     plain = correct["pgd-20"]
     return {
         "total": len(plain),
-        "parts": {**found, "robust": float(np.mean(left))},
+        "parts": {**found, "robust": float(np.mean(robust))},
         "rescaled": {name: float(np.mean(plain & ~of_rescaled)) for name, of_rescaled in rescaled.items()},
     }
 
@@ -52,25 +54,25 @@ def show(data: Data) -> str:
     ]
     return "\n\n".join([
         tabulate.tabulate(text, headers=header, tablefmt="pipe"),
-        "Shares of the test images, in %: those misclassified as they are, those that each attack takes of what all "
-        "before it left, and those that are robust. The last columns: images that PGD-20 leaves, and that it takes "
-        "where logits are that much smaller or larger.",
+        "Fractions of the test images, in %. The columns are disjoint: images that are misclassified without an "
+        "attack, images that are misclassified under an attack but not under the attacks before it, and robust images. "
+        "The last columns are images that are robust to PGD-20 but not to PGD-20 on rescaled logits.",
     ])  # fmt: skip
 
 
 EXPERIMENT = Experiment(
     name="autoattack_gap",
     title="From PGD-20 to AutoAttack",
-    source="60.6 and 36.64 for the released network, by the paper and by RobustBench",
+    source="60.6 (CW-100, the paper) and 36.64 (AutoAttack, RobustBench) for the released network",
     rows=[FEATURE_SCATTERING, STANDARD, PGD_7, TRADES, IPOT, IDENTITY, INDEPENDENT],
     measurement=attacked(and_autoattack),
     collect=collect,
     show=show,
     draw=lost_images,
-    reading="PGD-20 is judged by its last iterate, as in the paper, AutoAttack by any. APGD-CE ascends PGD's loss with "
-    "more steps, of sizes that adapt: for what it takes PGD-20 had too small a budget. What APGD-T takes, the "
-    "cross-entropy leads away from. Only what is taken by Square, which sees no gradient, or by PGD-20 on rescaled "
-    "logits, from the same start, suggests gradients that are masked.",
+    reading="PGD-20 is judged at its last iterate, as in the paper; AutoAttack at any iterate. APGD-CE has PGD's loss, "
+    "but more steps and adaptive step sizes: for the images that it adds, PGD-20 had too few steps. For the images "
+    "that APGD-T adds, the cross-entropy is the wrong loss. Masked gradients are suggested only by the images that "
+    "Square adds, which does not use gradients, and by those that PGD-20 adds on rescaled logits, from the same start.",
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long networks take, before they are run: a few steps of each kind of training are timed, and an attack."""
+"""Estimates of the running time: a few training steps and an attack are timed for each kind of network."""
 
 import dataclasses
 import json
@@ -13,13 +13,13 @@ from fs_jax.config import TrainConfig, to_dict
 if TYPE_CHECKING:
     from fs_jax.data import Dataset
 
-TIMED_MINUTES = 0.25  # of training, with compilation
-PROCESS_SECONDS = 8  # to start a process, load data, and load programs that are compiled already
-MEASUREMENT_SECONDS = 6  # to trace and load the programs of a table's attacks
+TIMED_MINUTES = 0.25  # of training, including compilation
+PROCESS_SECONDS = 8  # to start a process, and load data and compiled programs
+MEASUREMENT_SECONDS = 6  # to trace and load the compiled attacks of a table
 
 
 def kind(config: TrainConfig) -> str:
-    """What the time of a step depends on: networks of one kind take the same time."""
+    """Everything that the time of a step depends on. Networks of the same kind take the same time."""
     from fs_jax import data
 
     info = data.info(config.dataset)
@@ -30,7 +30,7 @@ def kind(config: TrainConfig) -> str:
 
 
 def measure(config: TrainConfig, dataset: "Dataset") -> dict[str, float]:
-    """Seconds of a training step and of an image's pass, forward and backward, under attack; the numbers of images."""
+    """Seconds of a training step, seconds of a forward and backward pass per image, and the numbers of images."""
     import jax
 
     from fs_jax import training
@@ -40,7 +40,7 @@ def measure(config: TrainConfig, dataset: "Dataset") -> dict[str, float]:
 
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
-        while len(rows) < 3:  # the first has the compiler's time in it, which may be longer than we train
+        while len(rows) < 3:  # the first row includes compilation, which can take longer than TIMED_MINUTES
             run = training.train(
                 config, dataset, folder, devices=jax.local_devices()[:1], monitor_images=0, progress=False,
                 max_minutes=TIMED_MINUTES, steps_per_dispatch=5,
@@ -51,13 +51,13 @@ def measure(config: TrainConfig, dataset: "Dataset") -> dict[str, float]:
     logits_fn = as_logits_fn(training.make_model(config, dataset.info.num_classes), run.variables)
     images, labels = dataset.test_images[:64], dataset.test_labels[:64]
     seconds: dict[str, float] = {}
-    for word in ("pgd-10", "pgd-60") * 3:  # the first time is the compiler's
+    for word in ("pgd-10", "pgd-60") * 3:  # the first of the three includes compilation
         began = time.perf_counter()
         evaluate(logits_fn, images, labels, [word], epsilon=config.attack.epsilon, progress=False)
         seconds[word] = min(time.perf_counter() - began, seconds.get(word, float("inf")))
     return {
         "step": config.batch_size / max(row["images_per_second"] for row in rows),
-        # What starting takes is in both.
+        # The difference, as both times include the start-up.
         "pass": max(1e-6, seconds["pgd-60"] - seconds["pgd-10"]) / (50 * len(labels)),
         "train_images": len(dataset.train_labels),
         "test_images": len(dataset.test_labels),
@@ -65,14 +65,14 @@ def measure(config: TrainConfig, dataset: "Dataset") -> dict[str, float]:
 
 
 def seconds_of(job: Job, cost: dict[str, float]) -> float:
-    """What is left to do of this network takes about so long."""
+    """Estimated seconds of the remaining work on a network."""
     scale = job.scale
     config = dataclasses.replace(job.config, train_size=int(cost["train_images"]))
     trained = (job.folder / "run" / "checkpoints").exists()
     total = PROCESS_SECONDS + (0 if trained else config.total_steps * cost["step"])
     images = int(min(cost["test_images"], scale.test_images or cost["test_images"]))
-    left = {result_file(job.folder, scale, name): experiment(name).measurement for name in job.experiments}
-    for path, measurement in left.items():
+    measurements = {result_file(job.folder, scale, name): experiment(name).measurement for name in job.experiments}
+    for path, measurement in measurements.items():
         if not path.exists():
             total += MEASUREMENT_SECONDS + measurement.passes(config, scale, images) * cost["pass"]
     return total

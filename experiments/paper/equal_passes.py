@@ -1,4 +1,4 @@
-"""Whether 1-step scattering is better than PGD-7 in the same time: `python -m experiments.paper.equal_passes`."""
+"""Compare 1-step scattering with PGD-7 at equal passes: `python -m experiments.paper.equal_passes`."""
 
 from experiments.paper.attacked import and_autoattack
 from experiments.paper.experiment import FEATURE_SCATTERING, PGD_7, Row, at_equal_passes
@@ -8,8 +8,8 @@ from experiments.paper.tables import table
 
 EXPERIMENT = table(
     name="equal_passes",
-    title="One step or seven, at equal passes through the network",
-    source="(not in the paper)",
+    title="One attack step or seven, at equal passes through the network",
+    source="not in the paper",
     rows=[
         FEATURE_SCATTERING,
         Row("feature scattering, Δ = 0", {"smoothing": 0.0}),

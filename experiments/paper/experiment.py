@@ -1,4 +1,4 @@
-"""What a table or a figure is declared as: networks, what is measured of each, and what is written of that."""
+"""The declaration of a table or figure: its networks, their measurement, and the text and figure made from it."""
 
 import dataclasses
 import pathlib
@@ -19,27 +19,27 @@ Data = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A way to train."""
+    """A row of a table: a way to train a network."""
 
     label: str
-    """As tables and figures have it."""
+    """Label in tables and figures."""
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What it changes in the scale's configuration, by dotted name; values, or functions of the configuration."""
+    """Changes to the scale's configuration, by dotted name. A value can be a function of the configuration."""
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """What the paper reports, in %, by attack."""
+    """Accuracies reported in the paper, in %, by attack."""
     add_to_seed: int = 0
-    """What makes it another network than a row of the same changes."""
+    """Added to the seed, for a network that differs from another row with the same changes."""
 
 
 class Network(NamedTuple):
-    """A trained network, as it is measured."""
+    """A trained network and the test images, for a measurement."""
 
     config: TrainConfig
     dataset: "Dataset"
     model: Any
     variables: Any
     images: "np.ndarray"
-    """Those test images that the scale has attacked, [N, H, W, C] uint8."""
+    """The test images that the scale attacks, uint8 [N, H, W, C]."""
     labels: "np.ndarray"
 
     @property
@@ -51,27 +51,27 @@ class Network(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What is measured of a network."""
+    """A measurement of a network."""
 
     run: Callable[[Network, Scale, pathlib.Path], Data | None]
-    """(network, scale, where the result will be, beside which to keep what is done so far) -> the result; None if a
-    signal stopped it."""
+    """`run(network, scale, path)` returns the result, or None if a signal stopped it. `path` is the file of the result;
+    intermediate results can be saved in its folder."""
     settings: Callable[[Scale], Any]
-    """What the result depends on besides the network, as JSON: experiments of the same settings share results."""
+    """`settings(scale)`: everything else that the result depends on, as JSON. Equal settings share results."""
     passes: Callable[[TrainConfig, Scale, int], float]
-    """(configuration, scale, test images) -> about how many passes of an image it takes, forward and backward."""
+    """`passes(config, scale, test_images)`: estimated number of forward and backward passes, in images."""
     least_classes: Callable[[Scale], int] = lambda scale: 2
-    """How many classes the data set must have."""
+    """`least_classes(scale)`: smallest number of classes that the measurement needs."""
 
 
 class Finished(NamedTuple):
-    """A row, of which all networks are measured."""
+    """A row whose networks are all measured."""
 
     row: Row
     results: list[Data]
-    """One for each data set and seed."""
+    """One result for each data set and seed."""
     folders: list[pathlib.Path]
-    """Of the networks."""
+    """Folders of the networks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,34 +79,34 @@ class Experiment:
     """A table or a figure."""
 
     name: str
-    """Of its script and its files."""
+    """Name of its script and files."""
     title: str
     source: str
-    """Where the paper's numbers stand."""
+    """Where the paper reports its numbers."""
     rows: Sequence[Row]
-    """Others are compared with the first."""
+    """The rows. All are compared with the first."""
     measurement: Measurement
     collect: Callable[["Experiment", Scale, Sequence[Finished]], Data | None]
-    """What is kept of the results: all that text and figure show; None if these rows show nothing yet."""
+    """Extracts from the results all data of the text and figure; None if the finished rows do not suffice."""
     show: Callable[[Data], str]
-    """The Markdown between title and caption."""
+    """Makes the Markdown between title and caption."""
     draw: Callable[[Data, pathlib.Path], Any] | None = None
-    """Draws the figure, to a .png or .svg."""
+    """Draws the figure to a .png or .svg file."""
     other_files: Callable[[Data], dict[str, str]] = lambda data: {}
-    """Further files, by what follows the name."""
+    """Makes the contents of further files, by the end of the file name."""
     reading: str = ""
-    """What to keep in mind when reading it."""
+    """A note for readers, below the title."""
     pooled: bool = True
-    """Over all data sets and seeds; otherwise it has the first of them alone."""
+    """Whether results are pooled over all data sets and seeds, instead of using the first only."""
 
 
 def full_step(config: TrainConfig) -> float:
-    """A step as long as the radius, as feature scattering has it."""
+    """Step size of feature scattering: the radius."""
     return config.attack.epsilon
 
 
 def quarter_step(config: TrainConfig) -> float:
-    """A quarter of the radius, as PGD has it."""
+    """Step size of PGD: a quarter of the radius."""
     return config.attack.epsilon / 4
 
 
@@ -117,10 +117,10 @@ TRADES = Row("TRADES", {"method": "trades"})
 
 
 def at_equal_passes(row: Row, *, steps: int = 7) -> Row:
-    """The same row, trained for so many epochs that it takes about as many passes as the paper's method.
+    """The same row with fewer epochs, so that training takes about as many passes as the paper's method.
 
-    Forward counts 1, backward to the images 1, and backward to the weights as well 2: so a training step of k attack
-    steps counts 2 k + 3, and feature scattering's 1 more, for the natural images: 6 with one step.
+    A forward pass counts 1, a backward pass to the images 1, and a backward pass to images and weights 2. So a training
+    step with k attack steps counts 2 k + 3. Feature scattering needs one more, for the natural images: 6 for k = 1.
     """
     scattering = row.changes.get("method", "feature_scatter") == "feature_scatter"
     share = 6 / (2 * steps + 3 + scattering)

@@ -16,27 +16,28 @@ from experiments.paper.experiment import (
     Network,
     at_equal_passes,
 )
-from experiments.paper.figures import loss_curves
+from experiments.paper.figures import OUTCOME_LABELS, loss_curves
 from experiments.paper.runner import main
 from experiments.paper.scales import Scale
 from fs_jax.config import TrainConfig
 
-LOOKED_AT = 200  # random test images whose outcome is found
-SHOWN = 3  # of each outcome
+NUM_IMAGES = 200  # random test images that are attacked
+SHOWN = 3  # images drawn for each outcome
 STARTS = 20
 STEPS = 100
+# Keys of the results.
 OUTCOMES = ("robust", "survives PGD-20, falls to APGD-T", "falls to PGD-20")
 
 
 def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
-    """Find random test images of each outcome, and follow PGD from several starts on them."""
+    """Find random test images with each outcome, and record PGD on them from several random starts."""
     import numpy as np
 
     from fs_jax.attacks import Attack, cross_entropy, dlr
     from fs_jax.evaluation import as_float, evaluate
 
     epsilon = scale.config.attack.epsilon
-    order = np.random.default_rng(network.config.seed).permutation(len(network.labels))[:LOOKED_AT]
+    order = np.random.default_rng(network.config.seed).permutation(len(network.labels))[:NUM_IMAGES]
     images, labels = as_float(network.images[order]), network.labels[order]
     attacks = [Attack("clean"), Attack("pgd", epsilon), Attack("apgd-t", epsilon, after=("clean",))]
     records = evaluate(network.logits_fn, images, labels, attacks, progress=False).records
@@ -69,9 +70,10 @@ def outcome(misclassified_at: dict[str, int]) -> str:
 
 @functools.cache
 def trajectory():
-    """A function of a loss, a network, an image, its label and the radius: PGD's iterates from several starts.
+    """A function of a loss, a network, an image, its label and the radius, which runs PGD from several random starts.
 
-    It gives their cross-entropy and margin [steps + 1, starts]; made once, and JAX is loaded here alone.
+    It returns the cross-entropy and the margin of the iterates, [steps + 1, starts]. It is made once, and JAX is only
+    imported here.
     """
     import jax
     import jax.numpy as jnp
@@ -100,7 +102,7 @@ def trajectory():
 
 
 def summed_up(values) -> dict[str, list[float]]:
-    """Mean and spread over starts, at each step, to 5 digits."""
+    """Mean and standard deviation over starts, at each step, to 5 digits."""
     import numpy as np
 
     values = np.asarray(values, float)
@@ -113,40 +115,41 @@ def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) 
 
 
 def show(data: Data) -> str:
-    header = ["", *next(iter(data["networks"].values()))["outcomes"]]
+    header = ["", *(OUTCOME_LABELS[name] for name in next(iter(data["networks"].values()))["outcomes"])]
     text = [[label, *of["outcomes"].values()] for label, of in data["networks"].items()]
     return "\n\n".join([
         tabulate.tabulate(text, headers=header, tablefmt="pipe"),
-        f"How many of {LOOKED_AT} random test images (all, if there are fewer) end how, by one start of PGD-20. Up "
-        f"to {SHOWN} of each outcome are drawn: mean and standard deviation over {STARTS} other random starts. The "
-        "margin is the logit of the true class less the largest other one: below 0 the image is misclassified.",
+        f"Number of images with each outcome, of {NUM_IMAGES} random test images (all, if there are fewer), for PGD-20 "
+        f"from one random start. The figure shows up to {SHOWN} images per outcome: mean and standard deviation over "
+        f"{STARTS} other random starts. The margin is the logit of the true class minus the largest other logit; an "
+        "image with a negative margin is misclassified.",
     ])  # fmt: skip
 
 
 def passes(config: TrainConfig, scale: Scale, images: int) -> float:
-    return min(images, LOOKED_AT) * (20 + 0.6 * 900) + 2 * len(OUTCOMES) * SHOWN * STARTS * 1.4 * STEPS
+    return min(images, NUM_IMAGES) * (20 + 0.6 * 900) + 2 * len(OUTCOMES) * SHOWN * STARTS * 1.4 * STEPS
 
 
 def settings(scale: Scale) -> list:
-    return ["loss curves", LOOKED_AT, SHOWN, STARTS, STEPS]
+    return ["loss curves", NUM_IMAGES, SHOWN, STARTS, STEPS]
 
 
 def least_classes(scale: Scale) -> int:
-    """APGD-T's."""
+    """That of APGD-T."""
     return 4
 
 
 EXPERIMENT = Experiment(
     name="figure1_loss_curves",
     title="Loss over PGD's steps",
-    source="the paper's figure 1: the loss rises in a consistent way, with a plateau and small variance",
+    source="figure 1 of the paper, where the loss increases consistently to a plateau, with small variance",
     rows=[FEATURE_SCATTERING, at_equal_passes(PGD_7)],
     measurement=Measurement(run, settings, passes, least_classes),
     collect=collect,
     show=show,
     draw=loss_curves,
     pooled=False,
-    reading="A plateau alone is no evidence of robustness: images that APGD-T breaks have one too.",
+    reading="A plateau alone is not evidence of robustness: images that APGD-T misclassifies have one too.",
 )
 
 if __name__ == "__main__":

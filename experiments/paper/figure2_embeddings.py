@@ -25,7 +25,7 @@ SEEDS = (0, 1, 2)
 
 
 def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
-    """Penultimate features of test images, clean and under two attacks: purity among neighbours, and t-SNE of all."""
+    """Penultimate features of clean and attacked test images: purity of nearest neighbours, and a joint t-SNE."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -37,7 +37,7 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
     epsilon, rng = scale.config.attack.epsilon, jax.random.key(network.config.seed)
     images, labels = jnp.asarray(as_float(network.images[:IMAGES])), jnp.asarray(network.labels[:IMAGES])
     supervised = attacks.pgd(network.logits_fn, rng, images, labels, epsilon=epsilon, step_size=epsilon / 4)
-    batch = network.config.batch_size  # the size of the transport problem in training
+    batch = network.config.batch_size  # the batch size of training, for transport problems of the same size
     scattered = jnp.concatenate([
         attacks.feature_scatter(
             network.logits_fn, jax.random.fold_in(rng, begin), images[begin : begin + batch],
@@ -51,7 +51,7 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
         for name, x in (("clean", images), ("supervised attack", supervised), ("feature scattering", scattered))
     }
     points = {}
-    for seed in SEEDS:  # one joint embedding of all three sets
+    for seed in SEEDS:  # a joint embedding of all three sets
         joint = sklearn.manifold.TSNE(random_state=seed).fit_transform(np.concatenate(list(sets.values())))
         points[seed] = dict(zip(sets, np.round(np.split(joint, len(sets)), 2).tolist(), strict=True))
     return {
@@ -63,11 +63,13 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
 
 
 def purity(features, labels) -> dict[str, float]:
-    """Mean share of each image's nearest neighbours in the same set that have its label, with 95% intervals."""
+    """Mean fraction of an image's nearest neighbours, in the same set, that have its label; with 95% intervals."""
     import numpy as np
     from sklearn.neighbors import NearestNeighbors
 
-    nearest = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(features).kneighbors(return_distance=False)  # not itself
+    nearest = (
+        NearestNeighbors(n_neighbors=NEIGHBOURS).fit(features).kneighbors(return_distance=False)
+    )  # without the image itself
     shares = np.mean(labels[nearest] == labels[:, None], axis=1)
     return {"mean": float(shares.mean()), "half": float(1.96 * shares.std(ddof=1) / np.sqrt(len(shares)))}
 
@@ -92,10 +94,10 @@ def show(data: Data) -> str:
     ]
     return "\n\n".join([
         tabulate.tabulate(text, headers=header, tablefmt="pipe"),
-        f"Purity: of each image's {NEIGHBOURS} nearest neighbours among the images of the same kind, in the space of "
-        "penultimate features, the share with its class, in %, with 95% intervals over images. The supervised attack "
-        "is PGD-20, scattering the attack of the paper's training. The figure is one joint t-SNE for each network; "
-        f"the JSON file has those of {len(SEEDS)} seeds.",
+        f"Purity: the fraction of an image's {NEIGHBOURS} nearest neighbours that have its class, in %, with 95% "
+        "intervals over images. Neighbours are images of the same column, in the space of penultimate features. The "
+        "supervised attack is PGD-20; feature scattering is the attack of the paper's training. The figure is a joint "
+        f"t-SNE for each network; the JSON file has those of {len(SEEDS)} seeds.",
     ])  # fmt: skip
 
 
@@ -106,14 +108,14 @@ def passes(config: TrainConfig, scale: Scale, images: int) -> float:
 EXPERIMENT = Experiment(
     name="figure2_embeddings",
     title="Features, clean and attacked",
-    source="the paper's figure 2: attacked, the standard network's clusters mix labels, the proposed network's do not",
+    source="figure 2 of the paper, where attacked clusters mix labels for the standard network only",
     rows=[STANDARD, FEATURE_SCATTERING],
     measurement=Measurement(run, lambda scale: ["embeddings", IMAGES, NEIGHBOURS, SEEDS], passes),
     collect=collect,
     show=show,
     draw=embeddings,
     pooled=False,
-    reading="t-SNE shows what it is asked to; the number is the purity, measured before it.",
+    reading="t-SNE can show clusters that do not exist. Purity is measured on the features themselves.",
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The figures of the paper's experiments, each drawn from its experiment's data to a .png or .svg."""
+"""The figures of the paper's experiments, drawn from their data to a .png or .svg file."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ from fs_jax.report._canvas import DASHED, GREY, PALETTE, colour_of, figure_path,
 
 
 def pgd_against_apgd_t(data: Data, path: pathlib.Path) -> None:
-    """Each row's accuracy under APGD-T against that under PGD-20, beside the diagonal."""
+    """Plot the accuracy of each row under APGD-T against its accuracy under PGD-20."""
     rows = data["rows"]
     weak, strong = ([100 * row[name]["accuracy"] for row in rows.values()] for name in ("pgd-20", "apgd-t alone"))
     errors = [
@@ -17,7 +17,7 @@ def pgd_against_apgd_t(data: Data, path: pathlib.Path) -> None:
                   [100 * (row[name]["high"] - row[name]["accuracy"]) for row in rows.values()]])
         for name in ("pgd-20", "apgd-t alone")
     ]  # fmt: skip
-    # A colour for rows that begin alike, a shape for each place among them; those that stand alone are black.
+    # Rows with the same first word have the same colour and different markers; single rows are black.
     beginnings = [label.split(",")[0] for label in rows]
     families = [name for name in dict.fromkeys(beginnings) if beginnings.count(name) > 1]
     members = [name if name in families else "" for name in beginnings]
@@ -43,7 +43,7 @@ def pgd_against_apgd_t(data: Data, path: pathlib.Path) -> None:
 
 
 def lost_images(data: Data, path: pathlib.Path) -> None:
-    """For each network a bar of all test images: what each attack after another takes away, and what is left."""
+    """A bar for each network: the images that are misclassified under each attack in turn, and the robust ones."""
     networks = data["networks"]
     parts = list(next(iter(networks.values()))["parts"])
     in_order = ("#D9D9D9", PALETTE[4], PALETTE[5], PALETTE[1], PALETTE[3], PALETTE[6], PALETTE[2])
@@ -51,15 +51,15 @@ def lost_images(data: Data, path: pathlib.Path) -> None:
     with new_figure(figsize=(8.2, 1.2 + 0.42 * len(networks))) as figure:
         axes = figure.add_subplot()
         for place, of in enumerate(networks.values()):
-            left = 0.0
+            begin = 0.0
             for part, share in of["parts"].items():
                 width = 100 * share
-                axes.barh(place, width, 0.72, left, color=colours[part], label=part if place == 0 else None)
+                axes.barh(place, width, 0.72, begin, color=colours[part], label=part if place == 0 else None)
                 if width >= 4:
                     dark = colours[part] == PALETTE[6]
-                    axes.text(left + width / 2, place, f"{width:.1f}", ha="center", va="center", fontsize=7.5,
+                    axes.text(begin + width / 2, place, f"{width:.1f}", ha="center", va="center", fontsize=7.5,
                               color="white" if dark else "black")  # fmt: skip
-                left += width
+                begin += width
         axes.set_yticks(range(len(networks)), list(networks))
         axes.invert_yaxis()
         axes.set_xlim(0, 100)
@@ -69,11 +69,20 @@ def lost_images(data: Data, path: pathlib.Path) -> None:
         save(figure, figure_path(path))
 
 
+# Labels of the outcomes in the results of figure 1.
+OUTCOME_LABELS = {
+    "robust": "robust to PGD-20 and APGD-T",
+    "survives PGD-20, falls to APGD-T": "robust to PGD-20, not to APGD-T",
+    "falls to PGD-20": "not robust to PGD-20",
+    "misclassified": "misclassified without an attack",
+}
+
+
 def loss_curves(data: Data, path: pathlib.Path) -> None:
-    """Cross-entropy over PGD's steps, mean and spread over starts; and margins as PGD ascends two losses."""
+    """Cross-entropy over the steps of PGD, mean and standard deviation over starts; margins for PGD on two losses."""
     networks = data["networks"]
-    colours = {"robust": PALETTE[0], "survives PGD-20, falls to APGD-T": PALETTE[1], "falls to PGD-20": GREY}
-    panels = ("cross-entropy (nats)", "margin, ascending cross-entropy", "margin, ascending DLR")
+    colours = dict(zip(OUTCOME_LABELS, (PALETTE[0], PALETTE[1], GREY), strict=False))
+    panels = ("cross-entropy (nats)", "margin, PGD on cross-entropy", "margin, PGD on DLR")
     with new_figure(figsize=(10.5, 3.1 * len(networks) + 0.4)) as figure:
         grid = figure.subplots(len(networks), 3, squeeze=False)
         for (label, of), axes_of_row in zip(networks.items(), grid, strict=True):
@@ -88,13 +97,15 @@ def loss_curves(data: Data, path: pathlib.Path) -> None:
                 axes.set_xlabel("PGD step")
             for axes in axes_of_row[1:]:
                 axes.axhline(0, color="black", linewidth=0.8)
-        handles = [grid[0, 0].plot([], [], color=colour, label=name)[0] for name, colour in colours.items()]
+        handles = [
+            grid[0, 0].plot([], [], color=colour, label=OUTCOME_LABELS[name])[0] for name, colour in colours.items()
+        ]
         figure.legend(handles=handles, loc="outside upper center", ncols=3)
         save(figure, figure_path(path))
 
 
 def embeddings(data: Data, path: pathlib.Path) -> None:
-    """t-SNE of features: a row for each network, a column for each set of images; colours are the true classes."""
+    """t-SNE of features: one row per network, one column per set of images, one colour per true class."""
     networks = data["networks"]
     sets = list(next(iter(networks.values()))["points"])
     with new_figure(figsize=(3.2 * len(sets), 3.2 * len(networks) + 0.4)) as figure:
@@ -116,28 +127,30 @@ def embeddings(data: Data, path: pathlib.Path) -> None:
 
 
 def class_colour(index: int, count: int):
-    """As different as can be for ten classes."""
+    """The colour of a class: as different as possible for up to ten classes."""
     import matplotlib
 
     return matplotlib.colormaps["tab10"](index) if count <= 10 else colour_of(index, count)
 
 
 def plans_over_training(data: Data, path: pathlib.Path) -> None:
-    """What each transport's plan has on its diagonal, and whether its gradient has the identity plan's signs."""
+    """The mass on the diagonal of each transport's plan, and the agreement of its gradient's signs with two others."""
     points = data["points"]
     epochs = [point["epoch"] for point in points]
     labels = list(points[0]["plans"])
     panels = {
-        "diagonal": "mass of the plan on its diagonal (%)",
-        "identity_signs": "signs of the image's gradient as the identity plan's (%)",
-        "cross_entropy_signs": "... as the cross-entropy's (%)",
+        "diagonal": "mass on the plan's diagonal (%)",
+        "identity_signs": "gradient signs equal to the identity plan's (%)",
+        "cross_entropy_signs": "gradient signs equal to the cross-entropy's (%)",
     }
     with new_figure(figsize=(11.0, 3.7)) as figure:
         for axes, (name, title) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
             for index, label in enumerate(labels):
                 values = [100 * point["plans"][label][name] for point in points]
-                told = label if name == "diagonal" else None
-                axes.plot(epochs, values, color=colour_of(index, len(labels)), label=told, marker=".", linewidth=1.2)
+                in_legend = label if name == "diagonal" else None
+                axes.plot(
+                    epochs, values, color=colour_of(index, len(labels)), label=in_legend, marker=".", linewidth=1.2
+                )
             axes.set_title(title, fontsize=9)
             axes.set_xlabel("epoch")
             axes.set_ylim(-2, 102)
@@ -146,7 +159,7 @@ def plans_over_training(data: Data, path: pathlib.Path) -> None:
 
 
 def transfer_matrix(data: Data, path: pathlib.Path) -> None:
-    """Accuracy of each network, a row, on the adversaries of each, a column."""
+    """Accuracy of each network (rows) on the adversarial examples of each network (columns)."""
     rows = data["rows"]
     sources = list(next(iter(rows.values())))
     values = 100 * np.array([[of["accuracy"] for of in row.values()] for row in rows.values()])
@@ -158,7 +171,7 @@ def transfer_matrix(data: Data, path: pathlib.Path) -> None:
             axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="black" if value > 60 else "white")
         axes.set_xticks(range(len(sources)), [name.replace(", ", ",\n") for name in sources], fontsize=8)
         axes.set_yticks(range(len(rows)), list(rows))
-        axes.set_xlabel("adversaries of")
+        axes.set_xlabel("adversarial examples of")
         axes.grid(visible=False)
         figure.colorbar(shown, label="accuracy (%)")
         save(figure, figure_path(path))

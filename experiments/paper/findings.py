@@ -1,4 +1,4 @@
-"""What the results say of the paper's claims: each claim is checked by numbers, and the sentence is made of them."""
+"""Check the paper's claims against the results. Verdicts and evidence are computed from the numbers."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from experiments.paper.tables import EQUAL
 from fs_jax.evaluation.statistics import accuracy
 
 Results = Mapping[str, Data]
-"""A scale's results, by the experiment's name."""
+"""Results of a scale, by the name of the experiment."""
 
 
 class Finding(NamedTuple):
-    """A claim, and what one scale's results say of it."""
+    """A claim of the paper, and the verdict of one scale's results."""
 
     claim: str
     verdict: str
@@ -24,12 +24,12 @@ class Finding(NamedTuple):
 
 
 def findings(results: Results) -> list[Finding]:
-    """Of all claims that these results can check."""
+    """Findings for all claims that these results can check."""
     found = []
     for claim, check in CLAIMS:
         try:
             verdict, evidence = check(results)
-        except KeyError:  # a row or an experiment that isn't there
+        except KeyError:  # a row or an experiment is missing
             continue
         found.append(Finding(claim, verdict, evidence))
     return found
@@ -37,11 +37,11 @@ def findings(results: Results) -> list[Finding]:
 
 def percent(results: Results, experiment: str, row: str, attack: str) -> str:
     """An accuracy with its interval, as text."""
-    return said(results[experiment]["rows"][row][attack])
+    return with_interval(results[experiment]["rows"][row][attack])
 
 
 def difference(results: Results, experiment: str, row: str, attack: str) -> tuple[str, str]:
-    """Verdict and text of how a row differs from its table's first."""
+    """Verdict and text for the difference between a row and the first row of its table."""
     of = results[experiment]["rows"][row][attack]["difference"]
     if of is None:
         raise KeyError(row)
@@ -49,20 +49,20 @@ def difference(results: Results, experiment: str, row: str, attack: str) -> tupl
 
 
 def better(results: Results, experiment: str, other: str) -> tuple[str, str]:
-    """Whether the paper's method is more robust than another row, under AutoAttack: "equal" is not."""
+    """Whether the paper's method is more robust under AutoAttack than another row. Equal rows disagree."""
     verdict, text = difference(results, experiment, other, "square")
     ours, theirs = (percent(results, experiment, row, "square") for row in ("feature scattering", other))
-    return MORE[verdict], f"Under AutoAttack {ours}, {other} {theirs}: {text}."
+    return MORE[verdict], f"AutoAttack accuracy: feature scattering {ours}, {other} {theirs}. Difference: {text}."
 
 
 MORE = {"lower": "agrees", "higher": "disagrees", "equal": "disagrees", "undetermined": "undetermined"}
-"""What "it does more than the others" is, if these differ from it so."""
+"""Verdict on the claim that the first row is more robust, by how the other row differs from it."""
 
 
 def stable(experiment: str) -> Callable[[Results], tuple[str, str]]:
-    """Whether accuracies under PGD-20 are those of the table's first row, whatever the parameter.
+    """Whether accuracies under PGD-20 are equal to that of the table's first row for all values of the parameter.
 
-    Of k rows, with intervals of 1 - 0.05 / k each (Bonferroni's), so that 95% hold for all of them together.
+    The intervals of k rows have level 1 - 0.05 / k (Bonferroni), so that they hold jointly with 95%.
     """
 
     def check(results: Results) -> tuple[str, str]:
@@ -78,7 +78,7 @@ def stable(experiment: str) -> Callable[[Results], tuple[str, str]]:
         wider = norm.ppf(1 - 0.025 / len(rows)) / norm.ppf(0.975)
         halves = {label: wider * of["half"] for label, of in rows.items()}
         text = ", ".join(f"{label} {of['points']:+.1f} ±{halves[label]:.1f}" for label, of in rows.items())
-        evidence = f"Under PGD-20, in points from {reference}, intervals for all together: {text}."
+        evidence = f"Differences from {reference} under PGD-20, in points, with joint 95% intervals: {text}."
         if all(abs(of["points"]) + halves[label] <= EQUAL for label, of in rows.items()):
             return "agrees", evidence
         differs = any(abs(of["points"]) > halves[label] for label, of in rows.items())
@@ -90,21 +90,22 @@ def stable(experiment: str) -> Callable[[Results], tuple[str, str]]:
 def smoothing_is_necessary(results: Results) -> tuple[str, str]:
     _, text = difference(results, "table2_label_smoothing", "Δ = 0", "pgd-20")
     verdict, judged = difference(results, "ablation", "transport, 1 step, Δ = 0", "apgd-t alone")
-    return MORE[verdict], f"Without smoothing, under PGD-20: {text}; under APGD-T, which decides here: {judged}."
+    return MORE[verdict], f"Without smoothing, under PGD-20: {text}. Under APGD-T, which decides the verdict: {judged}."
 
 
 def transport_matters(results: Results) -> tuple[str, str]:
     _, text = difference(results, "matching", "identity plan", "pgd-20")
     verdict, judged = difference(results, "matching", "identity plan", "square")
     evidence = (
-        f"With the identity plan in the transport's place, under PGD-20: {text}; under AutoAttack, which decides here: "
-        f"{judged}."
+        f"With the identity plan instead of the transport, under PGD-20: {text}. Under AutoAttack, which decides the "
+        f"verdict: {judged}."
     )
     if "mechanism" in results:
         plan = results["mechanism"]["points"][-1]["plans"]["Sinkhorn, τ = 0.01"]
         evidence += (
-            f" At the end of training the plan has {100 * plan['diagonal']:.1f}% of its mass on the diagonal, and the "
-            f"images' gradient the identity plan's sign in {100 * plan['identity_signs']:.1f}% of the pixels."
+            f" At the end of training, the plan has {100 * plan['diagonal']:.1f}% of its mass on the diagonal, and the "
+            f"gradient has the same sign as with the identity plan in {100 * plan['identity_signs']:.1f}% of the "
+            "pixels."
         )
     return MORE[verdict], evidence
 
@@ -118,36 +119,38 @@ def pgd_tells(results: Results) -> tuple[str, str]:
         lost[label] = share_of(round(sum(shares) * of["total"]), of["total"])
     ours, pgd = lost["feature scattering"], lost["PGD-7"]
     evidence = (
-        f"Of all test images {said(ours)} survive PGD-20 and fall to AutoAttack; of the network that is trained with "
-        f"PGD-7, {said(pgd)}."
+        f"{with_interval(ours)} of all test images are robust to PGD-20 but not to AutoAttack. For the network trained "
+        f"with PGD-7: {with_interval(pgd)}."
     )
-    return none_to_speak_of(ours), evidence
+    return negligible(ours), evidence
 
 
 def plateaus(results: Results) -> tuple[str, str]:
     of = results["figure1_loss_curves"]["networks"]["feature scattering"]
-    falls, holds = of["outcomes"]["survives PGD-20, falls to APGD-T"], of["outcomes"]["robust"]
-    if not falls + holds:
-        raise KeyError("no image survives PGD-20")
-    share = share_of(falls, falls + holds)
-    risen = [curve["loss"]["mean"] for curve in of["curves"]]
-    flat = sum(loss[20] - loss[0] >= 0.95 * (loss[-1] - loss[0]) for loss in risen)
+    lost, robust = of["outcomes"]["survives PGD-20, falls to APGD-T"], of["outcomes"]["robust"]
+    if not lost + robust:
+        raise KeyError("no image is robust to PGD-20")
+    share = share_of(lost, lost + robust)
+    losses = [curve["loss"]["mean"] for curve in of["curves"]]
+    flat = sum(loss[20] - loss[0] >= 0.95 * (loss[-1] - loss[0]) for loss in losses)
     evidence = (
-        f"{flat} of {len(risen)} curves have 95% of their rise after 20 steps: they do have a plateau. But of "
-        f"{falls + holds} images that survive PGD-20, {falls} fall to APGD-T ({said(share)})."
+        f"{flat} of {len(losses)} loss curves reach 95% of their total increase within 20 steps, so they have a "
+        f"plateau. But {lost} of {lost + robust} images that are robust to PGD-20 are not robust to APGD-T "
+        f"({with_interval(share)})."
     )
-    return none_to_speak_of(share), evidence
+    return negligible(share), evidence
 
 
 def gradient_free_attacks_are_evidence(results: Results) -> tuple[str, str]:
     row = results["gradient_free"]["rows"]["feature scattering"]
     names = {
         "spsa, 1 step": "SPSA with the defaults of 2019's libraries", "spsa": "strong SPSA",
-        "local search, 10 rounds": "local search of 10 rounds", "local-search-projected": "strong local search",
+        "local search, 10 rounds": "local search with 10 rounds", "local-search-projected": "strong local search",
         "square alone": "Square",
     }  # fmt: skip
-    told = ", ".join(f"{text} {said(row[name])}" for name, text in names.items())
-    evidence = f"Clean {said(row['clean'])}; {told} of {row['square alone']['total']} images."
+    accuracies = ", ".join(f"{text} {with_interval(row[name])}" for name, text in names.items())
+    images = row["square alone"]["total"]
+    evidence = f"Clean accuracy {with_interval(row['clean'])}. Robust accuracy on {images} images: {accuracies}."
     weak = row["spsa, 1 step"]["low"] > row["square alone"]["high"]
     return ("disagrees" if weak else "undetermined"), evidence
 
@@ -158,34 +161,34 @@ def clusters_hold(results: Results) -> tuple[str, str]:
     for label, of in networks.items():
         clean, attacked = of["purity"]["clean"], of["purity"]["supervised attack"]
         drops[label] = 100 * (clean["mean"] - attacked["mean"]), 100 * np.hypot(clean["half"], attacked["half"])
-    told = "; ".join(
-        f"{label}: {', '.join(f'{name} {said_of_purity(p)}' for name, p in of['purity'].items())}"
+    purities = "; ".join(
+        f"{label} network: {', '.join(f'{name} {purity_text(p)}' for name, p in of['purity'].items())}"
         for label, of in networks.items()
     )
-    less = drops["standard"][0] - drops["feature scattering"][0]
+    gain = drops["standard"][0] - drops["feature scattering"][0]
     half = np.hypot(drops["standard"][1], drops["feature scattering"][1])
-    verdict = "agrees" if less > half else "disagrees" if less < -half else "undetermined"
-    return verdict, f"Neighbours of the same class. {told}."
+    verdict = "agrees" if gain > half else "disagrees" if gain < -half else "undetermined"
+    return verdict, f"Nearest neighbours with the same class, by kind of images. {purities}."
 
 
-def said_of_purity(purity: Data) -> str:
+def purity_text(purity: Data) -> str:
     return f"{100 * purity['mean']:.0f} ±{100 * purity['half']:.0f}%"
 
 
 def share_of(count: int, total: int) -> Data:
-    """A share with its interval."""
+    """A fraction with its interval."""
     return accuracy(np.arange(total) < count)
 
 
-def none_to_speak_of(share: Data) -> str:
-    """What a claim is that rests on a share's being nothing, within the points that rows may differ and be equal."""
+def negligible(share: Data) -> str:
+    """The verdict on a claim that a fraction is 0, up to the difference within which rows are equal."""
     if 100 * share["low"] > EQUAL:
         return "disagrees"
     return "agrees" if 100 * share["high"] <= EQUAL else "undetermined"
 
 
-def said(of: Data) -> str:
-    """An accuracy or a share with its interval, as text."""
+def with_interval(of: Data) -> str:
+    """An accuracy or fraction with its interval, as text."""
     return f"{100 * of['accuracy']:.1f}% [{100 * of['low']:.1f}, {100 * of['high']:.1f}]"
 
 
@@ -195,15 +198,18 @@ CLAIMS: tuple[tuple[str, Callable[[Results], tuple[str, str]]], ...] = (
         lambda results: better(results, "main_table", "PGD-7"),
     ),
     (
-        "One step is enough: at equal passes through the network it is better than seven of PGD.",
+        "One step is enough: at equal passes through the network, it is more robust than seven steps of PGD.",
         lambda results: better(results, "equal_passes", "PGD-7, equal passes"),
     ),
-    ("Accuracy under PGD is what the defence is worth.", pgd_tells),
-    ("Loss curves that reach a plateau speak for robustness (figure 1).", plateaus),
-    ("High accuracy under gradient-free attacks shows that no gradient is masked.", gradient_free_attacks_are_evidence),
-    ("Matching by transport is what makes it work.", transport_matters),
-    ("Label smoothing is necessary: without it the method is less robust (table 2).", smoothing_is_necessary),
+    ("Accuracy under PGD measures the robustness of the defence.", pgd_tells),
+    ("Loss curves with a plateau are evidence of robustness (figure 1).", plateaus),
+    (
+        "High accuracy under gradient-free attacks shows that gradients are not masked.",
+        gradient_free_attacks_are_evidence,
+    ),
+    ("The matching by optimal transport makes the method work.", transport_matters),
+    ("Label smoothing is necessary: without it, the method is less robust (table 2).", smoothing_is_necessary),
     ("Results are stable in Sinkhorn's τ (table 3).", stable("table3_sinkhorn_tau")),
     ("Results are stable in IPOT's β (table 4).", stable("table4_ipot_beta")),
-    ("Attacked, clusters of features keep their classes better than the standard network's (figure 2).", clusters_hold),
+    ("Under attack, clusters of features mix classes less than in the standard network (figure 2).", clusters_hold),
 )

@@ -9,7 +9,7 @@ from experiments.paper.tables import table
 
 
 def attacks(scale: Scale):
-    """Each once as weak as the libraries of 2019 had it by default, and once strong."""
+    """Each attack twice: weak, as by default in the libraries of 2019, and strong."""
     from fs_jax.attacks import Attack
 
     epsilon = scale.config.attack.epsilon
@@ -30,7 +30,8 @@ EXPERIMENT = table(
     source="the paper's supplement",
     rows=[Row("feature scattering", paper={"spsa": 88.8, "local-search-projected": 89.9})],
     attacks=attacks,
-    reading="An accuracy near the clean one shows a weak attack, not a strong network: the weak settings show it.",
+    reading="An accuracy close to the clean one means a weak attack, not a robust network: compare weak and strong "
+    "settings.",
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What has to be run: networks, each trained once whatever experiments need it, and measured once for each."""
+"""The networks to train and measure. Each is trained once, for all experiments that need it."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ EXPERIMENTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A network: its configuration, its folder, and the experiments that it is measured for."""
+    """A network: its configuration, its folder, and the experiments that measure it."""
 
     scale: Scale
     config: TrainConfig
@@ -34,12 +34,12 @@ class Job:
 
 
 def experiment(name: str) -> Experiment:
-    """The declaration of a table or figure."""
+    """The declaration of a table or figure, by name."""
     return importlib.import_module(f"experiments.paper.{name}").EXPERIMENT
 
 
 def configurations(of: Experiment, scale: Scale, row: Row, seeds: Sequence[int]) -> list[TrainConfig]:
-    """Of a row's networks: one for each of the scale's data sets and each seed."""
+    """The configurations of a row's networks: one for each data set of the scale and each seed."""
     config = without_defaults(changed(scale.config, row.changes))
     found = [
         dataclasses.replace(config, dataset=dataset, seed=seed + row.add_to_seed)
@@ -50,7 +50,7 @@ def configurations(of: Experiment, scale: Scale, row: Row, seeds: Sequence[int])
 
 
 def without_defaults(config: TrainConfig) -> TrainConfig:
-    """The same configuration, in which what the method has by itself is left to it: so rows that agree are one.
+    """The configuration with the method's defaults replaced by None, so that equal networks have equal configurations.
 
     Example:
       >>> without_defaults(TrainConfig(smoothing=0.5)) == TrainConfig()
@@ -68,14 +68,14 @@ def without_defaults(config: TrainConfig) -> TrainConfig:
 
 
 def folder_of(workdir: pathlib.Path, scale: Scale, config: TrainConfig) -> pathlib.Path:
-    """Where a network is: the same configuration and data have one folder, whatever tables need it."""
+    """The folder of a network. It is the same for all tables, and depends on the configuration and data only."""
     key = digest([__version__, to_dict(config), *file_hash(config.dataset)])
     return workdir / scale.folder / f"{config.method}-{pathlib.Path(config.dataset).stem}-{key}"
 
 
 @functools.cache
 def file_hash(dataset: str) -> list[str]:
-    """Of a data set that is a file: another one may come to have its name."""
+    """The hash of a data set that is a file, as its name does not identify its content."""
     path = pathlib.Path(dataset)
     return [hashlib.sha256(path.read_bytes()).hexdigest()] if path.suffix == ".npz" and path.exists() else []
 
@@ -83,7 +83,7 @@ def file_hash(dataset: str) -> list[str]:
 def jobs(
     scale: Scale, names: Iterable[str], seeds: Sequence[int], workdir: pathlib.Path, rows: Sequence[str] = ()
 ) -> list[Job]:
-    """All networks of these experiments, or of those rows of them alone; those of the first experiment first."""
+    """All networks of these experiments, or of these rows only. Those of the first experiment come first."""
     found: dict[pathlib.Path, Job] = {}
     for name in names:
         for row in experiment(name).rows:
@@ -97,17 +97,17 @@ def jobs(
 
 
 def result_file(folder: pathlib.Path, scale: Scale, name: str) -> pathlib.Path:
-    """The result of an experiment's measurement of a network: experiments that measure the same share it."""
+    """The file with the result of a measurement of a network. Experiments with the same measurement share it."""
     return folder / f"result-{digest([scale.test_images, experiment(name).measurement.settings(scale)])}.json"
 
 
 def is_finished(job: Job) -> bool:
-    """Whether all that this network is for has been measured."""
+    """Whether the network is measured for all of its experiments."""
     return all(result_file(job.folder, job.scale, name).exists() for name in job.experiments)
 
 
 def finished_rows(name: str, scale: Scale, seeds: Sequence[int], workdir: pathlib.Path) -> list[Finished]:
-    """The rows of an experiment of which all networks are measured, with the results."""
+    """The rows of an experiment whose networks are all measured, with their results."""
     found = []
     for row in experiment(name).rows:
         configs = configurations(experiment(name), scale, row, seeds)
@@ -119,5 +119,5 @@ def finished_rows(name: str, scale: Scale, seeds: Sequence[int], workdir: pathli
 
 
 def digest(data: Any) -> str:
-    """A short hash of plain data."""
+    """A short hash of JSON data."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:10]

@@ -14,10 +14,10 @@ PAPER = {
 EXPERIMENT = table(
     name="main_table",
     title="Training methods",
-    source="the paper's supplement (tables 2 and 3 have feature scattering's row), and RobustBench for AutoAttack",
+    source="tables 2 and 3 of the paper's supplement for feature scattering, and RobustBench for AutoAttack",
     rows=[dataclasses.replace(FEATURE_SCATTERING, paper=PAPER), STANDARD, PGD_7, TRADES],
     attacks=and_autoattack,
-    reading="AutoAttack's accuracy is that after its last attack, Square.",
+    reading="The column square has AutoAttack's accuracy, as Square is the last of its attacks.",
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the transport is worth: transport, identity and independent plans: `python -m experiments.paper.matching`."""
+"""Compare transport with identity and independent plans: `python -m experiments.paper.matching`."""
 
 from experiments.paper.attacked import and_autoattack
 from experiments.paper.experiment import Row
@@ -12,10 +12,11 @@ IPOT = Row("IPOT, β = 1", {"transport.solver": "ipot"})
 EXPERIMENT = table(
     name="matching",
     title="Matching of natural and scattered features",
-    source="(the main paper's ablation of the matching; its numbers are not in the supplement)",
+    source="the paper's ablation of the matching, whose numbers are not in the supplement",
     rows=[Row("Sinkhorn, τ = 0.01"), IPOT, IDENTITY, INDEPENDENT],
     attacks=and_autoattack,
-    reading="The transport's plan; or each image with itself alone (identity), or with all alike (independent).",
+    reading="The plan of the transport, compared with two fixed plans: identity matches each image with itself only, "
+    "independent matches it with all images equally.",
 )
 
 if __name__ == "__main__":

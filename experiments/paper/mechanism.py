@@ -1,4 +1,4 @@
-"""What the transport's plan is during training, and what it changes: `python -m experiments.paper.mechanism`."""
+"""The transport plan during training, and its effect on the attack: `python -m experiments.paper.mechanism`."""
 
 import functools
 import pathlib
@@ -19,12 +19,12 @@ PLANS = {
     **{f"IPOT, β = {beta:g}": TransportConfig(solver="ipot", beta=beta) for beta in (0.5, 1.0)},
     "independent plan": TransportConfig(solver="independent"),
 }
-POINTS = 16  # at which a training is looked at, at most
+POINTS = 16  # largest number of epochs with a measurement
 BATCHES = 4
 
 
 def run(network: Network, scale: Scale, path: pathlib.Path) -> Data | None:
-    """Train another network of this configuration, and look at batches of its training images on the way."""
+    """Train a network again with this configuration, and measure the plans on training batches at several epochs."""
     import json
 
     import jax
@@ -35,20 +35,20 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data | None:
     seen, every = path.with_suffix(".points.jsonl"), -(-network.config.epochs // POINTS)
     points = {point["epoch"]: point for point in (read_jsonl(seen) if seen.exists() else [])}
 
-    def look_at(epoch, variables):
+    def measure(epoch, variables):
         if epoch % every == 0 or epoch == network.config.epochs:
-            points[epoch] = {"epoch": epoch, "plans": look(network, variables)}
+            points[epoch] = {"epoch": epoch, "plans": plans(network, variables)}
             write_files(seen.parent, {seen.name: "".join(f"{json.dumps(point)}\n" for point in points.values())})
 
     run = training.train(
         network.config, network.dataset, path.with_suffix(".run"), devices=jax.local_devices()[:1],
-        monitor_images=0, progress=False, on_epoch=look_at,
+        monitor_images=0, progress=False, on_epoch=measure,
     )  # fmt: skip
     return {"points": [points[epoch] for epoch in sorted(points)]} if run.finished else None
 
 
-def look(network: Network, variables) -> Data:
-    """Of each transport, on the same batches and noise: its plan, and the signs of the gradient that images get."""
+def plans(network: Network, variables) -> Data:
+    """Statistics of the plan and of the images' gradient for each transport, on the same batches and noise."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -81,7 +81,7 @@ def look(network: Network, variables) -> Data:
 
 @functools.cache
 def programs():
-    """The compiled functions: made once, and JAX is loaded here alone."""
+    """The jitted functions. They are made once, and JAX is only imported here."""
     import jax
     import jax.numpy as jnp
 
@@ -110,12 +110,12 @@ def programs():
 
 
 def signs(*arguments):
-    """Of a transport's gradient to the images, and the transport."""
+    """The signs of the gradient of the transport cost with respect to the images, and the transport."""
     return programs()[0](*arguments)
 
 
 def supervised_signs(*arguments):
-    """Of the cross-entropy's gradient to the images."""
+    """The signs of the gradient of the cross-entropy with respect to the images."""
     return programs()[1](*arguments)
 
 
@@ -126,8 +126,9 @@ def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) 
 def show(data: Data) -> str:
     last = data["points"][-1]
     columns = {
-        "diagonal": "on the diagonal, %", "marginal_error": "marginal error (L1)",
-        "identity_signs": "signs as the identity plan's, %", "cross_entropy_signs": "signs as the cross-entropy's, %",
+        "diagonal": "mass on the diagonal, %", "marginal_error": "marginal error (L1)",
+        "identity_signs": "gradient signs equal to the identity plan's, %",
+        "cross_entropy_signs": "gradient signs equal to the cross-entropy's, %",
     }  # fmt: skip
     text = [
         [label, *(f"{of[name]:.1e}" if name == "marginal_error" else f"{100 * of[name]:.1f}" for name in columns)]
@@ -136,7 +137,8 @@ def show(data: Data) -> str:
     return "\n\n".join([
         tabulate.tabulate(text, headers=["transport", *columns.values()], tablefmt="pipe", disable_numparse=True),
         f"At the end of training (epoch {last['epoch']}), means over {BATCHES} batches of training images with noise. "
-        "The network is trained by the paper's method; each transport is solved for the same logits.",
+        "The network is trained with the paper's method, and each transport is solved for the same logits. Gradients "
+        "are those of the transport cost with respect to the images; the attack moves along their signs.",
     ])  # fmt: skip
 
 
@@ -145,7 +147,7 @@ def settings(scale: Scale) -> list:
 
 
 def passes(config: TrainConfig, scale: Scale, images: int) -> float:
-    """The training, and a gradient for each transport at each point."""
+    """The passes of the training, and of a gradient for each transport at each measurement."""
     points = min(POINTS, config.epochs) + 1
     return config.batch_size * (2.4 * config.total_steps + points * BATCHES * (len(PLANS) + 2))
 
@@ -153,15 +155,15 @@ def passes(config: TrainConfig, scale: Scale, images: int) -> float:
 EXPERIMENT = Experiment(
     name="mechanism",
     title="What the transport does",
-    source="(not in the paper)",
+    source="not in the paper",
     rows=[FEATURE_SCATTERING],
     measurement=Measurement(run, settings, passes),
     collect=collect,
     show=show,
     draw=plans_over_training,
     pooled=False,
-    reading="Where the plan has nearly all of its mass on the diagonal, each image is matched with itself, and the "
-    "transport's attack is that of the identity plan: each image goes away from its own natural features.",
+    reading="A plan with almost all of its mass on the diagonal matches each image with itself. The attack is then "
+    "that of the identity plan: it moves each image away from its own natural features.",
 )
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Runs the networks of some experiments, as many at a time as there are processors for, and writes what they show.
+"""Run the networks of some experiments in parallel, and write tables and figures.
 
-Each network has a folder and a process of its own. What is finished is skipped; what was interrupted or killed
-resumes.
+Each network has its own folder and process. Finished networks are skipped, and interrupted ones resume.
 """
 
 import contextlib
@@ -16,8 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import tyro
-
 from experiments import command_line
 from experiments.output import write_files
 from experiments.paper import costs, writing
@@ -28,31 +25,37 @@ from fs_jax._utils.files import local_path, locked, read_jsonl
 from fs_jax._utils.validation import check_choice, check_number
 from fs_jax.config import to_dict
 
+EXAMPLES = """\
+  {prog} --list
+  {prog} --scale digits
+  {prog} --scale small --seeds 0 1 2 --max-minutes 55
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Run the paper's experiments at a scale, and write their tables and figures."""
+    """Train, attack and measure networks for tables and figures: minutes at scale trial, hours at scale digits."""
 
     scale: str = "digits"
-    """trial, digits, small, medium, short or paper: see --list."""
+    """trial, digits, small, medium, short or paper; --list describes them."""
     seeds: tuple[int, ...] = (0,)
-    """Each row is trained once with each."""
+    """Seeds. Each row is trained once per seed."""
     dataset: str | None = None
-    """Another data set than the scale's: cifar10, cifar100, svhn_cropped, digits, or the path of an .npz file."""
+    """Replaces the scale's data set: cifar10, cifar100, svhn_cropped, digits, or the path of an .npz file."""
     rows: tuple[str, ...] = ()
-    """Train and measure these alone, by the label that a table gives them; by default all."""
+    """Labels of the rows to train and measure; by default all. --list lists them."""
     workdir: pathlib.Path = pathlib.Path("runs/paper")
     """Folder of the networks: a new one, or the one to resume."""
     results: pathlib.Path = pathlib.Path("experiments/results/paper")
-    """Folder of the tables; each scale has a folder of its own in it."""
+    """Folder of the tables and figures, with one folder per scale."""
     data_dir: pathlib.Path | None = None
     """TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     workers: int | None = None
-    """Networks at a time; by default one for each accelerator, or for each processor."""
+    """Number of networks in parallel; by default one per accelerator or, without accelerators, per CPU core."""
     max_minutes: float | None = None
-    """Stop cleanly after so many minutes, with exit status 75; the same command resumes."""
+    """Stop cleanly after this many minutes, with exit status 75. Rerun the same command to resume."""
     list: bool = False
-    """List scales, tables and rows, with what is there and what is missing, and run nothing."""
+    """List scales, experiments and rows, and how many networks are not finished. Run nothing."""
 
 
 def main(chosen: Experiment) -> None:
@@ -61,9 +64,10 @@ def main(chosen: Experiment) -> None:
 
 
 def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
-    """Run these experiments, or all of the scale, with the command line's words."""
-    arguments = tyro.cli(Arguments, args=argv)
-    dataset = arguments.dataset  # a file by its whole name, as workers are in another folder
+    """Run these experiments, or all experiments of the scale, with the options in `argv`."""
+    prog = f"python -m experiments.paper{'' if names is None else f'.{names[0]}'}"
+    arguments = command_line.parse(Arguments, argv, prog=prog, examples=EXAMPLES.format(prog=prog))
+    dataset = arguments.dataset  # a file by its absolute path, as workers run in another folder
     if dataset is not None and dataset.endswith(".npz"):
         dataset = str(local_path("dataset", dataset).resolve())
     scale = scale_of(arguments.scale, dataset)
@@ -72,7 +76,7 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
     for seed in arguments.seeds:
         check_number("seeds", seed, at_least=0, at_most=2**32 - 2, integer=True)
     if len(set(arguments.seeds)) < len(arguments.seeds):
-        raise ValueError(f"seeds: expected each once; got {', '.join(map(str, arguments.seeds))}.")
+        raise ValueError(f"seeds: expected distinct seeds; got {', '.join(map(str, arguments.seeds))}.")
     if arguments.max_minutes is not None:
         check_number("max_minutes", arguments.max_minutes, above=0)
     names = names or scale.experiments or EXPERIMENTS
@@ -98,25 +102,25 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
             if path is not None:
                 written.append(path)
                 print(f"\n{path.read_text(encoding='utf-8')}")
-    print(f"Written: {', '.join(map(str, written)) or 'nothing, as no row is complete'}.")
+    print(f"Written: {', '.join(map(str, written)) or 'nothing, as no row is finished'}.")
     if failed:
         raise ChildProcessError("\n".join(failed))
     if stopped:
-        print("Stopped. The same command resumes.")
+        print("Stopped. Rerun the same command to resume.")
         return command_line.STOPPED
     return None
 
 
 @contextlib.contextmanager
 def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """The workdir for this process alone; asked to end, it ends as by Ctrl-C: workers first."""
+    """Lock the workdir. On SIGTERM, stop like on Ctrl-C, which ends the workers first."""
     workdir.mkdir(parents=True, exist_ok=True)
     try:
         lock = locked(workdir / "runner")
     except BlockingIOError:
         raise BlockingIOError(
-            f"workdir: expected a folder that no other run is using; got {workdir}, which one is. Wait for its end, or "
-            "choose another with --workdir."
+            f"workdir: expected an unused folder; got {workdir}, which another process is using. Wait for it, or "
+            "choose another folder with --workdir."
         ) from None
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -127,25 +131,25 @@ def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def listing(scale: Scale, names: Sequence[str], needed: list[Job], missing: list[Job]) -> str:
-    """Scales and experiments; and of those chosen the rows, and what is missing."""
+    """The scales and experiments, the rows of the chosen experiments, and the number of unfinished networks."""
     lines = ["Scales:", *(f"  {name:8} {about.summary}" for name, about in SCALES.items())]
     lines += ["Experiments:"]
     lines += [f"  {name:24} {experiment(name).title}" for name in EXPERIMENTS]
     lines += [f"Rows of {', '.join(names)}:"]
     lines += [f"  {label}" for label in dict.fromkeys(row.label for name in names for row in experiment(name).rows)]
-    lines += [f"At scale {scale.folder}: {len(needed)} networks, {len(missing)} to train or measure."]
+    lines += [f"At scale {scale.folder}: {len(needed)} networks, {len(missing)} of them to train or measure."]
     return "\n".join(lines)
 
 
 def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
-    """Run these jobs; whether they were stopped before their end, and what failed."""
+    """Run these jobs. Returns whether they were stopped early, and the messages of failed ones."""
     from tqdm import tqdm
 
     from fs_jax import data
 
     workdir, data_dir = local_path("workdir", arguments.workdir), arguments.data_dir
     places = processors(arguments.workers)
-    # What is wrong with the data is said here, once, and not by each worker after its training.
+    # Check the data once, here, instead of in each worker after its training.
     check_data(data.load(missing[0].config.dataset, data_dir=data_dir), missing)
     for job in missing:
         spec: dict[str, Any] = {"scale": job.scale.name, "dataset": job.scale.dataset, "config": to_dict(job.config)}
@@ -162,7 +166,7 @@ def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
             return True, []
         each = [costs.seconds_of(job, costs_of[costs.kind(job.config)]) for job in missing]
         estimated = max(sum(each) / len(places), max(each))
-        print(f"{len(missing)} networks, {len(places)} at a time: about {words(estimated)}.", flush=True)
+        print(f"{len(missing)} networks, {len(places)} in parallel: about {duration(estimated)}.", flush=True)
         bar = stack.enter_context(tqdm(total=len(missing), unit="network"))
         timed = time.monotonic()
         while (waiting or running) and time.monotonic() < deadline:
@@ -177,25 +181,27 @@ def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
                         failed.append(failure(job, worker))
             done = len(missing) - len(waiting) - len(running) - len(failed)
             so_far = round(done + sum(share_done(job) for job, _ in running.values()), 2)
-            if so_far != bar.n:  # tqdm itself would wait for steps as large as the largest so far
+            if so_far != bar.n:  # tqdm would wait for updates as large as the largest one so far
                 bar.n = so_far
                 bar.refresh()
             time.sleep(1)
     stopped = not failed and not all(is_finished(job) for job in missing)
     if not stopped:
-        print(f"It took {words(time.monotonic() - timed)}; estimated were {words(estimated)}.")
+        print(f"Time: {duration(time.monotonic() - timed)}; estimated: {duration(estimated)}.")
     return stopped, failed
 
 
 def check_data(dataset: Any, missing: list[Job]) -> None:
-    """Refuse what workers would fail at.
+    """Check that the workers can use the data set.
 
     Raises:
-      ValueError: for too few images to train on, or classes for some experiment.
+      ValueError: for too few training images, or too few classes for an experiment.
     """
     scale, batch = missing[0].scale, max(job.config.batch_size for job in missing)
     if len(dataset.train_labels) < batch:
-        raise ValueError(f"dataset: expected at least {batch} training images; got {len(dataset.train_labels)}.")
+        raise ValueError(
+            f"dataset: expected at least {batch} training images, a batch; got {len(dataset.train_labels)}."
+        )
     names = dict.fromkeys(name for job in missing for name in job.experiments)
     needed = {name: experiment(name).measurement.least_classes(scale) for name in names}
     if too_few := [name for name, classes in needed.items() if classes > dataset.info.num_classes]:
@@ -205,15 +211,16 @@ def check_data(dataset: Any, missing: list[Job]) -> None:
             if experiment(name).measurement.least_classes(scale) <= dataset.info.num_classes
         ]
         raise ValueError(
-            f"dataset: expected at least {max(needed.values())} classes for {', '.join(too_few)}; "
-            f"{missing[0].config.dataset} has {dataset.info.num_classes}. These can be run: {', '.join(others)}."
+            f"dataset: expected at least {max(needed.values())} classes for {', '.join(too_few)}; got "
+            f"{dataset.info.num_classes} in {missing[0].config.dataset}. These experiments can run: "
+            f"{', '.join(others)}."
         )
 
 
 def time_kinds(
     missing: list[Job], places: list[str], running: dict, workdir: pathlib.Path, deadline: float
 ) -> dict[str, dict[str, float]] | None:
-    """What a step and a pass cost of each kind of network, each timed once and for all; None if there was no time."""
+    """Times of a training step and a pass, for each kind of network, measured once and saved; None at the deadline."""
     from tqdm import tqdm
 
     kinds = {costs.kind(job.config): job for job in missing}
@@ -235,17 +242,17 @@ def time_kinds(
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
 
 
-def words(seconds: float) -> str:
-    """A time for people."""
+def duration(seconds: float) -> str:
+    """A duration in hours and minutes."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
 def processors(count: int | None = None) -> list[str]:
-    """Places to run at: an accelerator, or a processor, each."""
+    """Places to run workers: accelerators or, without accelerators, CPU cores."""
     if count is not None:
         check_number("workers", count, at_least=1, integer=True)
-    # In a process of its own: this one would keep the accelerators from its workers.
+    # In a subprocess, as this process would reserve the accelerators that its workers need.
     asked = "import jax; print(*(f'{d.platform} {d.id}' for d in jax.local_devices()), sep=';')"
     found = subprocess.run([sys.executable, "-c", asked], check=True, capture_output=True, text=True).stdout
     devices = [device.split() for device in found.strip().splitlines()[-1].split(";")]
@@ -256,21 +263,21 @@ def processors(count: int | None = None) -> list[str]:
 
 
 class Worker(NamedTuple):
-    """A process that trains and measures a network."""
+    """The process that trains and measures a network."""
 
     process: subprocess.Popen
     log: pathlib.Path
     begins: int
-    """Where in the log its own lines begin."""
+    """Position in the log file where its lines begin."""
 
 
 def start(job: Job, place: str, *more: str) -> Worker:
-    """A worker on its processor: several programs of one thread do more than one program of several."""
+    """Start a worker on one processor. On CPUs, single-threaded workers in parallel have the highest throughput."""
     kind, number, _ = place.split(":")
     environment = dict(os.environ)
     if kind in ("gpu", "cuda", "rocm"):
         name = "ROCR_VISIBLE_DEVICES" if kind == "rocm" else "CUDA_VISIBLE_DEVICES"
-        seen = os.environ.get(name)  # of those that this process may use
+        seen = os.environ.get(name)  # the accelerators that this process may use
         environment[name] = seen.split(",")[int(number)] if seen else number
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     elif kind == "tpu":
@@ -278,7 +285,7 @@ def start(job: Job, place: str, *more: str) -> Worker:
             "TPU_VISIBLE_CHIPS": number, "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1",
         }  # fmt: skip
     path = job.folder / "log"
-    log = open(path, "ab")  # noqa: SIM115 - the worker's, until it ends
+    log = open(path, "ab")  # noqa: SIM115 - the worker writes to it
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.paper.worker", str(job.folder.resolve()), *more],
         env=environment, stdout=log, stderr=log, cwd=pathlib.Path(__file__).parents[2],
@@ -286,35 +293,35 @@ def start(job: Job, place: str, *more: str) -> Worker:
     begins = log.tell()
     log.close()
     if kind == "cpu" and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(process.pid, {int(number)})  # before XLA counts its threads
+        os.sched_setaffinity(process.pid, {int(number)})  # before XLA counts the cores
     return Worker(process, path, begins)
 
 
 def failure(job: Job, worker: Worker) -> str:
-    """What to say of a worker that failed."""
+    """The error message for a failed worker."""
     log = worker.log.read_bytes()[worker.begins :].decode(errors="replace")
-    advice = "What is finished is kept; the same command tries the others again."
+    advice = "Finished networks are kept. Rerun the same command to try the others again."
     if "RESOURCE_EXHAUSTED" in log or "Out of memory" in log:
-        advice = f"Out of memory: run fewer networks at a time (--workers 1), or a smaller scale. {advice}"
+        advice = f"Out of memory: run fewer networks in parallel (--workers 1), or a smaller scale. {advice}"
     return f"{job.folder.name} failed; the end of {worker.log} is:\n{log[-2000:]}\n{advice}"
 
 
 def end(running: dict[str, tuple[Job, Worker]]) -> None:
-    """Stop what is running: training saves a checkpoint, and evaluations have their journals."""
+    """Stop the workers. They resume from the last checkpoint or from the journal of the evaluation."""
     for _, worker in running.values():
         worker.process.terminate()
     for _, worker in running.values():
         try:
             worker.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:  # nothing is lost but what came since the last checkpoint
+        except subprocess.TimeoutExpired:  # only the work since the last checkpoint is lost
             worker.process.kill()
 
 
 def share_done(job: Job) -> float:
-    """How far a network is, about: training is half of it."""
+    """Estimated progress of a network, from 0 to 1. Training counts as half of the work."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         steps = read_jsonl(job.folder / "run" / "metrics.jsonl")[-1]["step"]
         total = job.config.total_steps
-        there = [result_file(job.folder, job.scale, name).exists() for name in job.experiments]
-        return 0.5 * min(1.0, steps / total) + 0.5 * sum(there) / len(there)
+        finished = [result_file(job.folder, job.scale, name).exists() for name in job.experiments]
+        return 0.5 * min(1.0, steps / total) + 0.5 * sum(finished) / len(finished)
     return 0.0

@@ -1,4 +1,4 @@
-"""How large the paper's experiments are run: what each scale changes, what it costs, and what it can decide."""
+"""The scales of the paper's experiments: data set, network, length of training and number of test images."""
 
 import dataclasses
 import pathlib
@@ -12,29 +12,30 @@ from fs_jax.config import AttackConfig, ModelConfig, TrainConfig, preset
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """A size of the paper's experiments."""
+    """A scale of the paper's experiments."""
 
     name: str
+    """Name on the command line."""
     summary: str
-    """What it changes, what it costs, and what it can decide."""
+    """Settings, time, and which effects can be detected."""
     config: TrainConfig
-    """Of the paper's method; a row changes it."""
+    """Configuration of the paper's method, which a row changes."""
     datasets: tuple[str, ...]
-    """One network is trained on each of them; their test images are pooled."""
+    """Data sets. One network is trained on each, and the test images of all are pooled."""
     test_images: int | None
-    """How many test images of each are attacked, the first ones; None for all."""
+    """Number of attacked test images of each data set, the first ones; None for all."""
     strong_images: int | None
-    """On how many of these the attacks of 500 and more steps from 5 starts are run."""
+    """Number of these images for attacks with 500 or more steps and 5 restarts; None for all."""
     gradient_free_images: int
-    """On how many of these gradient-free attacks are run."""
+    """Number of these images for gradient-free attacks."""
     experiments: tuple[str, ...] | None = None
-    """Which are run where none is named; None for all."""
+    """Experiments that run by default; None for all."""
     dataset: str | None = None
-    """Another data set than its own, if one was asked for."""
+    """The data set that replaces the scale's own, if any."""
 
     @property
     def folder(self) -> str:
-        """Of its networks and results."""
+        """Name of the folders of its networks and results."""
         if self.dataset is None:
             return self.name
         stem = re.sub(r"[^\w.-]", "_", pathlib.Path(self.dataset).stem)
@@ -44,7 +45,7 @@ class Scale:
 SCALES: dict[str, Scale] = {
     "trial": Scale(
         "trial",
-        "One epoch of scikit-learn's digits, 20 test images: to try the scripts; decides nothing.",
+        "scikit-learn's digits, 1 epoch, 20 test images. A few minutes; only for trying the scripts.",
         dataclasses.replace(preset("digits"), epochs=1, decay_epochs=()),
         ("digits",),
         20,
@@ -53,8 +54,8 @@ SCALES: dict[str, Scale] = {
     ),
     "digits": Scale(
         "digits",
-        "scikit-learn's 8 x 8 digits, WRN-10-1, 12 epochs, radius 0.1, in five folds, so that all 1,797 images are "
-        "tested. Minutes a row on two cores; decides effects of 3 points and more.",
+        "scikit-learn's 8 x 8 digits, WRN-10-1, 12 epochs, radius 0.1, five folds, so that all 1,797 images are "
+        "tested. A few minutes per row on two CPU cores; detects effects of 3 points or more.",
         preset("digits"),
         ("digits", "digits_fold1", "digits_fold2", "digits_fold3", "digits_fold4"),
         None,
@@ -63,8 +64,8 @@ SCALES: dict[str, Scale] = {
     ),
     "small": Scale(
         "small",
-        "CIFAR-10 at 16 x 16, WRN-10-2, 16 epochs, radius 6/255, 1,000 test images. Some 20 minutes of one core a row; "
-        "decides orderings.",
+        "CIFAR-10 at 16 x 16, WRN-10-2, 16 epochs, radius 6/255, 1,000 test images. About 20 minutes per row on one "
+        "CPU core; detects the order of methods.",
         TrainConfig(
             dataset="cifar10_16x16",
             model=ModelConfig(depth=10, width=2),
@@ -79,8 +80,8 @@ SCALES: dict[str, Scale] = {
     ),
     "medium": Scale(
         "medium",
-        "CIFAR-10 at 32 x 32, WRN-10-2, 20 epochs, radius 4/255, 1,000 test images, of a few rows: an hour of two cores"
-        " a row. Whether 1-step scattering is better than PGD-7 under AutoAttack.",
+        "CIFAR-10 at 32 x 32, WRN-10-2, 20 epochs, radius 4/255, 1,000 test images, a few experiments. An hour per row "
+        "on two CPU cores; shows whether 1-step scattering is more robust than PGD-7 under AutoAttack.",
         TrainConfig(
             model=ModelConfig(depth=10, width=2),
             attack=AttackConfig(epsilon=4 / 255),
@@ -95,7 +96,7 @@ SCALES: dict[str, Scale] = {
     ),
     "short": Scale(
         "short",
-        "The paper's WRN-28-10 on CIFAR-10 in bfloat16 for 15 epochs, 1,000 test images: for a GPU or a TPU.",
+        "The paper's WRN-28-10 on CIFAR-10, in bfloat16, 15 epochs, 1,000 test images. Needs a GPU or TPU.",
         dataclasses.replace(
             preset("cifar10_wrn28_10"),
             model=ModelConfig(depth=28, width=10, dtype="bfloat16"),
@@ -109,7 +110,7 @@ SCALES: dict[str, Scale] = {
     ),
     "paper": Scale(
         "paper",
-        "The paper's WRN-28-10 on CIFAR-10 for 200 epochs, all 10,000 test images: for a GPU or a TPU.",
+        "The paper's WRN-28-10 on CIFAR-10, 200 epochs, all 10,000 test images. Needs a GPU or TPU.",
         preset("cifar10_wrn28_10"),
         ("cifar10",),
         None,
@@ -120,10 +121,10 @@ SCALES: dict[str, Scale] = {
 
 
 def scale_of(name: str, dataset: str | None = None) -> Scale:
-    """A scale by name, on its own data or on another set's (`cifar100`, `svhn_cropped`, an .npz file).
+    """A scale by name, optionally with another data set (`cifar100`, `svhn_cropped`, an .npz file).
 
     Raises:
-      ValueError: for an unknown name, with the nearest one.
+      ValueError: for an unknown name; the message suggests the nearest one.
 
     Example:
       >>> scale_of("short", "svhn_cropped").folder
@@ -139,7 +140,7 @@ def scale_of(name: str, dataset: str | None = None) -> Scale:
 
 
 def changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """The configuration with other values of some fields, named as on the command line; or functions of it.
+    """Change some fields of a configuration, by dotted name. A value can be a function of the configuration.
 
     Example:
       >>> changed(TrainConfig(), {"smoothing": 0.3, "transport.reg": 0.05}).transport.reg

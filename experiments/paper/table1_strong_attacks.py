@@ -12,7 +12,7 @@ PAPER = {"pgd-500x5": 64.5, "pgd-1000x5": 64.2, "cw-500x5": 56.8, "cw-1000x5": 5
 
 
 def attacks(scale: Scale) -> list[Any]:
-    """The paper's four, of which any iterate counts."""
+    """The paper's four attacks, judged at any iterate."""
     from fs_jax.attacks import Attack
 
     strong: dict[str, Any] = {"restarts": 5, "any_iterate": True, "num_images": scale.strong_images}
@@ -24,9 +24,9 @@ def attacks(scale: Scale) -> list[Any]:
 
 
 def with_lowest_runs(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data:
-    """The table, and of each attack the accuracy after the best of its runs alone, which is what the paper reports.
+    """The table, and the accuracy of each attack for its strongest restart alone, which the paper reports.
 
-    Of several networks, folds or seeds, the best run of each.
+    With several networks (folds or seeds), this is the strongest restart of each.
     """
     data = collected(experiment, scale, finished)
     for row, results, _folders in finished:
@@ -40,9 +40,9 @@ def with_lowest_runs(experiment: Experiment, scale: Scale, finished: Sequence[Fi
 
 
 def with_both(data: Data) -> str:
-    """The table, and the lowest runs beside the paper's."""
+    """The table, and the accuracies of the strongest restarts with those of the paper."""
     lines = [
-        f"Lowest single run, as the paper reports it ({label}): "
+        f"Lowest accuracy of a single restart, as reported in the paper ({label}): "
         + ", ".join(
             f"{name} {100 * of['lowest_single_run']:.1f} ({of['paper']:.1f})"
             for name, of in row.items()
@@ -57,12 +57,13 @@ def with_both(data: Data) -> str:
 EXPERIMENT = table(
     name="table1_strong_attacks",
     title="Strong white-box attacks",
-    source="table 1 of the paper's supplement (the lowest of 5 runs)",
+    source="table 1 of the paper's supplement (the lowest accuracy of 5 restarts)",
     rows=[Row("feature scattering", paper=PAPER)],
     attacks=attacks,
     collect=with_lowest_runs,
     show=with_both,
-    reading="The table has the worst case over all 5 starts and all iterates, which is stronger than the lowest run.",
+    reading="The table has the worst case over all 5 restarts and all iterates. It is at most the lowest accuracy of a "
+    "single restart.",
 )
 
 if __name__ == "__main__":

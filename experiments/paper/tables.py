@@ -1,4 +1,4 @@
-"""Tables of accuracies under attack: ours, the paper's, and which rows differ; as Markdown, CSV and LaTeX."""
+"""Tables of accuracies under attack: ours, the paper's, and the differences between rows; Markdown, CSV and LaTeX."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from fs_jax.evaluation.statistics import accuracy, paired_difference
 
 Collect = Callable[[Experiment, Scale, Sequence[Finished]], Data]
 
-EQUAL = 2.0  # points: rows whose difference lies within are equal
+EQUAL = 2.0  # points: two rows are equal if the interval of their difference is within ±EQUAL
 
 
 def table(
@@ -24,7 +24,7 @@ def table(
     draw: Callable[[Data, pathlib.Path], Any] | None = None, collect: Collect | None = None,
     show: Callable[[Data], str] | None = None,
 ) -> Experiment:  # fmt: skip
-    """An experiment that is a table: a row for each way to train, a column for each attack."""
+    """An experiment that is a table, with one row per way to train and one column per attack."""
     return Experiment(
         name=name, title=title, source=source, rows=rows, reading=reading, draw=draw,
         measurement=attacked(attacks), collect=collect or collected, show=show or shown,
@@ -33,7 +33,7 @@ def table(
 
 
 def collected(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data:
-    """Accuracies by row and attack over all images, and how each row differs from the table's first one."""
+    """Accuracies by row and attack, over all images, and the difference of each row from the first."""
     reference = experiment.rows[0].label
     correct = {of.row.label: pooled(of.results, len(scale.datasets)) for of in finished}
     rows: dict[str, Data] = {}
@@ -49,13 +49,16 @@ def collected(experiment: Experiment, scale: Scale, finished: Sequence[Finished]
 
 
 def pooled(evaluations: Sequence[Data], datasets: int) -> dict[str, np.ndarray]:
-    """By attack, for each image of all folds the share of its networks, of several seeds, that were right.
+    """For each attack, the fraction of networks that classify an image correctly, for the images of all folds.
 
-    An image is counted once however many networks it was shown to: they agree more than other images would.
+    Each image counts once, even with networks of several seeds, because their results on the same image are correlated.
 
     Args:
-      evaluations: Of the networks, all seeds of a data set together.
-      datasets: How many data sets, or folds, there are.
+      evaluations: Evaluations of the networks, ordered by data set and then by seed.
+      datasets: Number of data sets, or folds.
+
+    Returns:
+      Arrays [N] with values in [0, 1], by attack.
     """
     seeds = len(evaluations) // datasets
     folds = [evaluations[begin : begin + seeds] for begin in range(0, len(evaluations), seeds)]
@@ -66,7 +69,7 @@ def pooled(evaluations: Sequence[Data], datasets: int) -> dict[str, np.ndarray]:
 
 
 def mean_accuracy(images: np.ndarray) -> Data:
-    """The mean and its 95% interval over images: Wilson's of one network for each image, the normal one of several."""
+    """Mean and 95% interval over images: Wilson's interval for one network per image, the normal one for several."""
     if np.isin(images, (0, 1)).all():
         return accuracy(images.astype(bool))
     mean, half = float(np.mean(images)), float(1.96 * np.std(images, ddof=1) / np.sqrt(len(images)))
@@ -77,9 +80,9 @@ def mean_accuracy(images: np.ndarray) -> Data:
 
 
 def survived(evaluation: Data, name: str) -> np.ndarray:
-    """Which images an attack left, of those that it was meant for.
+    """Which images are robust to an attack, of those that it was run on.
 
-    An attack after others counts what those left: as AutoAttack's do, in its order.
+    For an attack that runs after others, as in AutoAttack, images must be robust to all of them.
     """
     (attack,) = (attack for attack in evaluation["attacks"] if attack["name"] == name)
     chain, records = (*attack["after"], name), evaluation["records"][: attack["num_images"]]
@@ -87,12 +90,12 @@ def survived(evaluation: Data, name: str) -> np.ndarray:
 
 
 def by_network(evaluations: Sequence[Data], name: str) -> list[float]:
-    """The accuracy of each network alone, for the spread over folds and seeds."""
+    """The accuracy of each network, for the standard deviation over folds and seeds."""
     return [float(np.mean(survived(evaluation, name))) for evaluation in evaluations]
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> Data:
-    """Of two rows on the same images, in points, with half its 95% interval, and what that says.
+    """Difference of two rows on the same images, in points, with half its 95% interval and a verdict.
 
     Example:
       >>> difference(np.arange(1000) < 900, np.arange(1000) < 850)["verdict"]
@@ -109,14 +112,14 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Data:
 
 
 def shown(data: Data) -> str:
-    """The accuracies, and below them the differences."""
+    """The table of accuracies, followed by the table of differences."""
     rows, reference = data["rows"], data["reference"]
     first = next(iter(rows.values()))
     counts = [numbers["total"] for numbers in first.values()]
     images = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
     about = (
-        f"Accuracy in % of {images} test images, with 95% intervals over images; in (): the paper's, on CIFAR-10 at "
-        "8/255."
+        f"Accuracy in % on {images} test images, with 95% intervals over images; in parentheses, the paper's accuracy "
+        "on CIFAR-10 at 8/255."
     )
     parts = [formatted(data, "pipe"), about]
     if spread := seed_spread(first):
@@ -128,16 +131,16 @@ def shown(data: Data) -> str:
     ]
     if text:
         parts += [
-            f"Points by which each row differs from *{reference}*, on the same images, with 95% intervals over images, "
-            f"for these networks. *Equal*: within ±{EQUAL:g} in the whole interval; *undetermined*: neither equal nor "
-            "different.",
+            f"Difference of each row from *{reference}*, in percentage points, on the same images, with 95% intervals "
+            f"over images, for these networks. *Equal*: the interval is within ±{EQUAL:g}. *Higher*, *lower*: it is "
+            "not, and excludes 0. *Undetermined*: neither.",
             tabulate.tabulate(text, headers=["", *first], tablefmt="pipe"),
         ]
     return "\n\n".join(parts)
 
 
 def formatted(data: Data, style: str) -> str:
-    """The accuracies in a style of tabulate's."""
+    """The accuracies, in a table format of tabulate."""
     text = [[label, *map(cell, numbers.values())] for label, numbers in data["rows"].items()]
     return tabulate.tabulate(text, headers=["", *next(iter(data["rows"].values()))], tablefmt=style)
 
@@ -148,18 +151,18 @@ def cell(numbers: Data) -> str:
 
 
 def differences(row: Data) -> list[Data]:
-    """From the table's first row; none of itself, or where that hasn't been run."""
+    """Differences from the first row; empty for the first row itself, or if the first row is not finished."""
     return [numbers["difference"] for numbers in row.values() if numbers["difference"] is not None]
 
 
 def seed_spread(row: Data) -> str | None:
-    """How much networks differ that differ in their fold or seed alone."""
+    """Standard deviation over networks that differ only in their fold or seed."""
     several = {name: numbers["by_network"] for name, numbers in row.items() if len(numbers["by_network"]) > 1}
     if not several:
         return None
     spread = ", ".join(f"{name} {100 * np.std(values, ddof=1):.1f}" for name, values in several.items())
     count = len(next(iter(several.values())))
-    return f"Standard deviation over the first row's {count} networks, of other folds or seeds, in points: {spread}."
+    return f"Standard deviation over the first row's {count} networks (folds or seeds), in points: {spread}."
 
 
 def as_csv(data: Data) -> str:
@@ -169,6 +172,6 @@ def as_csv(data: Data) -> str:
     writer.writerow(["row", "attack", *fields, "paper"])
     for label, numbers in data["rows"].items():
         for name, of in numbers.items():
-            paper = "" if of["paper"] is None else round(of["paper"] / 100, 6)  # a share, as ours
+            paper = "" if of["paper"] is None else round(of["paper"] / 100, 6)  # a fraction, like ours
             writer.writerow([label, name, *(of[field] for field in fields), paper])
     return file.getvalue()

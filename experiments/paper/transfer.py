@@ -1,4 +1,4 @@
-"""Adversaries of one network tried on another: `python -m experiments.paper.transfer`."""
+"""Adversarial examples of one network evaluated on another: `python -m experiments.paper.transfer`."""
 
 import dataclasses
 import pathlib
@@ -24,14 +24,14 @@ from experiments.paper.tables import cell
 from fs_jax.config import TrainConfig
 
 TARGETS = (FEATURE_SCATTERING, STANDARD, PGD_7, TRADES)
-# Of the same kind, with another seed: so that no network meets its own adversaries.
+# The same kinds of networks with another seed, so that no network is attacked by its own adversarial examples.
 SOURCES = tuple(dataclasses.replace(row, label=f"{row.label}, another seed", add_to_seed=1) for row in TARGETS)
 
 ITSELF = "itself"
 
 
 def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
-    """Make the adversaries of PGD-20, for others to be tried on."""
+    """Make adversarial examples with PGD-20, to evaluate other networks on them."""
     import numpy as np
 
     from fs_jax._utils.files import replacing
@@ -47,7 +47,7 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
 
 
 def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data | None:
-    """Judge each target on its own adversaries and on those of each source: passes forward alone."""
+    """Evaluate each target on its own adversarial examples and on those of each source. Only forward passes."""
     import jax
     import numpy as np
 
@@ -80,8 +80,9 @@ def show(data: Data) -> str:
     text = [[target, *map(cell, row.values())] for target, row in rows.items()]
     return "\n\n".join([
         tabulate.tabulate(text, headers=["", *first], tablefmt="pipe"),
-        f"Accuracy in % of the networks in rows, on {first[ITSELF]['total']:,} adversaries that PGD-20 makes for those "
-        "in columns, with 95% intervals. They are made anew, from other random starts than those of other tables.",
+        f"Accuracy in % of the networks in the rows, on {first[ITSELF]['total']:,} adversarial examples that PGD-20 "
+        "makes for the networks in the columns, with 95% intervals. The random starts differ from those of other "
+        "tables.",
     ])  # fmt: skip
 
 
@@ -92,13 +93,14 @@ def passes(config: TrainConfig, scale: Scale, images: int) -> float:
 EXPERIMENT = Experiment(
     name="transfer",
     title="Transferred attacks",
-    source="(the main paper's table of black-box attacks is not in the supplement)",
+    source="the paper's table of black-box attacks, which is not in the supplement",
     rows=[*TARGETS, *SOURCES],
     measurement=Measurement(run, lambda scale: ["transfer", "pgd-20"], passes),
     collect=collect,
     show=show,
     draw=transfer_matrix,
-    reading="Where another network's adversaries do more than a network's own, its own gradients mislead.",
+    reading="If another network's adversarial examples are stronger than a network's own, its gradients are "
+    "misleading.",
 )
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Trains one network and measures it, in a process of its own: `python -m experiments.paper.worker FOLDER`.
+"""Train and measure one network: `python -m experiments.paper.worker FOLDER [FILE]`. The runner starts it.
 
-The folder has `job.json`, which the runner writes. Interrupted or killed, the same command resumes. With a second word,
-a file, it measures what a step and a pass of this network cost, and writes that there.
+The folder contains the runner's `job.json`. After an interruption, the same command resumes. With FILE, it only times a
+training step and a pass of the network, and writes the times to FILE.
 """
 
 import json
@@ -58,13 +58,13 @@ def main(argv: list[str]) -> int:
 
 
 def end_with_parent() -> None:
-    """Stop if the runner was killed: the next one starts workers of its own in these folders."""
+    """Stop if the runner is killed, as the next runner starts its own workers in the same folders."""
     parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
-    os._exit(command_line.STOPPED)  # in a measurement, which has its journal
+    os._exit(command_line.STOPPED)  # during a measurement, which resumes from its journal
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The files of an experiment: Markdown and JSON, its figure, and for tables CSV and LaTeX."""
+"""Write the files of an experiment: Markdown, JSON, a figure, and CSV and LaTeX for tables."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ from fs_jax.config import differences, from_dict, to_dict
 
 
 def file_name(experiment: Experiment, seeds: Sequence[int]) -> str:
-    """Of its files, but for what follows the point: other seeds have other files.
+    """The file name of an experiment's results, without suffix. It depends on the seeds.
 
     Example:
       >>> from experiments.paper.jobs import experiment
@@ -28,17 +28,17 @@ def file_name(experiment: Experiment, seeds: Sequence[int]) -> str:
 def check_results(
     experiment: Experiment, scale: Scale, seeds: Sequence[int], results: pathlib.Path, coming: Container[str]
 ) -> None:
-    """Refuse to write over the results of another configuration, or over more rows than are coming.
+    """Check that writing will not overwrite results of another configuration, or results with more rows.
 
     Args:
       experiment: The experiment.
       scale: Its scale.
-      seeds: The rows' seeds.
+      seeds: The seeds of the rows.
       results: Folder of the results.
-      coming: Labels of the rows that are there or will be run.
+      coming: Labels of the rows that are finished or will be run.
 
     Raises:
-      ValueError: naming the fields that differ, or the rows that would be lost.
+      ValueError: if it would. The message names the fields that differ, or the rows that would be lost.
     """
     path = results / f"{file_name(experiment, seeds)}.json"
     if not path.exists():
@@ -49,23 +49,23 @@ def check_results(
             **differences(here, from_dict(there["config"])),
             **{name: (now, there["images"][name]) for name, now in images_of(scale).items()},
         }
-        told = [f"{name} {now} here, {then} there" for name, (now, then) in changes.items() if now != then]
+        found = [f"{name} {now} here, {then} there" for name, (now, then) in changes.items() if now != then]
     except (KeyError, ValueError, TypeError) as error:
-        told = [f"none that this version reads ({error!r})"]
-    if told:
+        found = [f"an unreadable file ({error!r})"]
+    if found:
         raise ValueError(
-            f"results: expected a new folder, or results of this configuration; {path} has another: {'; '.join(told)}. "
-            "Choose another folder with --results; nothing was changed."
+            f"results: expected a new folder, or results of this configuration; got others in {path}: "
+            f"{'; '.join(found)}. Choose another folder with --results; nothing was changed."
         )
     if lost := lost_rows(experiment, path, coming):
         raise ValueError(
-            f"results: expected a new folder, or results of no other rows; {path} has rows that this workdir has not: "
-            f"{', '.join(lost)}. Choose another folder with --results, or leave --rows out; nothing was changed."
+            f"results: expected a new folder, or results with the rows of this workdir only; got more rows in {path}: "
+            f"{', '.join(lost)}. Choose another folder with --results, or omit --rows; nothing was changed."
         )
 
 
 def lost_rows(experiment: Experiment, path: pathlib.Path, coming: Container[str]) -> list[str]:
-    """Rows that a results file has, and that what would be written in its place has not."""
+    """Rows in a results file that would be lost if it were overwritten."""
     if not path.exists():
         return []
     missing = json.loads(path.read_text(encoding="utf-8"))["missing"]
@@ -73,7 +73,7 @@ def lost_rows(experiment: Experiment, path: pathlib.Path, coming: Container[str]
 
 
 def images_of(scale: Scale) -> dict[str, Any]:
-    """Which images a scale tests."""
+    """The test images of a scale."""
     fields = ("datasets", "test_images", "strong_images", "gradient_free_images")
     return {name: json.loads(json.dumps(getattr(scale, name))) for name in fields}
 
@@ -81,17 +81,17 @@ def images_of(scale: Scale) -> dict[str, Any]:
 def write(
     experiment: Experiment, scale: Scale, seeds: Sequence[int], workdir: pathlib.Path, results: pathlib.Path
 ) -> pathlib.Path | None:
-    """Write the rows that are finished; the Markdown's path, or None if there is nothing to show.
+    """Write the finished rows. Returns the path of the Markdown file, or None if nothing was written.
 
-    Results of more rows are kept, as those of a whole table where this run was stopped half-way.
+    Existing results with more rows are not overwritten.
     """
     finished = finished_rows(experiment.name, scale, seeds, workdir)
     if not finished:
         return None
-    there = [of.row.label for of in finished]
+    labels = [of.row.label for of in finished]
     name = file_name(experiment, seeds)
-    if lost := lost_rows(experiment, results / f"{name}.json", there):
-        print(f"Kept: {results / name}.md, which has more rows: {', '.join(lost)}.")
+    if lost := lost_rows(experiment, results / f"{name}.json", labels):
+        print(f"Not overwritten: {results / name}.md, which has more rows: {', '.join(lost)}.")
         return None
     if (collected := experiment.collect(experiment, scale, finished)) is None:
         return None
@@ -101,7 +101,7 @@ def write(
         "dataset": scale.dataset,
         "pixels": list(pixels(scale)),
         "seeds": list(seeds),
-        "missing": [row.label for row in experiment.rows if row.label not in there],
+        "missing": [row.label for row in experiment.rows if row.label not in labels],
         "config": to_dict(scale.config),
         "images": images_of(scale),
         "environment": finished[-1].results[-1]["environment"],
@@ -117,7 +117,7 @@ def write(
 
 
 def hours(finished: Sequence[Finished]) -> dict[str, float]:
-    """That training and measuring its networks took, one at a time."""
+    """Hours of training and measuring the networks, summed over networks."""
     results = {folder: result for of in finished for folder, result in zip(of.folders, of.results, strict=True)}
     training = 0.0
     for folder in results:
@@ -128,7 +128,7 @@ def hours(finished: Sequence[Finished]) -> dict[str, float]:
             for before, row in zip([{"step": 0}, *rows], rows, strict=False)
         )
     measuring = sum(
-        # An evaluation's journal has the time of attacks that other processes ran.
+        # The times of attacks include those in earlier processes, from the journal of the evaluation.
         sum(attack["seconds"] for attack in result["attacks"]) if "attacks" in result else result["seconds"]
         for result in results.values()
     )
@@ -136,7 +136,7 @@ def hours(finished: Sequence[Finished]) -> dict[str, float]:
 
 
 def as_markdown(experiment: Experiment, data: Data, figure: str | None) -> str:
-    """Title, figure, tables, and what they are of."""
+    """The Markdown of an experiment: title, note, figure, tables and caption."""
     parts = [
         f"# {experiment.title}",
         experiment.reading,
@@ -149,27 +149,27 @@ def as_markdown(experiment: Experiment, data: Data, figure: str | None) -> str:
 
 
 def caption(experiment: Experiment, data: Data) -> str:
-    """Where the numbers come from: scale, radius, seeds, machine, command."""
+    """The origin of the numbers: scale, radius, seeds, machine and command."""
     seeds = ", ".join(map(str, data["seeds"]))
     dataset = "" if data["dataset"] is None else f" on {data['dataset']}"
     size = " x ".join(map(str, data["pixels"]))
     return (
         f"Scale `{data['scale']}`{dataset} ({size} pixels, L∞ radius {radius(data['config']['attack']['epsilon'])}), "
-        f"seed{'s' * (len(data['seeds']) > 1)} {seeds}. The paper's: {experiment.source}. On "
+        f"seed{'s' * (len(data['seeds']) > 1)} {seeds}. Reference: {experiment.source}. On "
         f"{made_on(data['environment'])}, {spent(data['hours'])}: "
         f"`{command(data)}`"
     )
 
 
 def command(data: Data) -> str:
-    """That makes these results."""
+    """The command that makes these results."""
     seeds = "" if data["seeds"] == [0] else f" --seeds {' '.join(map(str, data['seeds']))}"
     dataset = "" if data["dataset"] is None else f" --dataset {data['dataset']}"
     return f"python -m experiments.paper.{data['experiment']} --scale {data['scale']}{dataset}{seeds}"
 
 
 def spent(hours: dict[str, float]) -> str:
-    """How long networks took, in words.
+    """The hours of training and measuring, as text.
 
     Example:
       >>> spent({"training": 1.26, "measuring": 0.5})
@@ -179,7 +179,7 @@ def spent(hours: dict[str, float]) -> str:
 
 
 def pixels(scale: Scale) -> tuple[int, int]:
-    """Height and width of its images."""
+    """Height and width of the images of a scale."""
     from fs_jax import data
 
     return data.info(scale.datasets[0]).image_shape[:2]

@@ -1,4 +1,4 @@
-"""PyTorch's names, layouts and files, there and back; what isn't a Wide-ResNet's weights is refused, not executed."""
+"""Weights are converted from and to PyTorch exactly; other files raise an error, and nothing is executed."""
 
 import json
 import pathlib
@@ -28,7 +28,7 @@ def weights(recorded_10_1):
 
 @pytest.fixture(scope="module")
 def wrn_16_2():
-    """A network unlike the defaults in all that a file must say: sizes, classes, normalisation for each channel."""
+    """A network without default values: sizes, classes, a normalisation per channel."""
     model = WideResNet(16, 2, num_classes=7, mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     rng = np.random.default_rng(0)
@@ -40,7 +40,7 @@ def assert_same(variables, expected):
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
 
 
-def test_there_and_back_changes_nothing(recorded):
+def test_a_round_trip_changes_nothing(recorded):
     state_dict = {k: v for k, v in recorded.state_dict("weights/").items() if "num_batches" not in k}
     again = convert.to_torch(convert.from_torch(state_dict))
     assert again.keys() == state_dict.keys()
@@ -52,7 +52,7 @@ def test_there_and_back_changes_nothing(recorded):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt"])
-def test_a_file_read_again_is_the_same_network(tmp_path, wrn_16_2, suffix):
+def test_a_saved_network_is_loaded_exactly(tmp_path, wrn_16_2, suffix):
     if suffix == ".pt":
         pytest.importorskip("torch")
     model, variables = wrn_16_2
@@ -65,8 +65,8 @@ def test_a_file_read_again_is_the_same_network(tmp_path, wrn_16_2, suffix):
     np.testing.assert_allclose([again.mean, again.std], [model.mean, model.std], rtol=1e-7)
 
 
-def test_logits_of_a_file_are_those_that_were_recorded(tmp_path, recorded_10_1, weights):
-    # The paper's code, in its wrapper, wraps the network; and its images are in [-1, 1].
+def test_a_loaded_network_has_the_recorded_logits(tmp_path, recorded_10_1, weights):
+    # The names in the paper's files, whose networks take images in [-1, 1].
     np.savez(tmp_path / "paper.npz", **{f"module.basic_net.{name}": array for name, array in weights.items()})
     model, variables = convert.load_weights(tmp_path / "paper.npz")
     apply = jax.jit(model.apply)
@@ -80,8 +80,8 @@ def test_logits_of_a_file_are_those_that_were_recorded(tmp_path, recorded_10_1, 
 
 
 @pytest.mark.parametrize(("suffix", "half"), [(".npz", np.float16), (".safetensors", jnp.bfloat16)])
-def test_prefixes_unused_blocks_and_half_precision(tmp_path, weights, suffix, half):
-    # As TRADES' descendants in RobustBench: two prefixes, a group of blocks that no forward pass uses, buffers outside.
+def test_prefixes_unused_blocks_and_half_precision_are_handled(tmp_path, weights, suffix, half):
+    # As in RobustBench's descendants of TRADES: two prefixes, an unused group of blocks, buffers outside the network.
     unused = {name.replace("block1", "sub_block1"): array for name, array in weights.items() if "block1" in name}
     stored = {f"module.model.{name}": array.astype(half) for name, array in {**weights, **unused}.items()}
     buffers = {"normalize.mean": np.full((1, 3, 1, 1), 0.25), "normalize.std": np.full((1, 3, 1, 1), 0.5)}
@@ -98,17 +98,19 @@ def test_prefixes_unused_blocks_and_half_precision(tmp_path, weights, suffix, ha
 def test_normalisation_is_not_guessed(tmp_path, weights):
     path = tmp_path / "bare.npz"
     np.savez(path, **weights)
-    with pytest.raises(ValueError, match=r"mean, std: expected them, as .*bare\.npz doesn't say .* Give 0 and 1 for"):
+    with pytest.raises(
+        ValueError, match=r"mean, std: expected values, as .*bare\.npz does not contain .* Pass 0 and 1"
+    ):
         convert.load_weights(path)
     assert convert.load_weights(path, mean=0, std=(1, 1, 1))[0] == WideResNet(10, 1, mean=0, std=1)
     with pytest.raises(ValueError, match="mean, std: expected both or neither"):
         convert.load_weights(path, mean=0)
     np.savez(path, **weights, mu=np.zeros(3))
-    with pytest.raises(ValueError, match="expected both buffers of the normalisation, or neither; got only the mean"):
+    with pytest.raises(ValueError, match="expected both buffers of the normalisation, or neither; got only mean"):
         convert.load_weights(path)
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, wrn_16_2):
+def test_a_failed_write_leaves_no_file(tmp_path, wrn_16_2):
     with pytest.raises(ValueError, match=r"suffix: expected one of \.safetensors, .*got '\.safetensor'\. Did you mean"):
         convert.save_weights(tmp_path / "network.safetensor", *wrn_16_2)
     with pytest.raises(ValueError, match="variables: expected those of a Wide-ResNet; got 'dense/kernel'"):
@@ -121,15 +123,15 @@ def test_a_failed_write_leaves_nothing(tmp_path, wrn_16_2):
 def test_the_script_converts_files(tmp_path, weights, capsys):
     np.savez(tmp_path / "bare.npz", **weights)
     convert_weights.main([str(tmp_path / "bare.npz"), str(tmp_path / "a.safetensors"), "--mean", "0", "--std", "1"])
-    assert "a.safetensors: WRN-10-1, 10 classes, takes (images - 0.0) / 1.0" in capsys.readouterr().out
+    assert "a.safetensors: WRN-10-1, 10 classes, input (images - 0.0) / 1.0" in capsys.readouterr().out
     model, variables = convert.load_weights(tmp_path / "a.safetensors")
     assert model == WideResNet(10, 1, mean=0, std=1)
     assert_same(variables, convert.from_torch(weights))
-    with pytest.raises(ValueError, match=r"target: expected a new file; .* exists"):
+    with pytest.raises(ValueError, match=r"target: expected a new file; got .* exists"):
         convert_weights.main([str(tmp_path / "bare.npz"), str(tmp_path / "a.safetensors")])
 
 
-def test_the_script_writes_the_network_of_a_run(tmp_path, digits_state):
+def test_the_script_converts_the_network_of_a_run(tmp_path, digits_state):
     config, state = digits_state
     with Checkpoints(tmp_path, config) as checkpoints:
         checkpoints.save(state)
@@ -142,14 +144,14 @@ def test_the_script_writes_the_network_of_a_run(tmp_path, digits_state):
         convert_weights.main([str(tmp_path), str(tmp_path / "best.npz"), "--checkpoint", "best"])
 
 
-# Files that are refused
+# Invalid files
 
 
-def test_another_architecture_is_refused_by_name(weights):
+def test_the_error_for_another_architecture_names_an_array(weights):
     with pytest.raises(ValueError, match=r"0\.bn1\.bias'; 1 unexpected, the first 'layer1\.0\.conv1\.weight'"):
         convert.from_torch({"conv1.weight": np.zeros((64, 3, 3, 3)), "layer1.0.conv1.weight": np.zeros((64, 64, 3, 3))})
     with pytest.raises(
-        ValueError, match=r"Wide-ResNet \(here of depth 10\); 1 unexpected, the first 'ema\.fc\.bias'\."
+        ValueError, match=r"Wide-ResNet \(here of depth 10\); got 1 unexpected, the first 'ema\.fc\.bias'\."
     ):
         convert.from_torch({**weights, "ema.fc.bias": np.zeros(10)})
 
@@ -169,17 +171,17 @@ def test_a_missing_array_is_named(weights, name):
             r"of shape \(32, 32, 3, 3\); got float64 \(32, 32, 5, 5",
         ),
         ("bn1.bias", np.zeros(64, int), r"expected floating point of shape \(64,\); got int64 \(64,\)"),
-        ("fc.bias", np.array([np.nan, np.inf] + 8 * [0.0]), "expected finite values; 2 are NaN or infinite"),
+        ("fc.bias", np.array([np.nan, np.inf] + 8 * [0.0]), "expected finite values; got 2 that are NaN or infinite"),
     ],
     ids=["shape", "type", "NaN"],
 )
-def test_an_array_that_cannot_be_is_named(weights, name, array, message):
+def test_the_error_for_an_invalid_array_names_it(weights, name, array, message):
     with pytest.raises(ValueError, match=f"{name}: .*{message}"):
         convert.from_torch({**weights, name: array})
 
 
 class Malicious:
-    """Unpickled, it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, trace):
         self.trace = trace
@@ -193,7 +195,7 @@ def bare_pickle(path, content):
 
 
 def torch_archive(path, content):
-    # What torch.save writes is a zip archive with a pickle in it.
+    # torch.save writes a zip archive with a pickle in it.
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(content, protocol=2))
         archive.writestr("archive/version", "3\n")
@@ -220,18 +222,18 @@ def test_nothing_in_a_file_is_executed(tmp_path, write, name, error):
         pytest.importorskip("torch")
     trace, path = tmp_path / "trace", tmp_path / name
     write(path, {"conv1.weight": Malicious(trace)})
-    with pytest.raises(ValueError, match=rf"weights.*expected a file of weights; .*\({error}\).*not executed"):
+    with pytest.raises(ValueError, match=rf"weights.*contains only arrays; .*\({error}\).*not executed"):
         convert.load_weights(path)
     assert not trace.exists()
-    pickle.loads(pickle.dumps(Malicious(trace)))  # it would have
+    pickle.loads(pickle.dumps(Malicious(trace)))  # otherwise the file is created
     assert trace.exists()
 
 
-def test_what_pytorch_saved_with_other_things(tmp_path, weights):
+def test_networks_are_found_in_the_checkpoints_of_pytorch(tmp_path, weights):
     torch = pytest.importorskip("torch")
     state_dict = {f"module.basic_net.{name}": torch.from_numpy(array) for name, array in weights.items()}
     checkpoint = {"net": state_dict, "acc": 0.9, "epoch": 200, "optimizer": {"state": {0: torch.zeros(3)}}}
-    torch.save(checkpoint, tmp_path / "checkpoint-200")  # the paper's code gives its files no suffix
+    torch.save(checkpoint, tmp_path / "checkpoint-200")  # the paper's files have no suffix
     model, variables = convert.load_weights(tmp_path / "checkpoint-200")
     assert model == WideResNet(10, 1)
     assert_same(variables, convert.from_torch(weights))
@@ -239,12 +241,12 @@ def test_what_pytorch_saved_with_other_things(tmp_path, weights):
     with pytest.raises(ValueError, match=r"two\.pt: expected the arrays of one network, by name; got 2"):
         convert.load_weights(tmp_path / "two.pt")
     torch.save({"epoch": 3}, tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="got 0 such"):
+    with pytest.raises(ValueError, match="got 0 networks"):
         convert.load_weights(tmp_path / "none.pt")
 
 
-def test_without_pytorch_its_files_are_refused_with_what_to_do(tmp_path, monkeypatch):
+def test_the_error_without_pytorch_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it weren't installed
     (tmp_path / "weights.pt").touch()
-    with pytest.raises(ImportError, match=r"PyTorch files need PyTorch 2\.6 .*load_weights and save_weights"):
+    with pytest.raises(ImportError, match=r"PyTorch files require PyTorch 2\.6 .*load_weights and save_weights"):
         convert.load_weights(tmp_path / "weights.pt")
