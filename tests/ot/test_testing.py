@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,8 @@ from fs_jax.ot.testing import (
     solve_exactly,
 )
 from fs_jax.ot.testing.reference import gradients
+
+pytest_plugins = ["pytester"]
 
 ROOT = pathlib.Path(__file__).parents[2]
 # In each kind's turn; two of each.
@@ -175,6 +178,48 @@ def test_a_finding_is_told_with_its_numbers():
     assert first.error > first.allowed > 0
     assert "says that it has converged" in first.text
     assert case(number).number == number
+
+
+@pytest.fixture
+def run_pytest(pytester, monkeypatch):
+    """Runs pytest where there are no tests, with the plugin as an installed package has it."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def run(*options):
+        done = pytester.runpytest_subprocess("-p", "fs_jax.pytest_plugin", "-p", "no:xdist", *options)
+        return done, "\n".join(done.outlines + done.errlines)
+
+    return run
+
+
+def test_pytest_tests_a_solver_and_shows_what_fails(run_pytest, tmp_path):
+    one_of_each = ("--ot-count", str(len(FAMILIES)), "--ot-seed", "15")
+    done, text = run_pytest("--ot-solver=tests.ot.broken_solvers:right", *one_of_each)
+    assert done.parseoutcomes() == {"passed": 14, "skipped": 1}  # of one it says that it gave up
+    done, text = run_pytest(
+        "--ot-solver=tests.ot.broken_solvers:raising", "--pyargs", "fs_jax.ot.testing.suite", *one_of_each
+    )
+    wide = [case(number) for number in range(15, 30) if case(number).cost.shape[0] < case(number).cost.shape[1]]
+    assert done.parseoutcomes() == {"passed": len(FAMILIES) - len(wide), "failed": len(wide)}
+    assert f"test_solver[tests.ot.broken_solvers:raising-{wide[0].family}-{wide[0].number}]" in text
+    shown = text.split("The simplest problem found:")[1].split("____")[0]
+    (tmp_path / "shown.py").write_text(shown, encoding="utf-8")
+    done = subprocess.run([sys.executable, tmp_path / "shown.py"], capture_output=True, text=True, encoding="utf-8")
+    assert "IndexError: index 5 is out of bounds" in done.stderr
+
+
+def test_pytest_names_wrong_options_and_does_nothing_without_a_solver(run_pytest):
+    assert run_pytest()[0].ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert "--ot-solver: solver: expected package.module:function that can be" in run_pytest("--ot-solver=nowhere:s")[1]
+    assert "expected --ot-count of at least 1" in run_pytest("--ot-solver=numpy:add", "--ot-count=0")[1]
+
+
+def test_the_plugin_is_installed_and_loads_nothing():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (module,) = project["entry-points"]["pytest11"].values()
+    program = f"import {module}, sys; print(*{{'jax', 'numpy', 'scipy'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 @pytest.mark.slow

@@ -22,6 +22,11 @@ class Finding(NamedTuple):
     allowed: float
 
 
+DERIVATIVES_EVERY = 26
+"""Of how many problems one has its derivatives checked, if nothing else is said: of each kind in turn, since 26 and the
+number of kinds, 15, have no common factor."""
+
+
 GAVE_UP = "gave up"
 """Not a defect by itself: the solver says that it hasn't solved the problem, by `converged` or NaN throughout."""
 
