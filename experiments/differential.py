@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
@@ -61,11 +61,22 @@ def main(argv: list[str]) -> int:
         report(solvers, found, arguments, workdir)
     finally:
         lock.release()
-    return int(any(check != testing.GAVE_UP for of in found.values() for each in of.values() for check, *_ in each))
+    return int(
+        any(check != testing.GAVE_UP for of in found.values() for each in of.values() for check, *_ in each.findings)
+    )
 
 
-Found = dict[str, dict[int, list[list[Any]]]]
-"""By solver and number of the problem: each finding's check, text, error and what is allowed."""
+Found = dict[str, dict[int, "Seen"]]
+"""By solver and number of the problem."""
+
+
+class Seen(NamedTuple):
+    """What was seen of an answer."""
+
+    findings: list[list[Any]]
+    """Each finding's check, text, error and what is allowed."""
+    differentiated: bool
+    """Whether its derivatives were checked."""
 
 
 def run(solvers, arguments: Arguments, path: pathlib.Path) -> Found:
@@ -81,18 +92,19 @@ def run(solvers, arguments: Arguments, path: pathlib.Path) -> Found:
     of_code = {solver.name: code(solver) for solver in solvers}
     for line in read_jsonl(path) if path.exists() else []:
         if (line["every"], line["of"]) == (arguments.derivatives_every, of_code.get(line["solver"])):
-            found[line["solver"]][line["problem"]] = line["findings"]
+            found[line["solver"]][line["problem"]] = Seen(line["findings"], line["differentiated"])
     with open(path, "ab") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for solver in solvers:
             left = [index for index in range(arguments.count) if index not in found[solver.name]]
             for index in tqdm(left, solver.name, unit="problem", disable=not left):
                 derivatives = index % arguments.derivatives_every == 0
-                findings = testing.findings(solver, testing.case(index), derivatives=derivatives)
-                found[solver.name][index] = [list(finding) for finding in findings]
+                verdict = testing.judged(solver, testing.case(index), derivatives=derivatives)
+                seen = Seen([list(finding) for finding in verdict.findings], verdict.differentiated)
+                found[solver.name][index] = seen
                 line = {
                     "solver": solver.name, "of": of_code[solver.name], "every": arguments.derivatives_every,
-                    "problem": index, "findings": found[solver.name][index],
+                    "problem": index, **seen._asdict(),
                 }  # fmt: skip
                 file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
@@ -124,7 +136,8 @@ def report(solvers, found: Found, arguments: Arguments, workdir: pathlib.Path) -
     from fs_jax.ot import testing
 
     counts = {
-        name: collections.Counter(check for each in of.values() for check, *_ in each) for name, of in found.items()
+        name: collections.Counter(check for each in of.values() for check, *_ in each.findings)
+        for name, of in found.items()
     }
     checks = sorted(
         {check for of in counts.values() for check in of}, key=lambda check: (check == testing.GAVE_UP, check)
@@ -133,13 +146,17 @@ def report(solvers, found: Found, arguments: Arguments, workdir: pathlib.Path) -
         solver.name: sum(testing.is_claimed(solver, testing.case(index)) for index in range(arguments.count))
         for solver in solvers
     }
-    rows = [[name, judged[name], *(of[check] or "" for check in checks)] for name, of in counts.items()]
+    differentiated = {name: sum(each.differentiated for each in of.values()) for name, of in found.items()}
+    rows = [
+        [name, judged[name], differentiated[name], *(of[check] or "" for check in checks)]
+        for name, of in counts.items()
+    ]
     parts = [
         f"# {arguments.count:,} transport problems",
-        tabulate.tabulate(rows, headers=["solver", "problems", *checks], tablefmt="pipe"),
+        tabulate.tabulate(rows, headers=["solver", "problems", "derivatives", *checks], tablefmt="pipe"),
         "How many problems each check fails for, of those that a solver claims to solve. *Gave up*: it says so itself. "
-        f"Of every {arguments.derivatives_every}th problem derivatives, jit and vmap are checked too, the derivatives "
-        "where a plan as good as claimed determines them.",
+        f"Of every {arguments.derivatives_every}th problem jit and vmap are checked too, and derivatives where a plan "
+        "as good as claimed determines them: of as many as *derivatives* says.",
     ]
     scripts: dict[str, str] = {}
     for solver in solvers:
@@ -148,7 +165,7 @@ def report(solvers, found: Found, arguments: Arguments, workdir: pathlib.Path) -
                 continue
             index, finding = next(
                 (index, testing.Finding(*each))
-                for index, of in found[solver.name].items() for each in of if each[0] == check
+                for index, of in found[solver.name].items() for each in of.findings if each[0] == check
             )  # fmt: skip
             simplest = testing.shrunk(solver, testing.as_seen(solver, testing.case(index)), finding)
             name = f"{solver.name}-{check}".replace(":", "_").replace(" ", "_").replace(".", "_") + ".py"
@@ -162,7 +179,8 @@ def report(solvers, found: Found, arguments: Arguments, workdir: pathlib.Path) -
     parts += [f"On {made_on(environment)}: `python -m experiments.differential --solvers {' '.join(arguments.solvers)} "
               f"--count {arguments.count} --derivatives-every {arguments.derivatives_every}`"]  # fmt: skip
     write_files(workdir / "scripts", scripts)
-    data = {"environment": environment, "count": arguments.count, "problems": judged, "findings": counts}
+    data = {"environment": environment, "count": arguments.count, "problems": judged,
+            "differentiated": differentiated, "findings": counts}  # fmt: skip
     text = "\n\n".join(parts) + "\n"
     write_files(workdir, {"report.md": text, "report.json": data})
     draw(found, workdir / "findings.png")
@@ -182,7 +200,7 @@ def draw(found: Found, path: pathlib.Path) -> None:
             groups: dict[str, list[float]] = {"none": [], "gave up": [], "finding": []}
             for index, each in of.items():
                 problem = testing.case(index)
-                kinds = {check for check, *_ in each}
+                kinds = {check for check, *_ in each.findings}
                 which = "none" if not kinds else "gave up" if kinds == {testing.GAVE_UP} else "finding"
                 groups[which].append(max(problem.ratio, 1e-4))
             for (which, ratios), colour, size in zip(

@@ -35,7 +35,10 @@ def right(cost, a, b, reg):
     f, g, converged = potentials(cost, a, b, reg)
     plan = plan_of(cost, a, b, reg, f, g)
     primal_cost = np.sum(plan * np.where((a > 0)[:, None] & (b > 0), cost, 0))
-    return {"plan": plan, "f": f, "g": g, "converged": converged, "primal_cost": primal_cost}
+    ratio = np.log(np.where(plan > 0, plan, 1) / np.where(plan > 0, np.outer(a, b), 1))
+    reg_cost = primal_cost + reg * (np.sum(plan * ratio) - plan.sum() + a.sum() * b.sum())
+    costs = {"primal_cost": primal_cost, "reg_cost": reg_cost}
+    return {"plan": plan, "f": f, "g": g, "converged": converged, **costs}
 
 
 def stopped_early(cost, a, b, reg):
@@ -73,6 +76,12 @@ def cost_of_a_shifted_matrix(cost, a, b, reg):
     return {**answer, "primal_cost": answer["primal_cost"] - cost.min() * answer["plan"].sum()}
 
 
+def entropy_of_another_sign(cost, a, b, reg):
+    """Subtracts what the regularised cost has more."""
+    answer = right(cost, a, b, reg)
+    return {**answer, "reg_cost": 2 * answer["primal_cost"] - answer["reg_cost"]}
+
+
 def potentials_of_another_gauge(cost, a, b, reg):
     """f without reg log a, as if the plan were a b exp(...)."""
     answer = right(cost, a, b, reg)
@@ -83,6 +92,11 @@ def too_good(cost, a, b, reg):
     """Says that its marginals are exact."""
     answer = right(cost, a, b, reg)
     return {"plan": answer["plan"] * 1.0001, "marginal_error": 0.0}
+
+
+def words(cost, a, b, reg):
+    """A plan that isn't numbers."""
+    return {"plan": [["none"] * len(b)] * len(a)}
 
 
 def raising(cost, a, b, reg):
@@ -106,6 +120,19 @@ def constant_potentials(cost, a, b, reg):
 
 
 constant_potentials.claims = Claims(marginal_error=1e-6, gradients=("cost",))
+
+
+def constant_plan(cost, a, b, reg):
+    """The plan is differentiated, and held constant in the cost."""
+    import jax
+
+    from fs_jax.ot import sinkhorn
+
+    plan = sinkhorn(cost, a, b, reg=reg, num_iters=5000, threshold=1e-8).plan
+    return {"plan": plan, "primal_cost": (jax.lax.stop_gradient(plan) * cost).sum()}
+
+
+constant_plan.claims = Claims(marginal_error=1e-6, gradients=("cost",), zeros=False)
 
 
 def constant_in_second_order(cost, a, b, reg):
@@ -137,6 +164,6 @@ constant_in_second_order.claims = Claims(marginal_error=1e-6, gradients=("cost",
 
 for solver in (
     right, stopped_early, flag_before_the_plan, dropped_mask, flushed_kernel, cost_of_a_shifted_matrix,
-    potentials_of_another_gauge, too_good, raising,
+    entropy_of_another_sign, potentials_of_another_gauge, too_good, raising, words,
 ):  # fmt: skip
     solver.claims = Claims(marginal_error=1e-6)

@@ -36,15 +36,24 @@ BROKEN = {
     "flag_before_the_plan": "marginals",
     "dropped_mask": "masked",
     "cost_of_a_shifted_matrix": "primal_cost",
+    "entropy_of_another_sign": "reg_cost",
     "potentials_of_another_gauge": "potentials",
     "too_good": "marginal_error",
     "raising": "raises",
+    "words": "raises",
     "flushed_kernel": "lost entries",
     "constant_potentials": "gradient by cost",
+    "constant_plan": "gradient of primal_cost by cost",
     "constant_in_second_order": "second derivative",
 }
 
-SLOW = ("dropped_mask", "constant_potentials", "constant_in_second_order", "flushed_kernel")  # some seconds each
+SLOW = (
+    "dropped_mask",
+    "constant_potentials",
+    "constant_plan",
+    "constant_in_second_order",
+    "flushed_kernel",
+)  # some seconds each
 
 
 def broken(name):
@@ -68,8 +77,10 @@ def test_nothing_is_found_in_a_solver_that_is_right():
 ])  # fmt: skip
 @pytest.mark.slow
 def test_nothing_is_found_in_ours(name):
-    of_few = range(len(FAMILIES))
-    assert not any(found(load(name), of_few, derivatives=True).values())
+    assert not any(found(load(name), NUMBERS).values())
+    one_shape = [number for number in range(60) if case(number).cost.shape == (6, 9)]  # compiled for once
+    assert len({case(number).family for number in one_shape}) > 5
+    assert not any(found(load(name), one_shape, derivatives=True).values())
 
 
 @pytest.mark.parametrize(("name", "check"), [
@@ -95,7 +106,7 @@ def test_what_is_broken_is_found_named_shrunk_and_shown(name, check, tmp_path):
         [sys.executable, str(tmp_path / "shown.py")], capture_output=True, text=True, encoding="utf-8",
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert done.returncode == 0 or name == "raising", done.stderr
+    assert done.returncode == 0 or check == "raises", done.stderr
     assert check in text.splitlines()[0]
 
 
@@ -155,7 +166,7 @@ def test_answers_of_another_shape_are_findings(answer):
 
 
 def test_what_is_not_claimed_is_not_judged():
-    kernel = load("fs_jax-kernel-float32")
+    kernel = load("ott-kernel-float32")
     sharp = next(problem for problem in cases(range(100)) if problem.family == "sharp" and problem.cost.size > 100)
     assert sharp.ratio > kernel.claims.largest_ratio
     assert findings(kernel, sharp) == []

@@ -8,7 +8,16 @@ It needs NumPy and SciPy, and JAX only where a solver does. In reading order: so
 shrinking. `python -m experiments.differential` runs it over thousands of problems.
 """
 
-from fs_jax.ot.testing.checks import GAVE_UP, Finding, as_seen, findings, is_claimed
+from fs_jax.ot.testing.checks import (
+    DERIVATIVES_EVERY,
+    GAVE_UP,
+    Finding,
+    Verdict,
+    as_seen,
+    findings,
+    is_claimed,
+    judged,
+)
 from fs_jax.ot.testing.families import FAMILIES, Case, case, cases
 from fs_jax.ot.testing.reference import Reference, solve_exactly
 from fs_jax.ot.testing.shrinking import script, shrunk
@@ -16,6 +25,7 @@ from fs_jax.ot.testing.solvers import BUILT_IN, Claims, Solver, load
 
 __all__ = [
     "BUILT_IN",
+    "DERIVATIVES_EVERY",
     "FAMILIES",
     "GAVE_UP",
     "Case",
@@ -23,11 +33,13 @@ __all__ = [
     "Finding",
     "Reference",
     "Solver",
+    "Verdict",
     "as_seen",
     "case",
     "cases",
     "findings",
     "is_claimed",
+    "judged",
     "load",
     "script",
     "shrunk",

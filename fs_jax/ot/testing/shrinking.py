@@ -5,8 +5,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fs_jax.ot.testing.checks import Finding, findings
+from fs_jax.ot.testing.checks import (
+    Finding,
+    as_seen,
+    expected_derivatives,
+    expected_second_derivative,
+    findings,
+    weights_and_direction,
+)
 from fs_jax.ot.testing.families import Case
+from fs_jax.ot.testing.reference import solve_exactly
 from fs_jax.ot.testing.solvers import Solver
 
 
@@ -25,8 +33,8 @@ def shrunk(solver: Solver, problem: Case, finding: Finding, *, seconds: float = 
     deadline = time.monotonic() + seconds
 
     def fails(candidate: Case) -> bool:
-        derivatives = finding.check not in SOON
-        return any(of.check == finding.check for of in findings(solver, candidate, derivatives=derivatives))
+        found = findings(solver, candidate, derivatives=finding.check not in SOON, only=finding.check)
+        return any(of.check == finding.check for of in found)
 
     changed = True
     while changed:
@@ -43,7 +51,7 @@ def shrunk(solver: Solver, problem: Case, finding: Finding, *, seconds: float = 
 # Checks that need no derivative.
 SOON = frozenset({
     "raises", "shape", "not finite", "negative", "masked", "marginals", "marginal_error", "form", "lost entries",
-    "primal_cost", "potentials", "gave up",
+    "primal_cost", "reg_cost", "potentials", "gave up",
 })  # fmt: skip
 
 
@@ -98,20 +106,67 @@ def script(solver: Solver, problem: Case, finding: Finding) -> str:
         name: np.array2string(np.asarray(value, dtype), separator=", ", floatmode="unique", threshold=10**6)
         for name, value in (("cost", problem.cost), ("a", problem.a), ("b", problem.b))
     }
-    again = findings(solver, problem, derivatives=finding.check not in SOON)
+    again = findings(solver, problem, derivatives=finding.check not in SOON, only=finding.check)
     told = next((of.text for of in again if of.check == finding.check), finding.text)
     lines = [
         f"# {solver.name}: {finding.check}: {told}",
         "import numpy as np",
-        *(["import jax", 'jax.config.update("jax_enable_x64", True)'] if dtype == "float64" else []),
+        *(["import jax"] if solver.claims.jax and (dtype == "float64" or finding.check not in SOON) else []),
+        *(['jax.config.update("jax_enable_x64", True)'] if dtype == "float64" and solver.claims.jax else []),
         solver.source,
         *(f"{name} = np.array({text}, np.{dtype})" for name, text in numbers.items()),
-        f"answer = solve(cost, a, b, np.{dtype}({problem.reg!r}))",
-        'plan = np.asarray(answer["plan"], float)',
+        f"reg = np.{dtype}({problem.reg!r})",
+        *(_of_the_answer(finding.check) if finding.check in SOON else _of_derivatives(solver, problem, finding.check)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _of_the_answer(check: str) -> list[str]:
+    lines = ["answer = solve(cost, a, b, reg)", 'plan = np.asarray(answer["plan"], float)']
+    if check in ("form", "lost entries"):
+        lines += [
+            "rest = np.log(plan) + cost / reg  # a row's number and a column's, if nothing is wrong",
+            'print("of this form but for", abs(rest - rest[:, :1] - rest[:1] + rest[0, 0]).max())',
+        ]
+    return [
+        *lines,
         'print("marginals off by", abs(plan.sum(1) - a).sum() + abs(plan.sum(0) - b).sum(), "of", a.sum())',
-        f"rest = np.log(plan) + cost / {problem.reg!r}  # a row's number and a column's, if nothing is wrong",
-        'print("of this form but for", abs(rest - rest[:, :1] - rest[:1] + rest[0, 0]).max())',
         'print({name: value for name, value in answer.items() if name != "plan"})',
         "print(plan)",
     ]
-    return "\n".join(lines) + "\n"
+
+
+def _of_derivatives(solver: Solver, problem: Case, check: str) -> list[str]:
+    seen = as_seen(solver, problem)
+    if check.startswith("vmap"):
+        return [
+            'plan = jax.jit(jax.vmap(lambda cost: solve(cost, a, b, reg)["plan"]))(np.stack([cost, cost[::-1]]))[0]',
+            'print("marginals off by", abs(plan.sum(1) - a).sum() + abs(plan.sum(0) - b).sum(), "of", a.sum())',
+            "print(plan)",
+        ]
+    weights, direction = weights_and_direction(seen)
+    lines = [
+        f"rng = np.random.default_rng({max(problem.number, 0)})",
+        f"weights, direction = rng.normal(size=(2, *cost.shape)).astype(np.{solver.claims.dtype})",
+    ]
+    if check == "second derivative":
+        direction = np.where((seen.a > 0)[:, None] & (seen.b > 0), direction, 0)
+        return [
+            *lines,
+            "direction *= (a[:, None] > 0) & (b > 0)",
+            'value = lambda cost: (weights * solve(cost, a, b, reg)["plan"]).sum()',
+            "slope = lambda t: jax.jvp(value, (cost + t * direction,), (direction,))[1]",
+            'print("second derivative", jax.jacfwd(slope)(0.0))',
+            f'print("of the solution", {expected_second_derivative(seen, weights, direction)!r})',
+        ]
+    what, name = check.removeprefix("gradient ").removeprefix("of ").split("by ")
+    of = what.strip() or "plan"
+    value = '(weights * solve(cost, a, b, reg)["plan"]).sum()' if of == "plan" else f'solve(cost, a, b, reg)["{of}"]'
+    lines = [*(lines if of == "plan" else []), f"value = lambda cost, a, b: {value}"]
+    lines += [f'print("jax.grad", jax.grad(value, {("cost", "a", "b").index(name)})(cost, a, b))']
+    if (reference := solve_exactly(seen)) is not None:
+        wanted, _ = expected_derivatives(seen, reference, weights)[of][name]
+        text = np.array2string(wanted, separator=", ", threshold=10**6, precision=6)
+        constant = "" if name == "cost" else ", but for a constant"
+        lines += [f'print("of the solution{constant}", np.array({text}))']
+    return lines

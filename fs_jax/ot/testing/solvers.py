@@ -10,7 +10,7 @@ from fs_jax.ot import _checks
 
 Solve = Callable[[Any, Any, Any, Any], Mapping[str, Any]]
 """(cost [n, m], a [n], b [m], reg) -> a mapping with `plan` [n, m] and, where there are, `f` [n], `g` [m],
-`primal_cost`, `marginal_error`, `converged`, as `fs_jax.ot.Transport` has them."""
+`primal_cost`, `reg_cost`, `marginal_error`, `converged`, as `fs_jax.ot.Transport` has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,16 @@ class Claims:
     zeros: bool = True
     """Whether weights may be zero."""
     gradients: tuple[Literal["cost", "a", "b"], ...] = ()
-    """By what the plan can be differentiated, with `jax.grad`."""
+    """By what the plan can be differentiated, and `primal_cost` and `reg_cost` if they are given, with `jax.grad`."""
     second_order: bool = False
     """Whether also twice, by the cost."""
     batched: bool = False
     """Whether it runs under `jax.jit` and `jax.vmap`."""
+
+    @property
+    def jax(self) -> bool:
+        """Whether it is one of JAX, as far as can be told."""
+        return self.batched or bool(self.gradients)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +92,8 @@ from ott.solvers.linear import sinkhorn
 def solve(cost, a, b, reg):
     problem = linear_problem.LinearProblem(geometry.Geometry(cost_matrix=cost, epsilon=reg), a, b)
     out = sinkhorn.Sinkhorn(lse_mode={lse_mode}, threshold={threshold}, max_iterations={iterations})(problem)
-    return dict(plan=out.matrix, f=out.f, g=out.g, primal_cost=out.primal_cost, converged=out.converged)"""
+    costs = dict(primal_cost=out.primal_cost, reg_cost=out.reg_ot_cost)
+    return dict(plan=out.matrix, f=out.f, g=out.g, converged=out.converged, **costs)"""
 _POT = """\
 import ot
 def solve(cost, a, b, reg):
@@ -121,7 +127,7 @@ def _built_in() -> dict[str, Solver]:
         implicit = dataclasses.replace(claims, second_order=dtype == "float64")
         for method, grad, of in (
             ("stabilized", "unroll", claims), ("stabilized", "implicit", implicit), ("log", "unroll", claims),
-            ("kernel", "unroll", kernel),
+            ("kernel", "unroll", claims),  # it says itself where a kernel underflows
         ):  # fmt: skip
             text = _FS_JAX.format(iterations=ITERATIONS, threshold=threshold, method=method, grad=grad)
             name = f"fs_jax-{'implicit' if grad == 'implicit' else method}-{dtype}"
