@@ -3,6 +3,7 @@
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
+from jax import export
 from jaxtyping import Array, Bool, Float, Int
 
 from fs_jax.ot import _checks
@@ -35,6 +36,9 @@ class Divergence(NamedTuple):
     def converged(self) -> Bool[Array, ""]:
         """Whether all three have converged."""
         return self.status == Status.CONVERGED
+
+
+export.register_namedtuple_serialization(Divergence, serialized_name="fs_jax.ot.Divergence")
 
 
 @_checks.answers_other_names

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Bool, Float, Int
 
 from fs_jax.ot import _sharding
@@ -65,6 +65,9 @@ class Transport(NamedTuple):
     def converged(self) -> Bool[Array, ""]:
         """Whether `status` is CONVERGED."""
         return self.status == Status.CONVERGED
+
+
+export.register_namedtuple_serialization(Transport, serialized_name="fs_jax.ot.Transport")
 
 
 class Outcome(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Bool, Float, Int
 
 from fs_jax.ot import _checks, _relaxed
@@ -47,6 +47,9 @@ class Unbalanced(NamedTuple):
     def converged(self) -> Bool[Array, ""]:
         """Whether `status` is CONVERGED."""
         return self.status == Status.CONVERGED
+
+
+export.register_namedtuple_serialization(Unbalanced, serialized_name="fs_jax.ot.Unbalanced")
 
 
 class Options(NamedTuple):
