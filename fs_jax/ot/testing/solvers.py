@@ -85,10 +85,13 @@ from fs_jax.ot import sinkhorn
 def solve(cost, a, b, reg):
     out = sinkhorn(cost, a, b, reg=reg, num_iters={iterations}, threshold={threshold}, method={method!r}, grad={grad!r})
     return dict(out._asdict(), converged=out.converged)"""
+# As its documentation has it, under `jax.jit`: each call would compile its loop anew.
 _OTT = """\
+import jax
 from ott.geometry import geometry
 from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn
+@jax.jit
 def solve(cost, a, b, reg):
     problem = linear_problem.LinearProblem(geometry.Geometry(cost_matrix=cost, epsilon=reg), a, b)
     out = sinkhorn.Sinkhorn(lse_mode={lse_mode}, threshold={threshold}, max_iterations={iterations})(problem)
