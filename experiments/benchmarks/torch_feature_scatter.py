@@ -243,8 +243,7 @@ def feature_scatter_step(
         num_steps: the attack's number of steps.
         smoothing: total probability of the wrong classes in the targets.
         transport: `released_sinkhorn`, or `sinkhorn` for Algorithm 1.
-        log_pass: also make a forward pass of the clean images in training mode, as the authors' code does in logged
-        steps.
+        log_pass: also pass the clean images in training mode, as the authors' code does in logged steps.
 
     Returns:
         Loss, logits and scattered images, before the update of the weights.

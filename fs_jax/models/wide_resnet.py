@@ -44,8 +44,7 @@ class WideResNet(nn.Module):
       dtype: Precision of the convolutions. Parameters are float32. BatchNorm, ReLU, features and logits are computed in
         float32, or in `dtype` if it is wider. float32 convolutions have XLA's default precision: on NVIDIA GPUs, this
         is TF32 unless `jax_default_matmul_precision` is set.
-      axis_name: Mapped axis over which BatchNorm synchronises its moments in training mode; None for no
-      synchronisation.
+      axis_name: Mapped axis over which BatchNorm synchronises its moments in training mode, or None.
 
     Returns:
       `apply(variables, images, train=False)` returns logits [N, num_classes] and features [N, 64 * width]. With

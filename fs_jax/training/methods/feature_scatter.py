@@ -59,7 +59,7 @@ def feature_scatter(
         default 0, as in the paper.
 
     Returns:
-      The method. Its metrics are `accuracy` on the attacked images, `transport_cost` <T, C>, the plan's
+      The method. Its metrics are `accuracy` on the attacked images, `transport_cost` ⟨T, C⟩, the plan's
       `marginal_error` (L1) and, with penultimate=0, `natural_accuracy` (in inference mode).
 
     Raises:
