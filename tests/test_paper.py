@@ -271,6 +271,26 @@ def test_workers_use_the_visible_accelerators_only(monkeypatch, tmp_path):
     assert started[2]["TPU_VISIBLE_CHIPS"] == "3"
 
 
+@pytest.mark.parametrize(
+    ("logged", "advice"),
+    [
+        (
+            "ValueError: RESOURCE_EXHAUSTED: Failed to write 408159 bytes to file 11: No space left on device",
+            "The disk is full",
+        ),
+        ("OSError: [Errno 28] No space left on device: 'journal.jsonl'", "The disk is full: free space for"),
+        ("XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 1000 bytes", r"--workers 1"),
+    ],
+)
+def test_a_failure_says_what_to_do(tmp_path, logged, advice):
+    (tmp_path / "log").write_text(f"an earlier line\n{logged}\n", encoding="utf-8")
+    job = jobs.Job(SCALES["trial"], SCALES["trial"].config, tmp_path / "network", ())
+    message = runner.failure(job, runner.Worker(None, tmp_path / "log", len("an earlier line\n")))
+    assert logged in message
+    assert advice in message
+    assert "earlier" not in message
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has other signals")
 def test_a_table_that_is_killed_twice_resumes(tmp_path):

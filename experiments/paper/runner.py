@@ -301,7 +301,9 @@ def failure(job: Job, worker: Worker) -> str:
     """The error message for a failed worker."""
     log = worker.log.read_bytes()[worker.begins :].decode(errors="replace")
     advice = "Finished networks are kept. Rerun the same command to try the others again."
-    if "RESOURCE_EXHAUSTED" in log or "Out of memory" in log:
+    if "No space left on device" in log:  # which TensorStore calls RESOURCE_EXHAUSTED too
+        advice = f"The disk is full: free space for {job.folder.parent}, or choose another --workdir. {advice}"
+    elif "RESOURCE_EXHAUSTED" in log or "Out of memory" in log:
         advice = f"Out of memory: run fewer networks in parallel (--workers 1), or a smaller scale. {advice}"
     return f"{job.folder.name} failed; the end of {worker.log} is:\n{log[-2000:]}\n{advice}"
 
