@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import pathlib
 
 import flax.linen as nn
 import jax
@@ -261,18 +260,6 @@ def test_configurations_override_the_defaults_of_a_method():
 def test_unknown_names_are_answered_with_the_nearest(settings, message):
     with pytest.raises(ValueError, match=message):
         make_method(TrainConfig(**settings))
-
-
-def test_the_readmes_example_trains_a_custom_network():
-    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (block,) = [
-        part.split("```")[0] for part in readme.split("```python\n") if "make_train_step" in part.split("```")[0]
-    ]
-    images = np.random.default_rng(0).uniform(size=(256, 2, 2, 1)).astype(np.float32)
-    names = {"model": Network(), "images": images, "labels": np.arange(256) % 4}
-    exec(block, names)
-    assert int(names["state"].step) == 2
-    assert names["logits_fn"](images).shape == (256, 4)
 
 
 @pytest.mark.parametrize(

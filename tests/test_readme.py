@@ -1,0 +1,82 @@
+"""The README's numbers are those of the committed results, and its examples run."""
+
+import json
+import pathlib
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = " ".join(README.split())  # where lines are broken does not matter
+
+
+def results(path):
+    return json.loads((RESULTS / path).read_text(encoding="utf-8"))
+
+
+def row_of(library):
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| {library}")]
+    return row
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_quickstarts_table():
+    assert (RESULTS / "quickstart" / "table.md").read_text(encoding="utf-8").strip() in README
+
+
+def test_the_solvers_speed():
+    rows = results("bench_solvers_cpu/solvers.json")["equal_iterations"]
+    times = {row["solver"]: row for row in rows if (row["shape"], row["reg"]) == ("[64, 60, 60]", 0.01)}
+    ours, ott, pot = times["fs_jax stabilized"], times["ott-jax log"], times["POT"]
+    value, gradient = (ott[what] / ours[what] for what in ("value_ms", "gradient_ms"))
+    assert f"{value:.1f} times faster, with gradients {gradient:.0f} times" in row_of("ott-jax")
+    assert f"the same problems: {pot['value_ms'] / ours['value_ms']:.0f} times faster" in row_of("POT")
+
+
+def test_the_attacks_speed():
+    seconds = {row["name"]: row["seconds"] for row in results("bench_attacks/attacks.json")["autoattack"]}
+    assert f"{seconds['ours'] / seconds['torchattacks']:.2f} of its time" in row_of("torchattacks")
+
+
+def test_the_agreement_with_autoattack():
+    tables = sorted((RESULTS / "autoattack_reference").glob("*/table.md"))
+    agreements = {re.search(r"in the end ([\d.]+%) of the images", of.read_text(encoding="utf-8"))[1] for of in tables}
+    (agreement,) = agreements
+    assert len(tables) == 2
+    assert f"{agreement} of 500 images" in row_of("AutoAttack")
+
+
+def test_what_the_defense_is_worth():
+    rows = results("paper/digits/main_table.json")["rows"]  # Square is the last attack of AutoAttack
+
+    def percent(row, attack):
+        return f"{100 * rows[row][attack]['accuracy']:.1f}%"
+
+    ours, pgd = ([percent(row, attack) for attack in ("pgd-20", "square")] for row in ("feature scattering", "PGD-7"))
+    assert f"is robust on {ours[0]} of the images under PGD-20 and on {ours[1]} under AutoAttack" in TEXT
+    assert f"PGD training, on {pgd[0]} and {pgd[1]}" in TEXT
+
+
+def test_the_examples_run():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    images = np.random.default_rng(0).uniform(size=(2, 4, 4, 1)).astype(np.float32)
+    exec(blocks[1], names := {})
+    assert names["gradients"].shape == (64, 60, 10)
+    assert np.isfinite(names["costs"]).all()
+    # Labels that the network does not give: images that are misclassified at once, so that AutoAttack is quick.
+    network = {"logits_fn": lambda x: x.reshape(len(x), -1) @ jnp.zeros((16, 5)) + jnp.arange(5.0)[None]}
+    exec(blocks[0], names := {**network, "images": images, "labels": np.zeros(2, int)})
+    assert names["result"].summary["worst"]["correct"] == 0
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README))))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
