@@ -1,23 +1,25 @@
-"""Our attacks beside their authors' own, image by image: `python -m experiments.autoattack_reference --reference FILE`.
+"""Compare our attacks with recorded results of their authors' code: an hour (WRN-10-2, 500 images, two CPU cores).
 
-The file, an `.npz`, holds a network that was trained and attacked in PyTorch, and what broke each of its images:
+The reference file (.npz) has a network that was trained and attacked in PyTorch, and the results for its images:
 
-- `weights/NAME`: the network by PyTorch's names (a Wide-ResNet that takes images in [-1, 1]);
-- `images_nhwc` (uint8), `labels`, `clean_correct`;
-- `standard/ATTACK_robust`: whether each image is robust after that stage of AutoAttack's standard version (apgd-ce,
-  apgd-t, fab-t, square); `alone/ATTACK_robust`: after that attack alone, on the first images; `paper/ATTACK_robust`:
-  after the paper's (fgsm, pgd20, pgd100, cw20, cw100, pgd20_5starts); all at radius 8/255;
-- with each of AutoAttack's `_robust`, `_seconds`: how long it took, which `experiments.benchmarks.attacks` reads.
+- weights/NAME: the network's arrays by PyTorch's names (a Wide-ResNet that takes images in [-1, 1]);
+- images_nhwc (uint8), labels, clean_correct;
+- standard/ATTACK_robust: whether each image is robust after this stage of AutoAttack's standard version (apgd-ce,
+  apgd-t, fab-t, square); alone/ATTACK_robust: after this attack alone, on the first images; paper/ATTACK_robust:
+  after the paper's attacks (fgsm, pgd20, pgd100, cw20, cw100, pgd20_5starts); all at radius 8/255;
+- ATTACK_seconds beside each ATTACK_robust of AutoAttack: how long it took, for experiments.benchmarks.attacks.
 
-Runs ours on the same network and images, and writes `table.md` and `result.json` into RESULTS/NAME. Stopped, the same
-command goes on.
+The script runs our attacks on the same network and images, and writes table.md and result.json to RESULTS/NAME. If
+interrupted, rerun the command: it resumes.
+
+Examples:
+    python -m experiments.autoattack_reference --reference autoattack_wrn_10_2.npz
+    python -m experiments.autoattack_reference --reference autoattack_wrn_10_2.npz --num-images 50 --results trial
 """
 
 import dataclasses
 import pathlib
 from typing import Any
-
-import tyro
 
 from experiments import command_line
 from experiments.output import made_on, write_files
@@ -28,32 +30,33 @@ PAPER = {
     "pgd20_5starts": "pgd-20x5",
 }  # fmt: skip
 
-MOST_POINTS = 0.6  # between theirs and ours after any stage: 3 of 500 images, which another start may break
-LEAST_AGREEMENT = 99  # % of the images, in the end
+MOST_POINTS = 0.6  # largest difference after any stage: 3 of 500 images, which may depend on the random start
+LEAST_AGREEMENT = 99  # % of the images, after the last stage
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Compare our attacks with recorded results of their authors' code."""
+    """The command line."""
 
     reference: pathlib.Path
     """The recorded results (.npz)."""
     results: pathlib.Path = pathlib.Path("experiments/results/autoattack_reference")
-    """Folder of the tables; each reference has a folder of its own in it."""
+    """Folder of the tables; it gets one folder for each reference."""
     workdir: pathlib.Path = pathlib.Path("runs/autoattack_reference")
-    """Folder of the records, to go on from."""
+    """Folder of the records, for resuming."""
     num_images: int | None = None
-    """The first so many images; by default all."""
+    """Number of images, the first ones; by default all."""
     batch_size: int | None = None
-    """Most images at a time; by default 32 on a CPU, and 256 elsewhere."""
+    """The largest batch; by default 32 on a CPU, and 256 elsewhere."""
     seed: int = 0
-    """Of the random starts."""
+    """Seed of the random starts."""
     progress: bool = True
     """Show a progress bar for each attack."""
 
 
 def main(argv: list[str]) -> None:
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.autoattack_reference")
+    prog = "python -m experiments.autoattack_reference"
+    arguments = command_line.parse(Arguments, argv, prog=prog, **command_line.documented(__doc__))
 
     from fs_jax._utils import backend
     from fs_jax.evaluation import evaluate
@@ -65,7 +68,7 @@ def main(argv: list[str]) -> None:
     backend.enable_compilation_cache()
     name = arguments.reference.stem
     result = evaluate(
-        as_logits_fn(model, variables), images, labels, [attack for _, attack in rivals(reference)],
+        as_logits_fn(model, variables), images, labels, [attack for _, attack in compared_attacks(reference)],
         batch_size=arguments.batch_size, seed=arguments.seed, journal=arguments.workdir / f"{name}.jsonl",
         progress=arguments.progress,
     )  # fmt: skip
@@ -83,7 +86,7 @@ def main(argv: list[str]) -> None:
 
 
 def read(path: pathlib.Path, num_images: int | None) -> dict[str, Any]:
-    """The file's arrays, of the first images."""
+    """The arrays of the file, for the first images."""
     import numpy as np
 
     with np.load(path) as file:
@@ -103,8 +106,8 @@ def network(reference):
     return WideResNet(6 * blocks + 4, features // 64, num_classes), variables
 
 
-def rivals(reference) -> list[tuple[str, Any]]:
-    """By the file's names of its results, the attack of ours that each is compared with; first the clean images."""
+def compared_attacks(reference) -> list[tuple[str, Any]]:
+    """The names of the file's results with our attacks for each; the clean images come first."""
     from fs_jax.evaluation import Attack, parse_attack
 
     pairs = [("clean_correct", Attack("clean"))]
@@ -121,13 +124,13 @@ def rivals(reference) -> list[tuple[str, Any]]:
 
 
 def compare(reference, result) -> list[dict[str, Any]]:
-    """For each attack, how many images are robust to theirs and to ours, and on how many both agree."""
+    """For each attack, the shares of images that are robust to theirs and to ours, and on which both agree."""
     import numpy as np
 
     rows = []
-    for name, attack in rivals(reference):
+    for name, attack in compared_attacks(reference):
         theirs = reference[name].astype(bool)
-        # An image that an earlier attack broke has no record of this one.
+        # Images that an earlier attack misclassified have no record of this one.
         chain = (*attack.after, attack.name)
         robust = [all(record["misclassified_at"].get(link, 0) < 0 for link in chain) for record in result.records]
         ours = np.array(robust[: len(theirs)])
@@ -167,18 +170,19 @@ def table(summary: dict[str, Any], network: str) -> str:
         "only by ours",
     ]  # fmt: skip
     stages = [row for row in summary["agreement"] if row["attack"] in STAGES]
-    said = [f"Written by `python -m experiments.autoattack_reference --reference {summary['reference']}`."]
+    sentences = [f"Written by `python -m experiments.autoattack_reference --reference {summary['reference']}`."]
     if stages:
-        apart = max(round(100 * abs(row["ours"] - row["theirs"]), 6) for row in stages)
+        difference = max(round(100 * abs(row["ours"] - row["theirs"]), 6) for row in stages)
         agree = 100 * stages[-1]["agree"]
-        verdict = "as strong as" if apart <= MOST_POINTS and agree >= LEAST_AGREEMENT else "not like"
-        said.append(
-            f"AutoAttack stage by stage: at most {apart:.1f} points apart ({MOST_POINTS} are allowed), and in the end "
-            f"{agree:.1f}% of the images agree ({LEAST_AGREEMENT}% are asked for): **{verdict} the authors' own.**"
+        verdict = "as strong as" if difference <= MOST_POINTS and agree >= LEAST_AGREEMENT else "not like"
+        sentences.append(
+            f"AutoAttack: accuracies after each stage differ by at most {difference:.1f} points (limit {MOST_POINTS}), "
+            f"and in the end {agree:.1f}% of the images agree (required {LEAST_AGREEMENT}%): **{verdict} the authors' "
+            "own.**"
         )
-    said.append(f"{network}, radius 8/255. Ours on {made_on(summary['environments'][-1])}.")
+    sentences.append(f"{network}, radius 8/255. Ours on {made_on(summary['environments'][-1])}.")
     body = tabulate.tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
-    return f"{body}\n\n" + "\n\n".join(said) + "\n"
+    return f"{body}\n\n" + "\n\n".join(sentences) + "\n"
 
 
 if __name__ == "__main__":

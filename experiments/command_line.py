@@ -1,4 +1,4 @@
-"""What the scripts' command lines share. tyro makes them from dataclasses, with help, types and the nearest name."""
+"""The command lines of all scripts: made by tyro from dataclasses, with help, fractions and the nearest name."""
 
 import fractions
 import io
@@ -7,12 +7,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 from fs_jax._utils.text import radius
+from fs_jax._utils.validation import check_choice
 
 STOPPED = 75  # exit status of a script that stopped before its end: "temporary failure", to job queues
 
@@ -43,7 +44,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def parse(arguments: Callable[..., T], argv: Sequence[str], *, examples: str = "", **options: Any) -> T:
-    """Parse a command line with `tyro.cli`, where every number may also be a fraction such as 8/255.
+    """Parse a command line with `tyro.cli`. Numbers may be fractions such as 8/255; errors name the nearest choice.
 
     Args:
       arguments: A dataclass (or a function) with one field for each option.
@@ -61,11 +62,22 @@ def parse(arguments: Callable[..., T], argv: Sequence[str], *, examples: str = "
       Radius(epsilon=0.2)
     """
     try:
-        return tyro.cli(arguments, args=argv, registry=_FRACTIONS, **options)
+        return tyro.cli(arguments, args=argv, registry=_RULES, **options)
     except SystemExit as stopped:
         if not stopped.code and examples:  # status 0: this was --help
             print(f"\nexamples:\n{examples}")
         raise
+
+
+def documented(docstring: str | None) -> dict[str, str]:
+    r"""Arguments of `parse` from a script's docstring: the description, and the commands after its line "Examples:".
+
+    Example:
+      >>> documented("Train. An hour.\n\nExamples:\n    python -m experiments.train")
+      {'description': 'Train. An hour.', 'examples': '    python -m experiments.train'}
+    """
+    description, _, examples = (docstring or "").partition("\nExamples:\n")
+    return {"description": description.strip(), "examples": examples.strip("\n")}
 
 
 def number(text: str) -> float:
@@ -88,10 +100,10 @@ def _shown(value: float) -> str:
     return fraction if "/" in fraction and len(str(value)) > len("0.0001") else str(value)
 
 
-_FRACTIONS = ConstructorRegistry()
+_RULES = ConstructorRegistry()
 
 
-@_FRACTIONS.primitive_rule
+@_RULES.primitive_rule
 def _fraction(info):
     if info.type is not float:
         return None
@@ -101,6 +113,25 @@ def _fraction(info):
         instance_from_str=lambda words: number(words[0]),
         is_instance=lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
         str_from_instance=lambda value: [_shown(value)],
+    )
+
+
+@_RULES.primitive_rule
+def _choice(info):
+    choices = get_args(info.type)
+    if get_origin(info.type) is not Literal or not all(isinstance(choice, str) for choice in choices):
+        return None
+
+    def chosen(words):
+        check_choice("choice", words[0], choices)
+        return words[0]
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(choices) + "}",
+        instance_from_str=chosen,
+        is_instance=lambda value: value in choices,
+        str_from_instance=lambda value: [value],
     )
 
 

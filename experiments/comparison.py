@@ -34,27 +34,29 @@ def compare(
     """Train and evaluate; write `table.md`, `NAME.json`, `training.png`, `accuracy.png` and `attacks.png`.
 
     Args:
-      runs: By the name of its folder in `workdir`, each network's name in the table and its configuration.
-      dataset: The data set of all of them.
-      attacks: The first must be clean: it is run on all test images. The figure shows the last but one.
-      workdir: Folder of the runs. A run that is there is resumed.
-      results: Folder of the table and figures.
-      title: Of the figure of accuracies.
-      attacked_images: How many test images the attacks are run on; by default all.
-      max_minutes: Stop training cleanly after so many minutes in all.
+      runs: For each network, by the name of its folder in `workdir`: its name in the table, and its configuration.
+      dataset: The data set of all networks.
+      attacks: The first must be clean; it is run on all test images. The figure of examples shows the last but one.
+      workdir: Folder of the training runs. Existing runs are resumed.
+      results: Folder for the table and the figures.
+      title: Title of the figure of accuracies.
+      attacked_images: Number of test images for the attacks; by default all.
+      max_minutes: Stop training cleanly after this many minutes in total.
       progress: Show progress bars.
 
     Returns:
-      The table and its caption; None if training was stopped, and the same call goes on.
+      The table and its caption; None if training was stopped. The same call resumes it.
     """
     workdir, results = local_path("workdir", workdir), local_path("results", results)
     deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
     evaluations, metrics = {}, {}
     for folder, (name, config) in runs.items():
-        left = None if max_minutes is None else max(0.0, (deadline - time.monotonic()) / 60)
-        # One device: with several, the transport and BatchNorm of each would be of a smaller batch than the paper's.
+        remaining = None if max_minutes is None else max(0.0, (deadline - time.monotonic()) / 60)
+        # One device: with several, the transport and BatchNorm of each would use a smaller batch than the paper's.
         device = jax.local_devices()[:1]
-        run = training.train(config, dataset, workdir / folder, devices=device, max_minutes=left, progress=progress)
+        run = training.train(
+            config, dataset, workdir / folder, devices=device, max_minutes=remaining, progress=progress
+        )
         if run.stopped or not run.finished:
             return None
         logits_fn = as_logits_fn(training.make_model(config, dataset.info.num_classes), run.variables)
@@ -80,7 +82,7 @@ def compare(
     write_files(results, {"table.md": table})
     report.training_curves(metrics, results / "training.png")
     report.accuracy_bars(evaluations, results / "accuracy.png", title=title)
-    # As many as a batch of the attacks above had, for which programs are there; the first 8 are shown.
+    # A batch of the same size as above, so that nothing is compiled again; the first 8 images are shown.
     whole, first, shown = (
         slice(0, min(backend.batch_size(backend.platform_of([])), len(records))),
         slice(0, 8),
@@ -97,7 +99,7 @@ def compare(
 
 
 def draw_examples(logits_fn, images, adversaries, labels, class_names, path, *, epsilon, title) -> None:
-    """Draw images, what an attack has added to them, and what the network says before and after."""
+    """Draw images, the perturbations of an attack, and the network's predictions before and after."""
     images, predict = as_float(images), jax.jit(logits_fn)
     before, after = (np.asarray(predict(jnp.asarray(shown))) for shown in (images, adversaries))
     report.attack_examples(

@@ -1,31 +1,34 @@
-"""Evaluate a network under attack: `python -m experiments.evaluate --workdir DIR --suite paper`.
+"""Evaluate a network under attack: in 1 minute (500 images, WRN-10-2, two CPU cores), with all suites in 1.5 hours.
 
+Without a suite, the attacks are FGSM, PGD-20 and CW-20. The suites, with the times for the same network and images:
+
+- paper: FGSM, PGD and CW, with up to 1000 steps and 5 restarts (40 minutes);
+- autoattack: the standard version (7 minutes; half an hour for a more robust network);
+- gradient-free: SPSA and local search (45 minutes for 50 images, see --gradient-free-images);
+- all: all of these (1.5 hours, with 50 images for gradient-free attacks).
+
+A suite also runs a sweep over radii and a checklist for masked gradients.
+
+Results are in DIR/evaluations/NAME, or in --output: records.jsonl (one line for each image and attack, written while
+the attacks run), result.json (settings, accuracies with 95% intervals, costs, a record of each image, RobustBench's
+fields), report.md (tables) and figures. If interrupted, rerun the command: it resumes. With another network, radius or
+setting it stops with an error. Parts of the images can be evaluated separately (--shard) and merged (--merge).
+
+Examples:
+    python -m experiments.evaluate --workdir runs/cifar10
     python -m experiments.evaluate --workdir runs/cifar10 --suite all --num-images 1000
-    python -m experiments.evaluate --workdir runs/cifar10 --attacks clean pgd-20 cw-100 --restarts 5
+    python -m experiments.evaluate --workdir runs/cifar10 --attacks clean pgd-20 cw-100 --restarts 5 --epsilon 4/255
     python -m experiments.evaluate --weights network.safetensors --output results/network --suite autoattack
 
-Suites: `paper` (FGSM, PGD and CW, with up to 1000 steps from 5 starts), `autoattack` (the standard version),
-`gradient-free` (SPSA and local search), `all` (all these). A suite is followed by a sweep over radii and by the
-checklist for masked gradients.
-
-Writes into `DIR/evaluations/NAME`: `records.jsonl` (a line for each image and attack, as it goes), and in the end
-`result.json` (settings, accuracies with 95% intervals, what they cost, a record for each image, RobustBench's fields),
-`report.md` (the tables), and the figures. If interrupted, rerun the command: it resumes. With another network, radius
-or setting it refuses to.
-
-Parts of the images can be evaluated anywhere, and merged:
-
-    python -m experiments.evaluate --weights net.npz --suite paper --shard 1/2 --output part1     # and 2/2, elsewhere
-    python -m experiments.evaluate --weights net.npz --suite paper --merge part1 part2 --output whole
+    python -m experiments.evaluate --weights net.npz --suite paper --shard 1/2 --output part1
+    python -m experiments.evaluate --weights net.npz --suite paper --shard 2/2 --output part2
+    python -m experiments.evaluate --weights net.npz --suite paper --merge part1 part2 --output merged
 """
 
 import dataclasses
-import fractions
 import pathlib
 import re
 from typing import Any, Literal, cast
-
-import tyro
 
 from experiments import command_line
 from experiments.evaluation_report import SHOWN, draw_adversaries, draw_strength, draw_surfaces, report_text
@@ -38,64 +41,66 @@ SWEPT = 500  # images in the sweep over radii
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Evaluate a network under attack, on the images of a split."""
+    """The command line."""
 
     workdir: pathlib.Path | None = None
-    """Folder of a run of experiments.train; or else --weights."""
+    """Folder of a training run of experiments.train. Give this or --weights."""
     weights: pathlib.Path | None = None
-    """A file of weights (.safetensors, .npz, .pt, ...): this project's, the paper's, or RobustBench's."""
+    """File of weights (.safetensors, .npz, .pt, ...): this project's, the paper's, or RobustBench's."""
     suite: Literal["paper", "autoattack", "gradient-free", "all"] | None = None
-    """Attacks that belong together; or else --attacks."""
+    """Attacks of a suite. Give this or --attacks."""
     attacks: tuple[str, ...] = ()
-    """By default fgsm pgd-20 cw-20, each from the clean images; the clean images themselves are always judged too.
-    --list has all attacks."""
+    """Attacks by name, each from the clean images; by default fgsm pgd-20 cw-20. Clean images are always evaluated
+    too. --list has all names."""
     list: bool = False
-    """List the attacks that can be named, and stop."""
-    epsilon: str | None = None
-    """Radius on [0, 1] images, as a number or as 8/255; by default the run's own, or 8/255 for weights."""
-    step_size: str | None = None
-    """Step of PGD and CW, likewise; by default a quarter of the radius."""
+    """List the names of all attacks with their settings, and stop."""
+    epsilon: float | None = None
+    """Radius on [0, 1] images, as a number or as 8/255; by default that of the training run, or 8/255 for weights."""
+    step_size: float | None = None
+    """Step size of PGD and CW, as a number or as 2/255; by default a quarter of the radius."""
     restarts: int = 1
-    """Random starts of the FGSM, PGD and CW of --attacks (the others have their own number); an image counts as robust
-    if it survives them all."""
+    """Random starts of FGSM, PGD and CW in --attacks (other attacks have their own number). An image is robust if all
+    fail."""
     num_images: int | None = None
-    """So many images of the split; by default all."""
+    """Number of images of the split; by default all."""
     first: int = 0
-    """The first of them, by its index in the split. What happens to an image is the same in any part."""
+    """Index of the first image in the split. The result for an image doesn't depend on it."""
     shard: str | None = None
-    """Instead: one of several parts of about the same size, as in 2/4. --merge puts their results together."""
+    """Evaluate one of several parts of about the same size, such as 2/4. --merge combines their results."""
     merge: tuple[pathlib.Path, ...] = ()
-    """Folders of evaluations of parts, with the same arguments: what they hold is taken over into --output, a new
-    folder, and only what is missing is run."""
+    """Folders of evaluations of parts, made with the same arguments. Their results are copied to --output, a new
+    folder, and only missing ones are computed."""
     gradient_free_images: int = 100
-    """How many of these a suite's SPSA and local search attack: they ask the network some 100,000 times for each."""
+    """Number of images for SPSA and local search in a suite, which take some 100,000 forward passes for each."""
     spsa_directions: int = 128
-    """Directions in each of the 100 steps of a suite's SPSA. The strong attack of its paper has 8192."""
+    """Directions in each of the 100 steps of SPSA in a suite. The strong attack of its paper has 8192."""
     transfer_from: pathlib.Path | None = None
-    """Another network, a run's folder or a file of weights, whose adversaries are tried on this one. A file has to say
-    how its images are normalised; experiments.convert_weights makes one that does."""
+    """Another network, as the folder of a training run or a file of weights, whose adversaries are tried on this
+    network. A file has to include the normalisation of images; experiments.convert_weights adds it."""
     split: Literal["test", "train"] = "test"
+    """Split of the data set."""
     dataset: str | None = None
-    """For weights: cifar10 (by default), cifar100, svhn_cropped, digits, or the path of an .npz file. A run has its
-    own."""
+    """With --weights: cifar10 (the default), cifar100, svhn_cropped, digits, or the path of an .npz file. With
+    --workdir: the new path of the training run's .npz file, if it was moved."""
     mean: tuple[float, ...] | None = None
-    """For weights that don't say it: the network takes (images - mean) / std. One number, or one for each channel."""
+    """For weights without a normalisation: the network takes (images - mean) / std. One number, or one for each
+    channel."""
     std: tuple[float, ...] | None = None
-    """As mean."""
+    """See --mean."""
     checkpoint: Literal["latest", "best"] = "latest"
-    """Of a run: the last one, or the one with the best accuracy on the monitored images."""
+    """Checkpoint of the training run: the last one, or the one with the best accuracy on the monitored images."""
     precision: Literal["float32", "default"] = "float32"
-    """Of products: "default" leaves it to JAX, which rounds their factors on a TPU and some GPUs."""
+    """Precision of products: "default" leaves it to JAX, which rounds the factors on a TPU and some GPUs."""
     batch_size: int | None = None
-    """Most images at a time; by default 32 on a CPU, whose cache they fit, and 256 elsewhere."""
+    """The largest batch; by default 32 on a CPU, which fits in its cache, and 256 elsewhere."""
     seed: int = 0
-    """Of the random starts."""
+    """Seed of all random numbers."""
     name: str | None = None
-    """Name of the evaluation; by default the suite's, or "attacks"."""
+    """Name of the evaluation; by default that of the suite, or "attacks"."""
     output: pathlib.Path | None = None
     """Folder of the results; by default evaluations/NAME in the workdir."""
     save_images: bool = False
-    """Write each image's worst adversary, over all attacks, to adversarial.npz."""
+    """Write the worst adversary of each image, over all attacks, to adversarial.npz."""
     data_dir: pathlib.Path | None = None
     """TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     progress: bool = True
@@ -103,35 +108,34 @@ class Arguments:
 
 
 def main(argv: list[str]) -> None:
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.evaluate")
+    prog = "python -m experiments.evaluate"
+    arguments = command_line.parse(Arguments, argv, prog=prog, **command_line.documented(__doc__))
 
     if arguments.list:
         print(list_of_attacks())
         return
 
-    from fs_jax import attacks, data
+    from fs_jax import attacks
     from fs_jax._utils import backend
     from fs_jax.evaluation import check_evaluation, evaluate, fingerprint, gradient_masking
     from fs_jax.models import as_logits_fn
     from fs_jax.training.loop import read_config
 
-    # Everything that can be wrong is found before the long work starts.
+    # All checks come before the long computations.
     check_arguments(arguments)
     config = None if arguments.workdir is None else read_config(arguments.workdir)
     own_epsilon = 8 / 255 if config is None else config.attack.epsilon
-    epsilon = own_epsilon if arguments.epsilon is None else number("epsilon", arguments.epsilon)
+    epsilon = own_epsilon if arguments.epsilon is None else arguments.epsilon
     chosen_attacks(arguments, epsilon)
     output = output_folder(arguments)
     backend.enable_compilation_cache()
     model, variables, origin = load_network(
-        cast(pathlib.Path, arguments.workdir or arguments.weights),  # one of them is given
+        cast(pathlib.Path, arguments.workdir or arguments.weights),  # check_arguments has made sure of one
         checkpoint=arguments.checkpoint,
         mean=arguments.mean,
         std=arguments.std,
     )
-    dataset = data.load(
-        arguments.dataset or "cifar10" if config is None else config.dataset, data_dir=arguments.data_dir
-    )
+    dataset = load_data(arguments, config)
     images, labels = {
         "test": (dataset.test_images, dataset.test_labels),
         "train": (dataset.train_images, dataset.train_labels),
@@ -154,7 +158,7 @@ def main(argv: list[str]) -> None:
     about = {
         "network": f"WRN-{model.depth}-{model.width}",
         "normalised": f"(images - {model.mean}) / {model.std}",
-        "dataset": dataset.info.name,
+        "dataset": dataset.info.name if config is None else config.dataset,  # the same after the file was moved
         "split": arguments.split,
     }
     adversaries = open_array(output / "adversaries.npy", (kept, *images.shape[1:]))
@@ -186,7 +190,7 @@ def main(argv: list[str]) -> None:
 
 
 def list_of_attacks() -> str:
-    """A table of the attacks that can be named, and what may be set of each."""
+    """A table of all attacks with their settings."""
     import tabulate
 
     from fs_jax.attacks import REGISTRY, Attack, Specification
@@ -201,31 +205,39 @@ def list_of_attacks() -> str:
         )
 
     rows = [[word(attack), attack.summary, settings(attack)] for attack in REGISTRY.values()]
-    table = tabulate.tabulate(rows, headers=["attack", "what it is", "settings"], maxcolwidths=[None, 50, 50])
-    return f"{table}\n\nK: number of steps. N: random starts. Settings are those at radius 8/255."
+    table = tabulate.tabulate(rows, headers=["attack", "description", "settings"], maxcolwidths=[None, 50, 50])
+    return f"{table}\n\nK: number of steps. N: number of restarts. Settings are those for radius 8/255."
 
 
 def check_arguments(arguments: Arguments) -> None:
-    """What can be said of the command line by itself."""
+    """Check the command line by itself, before anything is read."""
     from fs_jax._utils.validation import check_number
 
     if (arguments.workdir is None) == (arguments.weights is None):
-        raise ValueError("workdir, weights: expected one of them. Make a run with: python -m experiments.train")
+        raise ValueError("workdir, weights: expected one of them. Train a network with: python -m experiments.train")
     if arguments.weights is not None and arguments.weights.is_dir():
-        raise ValueError(f"weights: expected a file; {arguments.weights} is a folder. A run's is for --workdir.")
-    for name in ("dataset", "mean", "std"):
+        raise ValueError(
+            f"weights: expected a file; {arguments.weights} is a folder. Give a training run's as --workdir."
+        )
+    for name in ("mean", "std"):
         if arguments.workdir is not None and getattr(arguments, name) is not None:
-            raise ValueError(f"{name}: expected it for --weights only; a run has its own.")
+            raise ValueError(f"{name}: expected it with --weights only; a training run has its own.")
+    if arguments.workdir is not None and not (arguments.dataset or "moved.npz").endswith(".npz"):
+        raise ValueError(
+            f"dataset: expected, with --workdir, the new path of the training run's .npz file; got {arguments.dataset}."
+        )
     if arguments.weights is not None and arguments.output is None:
-        raise ValueError("output: expected a folder for the results, as --weights has no workdir.")
+        raise ValueError("output: expected a folder for the results; --weights has no default.")
     if arguments.suite is not None and (arguments.attacks or arguments.restarts != 1):
-        raise ValueError("suite: expected it alone, without --attacks or --restarts; it has its own.")
+        raise ValueError("suite: expected no --attacks and no --restarts with it; a suite has its own.")
     if arguments.shard is not None and not re.fullmatch(r"[1-9]\d*/[1-9]\d*", arguments.shard):
-        raise ValueError(f"shard: expected a part and the number of parts, such as 2/4; got {arguments.shard!r}.")
+        raise ValueError(
+            f"shard: expected the number of a part and of all parts, such as 2/4; got {arguments.shard!r}."
+        )
     if arguments.shard is not None and int(arguments.shard.split("/")[0]) > int(arguments.shard.split("/")[1]):
-        raise ValueError(f"shard: expected a part of at most the number of parts; got {arguments.shard}.")
+        raise ValueError(f"shard: expected a part that is at most the number of parts; got {arguments.shard}.")
     if arguments.merge and arguments.output is not None and (arguments.output / "records.jsonl").exists():
-        raise ValueError(f"merge: expected a new folder as --output; {arguments.output} is of an evaluation.")
+        raise ValueError(f"merge: expected a new folder as --output; {arguments.output} has an evaluation.")
     for part in arguments.merge:
         if not (part / "records.jsonl").exists():
             raise ValueError(f"merge: expected folders of evaluations; {part} has no records.jsonl.")
@@ -235,19 +247,38 @@ def check_arguments(arguments: Arguments) -> None:
             check_number(name, getattr(arguments, name), at_least=1, integer=True)
 
 
-def number(name: str, text: str) -> float:
-    """A number, or a fraction such as 8/255."""
-    try:
-        return float(fractions.Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{name}: expected a number, or a fraction such as 8/255; got {text!r}.") from None
+def load_data(arguments: Arguments, config: Any) -> Any:
+    """The data set: that of the training run, if there is a configuration of one, or that of the command line."""
+    from fs_jax import data
+    from fs_jax.evaluation import fingerprint
+
+    if config is None:
+        return data.load(arguments.dataset or "cifar10", data_dir=arguments.data_dir)
+    from_file = config.dataset.endswith(".npz")
+    if arguments.dataset is not None and not from_file:
+        raise ValueError(f"dataset: expected none, as the training run's is {config.dataset}; got {arguments.dataset}.")
+    name = arguments.dataset or config.dataset
+    if from_file and not pathlib.Path(name).exists():
+        raise ValueError(
+            f"dataset: expected the training run's data, {config.dataset}; there is no file {name}. If it was moved, "
+            "give its new path: --dataset FILE.npz."
+        )
+    dataset = data.load(name, data_dir=arguments.data_dir)
+    if from_file and config.data not in (None, fingerprint([dataset.train_images, dataset.train_labels])):
+        raise ValueError(
+            f"dataset: expected the data that the network was trained on, {config.dataset}; {name} has other training "
+            "images or labels. Give another file: --dataset FILE.npz."
+        )
+    return dataset
 
 
 def chosen_images(arguments: Arguments, total: int) -> slice:
-    """Which images of a split of so many are evaluated."""
+    """The images to evaluate, of a split with `total` images."""
     last = total if arguments.num_images is None else min(total, arguments.first + arguments.num_images)
     if not arguments.first < last:
-        raise ValueError(f"first: expected less than the split's {total} images; got {arguments.first}.")
+        raise ValueError(
+            f"first: expected less than {total}, the number of images in the split; got {arguments.first}."
+        )
     if arguments.shard is None:
         return slice(arguments.first, last)
     part, parts = map(int, arguments.shard.split("/"))
@@ -258,17 +289,18 @@ def chosen_images(arguments: Arguments, total: int) -> slice:
 
 
 def chosen_attacks(arguments: Arguments, epsilon: float, num_classes: int = 10) -> list:
-    """Those that were named; or those of the suite, and the sweep over radii."""
+    """The attacks by name; or those of the suite, with the sweep over radii."""
     from fs_jax.evaluation import gradient_masking, parse_attack, suite
 
-    step_size = None if arguments.step_size is None else number("step_size", arguments.step_size)
     if arguments.suite is None:
         words = dict.fromkeys(("clean", *(arguments.attacks or ("fgsm", "pgd-20", "cw-20"))))
-        return [parse_attack(word, epsilon, step_size=step_size, restarts=arguments.restarts) for word in words]
+        return [
+            parse_attack(word, epsilon, step_size=arguments.step_size, restarts=arguments.restarts) for word in words
+        ]
     chosen = suite(
         arguments.suite,
         epsilon=epsilon,
-        step_size=step_size,
+        step_size=arguments.step_size,
         gradient_free_images=arguments.gradient_free_images,
         num_directions=arguments.spsa_directions,
         num_classes=num_classes,
@@ -277,17 +309,17 @@ def chosen_attacks(arguments: Arguments, epsilon: float, num_classes: int = 10) 
 
 
 def output_folder(arguments: Arguments) -> pathlib.Path:
-    """A new folder, or one of an evaluation; the journal in it knows of which."""
+    """The folder of the results: a new one, or one with an evaluation to resume."""
     name = arguments.name or arguments.suite or "attacks"
-    # Without an output, which --weights needs, there is a run.
+    # Without --output there is a workdir, as --weights needs an output.
     output = local_path("output", arguments.output or cast(pathlib.Path, arguments.workdir) / "evaluations" / name)
     if output.exists() and not (output / "records.jsonl").exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output: expected a new folder, or one of an evaluation; got {output}. Choose another.")
+        raise ValueError(f"output: expected a new folder, or one with an evaluation; got {output}. Choose another.")
     return output
 
 
 def open_array(path: pathlib.Path, shape: tuple[int, ...]):
-    """A float32 array in a file, which keeps what is written though the process is killed."""
+    """A memory-mapped float32 array, which keeps what was written if the process is killed."""
     import numpy as np
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -295,12 +327,12 @@ def open_array(path: pathlib.Path, shape: tuple[int, ...]):
         return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     array = np.lib.format.open_memmap(path, mode="r+")
     if array.shape != shape:
-        raise ValueError(f"save_images, num_images: expected those that {path} was made with; got others.")
+        raise ValueError(f"save_images, num_images: expected the same as when {path} was made; got others.")
     return array
 
 
 def take_adversaries(part: pathlib.Path, adversaries, first: int) -> None:
-    """The adversaries of a part of the images, as far as they are kept."""
+    """Copy the adversaries of a part of the images, as many as are kept."""
     import numpy as np
 
     from fs_jax.evaluation import Journal
@@ -309,12 +341,12 @@ def take_adversaries(part: pathlib.Path, adversaries, first: int) -> None:
     of_part = np.load(part / "adversaries.npy", mmap_mode="r")[: max(0, len(adversaries) - begin)]
     wanted = min(Journal.header(part / "records.jsonl")["images"], len(adversaries) - begin)
     if begin < 0 or len(of_part) < wanted:
-        raise ValueError(f"merge: expected a part of these images, made with --save-images as this; got {part}.")
+        raise ValueError(f"merge: expected a part of these images, with --save-images if it is given here; got {part}.")
     adversaries[begin : begin + len(of_part)] = of_part
 
 
 def leaderboard(model, about: dict[str, Any], epsilon: float, summary: dict[str, Any]) -> dict[str, Any]:
-    """AutoAttack's settings, and the result as RobustBench has it."""
+    """AutoAttack's settings, and the result in RobustBench's format."""
     from fs_jax import attacks
     from fs_jax.models import convert
 
@@ -336,7 +368,7 @@ def leaderboard(model, about: dict[str, Any], epsilon: float, summary: dict[str,
 
 
 def save_images(path: pathlib.Path, adversaries, labels, records) -> None:
-    """Each image's adversary of the lowest margin, in the order of the split; `robust` is 1, 0, or -1 for unknown."""
+    """Write each image's adversary of the lowest margin; `robust` is 1, 0, or -1 for unknown."""
     import numpy as np
 
     from fs_jax._utils.files import replacing

@@ -6,17 +6,17 @@ from typing import Any
 from experiments.output import made_on
 
 HOW_TO_READ = """\
-Accuracy in % with 95% intervals. *Decides*: where the last iterate decides, the attack is judged as the paper's code
-judges its own, so that the numbers compare; where any iterate does, it is stronger, and an image is dropped as soon as
-it is misclassified. *Images*: how many were attacked, of how many the accuracy counts. An attack that spares images
-spares those that are misclassified, at once or after an earlier attack, and counts them so. *Worst case*: of the images
-that all its attacks were meant for; whether others are robust is unknown. *Lowest run*: of several random starts, the
-one that found most; the accuracy is that after all of them. *Seconds*: with compilation. *Forward*, *backward*: passes
-of one image that the attack took in all (of local search, the most that it can take)."""
+Accuracy in % with 95% intervals. *Decides*: *last iterate* judges an attack as the paper's code does, so that numbers
+can be compared; *any iterate* is stronger, and drops an image as soon as it is misclassified. *Images*: the number of
+attacked images, and the number that the accuracy counts. They differ if an attack skips images that the clean network
+or earlier attacks misclassify; these count as misclassified. *Worst case*: the accuracy over all attacks together, on
+the images that all of them cover; *unknown* is the number of other images. *Lowest run*: the accuracy after the
+strongest random start alone; *accuracy* is that after all of them. *Seconds* include compilation. *Forward*,
+*backward*: passes of single images (of local search, an upper bound)."""
 
 
 def report_text(summary: dict[str, Any], figures: set[str]) -> str:
-    """The report in Markdown, with those of its figures that were drawn."""
+    """The report in Markdown, with the figures that were drawn."""
     import tabulate
 
     from fs_jax import report
@@ -31,18 +31,24 @@ def report_text(summary: dict[str, Any], figures: set[str]) -> str:
         f"{summary['dataset']}, {summary['images']:,} {summary['split']} images, L∞ radius "
         f"{report.radius(summary['epsilon'])}, seed {summary['seed']}. Weights {summary['weights']}. On "
         f"{made_on(summary['environments'][-1])}."
-        + (f" Parts of it ran elsewhere, in {len(summary['environments'])} environments." if several else ""),
+        + (
+            f" Parts were computed elsewhere, in {len(summary['environments'])} environments in total."
+            if several
+            else ""
+        ),
         *(f"**Warning.** {warning}" for warning in summary["warnings"] or ()),
         report.attack_table({"attacks": together, "worst": summary["worst"]}),
         HOW_TO_READ,
     ]
     if apart:
         parts += [
-            "Apart from the worst case, as they have another radius, or none, or another network's adversaries:",
+            "Not in the worst case, as they have another radius, no radius, or another network's adversaries:",
             report.attack_table({"attacks": apart}),
         ]
     if "transfer_from" in summary:
-        parts += [f"*Transfer*: adversaries that PGD-20 makes for `{summary['transfer_from']}`, tried on this network."]
+        parts += [
+            f"*Transfer*: adversaries that PGD-20 makes for `{summary['transfer_from']}`, classified by this network."
+        ]
     if "strength" in figures:
         parts += ["![Accuracy against steps and radius](strength.png)"]
     if "examples" in figures:
@@ -55,31 +61,31 @@ def report_text(summary: dict[str, Any], figures: set[str]) -> str:
         )
         parts += [
             f"**AutoAttack, standard version: {100 * last['accuracy']:.2f}% are robust** ({last['correct']:,} of "
-            f"{last['total']:,}). Each attack is run on the images that those before it didn't break. Their settings "
-            f"are the authors': {settings}."
+            f"{last['total']:,}). Each attack is run on the images that the earlier ones didn't misclassify. The "
+            f"settings are the authors': {settings}."
         ]
     if "masking" in summary:
         rows = [[check["what"], check["verdict"], check["why"]] for check in summary["masking"]]
         parts += [
             "## Is the gradient masked?",
-            "What holds of a network whose gradients are honest. A *no* is a sign that attacks by gradients may have "
-            "found too little here; *yes* everywhere proves nothing.",
-            tabulate.tabulate(rows, headers=["expected", "is it so?", "numbers"], tablefmt="pipe"),
+            "Properties of networks without gradient masking. A *no* is a sign that attacks with gradients may have "
+            "found too little here. If all are *yes*, that proves nothing.",
+            tabulate.tabulate(rows, headers=["expected", "met?", "numbers"], tablefmt="pipe"),
         ]
     if "surface" in figures:
         parts += [
             "![Loss surfaces](surface.png)",
-            "Cross-entropy around the first images that are classified correctly; on the white line the class changes.",
+            "Cross-entropy around the first images that are classified correctly. The class changes at white lines.",
         ]
     return "\n\n".join(parts) + "\n"
 
 
 def draw_strength(summary: dict[str, Any], records: list[dict[str, Any]], output: pathlib.Path) -> None:
-    """Accuracy against steps and radius, where there was an attack at all."""
+    """Draw accuracy against steps and radius, if there was any attack."""
     from fs_jax import report
     from fs_jax.evaluation import gradient_masking
 
-    # Lines for attacks on all images, of each kind the longest; marks for those whose last iterate decides.
+    # Lines for the longest attack of each kind, on all images; marks for attacks whose last iterate decides.
     whole = [
         attack
         for attack in summary["attacks"]
@@ -90,7 +96,7 @@ def draw_strength(summary: dict[str, Any], records: list[dict[str, Any]], output
     shown = [*longest.values(), *(attack for attack in whole if "by_step" not in attack)]
     radii = gradient_masking.radius_points(summary, records)
     if shown or radii:
-        # Of the attacks on all images, as the lines are: some of a suite's are on few, and so is the worst case.
+        # Over the attacks on all images, as for the lines. (The worst case may be of few images, as some attacks are.)
         everywhere = [a["name"] for a in summary["attacks"] if not a["apart"] and a["num_images"] is None]
         at = [record["misclassified_at"] for record in records]
         robust = [all(of_image.get(name, -1) < 0 for name in everywhere) for of_image in at]
@@ -98,25 +104,25 @@ def draw_strength(summary: dict[str, Any], records: list[dict[str, Any]], output
 
 
 def draw_adversaries(logits_fn, images, labels, adversaries, class_names, epsilon, output) -> None:
-    """The first images, where there is something to see."""
+    """Draw the first images, if there is a perturbation and they have 1 or 3 channels."""
     from experiments.comparison import draw_examples
 
     if epsilon and images.shape[-1] in (1, 3):
         draw_examples(
             logits_fn, images[:SHOWN], adversaries[:SHOWN], labels[:SHOWN], class_names,
-            output / "examples.png", epsilon=epsilon, title="the worst of all attacks",
+            output / "examples.png", epsilon=epsilon, title="worst case over all attacks",
         )  # fmt: skip
 
 
 def draw_surfaces(logits_fn, images, labels, records, class_names, epsilon, output):
-    """Loss surfaces of the first images that are classified correctly; more of them, of 3 x 3 points, are returned."""
+    """Draw loss surfaces of the first correctly classified images; return those of 3 x 3 points for more images."""
     import jax
 
     from fs_jax import report
     from fs_jax.evaluation import as_float, gradient_masking
 
     key = jax.random.key(0)
-    correct = [place for place, record in enumerate(records) if record["margin"]["clean"] > 0][:LOOKED_AT]
+    correct = [place for place, record in enumerate(records) if record["margin"]["clean"] > 0][:CHECKED_IMAGES]
     if not correct:
         return None
     few = correct[:SHOWN]
@@ -129,7 +135,7 @@ def draw_surfaces(logits_fn, images, labels, records, class_names, epsilon, outp
     return losses
 
 
-LOOKED_AT = 100  # images that loss surfaces are drawn around
+CHECKED_IMAGES = 100  # images whose loss surfaces are computed for the checklist
 
 
 SHOWN = 8  # images in figures

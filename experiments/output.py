@@ -1,4 +1,4 @@
-"""What scripts write: files that appear whole, and a line that says where their numbers come from."""
+"""Output of the scripts: complete files, and a line with the device and the versions behind the numbers."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from fs_jax._utils.files import write_text
 
 
 def write_files(folder: pathlib.Path, files: Mapping[str, Any]) -> None:
-    """Write text as it is and everything else as JSON, with a line for each field unless there are records.
+    """Write strings as text and other values as JSON, which has one line for each field unless it has records.
 
     Args:
-      folder: It is made if it isn't there.
-      files: What to write, by the file's name.
+      folder: The folder, which is created if it doesn't exist.
+      files: The content of each file, by its name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -25,7 +25,7 @@ def write_files(folder: pathlib.Path, files: Mapping[str, Any]) -> None:
 
 
 def made_on(environment: Mapping[str, Any]) -> str:
-    """Device and versions, from what `fs_jax._utils.backend.describe` says and what a script has added to it.
+    """The device and the versions, from `fs_jax._utils.backend.describe` and what a script has added to it.
 
     Example:
       >>> made_on({"device": "cpu", "cpu_count": 2, "jax": "0.12.0.1", "torch": "2.14.1"})

@@ -1,5 +1,6 @@
 """The scripts, as they are typed: what they write, and what they say to a typo."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,7 +15,8 @@ import pytest
 
 from experiments import autoattack_reference, command_line, evaluate, quickstart
 from experiments.evaluation_report import report_text
-from fs_jax.evaluation import Evaluation, accuracy
+from fs_jax.config import preset
+from fs_jax.evaluation import Evaluation, accuracy, fingerprint
 from fs_jax.models import WideResNet, convert
 
 pytestmark = pytest.mark.usefixtures("one_batch_size")
@@ -89,7 +91,7 @@ def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(
     assert (folder / "records.jsonl").read_bytes() == records
 
 
-def test_the_comparison_counts_images_that_fell_to_one_alone():
+def test_the_comparison_counts_images_that_only_one_breaks():
     no = np.array([False] * 5)
     reference = {
         "labels": np.zeros(5, int),
@@ -97,7 +99,7 @@ def test_the_comparison_counts_images_that_fell_to_one_alone():
         **{f"standard/{name}_robust": no | [1, 1, 0, 0, 0] for name in autoattack_reference.STAGES},
         "alone/fab-t_robust": np.array([True, True, False]),  # of the first three
     }
-    # Ours: APGD-CE leaves 0, 1 and 3; FAB-T, after it, breaks 1.
+    # Ours: 0, 1 and 3 are robust to APGD-CE; FAB-T breaks 1.
     records = [{"misclassified_at": {"clean": -1, "apgd-ce": 5, "fab-t alone": -1}} for _ in range(5)]
     for i in (0, 1, 3):
         records[i]["misclassified_at"] |= {"apgd-ce": -1, "apgd-t": -1, "fab-t": 3 if i == 1 else -1}
@@ -117,7 +119,7 @@ def test_the_comparison_counts_images_that_fell_to_one_alone():
     ]
     summary = {"agreement": rows, "reference": "x.npz", "environments": [{"device": "cpu", "cpu_count": 2, "jax": "0"}]}
     text = autoattack_reference.table(summary, "WRN-10-2")
-    assert "at most 20.0 points apart (0.6 are allowed), and in the end 60.0% of the images agree" in text
+    assert "differ by at most 20.0 points (limit 0.6), and in the end 60.0% of the images agree" in text
     assert "**not like the authors' own.**" in text
     for row in rows:
         row |= {"ours": row["theirs"], "agree": 1.0}
@@ -141,15 +143,15 @@ def test_the_report_says_what_was_run_and_links_what_was_drawn():
     assert "**Warning.** no gradient" in text
     assert "**AutoAttack, standard version: 14.00% are robust** (7 of 50)" in text
     assert "square: num_steps 5000." in text
-    assert text.index("| square ") < text.index("Apart from the worst case") < text.index("| pgd-20 at 4/255 ")
-    assert "| honest     | no          | 0 of 1" in text
+    assert text.index("| square ") < text.index("Not in the worst case") < text.index("| pgd-20 at 4/255 ")
+    assert "| honest     | no     | 0 of 1" in text
     assert "](strength.png)" in text
     assert "](surface.png)" not in text
 
 
 @pytest.mark.slow
 def test_every_suite_runs_on_weights_from_a_file(tmp_path):
-    # A fresh network, whose last layer is brightened so that there is something to lose.
+    # A new network, with a scaled last layer, so that some images are classified with a margin.
     model = WideResNet(10, 1)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     variables["params"]["fc"]["kernel"] *= 30
@@ -210,12 +212,41 @@ def test_shards_merge_into_the_whole(tmp_path, monkeypatch, capsys):
     assert np.mean(np.abs(images[0] - images[1]) > 1e-6) < 0.01
 
 
+def test_a_data_file_that_was_moved_is_found_by_its_new_path(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def save(name):
+        arrays = {"images": rng.integers(0, 256, (4, 8, 8, 1), np.uint8), "labels": np.arange(4, dtype=np.int32) % 2}
+        path = tmp_path / name
+        np.savez(path, **{f"{split}_{key}": array for split in ("train", "test") for key, array in arrays.items()})
+        return str(path), fingerprint([arrays["images"], arrays["labels"]])
+
+    (new, found), (other, _) = save("new.npz"), save("other.npz")
+    config = dataclasses.replace(preset("digits"), dataset=str(tmp_path / "old.npz"), data=found)
+    with pytest.raises(ValueError, match=r"old\.npz\. If it was moved, give its new path: --dataset FILE\.npz"):
+        evaluate.load_data(evaluate.Arguments(), config)
+    assert evaluate.load_data(evaluate.Arguments(dataset=new), config).info.name == new
+    with pytest.raises(ValueError, match=r"other\.npz has other training images or labels"):
+        evaluate.load_data(evaluate.Arguments(dataset=other), config)
+    with pytest.raises(ValueError, match="dataset: expected none, as the training run's is digits"):
+        evaluate.load_data(evaluate.Arguments(dataset=new), preset("digits"))
+
+
+def test_numbers_may_be_fractions_and_help_ends_with_examples(capsys):
+    assert command_line.parse(evaluate.Arguments, ["--epsilon", "8/255", "--step-size", "0.01"]).epsilon == 8 / 255
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    printed = capsys.readouterr().out
+    assert "Evaluate a network under attack" in printed.splitlines()[2]
+    assert printed.rstrip().splitlines()[-1].strip().startswith("python -m experiments.evaluate")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (
             ("experiments.evaluate", "--weights", "x", "--output", "x", "--shard", "3/2"),
-            "shard: expected a part of at most the number of parts; got 3/2",
+            "shard: expected a part that is at most the number of parts; got 3/2",
         ),
         (("experiments.evaluate", "--weights", "x", "--output", "x", "--shard", "2"), "such as 2/4; got '2'"),
         (("experiments.evaluate", "--weights", "x", "--output", "x", "--merge", "tests"), "tests has no records.jsonl"),
@@ -236,13 +267,19 @@ def test_shards_merge_into_the_whole(tmp_path, monkeypatch, capsys):
         (("experiments.evaluate", "--weights", "x"), "output: expected a folder for the results"),
         (
             ("experiments.evaluate", "--weights", "tests", "--output", "x"),
-            "is a folder. A run's is for --workdir",
+            "is a folder. Give a training run's as --workdir",
         ),
-        (("experiments.evaluate", "--workdir", "x", "--dataset", "digits"), "dataset: expected it for --weights only"),
+        (
+            ("experiments.evaluate", "--workdir", "x", "--dataset", "digits"),
+            "the new path of the training run's .npz file",
+        ),
         (("experiments.evaluate", "--weights", "x", "--output", "tests"), "output: expected a new folder"),
-        (("experiments.evaluate", "--weights", "x", "--output", "x", "--suite", "papr"), "'paper'"),
+        (("experiments.evaluate", "--weights", "x", "--output", "x", "--suite", "papr"), "Did you mean 'paper'"),
         (("experiments.evaluate", "--weights", "x", "--output", "x", "--attacks", "pdg-20"), "Did you mean 'pgd-20'"),
-        (("experiments.evaluate", "--workdir", "x", "--suite", "all", "--restarts", "5"), "suite: expected it alone"),
+        (
+            ("experiments.evaluate", "--workdir", "x", "--suite", "all", "--restarts", "5"),
+            "suite: expected no --attacks and no --restarts",
+        ),
         (("experiments.evaluate", "--weights", "x", "--output", "x", "--epsilon", "8/o"), "such as 8/255; got '8/o'"),
         (
             ("experiments.evaluate", "--weights", "tests/golden/losses.npz", "--output", "x"),

@@ -1,28 +1,28 @@
-"""Attacks side by side: ours, an eager PyTorch loop, and torchattacks, on the same weights and images, in one process.
+"""Time attacks: ours, an eager PyTorch loop, and torchattacks, in one process: half an hour on two CPU cores.
 
-    pip install --no-deps torchattacks
-    python -m experiments.benchmarks.attacks --reference autoattack_wrn_10_2.npz   # half an hour on two cores
+Needs PyTorch and torchattacks: pip install --no-deps torchattacks. (Its requirements are old; the attacks used here
+need PyTorch only.) The file with the network and the images is that of experiments.autoattack_reference.
 
-Needs PyTorch and torchattacks. (Its requirements are old; what is used here needs none of them but PyTorch.) The file
-with network and images is that of `experiments.autoattack_reference`.
+- PGD-20, 1,000 images: ours, judged at the last iterate as the others are, and judged at every iterate, so that
+  misclassified images are dropped; an eager PyTorch loop and torchattacks' PGD, each with two batch sizes. Each is run
+  once in a round, after one that isn't counted; times are medians over rounds.
+- AutoAttack, 200 images: ours, with and without compilation; torchattacks' APGD, APGDT, FAB and Square with the
+  standard version's steps (torchattacks' own AutoAttack makes 10 steps, the authors' 100). Each attack is run on the
+  images that the earlier ones didn't misclassify. The seconds of the authors' code are from the file, scaled by the
+  number of images.
+- Savings by dropping misclassified images: PGD-1000 with 5 restarts, with and without dropping.
 
-- **PGD-20**, 1,000 images: ours, judged at the last iterate as the peers are, and judged at every iterate, so that
-  images leave as they fall; a plain PyTorch loop and torchattacks' PGD, each with two batch sizes. Rounds in which each
-  runs once, after a run that isn't counted; medians.
-- **AutoAttack**, 200 images: ours, once with its compilation and once without; torchattacks' APGD, APGDT, FAB and
-  Square with the standard version's steps (its own AutoAttack takes 10 where the authors take 100). Each on what those
-  before it left standing. Beside them the seconds that the file records for the authors' code, by image.
-- **What it saves that fallen images leave**: PGD-1000 from 5 starts, with images leaving and without.
+Writes attacks.json and attacks.md to the results folder.
 
-Writes `attacks.json` and `attacks.md` to the results folder.
+Examples:
+    python -m experiments.benchmarks.attacks --reference autoattack_wrn_10_2.npz
+    python -m experiments.benchmarks.attacks --reference autoattack_wrn_10_2.npz --rounds 1 --results trial
 """
 
 import dataclasses
 import functools
 import pathlib
 import statistics
-
-import tyro
 
 from experiments import command_line
 from experiments.benchmarks.timing import seconds_in_turn, timed
@@ -34,24 +34,25 @@ PEER_BATCHES = (32, 100)
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Time attacks against PyTorch's."""
+    """The command line."""
 
     reference: pathlib.Path
-    """Network and images (.npz), and the seconds of the authors' code."""
+    """File with the network, the images and the seconds of the authors' code (.npz)."""
     pgd_images: int = 1000
-    """For PGD-20; the file's images are repeated."""
+    """Number of images for PGD-20; the file's images are repeated."""
     autoattack_images: int = 200
-    """For AutoAttack."""
+    """Number of images for AutoAttack."""
     leaving_images: int = 50
-    """For PGD-1000 from 5 starts."""
+    """Number of images for PGD-1000 with 5 restarts, with and without dropping misclassified images."""
     rounds: int = 3
-    """Times that each PGD-20 is run; the median counts."""
+    """How often each PGD-20 is timed; the result is the median."""
     results: pathlib.Path = pathlib.Path("experiments/results/bench_attacks")
-    """Folder of the table and the JSON file."""
+    """Folder for the table and the JSON file."""
 
 
 def main(argv: list[str]) -> None:
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.benchmarks.attacks")
+    prog = "python -m experiments.benchmarks.attacks"
+    arguments = command_line.parse(Arguments, argv, prog=prog, **command_line.documented(__doc__))
 
     import torch
     import torchattacks
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
     summary = {
         "pgd": race_pgd(logits_fn, net, images, labels, arguments),
         "autoattack": race_autoattack(logits_fn, net, images, labels, arguments, float(recorded)),
-        "leaving": with_and_without_leaving(logits_fn, images, labels, arguments),
+        "leaving": with_and_without_dropping(logits_fn, images, labels, arguments),
         "arguments": {**dataclasses.asdict(arguments), "reference": arguments.reference.name},
         "environment": {
             **backend.describe(),
@@ -106,7 +107,7 @@ def torch_network(model, variables):
 
 
 def race_pgd(logits_fn, net, images, labels, arguments: Arguments) -> list[dict]:
-    """PGD-20's contestants: name, seconds, and the share of images that stand."""
+    """Times of PGD-20 for each contestant, with the share of robust images."""
     import numpy as np
 
     places = np.resize(np.arange(len(labels)), arguments.pgd_images)
@@ -120,21 +121,21 @@ def race_pgd(logits_fn, net, images, labels, arguments: Arguments) -> list[dict]
             contestants[f"{name}, batches of {size}"] = functools.partial(
                 in_batches, functools.partial(attack, net), net, images, labels, size
             )
-    standing = {}
+    robust = {}
 
-    def noting(name, run):
-        standing[name] = run()
+    def recorded(name, run):
+        robust[name] = run()
 
-    programs = {name: functools.partial(noting, name, run) for name, run in contestants.items()}
+    programs = {name: functools.partial(recorded, name, run) for name, run in contestants.items()}
     times = seconds_in_turn(programs, arguments.rounds, title="PGD-20")
     return [
-        {"name": name, "seconds": statistics.median(times[name]), "all": times[name], "standing": standing[name]}
+        {"name": name, "seconds": statistics.median(times[name]), "all": times[name], "standing": robust[name]}
         for name in contestants
     ]
 
 
 def our_pgd(logits_fn, images, labels, *, num_steps, last_only, num_runs=1, spent=None) -> float:
-    """PGD on all images, in batches; the share that stands."""
+    """Run our PGD on all images; returns the share of robust images."""
     import jax
     import numpy as np
 
@@ -143,19 +144,19 @@ def our_pgd(logits_fn, images, labels, *, num_steps, last_only, num_runs=1, spen
     attack = attacks.pgd_steps(
         epsilon=EPSILON, step_size=STEP, num_steps=num_steps, num_runs=num_runs, last_only=last_only
     )
-    # Of several starts the paper reports the lowest single run: so all are made, of a misclassified image too.
-    looks = attacks.packed(attack, logits_fn, jax.random.key(0), images, labels, every_run=num_runs > 1)
-    fallen = np.zeros(len(labels), bool)
-    for look in looks:
-        for job in look.finished:
-            fallen[job.image] |= job.misclassified
+    # With restarts the paper reports the lowest single run, so all runs are made, also for misclassified images.
+    reports = attacks.packed(attack, logits_fn, jax.random.key(0), images, labels, every_run=num_runs > 1)
+    misclassified = np.zeros(len(labels), bool)
+    for report in reports:
+        for job in report.finished:
+            misclassified[job.image] |= job.misclassified
         if spent is not None:
-            spent.append(look.backward)
-    return float(1 - fallen.mean())
+            spent.append(report.backward)
+    return float(1 - misclassified.mean())
 
 
 def eager_pgd(net, images, labels):
-    """The loop that everybody writes."""
+    """The usual PyTorch loop."""
     import torch
 
     x = (images + torch.empty_like(images).uniform_(-EPSILON, EPSILON)).clamp(0, 1)
@@ -175,21 +176,21 @@ def torchattacks_pgd(net, images, labels):
 
 
 def in_batches(attack, net, images, labels, size) -> float:
-    """An attack of PyTorch's on all images; the share that stands."""
+    """Run a PyTorch attack on all images, in batches; returns the share of robust images."""
     import torch
 
-    standing = 0
+    robust = 0
     for begin in range(0, len(labels), size):
         x = torch.tensor(images[begin : begin + size]).permute(0, 3, 1, 2).contiguous()
         y = torch.tensor(labels[begin : begin + size])
         adversarial = attack(x, y)
         with torch.no_grad():
-            standing += int((net(adversarial).argmax(1) == y).sum())
-    return standing / len(labels)
+            robust += int((net(adversarial).argmax(1) == y).sum())
+    return robust / len(labels)
 
 
 def race_autoattack(logits_fn, net, images, labels, arguments: Arguments, recorded: float) -> list[dict]:
-    """AutoAttack's contestants: name, seconds, and the share that stands after each attack."""
+    """Times of AutoAttack for each contestant, with the share of robust images after each attack."""
     import jax
     import torch
 
@@ -208,14 +209,14 @@ def race_autoattack(logits_fn, net, images, labels, arguments: Arguments, record
         x, y = torch.tensor(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
         stages = {}
         for name, attack in {"clean": None, **torchattacks_chain(net)}.items():
-            standing = []
+            robust = []
             for begin in range(0, len(y), PEER_BATCHES[-1]):
                 part, of_part = x[begin : begin + PEER_BATCHES[-1]], y[begin : begin + PEER_BATCHES[-1]]
                 adversarial = part if attack is None else attack(part, of_part)
                 with torch.no_grad():
-                    standing.append(net(adversarial).argmax(1) == of_part)
-            standing = torch.cat([torch.zeros(0, dtype=torch.bool), *standing])
-            x, y = x[standing], y[standing]
+                    robust.append(net(adversarial).argmax(1) == of_part)
+            robust = torch.cat([torch.zeros(0, dtype=torch.bool), *robust])
+            x, y = x[robust], y[robust]
             stages[name] = len(y) / len(labels)
         return stages
 
@@ -226,7 +227,7 @@ def race_autoattack(logits_fn, net, images, labels, arguments: Arguments, record
 
 
 def torchattacks_chain(net):
-    """Its attacks with the settings of AutoAttack's standard version."""
+    """Attacks of torchattacks with the settings of AutoAttack's standard version."""
     import torchattacks
 
     return {
@@ -237,20 +238,20 @@ def torchattacks_chain(net):
     }
 
 
-def with_and_without_leaving(logits_fn, images, labels, arguments: Arguments) -> list[dict]:
-    """PGD-1000 from 5 starts, both ways: seconds, passes, and the share that stands."""
+def with_and_without_dropping(logits_fn, images, labels, arguments: Arguments) -> list[dict]:
+    """Times of PGD-1000 with 5 restarts, with and without dropping misclassified images."""
     images, labels = images[: arguments.leaving_images], labels[: arguments.leaving_images]
     rows = []
-    for name, last_only in (("fallen images leave", False), ("no image leaves", True)):
+    for name, last_only in (("misclassified images dropped", False), ("no image dropped", True)):
         attack = functools.partial(our_pgd, logits_fn, images, labels, last_only=last_only, num_runs=5)
         spent: list[int] = []
-        seconds, standing = timed(functools.partial(attack, num_steps=1000, spent=spent))
-        rows.append({"name": name, "seconds": seconds, "passes": sum(spent), "standing": standing})
+        seconds, robust = timed(functools.partial(attack, num_steps=1000, spent=spent))
+        rows.append({"name": name, "seconds": seconds, "passes": sum(spent), "standing": robust})
     return rows
 
 
 def table(summary, network: str) -> str:
-    """All three in Markdown."""
+    """The three tables in Markdown."""
     import tabulate
 
     def markdown(rows, headers):
@@ -258,7 +259,7 @@ def table(summary, network: str) -> str:
 
     arguments, environment = summary["arguments"], summary["environment"]
     stages = list(summary["autoattack"][0]["stages"])
-    ours, leaver, loop, torchattacks = (
+    ours, dropping, loop, torchattacks = (
         min((row for row in summary["pgd"] if row["name"].startswith(who)), key=lambda row: row["seconds"])
         for who in ("ours, last", "ours, any", "PyTorch", "torchattacks")
     )
@@ -299,16 +300,16 @@ def table(summary, network: str) -> str:
     ]
     parts = [
         f"## PGD-20, {arguments['pgd_images']:,} images",
-        f"Seconds: median of {arguments['rounds']} rounds. Ratios: to the faster of the peer's batch sizes. Where the "
-        f"last iterate decides, ours takes {ours['seconds'] / loop['seconds']:.2f} of the plain loop's time; where any "
-        f"iterate does, {leaver['seconds'] / loop['seconds']:.2f}.",
-        markdown(pgd, ["", "seconds", "of the loop's", "of torchattacks'", "stand, %"]),
+        f"Seconds: median of {arguments['rounds']} rounds. Ratios: to the faster batch size of the other. If the last "
+        f"iterate decides, ours takes {ours['seconds'] / loop['seconds']:.2f} of the PyTorch loop's time; if any "
+        f"iterate does, {dropping['seconds'] / loop['seconds']:.2f}.",
+        markdown(pgd, ["", "seconds", "of the loop's", "of torchattacks'", "robust, %"]),
         f"## AutoAttack, {arguments['autoattack_images']} images",
-        "One run each. The record is of another machine, of two cores too, and scaled by the number of images.",
+        "Timed once each. The record is from another machine with two cores, scaled by the number of images.",
         markdown(autoattack, ["", "seconds", "of torchattacks'", "of the record", *stages]),
-        f"## PGD-1000 from 5 starts, {arguments['leaving_images']} images",
-        "Every start is made of every image; where no image leaves, the last iterate decides.",
-        markdown(leaving, ["", "seconds", "ratio", "backward passes", "stand, %"]),
+        f"## PGD-1000 with 5 restarts, {arguments['leaving_images']} images",
+        "All restarts are run on all images. If no image is dropped, the last iterate decides.",
+        markdown(leaving, ["", "seconds", "ratio", "backward passes", "robust, %"]),
         f"{network}, radius 8/255, ours in batches of {environment['batch_size']}. {made_on(environment)}.",
     ]
     return "\n\n".join(parts) + "\n"
