@@ -48,7 +48,7 @@ NEWEST_ONLY = (
     "test_a_resumed_run_equals",
     "test_shapes_and_types_are_as_signatures_say",
 )
-NEWEST_ONLY_FILES = ("test_testing.py", "test_paper_page.py", "test_solver_page.py")  # programs of NumPy, and examples
+NEWEST_ONLY_FILES = ("test_testing.py", "test_paper_page.py", "test_pages.py")  # programs of NumPy, and examples
 
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out

@@ -1,5 +1,6 @@
-"""The examples of the solvers' page run as they stand, and do what the page says."""
+"""The examples on the packages' pages run as they are, and do what the pages say."""
 
+import functools
 import pathlib
 import re
 
@@ -8,41 +9,61 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fs_jax
 from fs_jax import ot
 
-pytestmark = pytest.mark.usefixtures("small_programs")
+pytestmark = pytest.mark.usefixtures("small_programs", "standard_promotion")
 
-PAGE = pathlib.Path(ot.__file__).with_name("README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+ROOT = pathlib.Path(fs_jax.__file__).parent
+
+# The number of examples of each page, all of which are tested below.
+EXAMPLES = {"ot": 11, "attacks": 4, "evaluation": 4, "training": 4, "data": 4, "models": 3}
+CONTINUED = ("attacks", "evaluation")  # their examples continue from the first one
 
 
-def run(block):
-    """What an example leaves behind."""
-    names = {}
-    exec(compile(BLOCKS[block], "fs_jax/ot/README.md", "exec"), names)
+@functools.cache
+def examples(package):
+    page = (ROOT / package / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
+def run(package, number):
+    """The names that an example defines."""
+    names = dict(first(package)) if number and package in CONTINUED else {}
+    exec(compile(examples(package)[number], f"fs_jax/{package}/README.md", "exec"), names)
     return names
 
 
-def test_all_examples_are_tested():
-    assert len(BLOCKS) == 11
+@functools.cache
+def first(package):
+    return run(package, 0)
 
 
-@pytest.mark.usefixtures("standard_promotion")
+def test_every_page_and_every_example_is_tested():
+    pages = {path.parent.name: len(examples(path.parent.name)) for path in ROOT.glob("*/README.md")}
+    assert pages == EXAMPLES
+
+
+@pytest.mark.parametrize("package", EXAMPLES)
+def test_links_on_a_page_lead_somewhere(package):
+    page = (ROOT / package / "README.md").read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page):
+        assert (ROOT / package / link).exists(), link
+
+
 def test_first_example():
-    result = run(0)["result"]
+    result = run("ot", 0)["result"]
     np.testing.assert_allclose(result.plan, [[0, 0.5], [0.5, 0]], atol=1e-3)  # each to its own direction
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("standard_promotion")
 def test_generator():
-    losses = run(1)["losses"]
+    losses = run("ot", 1)["losses"]
     assert losses[-1] < 0.2 * losses[0]
 
 
-@pytest.mark.usefixtures("standard_promotion")
 def test_batch():
-    names = run(2)
+    names = run("ot", 2)
     result, alone = names["result"], names["alone"]
     assert (result.status == ot.Status.CONVERGED).all()
     assert len(set(result.num_iters.tolist())) > 1
@@ -51,40 +72,34 @@ def test_batch():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("standard_promotion")
 def test_learned_metric():
     # 300 steps of Adam come this near; the smallest weight matters least to the plan, and is learned last.
-    np.testing.assert_allclose(jnp.exp(run(3)["learned"]), [2, 0.5, 0.1], atol=0.02)
+    np.testing.assert_allclose(jnp.exp(run("ot", 3)["learned"]), [2, 0.5, 0.1], atol=0.02)
 
 
-@pytest.mark.usefixtures("standard_promotion")
 def test_divergence():
-    names = run(4)
+    names = run("ot", 4)
     x, distance = names["x"], names["distance"]
     assert distance(x, x) == 0
     np.testing.assert_allclose(distance(x, x + 0.5), 0.5, rtol=0.02)  # entropic: a little less than the exact 0.5
     assert distance(names["moved"], x) < 0.05 * distance(x, x + 0.5)
 
 
-@pytest.mark.usefixtures("standard_promotion")
 def test_new_points():
-    np.testing.assert_allclose(run(5)["mapped"], [[1.2, 0.85]], atol=0.15)  # from 200 points, blurred
+    np.testing.assert_allclose(run("ot", 5)["mapped"], [[1.2, 0.85]], atol=0.15)  # from 200 points, blurred
 
 
-@pytest.mark.usefixtures("standard_promotion")
 def test_bounds():
-    names = run(6)
+    names = run("ot", 6)
     assert names["lower"] <= names["upper"] <= names["lower"] * 1.02
 
 
-@pytest.mark.usefixtures("standard_promotion")
 def test_dustbin():
-    np.testing.assert_allclose(run(7)["matched"], [[0, 1], [1, 0], [0, 0]], atol=1e-3)
+    np.testing.assert_allclose(run("ot", 7)["matched"], [[0, 1], [1, 0], [0, 0]], atol=1e-3)
 
 
-@pytest.mark.usefixtures("standard_promotion")
 def test_unbalanced():
-    result = run(8)["result"]
+    result = run("ot", 8)["result"]
     assert result.converged.all()
     to_outliers = result.plan[:, :, :3].sum((1, 2))
     assert to_outliers[0] < 1e-3
@@ -92,9 +107,8 @@ def test_unbalanced():
     np.testing.assert_allclose(to_outliers[2], 0.1, rtol=0.01)  # a gap of 1e-3 of a cost of some 5
 
 
-@pytest.mark.usefixtures("standard_promotion")
 def test_sharded_rows():
-    names = run(9)
+    names = run("ot", 9)
     # The same iterations in float32, on sums in another order.
     np.testing.assert_allclose(names["value"], names["alone"], rtol=1e-5)
     whole = jax.grad(
@@ -104,6 +118,70 @@ def test_sharded_rows():
 
 
 def test_a_solver_of_ones_own_is_checked():
-    found = run(10)["found"]
+    found = run("ot", 10)["found"]
     checks = {finding.check for of in found.values() for finding in of}
     assert checks == {"marginals"}  # fifty iterations aren't enough for all, and it says that they are
+
+
+def accuracy(logits_fn, images, labels):
+    return float(np.mean(logits_fn(images).argmax(-1) == labels))
+
+
+def test_first_attack():
+    names = first("attacks")
+    logits_fn, images, labels, attacked = (names[name] for name in ("logits_fn", "images", "labels", "attacked"))
+    assert np.abs(attacked - images).max() <= 0.2 + 6e-8  # rounding of float32
+    assert accuracy(logits_fn, attacked, labels) < accuracy(logits_fn, images, labels) - 0.2
+
+
+@pytest.mark.usefixtures("one_batch_size")  # which compiles less
+def test_autoattack():
+    names = run("attacks", 1)
+    record = names["record"]
+    assert list(record.stages) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert record.warnings == []
+    assert record.robust.mean() <= accuracy(names["logits_fn"], names["attacked"], names["labels"])
+
+
+def test_networks_of_every_framework_can_be_attacked():
+    names = run("attacks", 2)
+    for framework, network in names["networks"].items():
+        attacked = names["attacked"][framework]
+        assert np.abs(attacked - names["images"]).max() <= 0.1 + 6e-8  # rounding of float32
+        assert accuracy(network, attacked, names["labels"]) <= accuracy(network, names["images"], names["labels"])
+
+
+def test_your_own_attack():
+    record = run("attacks", 3)["corners"]
+    assert record.stages["corners"] <= record.stages["clean"]
+    assert record.queries["corners"][1] == 0  # it uses no gradients
+
+
+@pytest.mark.usefixtures("one_batch_size")
+def test_first_evaluation():
+    result = first("evaluation")["result"]
+    assert [attack["name"] for attack in result.summary["attacks"]] == ["clean", "pgd-20", "cw-20x2", "square"]
+    assert 0 < result.summary["worst"]["accuracy"] < result.summary["attacks"][0]["accuracy"]
+
+
+def test_evaluation_of_a_file_of_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run("evaluation", 1)
+    images = names["images"][:2].astype(np.float32) / 255
+    assert names["logits_fn_of_file"](images).shape == (2, 10)
+
+
+def test_evaluation_with_your_own_attack():
+    clean, pgd, bim, larger = run("evaluation", 2)["mine"].summary["attacks"]
+    assert (bim["name"], bim["attacked"], bim["total"]) == ("bim-10", pgd["correct"], 50)
+    assert larger["apart"]
+    assert larger["accuracy"] < pgd["accuracy"] < clean["accuracy"]
+
+
+def test_merged_parts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run("evaluation", 3)
+    whole = names["result"].records
+    # The same images with the same seed: what PGD-20 finds doesn't depend on the part.
+    for one, other in zip(names["merged"].records, whole, strict=True):
+        assert one["misclassified_at"]["pgd-20"] == other["misclassified_at"]["pgd-20"]

@@ -110,7 +110,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 def locked(path: str | os.PathLike) -> filelock.BaseFileLock:
     """Lock a file until the lock is released or the process ends.
 
-    The lock is a file of its own beside it, which isn't removed.
+    The lock is another file in the same folder, which isn't removed.
 
     Raises:
       BlockingIOError: if another process has locked it.

@@ -48,7 +48,7 @@ def random_start(
       epsilon: Radius, in units of the [0, 1] range.
 
     Returns:
-      Images [N, H, W, C], each pixel within epsilon of its own.
+      Images [N, H, W, C], each pixel within epsilon of the image's.
 
     Example:
       >>> start = random_start(jax.random.key(0), jnp.ones((1, 2, 2, 1)), 0.1)

@@ -155,7 +155,7 @@ class _Bound(NamedTuple):
 
 
 def _opened(logits_fn):
-    """A partial as a pytree of what it binds, and whether the function inside depends on its arguments alone.
+    """A partial as a pytree of its bound arguments, and whether the function inside depends on its arguments alone.
 
     A module-level function without a closure does, so its programs can be found by its identity, as `jax.jit` does.
     """
@@ -246,7 +246,7 @@ _LEAST_RECENT = 128
 _executables: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 """Compiled programs by a hash of the lowered program. They hold no arrays except a program's own constants."""
 _trusted: collections.OrderedDict[Any, dict[Any, Any]] = collections.OrderedDict()
-"""Programs of functions that depend on their arguments alone, by what is bound to the function."""
+"""Programs of functions that depend on their arguments alone, by the function and its bound arguments."""
 _lock = threading.Lock()
 
 

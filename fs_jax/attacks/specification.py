@@ -85,7 +85,7 @@ class Specification:
     """The norm of the radius; None for an attack without a radius, which is never part of a worst case. (Other norms
     would need more work: perturbations are measured in L-infinity, and a worst case is over one ball.)"""
     fixed_radius: float | None = None
-    """A radius that the attack has always, whatever radius is asked for."""
+    """A radius that replaces the requested one; None for an attack of any radius."""
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Constants of the attack under its authors' names, for records."""
     uses_gradients: bool = True

@@ -100,7 +100,7 @@ def _start(logits_fn, keys, images, labels, run, *, epsilon):
 def _step(logits_fn, state, images, labels, *, epsilon, num_steps):
     progress = state.progress
     inside, signs = jax.vmap(_random_square, (0, 0, None, None))(state.keys, progress.step, num_steps, images.shape[1:])
-    # Adding +-2 epsilon and projecting gives image +- epsilon, whatever the iterate was.
+    # Adding +-2 epsilon and projecting gives image +- epsilon for any iterate in the ball.
     proposal = jnp.where(inside, _painted(images, signs, epsilon), progress.adversarial)
     # `judged` keeps the proposal if the margin decreases, which includes the first misclassified one.
     return state._replace(progress=judged(progress, proposal, logits_fn(proposal), labels))

@@ -49,7 +49,7 @@ class Stepwise(NamedTuple):
     num_runs: int = 1
     """Runs of each image, 0, 1, ...: a run is one random start, or one target."""
     passes: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
-    """(forward, backward) passes of one image, for the start of a run and for each of its steps."""
+    """(forward, backward) passes of one image: of a run without its steps (its start, for example), and of a step."""
     breadth: int = 1
     """How many variants of an image go through the network at a time."""
     draws: bool = False

@@ -92,7 +92,7 @@ def evaluate(
         error.
       worst_images: Array that each image's adversary of the lowest margin is written to: [N, H, W, C], or [k, H, W, C]
         for the first k images only. It may be a memory-mapped file. When you resume, pass the array with the
-        adversaries found so far: those of outcomes in the journal aren't computed again.
+        adversaries found so far, as outcomes in the journal aren't computed again.
       progress: Show a progress bar for each attack.
 
     Returns:

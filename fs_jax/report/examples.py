@@ -71,13 +71,13 @@ def attack_examples(
         (f"perturbation\n×{_significant(1 / (2 * epsilon))}", change, None),
         ("attacked", adversarial, predictions[1]),
     )
-    texts = [text for said in predictions for _, text in said] + names
+    texts = [text for of_row in predictions for _, text in of_row] + names
     column = max(1.15, 0.3 + 0.068 * max(map(len, texts)))  # inches; 8-point letters are about 0.068 wide
     inches = max(0.5 + column * count, 0.1 * len(title or ""))
     with new_figure(figsize=(inches, 4.1 + 0.25 * bool(title))) as figure:
         grid = figure.subplots(3, count, squeeze=False)
-        for axes_row, (what, pictures, said) in zip(grid, rows, strict=True):
-            axes_row[0].set_ylabel(what, fontsize=9, labelpad=6)
+        for axes_row, (row_name, pictures, predicted_texts) in zip(grid, rows, strict=True):
+            axes_row[0].set_ylabel(row_name, fontsize=9, labelpad=6)
             for index, axes in enumerate(axes_row):
                 axes.imshow(
                     np.clip(pictures[index].squeeze(-1) if images.shape[-1] == 1 else pictures[index], 0, 1),
@@ -87,8 +87,8 @@ def attack_examples(
                 axes.grid(visible=False)
                 for spine in axes.spines.values():
                     spine.set(visible=True, color="#BBBBBB", linewidth=0.6)
-                if said is not None:
-                    predicted, text = said[index]
+                if predicted_texts is not None:
+                    predicted, text = predicted_texts[index]
                     right = predicted == labels[index]
                     axes.set_xlabel(
                         ("✓ " if right else "✗ ") + text, color=RIGHT if right else WRONG, fontsize=8, labelpad=3
