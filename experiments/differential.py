@@ -155,7 +155,7 @@ def report(solvers, found: Found, arguments: Arguments, workdir: pathlib.Path) -
         f"# {arguments.count:,} transport problems",
         tabulate.tabulate(rows, headers=["solver", "problems", "derivatives", *checks], tablefmt="pipe"),
         "How many problems each check fails for, of those that a solver claims to solve. *Gave up*: it says so itself. "
-        f"Of every {arguments.derivatives_every}th problem jit and vmap are checked too, and derivatives where a plan "
+        f"Of one problem in {arguments.derivatives_every} jit and vmap are checked too, and derivatives where a plan "
         "as good as claimed determines them: of as many as *derivatives* says.",
     ]
     scripts: dict[str, str] = {}
