@@ -1,4 +1,4 @@
-"""`DISTURB=SEED` changes sums by about a unit in the last place: with the seed, the program and the shape, or not."""
+"""`DISTURB=SEED` changes sums by about a unit in the last place, as a function of seed, program and shape."""
 
 import json
 import os
@@ -42,12 +42,12 @@ def numbers(process):
     return {name: np.array(array) for name, array in json.loads(out).items()}
 
 
-@pytest.mark.slow  # it is of a tool for tests
-def test_sums_are_disturbed_by_about_a_unit_in_the_last_place_and_the_same_ones_each_time():
+@pytest.mark.slow  # it tests a tool for tests
+def test_disturbances_are_about_a_unit_in_the_last_place_and_reproducible():
     alone, disturbed, again, other = map(numbers, [start(), start(1), start(1), start(2)])
     for name, exact in alone.items():
         relative = np.abs(disturbed[name] / exact - 1)
-        # All terms are positive, and each is moved by 2^-23 at most per factor, and rounded.
+        # All terms are positive, and each changes by at most 2^-23 per factor, plus rounding.
         assert relative.mean() > 1e-8, name
         assert relative.max() < 1e-6, name
         np.testing.assert_array_equal(disturbed[name], again[name], err_msg=name)

@@ -1,4 +1,4 @@
-"""What pip installs is what the README says, and works on its own."""
+"""pip installs what the README says, and the installed package works."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ def requirements(name):
     return [Requirement(line) for line in lines if line]
 
 
-def test_the_scripts_need_the_package_with_training():
+def test_requirements_are_those_of_the_package_with_training():
     named = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"]]
     assert {str(requirement) for requirement in requirements("requirements.txt")} == {
         str(Requirement(n)) for n in named
@@ -28,7 +28,7 @@ def test_the_scripts_need_the_package_with_training():
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
-def test_the_constraints_pin_what_is_required(python):
+def test_constraints_pin_all_requirements(python):
     pins = {canonicalize_name(pin.name): pin for pin in requirements("constraints.txt") if at(pin, python)}
     for requirement in requirements("requirements.txt"):
         (pin,) = pins[canonicalize_name(requirement.name)].specifier
@@ -40,7 +40,7 @@ def at(requirement, python):
     return requirement.marker is None or requirement.marker.evaluate({"python_version": python})
 
 
-def test_versions_are_the_same_everywhere():
+def test_all_versions_are_equal():
     import fs_jax
 
     assert PROJECT["version"] == fs_jax.__version__
@@ -61,13 +61,13 @@ images, labels = jnp.full((4, 4, 4, 1), 0.52), jnp.zeros(4, int)
 record = attacks.autoattack(logits_fn, jax.random.key(0), images, labels, epsilon=0.1, version=["pgd-5", "square"])
 assert record.stages["pgd-5"] == 0
 print(evaluation.evaluate(logits_fn, images, labels, ["clean", "fgsm"], epsilon=0.1, progress=False).summary["worst"])
-for room in ("models", "training", "report"):
+for name in ("models", "training", "report"):
     try:
-        getattr(fs_jax, room)
+        getattr(fs_jax, name)
     except ModuleNotFoundError as error:
         assert 'pip install "fs_jax[train]"' in str(error), error
     else:
-        raise AssertionError(f"{room} was meant to need more")
+        raise AssertionError(f"{name} should need more packages")
 """
 
 
@@ -83,7 +83,7 @@ import fs_jax
     ("fs_jax.models", "flax"), ("fs_jax.training", "flax"), ("fs_jax.report", "matplotlib"),
     ("fs_jax.data.load('digits')", "sklearn"),
 ])  # fmt: skip
-def test_what_is_not_installed_is_named_with_what_to_install(use, missing):
+def test_the_error_for_a_missing_package_says_what_to_install(use, missing):
     extras = {"flax", "optax", "orbax", "tensorboardX", "matplotlib", "tabulate", "sklearn", "safetensors"}
     code = HIDDEN.format(extras=extras) + use
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
@@ -91,8 +91,8 @@ def test_what_is_not_installed_is_named_with_what_to_install(use, missing):
 
 
 @pytest.mark.slow
-def test_the_wheel_installs_and_works_alone(tmp_path):
-    source = tmp_path / "source"  # a copy: setuptools takes what an older build left beside the package
+def test_the_wheel_works_without_extras(tmp_path):
+    source = tmp_path / "source"  # a copy: setuptools would include files of an older build
     shutil.copytree(ROOT / "fs_jax", source / "fs_jax", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)

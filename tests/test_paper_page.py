@@ -64,11 +64,11 @@ def gap(lost):
     return {"total": 1000, "parts": {"misclassified": 0.1, "PGD-20": 0.2, "loss": lost, "robust": 0.7 - lost}}
 
 
-def network(*, falls=5, purity=(0.9, 0.9)):
+def network(*, lost=5, purity=(0.9, 0.9)):
     clean, attacked = ({"mean": mean, "half": 0.02} for mean in purity)
     loss = {"mean": [1.0] + [2.0] * 100}
     return {
-        "outcomes": {"survives PGD-20, falls to APGD-T": falls, "robust": 50 - falls},
+        "outcomes": {"survives PGD-20, falls to APGD-T": lost, "robust": 50 - lost},
         "curves": [{"loss": loss}],
         "purity": {"clean": clean, "supervised attack": attacked, "feature scattering": clean},
     }
@@ -117,7 +117,7 @@ def test_without_results_there_is_no_finding():
     assert len(findings.findings(without)) == len(findings.CLAIMS) - 1
 
 
-@pytest.mark.parametrize(("told", "said"), [
+@pytest.mark.parametrize(("difference", "expected"), [
     ("lower", "agrees"), ("higher", "disagrees"), ("equal", "disagrees"), ("undetermined", "undetermined"),
 ])  # fmt: skip
 @pytest.mark.parametrize(("about", "experiment", "label"), [
@@ -125,36 +125,36 @@ def test_without_results_there_is_no_finding():
     ("matching by optimal transport", "matching", "identity plan"), ("smoothing", "ablation", "transport, 1 step, Δ = "
         "0"),
 ])  # fmt: skip
-def test_claims_of_more_robustness_are_decided_by_the_strongest_attack(about, experiment, label, told, said):
-    changed = table(whole()[experiment]["reference"], **{label: row(verdict=told)})
-    assert verdict(about, whole(**{experiment: changed})) == said
+def test_claims_of_more_robustness_are_decided_by_the_strongest_attack(about, experiment, label, difference, expected):
+    changed = table(whole()[experiment]["reference"], **{label: row(verdict=difference)})
+    assert verdict(about, whole(**{experiment: changed})) == expected
 
 
-@pytest.mark.parametrize(("points", "half", "said"), [
+@pytest.mark.parametrize(("points", "half", "expected"), [
     ((0.1, 0.2), 1.0, "agrees"), ((0.1, 1.2), 1.0, "undetermined"), ((0.1, 5.0), 1.0, "disagrees"),
     ((0.0, 1.1), 1.0, "undetermined"),  # a single row would differ; of two rows, one can by chance
 ])  # fmt: skip
-def test_stable_means_that_all_rows_are_equal(points, half, said):
+def test_stable_means_that_all_rows_are_equal(points, half, expected):
     rows = {f"τ = {n}": row(points=each, half=half) for n, each in enumerate(points)}
-    assert verdict("Sinkhorn's τ", whole(table3_sinkhorn_tau=table("τ = 0.01", **rows))) == said
+    assert verdict("Sinkhorn's τ", whole(table3_sinkhorn_tau=table("τ = 0.01", **rows))) == expected
 
 
-@pytest.mark.parametrize(("lost", "said"), [(0.2, "disagrees"), (0.005, "agrees"), (0.02, "undetermined")])
-def test_pgd_measures_robustness_if_autoattack_agrees(lost, said):
+@pytest.mark.parametrize(("lost", "expected"), [(0.2, "disagrees"), (0.005, "agrees"), (0.02, "undetermined")])
+def test_pgd_measures_robustness_if_autoattack_agrees(lost, expected):
     networks = {"feature scattering": gap(lost), "PGD-7": gap(0.01)}
-    assert verdict("Accuracy under PGD", whole(autoattack_gap={"networks": networks})) == said
+    assert verdict("Accuracy under PGD", whole(autoattack_gap={"networks": networks})) == expected
 
 
-@pytest.mark.parametrize(("falls", "said"), [(20, "disagrees"), (1, "undetermined")])
-def test_plateaus_are_evidence_if_all_images_with_one_are_robust(falls, said):
-    networks = {"feature scattering": network(falls=falls)}
-    assert verdict("plateau", whole(figure1_loss_curves={"networks": networks})) == said
+@pytest.mark.parametrize(("lost", "expected"), [(20, "disagrees"), (1, "undetermined")])
+def test_plateaus_are_evidence_if_all_images_with_one_are_robust(lost, expected):
+    networks = {"feature scattering": network(lost=lost)}
+    assert verdict("plateau", whole(figure1_loss_curves={"networks": networks})) == expected
 
 
-@pytest.mark.parametrize(("standard", "said"), [(0.5, "agrees"), (0.9, "undetermined"), (0.95, "disagrees")])
-def test_clusters_mix_less_if_their_purity_drops_less(standard, said):
+@pytest.mark.parametrize(("standard", "expected"), [(0.5, "agrees"), (0.9, "undetermined"), (0.95, "disagrees")])
+def test_clusters_mix_less_if_their_purity_drops_less(standard, expected):
     networks = {"standard": network(purity=(0.9, standard)), "feature scattering": network()}
-    assert verdict("clusters", whole(figure2_embeddings={"networks": networks})) == said
+    assert verdict("clusters", whole(figure2_embeddings={"networks": networks})) == expected
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")

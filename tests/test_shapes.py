@@ -1,4 +1,4 @@
-"""Signatures are true: shapes and types, checked at run time in a process of its own."""
+"""Shapes and types are as in the signatures, checked at run time in a subprocess."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ def test_shapes_and_types_are_as_signatures_say():
     run = subprocess.run(
         [sys.executable, "-c", "from tests import shapes; shapes.main()"],
         cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},  # what is traced is the same
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},  # does not change what is traced
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert "All shapes" in run.stdout

@@ -1,4 +1,4 @@
-"""The benchmark's opponent computes what the authors' code does, so that times compare the same work."""
+"""The PyTorch implementation of the benchmark computes the same as the authors' code."""
 
 import pathlib
 
@@ -27,7 +27,7 @@ def net(recorded):
 
 def test_logits_and_features(net, recorded):
     logits, features = net.eval()(recorded["x_nchw"])
-    # float64 on both sides; only the order of sums may differ.
+    # float64 in both; only the order of sums can differ.
     torch.testing.assert_close(logits, recorded["eval_logits"], atol=1e-12, rtol=0)
     torch.testing.assert_close(features, recorded["eval_features"], atol=1e-12, rtol=0)
 
@@ -37,8 +37,8 @@ def test_two_training_steps(net, recorded, step):
     optimizer = peer.make_optimizer(net)
     for k in (0, 1):
         result = step(net, optimizer, recorded["x_nchw"], recorded["labels"].long(), recorded[f"fs{k}_noise_nchw"])
-        # Images move by the sign of a gradient, which is the same. The authors' plan, and so their labels' loss and
-        # weights, are float32's.
+        # The signs of the gradient are equal, so the images are too. The authors' plan, and so the recorded loss and
+        # weights, are in float32.
         torch.testing.assert_close(result.scattered, recorded[f"fs{k}_adv_nchw"], atol=1e-6, rtol=0)
         torch.testing.assert_close(result.loss, recorded[f"fs{k}_loss"], atol=1e-6, rtol=0)
         after = {n.removeprefix(f"fs{k}_after/"): a for n, a in recorded.items() if n.startswith(f"fs{k}_after/")}
@@ -53,4 +53,4 @@ def test_the_released_sinkhorn(reg):
         cost = torch.tensor(arrays["cost"])
         plan = peer.released_sinkhorn(cost, reg)
         assert plan.num_iters == arrays[f"sinkhorn_{reg}_iters"]
-        np.testing.assert_allclose(plan.plan, arrays[f"sinkhorn_{reg}_plan"], atol=1e-7)  # recorded through float32
+        np.testing.assert_allclose(plan.plan, arrays[f"sinkhorn_{reg}_plan"], atol=1e-7)  # recorded in float32

@@ -49,8 +49,8 @@ def load(
 ) -> Dataset:
     """Read a data set into memory.
 
-    The order of the images is fixed. CIFAR's images have the order of the original files: "test_00042" is test image
-    42, as in RobustBench and torchvision. Other data sets of TFDS have the order of TFDS's records, which are shuffled.
+    The order of the images is fixed. It is that of the original files: "test_00042" of CIFAR-10 is test image 42, as in
+    RobustBench and torchvision. TFDS folders without numbered ids have the order of TFDS's records, which are shuffled.
 
     Args:
       name: A name in `DATASETS`, or the path of an `.npz` file:

@@ -236,7 +236,7 @@ def _torch_name(path: tuple[Any, ...]) -> str:
     words = "/".join(key.key for key in path[1:])  # the first is the collection
     match = _PATH.fullmatch(words)
     if match is None:
-        raise ValueError(f"variables: expected those of a Wide-ResNet; got {words!r}.")
+        raise ValueError(f"variables: expected the variables of a Wide-ResNet; got {words!r}.")
     block, layer, *rest = match.groups()
     module, leaf = (word for word in rest if word is not None)
     return f"{block}.layer.{layer}." * (block is not None) + ".".join(_TORCH_WORDS.get(w, w) for w in (module, leaf))

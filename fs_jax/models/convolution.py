@@ -60,8 +60,8 @@ def _jvp(stride, primals, tangents):
     """The tangent, as the transpose of the wanted reverse mode: JAX transposes it back to exactly that."""
     (x, kernel), y = primals, _differentiable(*primals, stride)
     transposes = (
-        functools.partial(_of_images, x, stride, kernel),
-        functools.partial(_of_kernel, kernel, stride, x),
+        functools.partial(_image_cotangent, x, stride, kernel),
+        functools.partial(_kernel_cotangent, kernel, stride, x),
     )
     terms = [
         jax.linear_transpose(transpose, y)(tangent)[0]
@@ -71,27 +71,27 @@ def _jvp(stride, primals, tangents):
     return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
 
 
-def _of_images(like, stride, kernel, g):
+def _image_cotangent(like, stride, kernel, g):
     """The cotangent of the images, given the cotangent g of the output."""
-    own, jaxs = (functools.partial(way, like, stride) for way in (_channels_last_of_images, _jaxs_of_images))
-    return lax.platform_dependent(kernel, g, cpu=own, default=jaxs)
+    channels_last, default = (functools.partial(f, like, stride) for f in (_images_channels_last, _images_default))
+    return lax.platform_dependent(kernel, g, cpu=channels_last, default=default)
 
 
-def _of_kernel(like, stride, x, g):
+def _kernel_cotangent(like, stride, x, g):
     """The cotangent of the kernel, given the cotangent g of the output."""
-    own, jaxs = (functools.partial(way, like, stride) for way in (_channels_last_of_kernel, _jaxs_of_kernel))
-    return lax.platform_dependent(x, g, cpu=own, default=jaxs)
+    channels_last, default = (functools.partial(f, like, stride) for f in (_kernel_channels_last, _kernel_default))
+    return lax.platform_dependent(x, g, cpu=channels_last, default=default)
 
 
-def _jaxs_of_images(like, stride, kernel, g):
+def _images_default(like, stride, kernel, g):
     return jax.linear_transpose(lambda x: _conv2d(x, kernel, stride), like)(g)[0]
 
 
-def _jaxs_of_kernel(like, stride, x, g):
+def _kernel_default(like, stride, x, g):
     return jax.linear_transpose(lambda kernel: _conv2d(x, kernel, stride), like)(g)[0]
 
 
-def _channels_last_of_images(like, stride, kernel, g):
+def _images_channels_last(like, stride, kernel, g):
     """A convolution of g, dilated by the stride, with the rotated kernel, its channels swapped; NHWC, HWIO, NHWC."""
     size, half = kernel.shape[0], kernel.shape[0] // 2
     turned = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
@@ -105,7 +105,7 @@ def _channels_last_of_images(like, stride, kernel, g):
     )
 
 
-def _channels_last_of_kernel(like, stride, x, g):
+def _kernel_channels_last(like, stride, x, g):
     """A convolution of x, with batch and channel axes swapped, with g, dilated by the stride; NHWC, HWIO, NHWC.
 
     For a 1 x 1 kernel, a matrix product is faster.

@@ -15,7 +15,7 @@ from fs_jax.config import TrainConfig, differences, from_dict, to_dict
 from fs_jax.training.configured import make_method, make_optimizer
 from fs_jax.training.state import TrainState
 
-KEPT = 3
+MAX_TO_KEEP = 3
 
 
 class Checkpoints:
@@ -47,7 +47,7 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, config: TrainConfig, *, read_only: bool = False):
         self._config, self._read_only = config, read_only
         root = local_path("workdir", workdir).absolute()  # Orbax requires an absolute path
-        self._latest = _manager(root / "checkpoints", KEPT, read_only)
+        self._latest = _manager(root / "checkpoints", MAX_TO_KEEP, read_only)
         self._best = _manager(root / "best", 1, read_only)
 
     def __enter__(self):
@@ -199,9 +199,9 @@ def check_same_config(ours: TrainConfig, theirs: TrainConfig, where: str) -> Non
         )
 
 
-def _manager(directory: pathlib.Path, kept: int, read_only: bool) -> ocp.CheckpointManager:
+def _manager(directory: pathlib.Path, max_to_keep: int, read_only: bool) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=None if read_only else kept,
+        max_to_keep=None if read_only else max_to_keep,
         save_interval_steps=0 if read_only else 1,  # the values that Orbax would choose, with a warning
         create=not read_only,
         read_only=read_only,

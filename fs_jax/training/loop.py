@@ -152,14 +152,14 @@ def train(
         step = int(state.step)
         if progress and step:
             print(f"Resuming from step {step} of {config.total_steps}.", file=sys.stderr)
-        kept, monitored = _split(config, monitor_images)
-        images, labels = share((dataset.train_images[kept], dataset.train_labels[kept]), devices)
+        trained, monitored = _split(config, monitor_images)
+        images, labels = share((dataset.train_images[trained], dataset.train_labels[trained]), devices)
         state, ordered, stopping = replicate(state, devices), None, False
         monitor, pace = (dataset.train_images[monitored], dataset.train_labels[monitored]), _Pace(steps_per_dispatch)
         if on_epoch is not None and step == 0:
             on_epoch(0, unreplicate(state).evaluated(method))
         with _Log(workdir, step) as log, _progress_bar(config, step, progress) as bar, _explain_non_finite(checkpoints):
-            keeper = _Keeper(config, checkpoints, log, monitor)
+            saver = _Saver(config, checkpoints, log, monitor)
             while step < config.total_steps and not stopping:
                 epoch, first = divmod(step, config.steps_per_epoch)
                 if epoch != ordered:
@@ -170,7 +170,7 @@ def train(
                 state, sums = steps(state, images, labels, order, steps_rng, jnp.int32(first), jnp.int32(count))
                 metrics = _means(unreplicate(sums), step, count)
                 seconds = time.monotonic() - began
-                pace.took(count, seconds)
+                pace.record(count, seconds)
                 rates = {
                     "learning_rate": float(learning_rate(step)),
                     "images_per_second": count * config.batch_size / seconds,
@@ -183,12 +183,12 @@ def train(
                 stopping = bool(stop) or time.monotonic() >= deadline
                 ends_epoch = step % config.steps_per_epoch == 0
                 if ends_epoch:
-                    keeper.monitor(unreplicate(state))
+                    saver.monitor(unreplicate(state))
                     if on_epoch is not None:
                         on_epoch(epoch + 1, unreplicate(state).evaluated(method))
                 # After the best one: if the process is killed in between, both are repeated.
-                if ends_epoch or stopping or keeper.seconds() >= 60 * checkpoint_minutes:
-                    keeper.save(unreplicate(state))
+                if ends_epoch or stopping or saver.seconds() >= 60 * checkpoint_minutes:
+                    saver.save(unreplicate(state))
         state = unreplicate(state)
         return Run(state, step >= config.total_steps, stopping, state.evaluated(method))
 
@@ -305,7 +305,7 @@ class _Pace:
         self.steps = steps or 1
         self._fixed, self._compiled = steps is not None, False
 
-    def took(self, count: int, seconds: float) -> None:
+    def record(self, count: int, seconds: float) -> None:
         if self._compiled and not self._fixed:  # the first dispatch includes compilation
             self.steps = min(25, max(1, int(10 * count / max(seconds, 1e-3))))
         self._compiled = True
@@ -319,7 +319,7 @@ def _means(sums: dict[str, Any], step: int, count: int) -> dict[str, float]:
     return metrics
 
 
-class _Keeper:
+class _Saver:
     """Monitors accuracies after each epoch, and saves the latest and the best checkpoints."""
 
     def __init__(self, config: TrainConfig, checkpoints: Checkpoints, log: "_Log", monitor: tuple):
@@ -359,14 +359,14 @@ def _not_finite_at(step: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explain_non_finite(checkpoints: Checkpoints) -> Iterator[None]:
-    """Add to a FloatingPointError which checkpoint is left and what to try."""
+    """Add the last good checkpoint and advice to a FloatingPointError."""
     try:
         yield
     except FloatingPointError as error:
         steps = checkpoints.steps()
-        kept = f"The last good checkpoint is at step {steps[-1]}." if steps else "No checkpoint was saved yet."
+        last = f"The last good checkpoint is at step {steps[-1]}." if steps else "No checkpoint was saved yet."
         raise FloatingPointError(
-            f"{error} Training stopped. {kept} Try a lower learning rate, a larger transport.reg, or float32, in a new "
+            f"{error} Training stopped. {last} Try a lower learning rate, a larger transport.reg, or float32, in a new "
             "workdir."
         ) from None
 

@@ -113,7 +113,7 @@ def test_normalisation_is_not_guessed(tmp_path, weights):
 def test_a_failed_write_leaves_no_file(tmp_path, wrn_16_2):
     with pytest.raises(ValueError, match=r"suffix: expected one of \.safetensors, .*got '\.safetensor'\. Did you mean"):
         convert.save_weights(tmp_path / "network.safetensor", *wrn_16_2)
-    with pytest.raises(ValueError, match="variables: expected those of a Wide-ResNet; got 'dense/kernel'"):
+    with pytest.raises(ValueError, match="variables: expected the variables of a Wide-ResNet; got 'dense/kernel'"):
         convert.save_weights(
             tmp_path / "n.npz", wrn_16_2[0], {"params": {"dense": {"kernel": np.ones((1, 1))}}, "batch_stats": {}}
         )

@@ -281,11 +281,11 @@ def test_a_dispatch_takes_about_ten_seconds():
     lengths = []
     for seconds in (60.0, 10.6, 4.0, 0.1, 50.0):  # the first one compiles
         lengths.append(pace.steps)
-        pace.took(pace.steps, seconds)
+        pace.record(pace.steps, seconds)
     assert [*lengths, pace.steps] == [1, 1, 1, 2, 25, 5]
     fixed = loop._Pace(3)
-    fixed.took(3, 99.0)
-    fixed.took(3, 99.0)
+    fixed.record(3, 99.0)
+    fixed.record(3, 99.0)
     assert fixed.steps == 3
 
 

@@ -149,9 +149,9 @@ def test_no_device_has_the_transport_of_the_whole_batch(transport, gathers):
 def test_transport_per_device_is_a_different_problem():
     # Otherwise the test above could not detect an error in "global".
     config = configure(dtype="float32")
-    apart = dataclasses.replace(config, transport=TransportConfig(scope="device"))
+    per_device = dataclasses.replace(config, transport=TransportConfig(scope="device"))
     batch, costs = split(batch_of(16, jnp.float32), 4), []
-    for each in (config, apart):
+    for each in (config, per_device):
         _, metrics = pmap_train_step(each)(replicate(create_state(each, jax.random.key(0))), batch, jax.random.key(1))
         costs.append(float(metrics["transport_cost"][0]))
     assert abs(costs[0] - costs[1]) > 1e-3 * costs[0]
