@@ -18,7 +18,7 @@ ROOT = pathlib.Path(fs_jax.__file__).parent
 
 # The number of examples of each page, all of which are tested below.
 EXAMPLES = {"ot": 11, "attacks": 4, "evaluation": 4, "training": 4, "data": 4, "models": 3}
-CONTINUED = ("attacks", "evaluation")  # their examples continue from the first one
+CONTINUED = ("attacks", "evaluation")  # each of their examples continues from the first one
 
 
 @functools.cache
@@ -31,6 +31,14 @@ def run(package, number):
     """The names that an example defines."""
     names = dict(first(package)) if number and package in CONTINUED else {}
     exec(compile(examples(package)[number], f"fs_jax/{package}/README.md", "exec"), names)
+    return names
+
+
+def run_all(package):
+    """The names that a page's examples define, in order, in one namespace."""
+    names = {}
+    for example in examples(package):
+        exec(compile(example, f"fs_jax/{package}/README.md", "exec"), names)
     return names
 
 
@@ -185,3 +193,29 @@ def test_merged_parts(tmp_path, monkeypatch):
     # The same images with the same seed: what PGD-20 finds doesn't depend on the part.
     for one, other in zip(names["merged"].records, whole, strict=True):
         assert one["misclassified_at"]["pgd-20"] == other["misclassified_at"]["pgd-20"]
+
+
+@pytest.mark.usefixtures("one_batch_size")
+def test_data():
+    names = run_all("data")
+    assert names["digits"].train_images.shape == (1437, 8, 8, 1)
+    assert names["mine"].info.class_names == names["same"].info.class_names == ("ant", "bee", "cat")
+    assert names["augmented"].shape == (8, 16, 16, 3)
+    assert not np.array_equal(names["augmented"], names["images"])
+
+
+@pytest.mark.usefixtures("one_batch_size")
+def test_models():
+    names = run_all("models")
+    assert (names["logits"].shape, names["features"].shape) == ((2, 10), (2, 64))
+    assert (names["model"].depth, names["model"].width) == (10, 1)  # read from the file
+    attacks = {attack["name"]: attack["accuracy"] for attack in names["result"].summary["attacks"]}
+    assert attacks["clean"] == 1  # the labels are the network's own
+
+
+@pytest.mark.slow  # other tests train a configuration and a custom network
+def test_training():
+    names = run_all("training")
+    assert names["run"].finished
+    assert {"loss", "accuracy"} <= names["metrics"].keys()
+    assert int(names["unreplicate"](names["state"]).step) == 1
