@@ -46,7 +46,7 @@ def feature_scatter(
     """Scatter the features of a batch: maximise the transport cost between natural and attacked logits, without labels.
 
     x'_0 = x + u with u uniform in the ball; x'_{k+1} = project(x'_k + step_size * sign(grad D(x'_k))) with
-    D(x') = <T, C>, C = cost(f(x), f(x')), T the transport plan of C between uniform marginals. The natural logits f(x)
+    D(x') = ⟨T, C⟩, C = cost(f(x), f(x')), T the transport plan of C between uniform marginals. The natural logits f(x)
     are held constant. The gradient is taken through the cost and, if `transport` differentiates it, the plan.
 
     Args:
