@@ -63,8 +63,7 @@ class TransportConfig:
     num_iters: int = 50
     """Iterations of sinkhorn and ipot. (released_sinkhorn has a stopping criterion of its own.)"""
     scope: Scope = "global"
-    """global: one problem over the images of all devices; device: one problem per device. With sinkhorn a device holds
-    only its own rows of the global problem; with other solvers each device solves it whole."""
+    """global: one problem over the images of all devices; device: one problem per device."""
 
     def __post_init__(self):
         check_number("transport.reg", self.reg, above=0)

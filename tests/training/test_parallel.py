@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import flax.linen as nn
 import jax
@@ -108,14 +109,19 @@ def check_four_devices(start, one, step, batch, rng):
         jax.tree.map(lambda x, copy=copy: np.testing.assert_array_equal(x[0], x[copy]), many)
 
 
-@pytest.mark.usefixtures("float64")
+@pytest.fixture
+def always_sharded(monkeypatch):
+    monkeypatch.setattr(sys.modules["fs_jax.training.methods.feature_scatter"], "MOST_GATHERED", 0)
+
+
+@pytest.mark.usefixtures("float64", "always_sharded")
 def test_sharded_transport_gives_a_devices_images_the_gradient_of_the_gathered_one():
     rng = np.random.default_rng(0)
     natural, attacked, weights = rng.normal(size=(16, 5)), rng.normal(size=(16, 5)), rng.normal(size=(5, 5))
     sharded = functools.partial(ot.sinkhorn, reg=0.01, num_iters=50)
 
     def gradient(transport, axis_name, natural, attacked):
-        cost, solve = _over_devices(transport, axis_name)
+        cost, solve = _over_devices(transport, len(natural), axis_name)
         return jax.grad(lambda x: solve(cost(natural, jnp.tanh(x @ weights))).primal_cost)(attacked)
 
     whole = gradient(sharded, None, natural, attacked)
@@ -127,10 +133,11 @@ def test_sharded_transport_gives_a_devices_images_the_gradient_of_the_gathered_o
 
 
 @pytest.mark.parametrize(
-    ("transport", "gathers"), [(ot.sinkhorn, False), (lambda cost, reg: ot.sinkhorn(cost, reg=reg), True)]
+    ("transport", "images_per_device", "gathers"),
+    [(ot.sinkhorn, 65, False), (ot.sinkhorn, 64, True), (lambda cost, reg: ot.sinkhorn(cost, reg=reg), 65, True)],
 )
-def test_no_device_has_the_transport_of_the_whole_batch(transport, gathers):
-    images = jnp.zeros((4, 6, 3, 1, 1))
+def test_no_device_has_the_transport_of_a_large_batch(transport, images_per_device, gathers):
+    images = jnp.zeros((4, images_per_device, 3, 1, 1))
 
     def on_each(keys, images):
         method = METHODS["feature_scatter"].build(epsilon=0.1, transport=functools.partial(transport, reg=0.01))
@@ -138,11 +145,13 @@ def test_no_device_has_the_transport_of_the_whole_batch(transport, gathers):
         def apply(variables, images, **_):
             return images.reshape(len(images), -1), variables
 
-        batch = {"images": images, "labels": jnp.zeros(6, jnp.int32)}
+        batch = {"images": images, "labels": jnp.zeros(images_per_device, jnp.int32)}
         return method.loss(apply, {"params": {}, "batch_stats": {}}, batch, Context(keys, axis_name=AXIS))[0]
 
-    program = str(jax.make_jaxpr(jax.pmap(on_each, AXIS))(jax.random.split(jax.random.key(0), (4, 6)), images))
-    assert ("f32[24,24]" in program, "f32[6,24]" in program) == (gathers, not gathers)
+    keys = jax.random.split(jax.random.key(0), images.shape[:2])
+    program = str(jax.make_jaxpr(jax.pmap(on_each, AXIS))(keys, images))
+    total = 4 * images_per_device
+    assert (f"f32[{total},{total}]" in program) == gathers
 
 
 @pytest.mark.slow

@@ -19,6 +19,11 @@ Scope = Literal["device", "global"]
 _paper_transport = functools.partial(ot.sinkhorn, reg=0.01, num_iters=50)
 
 
+# Up to this number of images each device solves the whole problem: on a GPU one kernel does all iterations, while
+# iterations over sharded rows wait for the other devices.
+MOST_GATHERED = 256
+
+
 def feature_scatter(
     *,
     epsilon: float = 8 / 255,
@@ -50,7 +55,7 @@ def feature_scatter(
       transport: Function from a cost matrix to a `fs_jax.ot.Transport`; by default Algorithm 1 (Sinkhorn) with reg 0.01
         and 50 iterations.
       scope: "global" for one transport problem over the images of all devices, "device" for one per device. For the
-        global problem over N images on D devices, a transport with an `axis_name` argument, such as
+        global problem over N > 256 images on D devices, a transport with an `axis_name` argument, such as
         `fs_jax.ot.sinkhorn`, has N/D rows per device; any other, such as `fs_jax.ot.ipot`, is solved whole, [N, N],
         on each.
       penultimate: 0 to scatter the logits, as the released code does; 1 to scatter the network's second output, the
@@ -78,7 +83,7 @@ def feature_scatter(
 
     def loss(apply, variables, batch, context):
         images, labels = batch["images"], batch["labels"]
-        cost, solve = _over_devices(transport, context.axis_name if scope == "global" else None)
+        cost, solve = _over_devices(transport, len(images), context.axis_name if scope == "global" else None)
         scattered, natural, solved = attacks.scatter(
             infer(apply, variables, features=bool(penultimate)), context.keys, images,
             epsilon=epsilon, step_size=step_size, num_steps=num_steps, start=batch.get("start"),
@@ -102,19 +107,21 @@ def feature_scatter(
     return Method(loss)
 
 
-def _over_devices(transport, axis_name):
+def _over_devices(transport, batch_size, axis_name):
     """The cost between natural and attacked logits, and the transport, of one problem over the devices of an axis.
 
-    A device has the rows of its own natural images, or all rows if the transport does not take rows alone. The result
+    A device has the rows of its own natural images; or all rows, if they are few or the transport takes no
+    `axis_name`. The result
     is the same on every device, and the transpose of the gathering sums the devices' gradients. So the gradient with
     respect to a device's images is multiplied by the number of devices. Its sign is unchanged, and the attack uses only
     the sign.
     """
     if axis_name is None:
         return ot.cosine_cost, transport
-    takes_rows = "axis_name" in inspect.signature(transport).parameters
-    cost = functools.partial(_gathered_cost, gathers_rows=not takes_rows, axis_name=axis_name)
-    return cost, functools.partial(transport, axis_name=axis_name) if takes_rows else transport
+    is_sharded = batch_size * jax.lax.axis_size(axis_name) > MOST_GATHERED
+    is_sharded = is_sharded and "axis_name" in inspect.signature(transport).parameters
+    cost = functools.partial(_gathered_cost, gathers_rows=not is_sharded, axis_name=axis_name)
+    return cost, functools.partial(transport, axis_name=axis_name) if is_sharded else transport
 
 
 def _gathered_cost(x, y, gathers_rows, axis_name):
