@@ -159,8 +159,9 @@ and for each name, `<name>/<field>`:
 | `gradient_a`, `gradient_b` | [n], [m] | by the weights, but for a constant: the mass is held |
 
 The bounds are proven by the program below, which needs NumPy alone. Where the masses of a and b differ in the last
-digit, b is scaled to that of a. Potentials are -inf at points without mass. Gradients are checked by what characterises them: that by the cost is -plan (W - x - y) / reg,
-where x and y are those by a and b, and its rows and columns sum to zero.
+digit, b is scaled to that of a. Potentials are -inf at points without mass. Gradients are checked by what characterises
+them: that by the cost is -plan (W - x - y) / reg, where x and y are those by a and b, and its rows and columns sum to
+zero.
 
 ```python
 {ERRORS}
