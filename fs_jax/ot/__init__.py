@@ -1,12 +1,12 @@
-"""Optimal transport between small point clouds: differentiable, batched by `jax.vmap`, with evidence in the result.
+"""Optimal transport between small point clouds: differentiable, batched by `jax.vmap`, with an error in every result.
 
     cost = cosine_cost(x, y)                  # [n, m]
     result = sinkhorn(cost, reg=0.01)         # a Transport: plan, costs, potentials, marginal error, status
     result.primal_cost                        # ⟨plan, cost⟩, differentiable
 
-The package needs JAX and nothing else of this project. In reading order: costs → problem → sinkhorn, ipot, released →
-result; divergence, extension and bounds are made of results. The iterations and their derivatives are in the private
-modules.
+The package depends on JAX only, and on nothing else in this project. Read the modules in this order: costs, problem,
+sinkhorn, ipot and released, result. The modules divergence, extension and bounds build on results. The iterations and
+their derivatives are in the private modules.
 """
 
 from fs_jax.ot.bounds import Bounds, bounds, round_to_feasible

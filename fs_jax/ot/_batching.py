@@ -1,4 +1,4 @@
-"""How a batch of problems is computed when `jax.vmap` makes one of a function of one."""
+"""How `jax.vmap` computes a batch of problems."""
 
 from collections.abc import Callable
 
@@ -6,14 +6,14 @@ import jax
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-# What a core keeps close to itself: of a larger batch the matrices would come from memory in every iteration.
+# Size of a core's cache. The matrices of a larger batch would be read from main memory in every iteration.
 CACHE = 2**20  # bytes
 
 
 def in_chunks(function: Callable) -> Callable:
-    """The same function of a problem, whose first argument is its matrix; a batch of them is done piece by piece.
+    """Wraps a function of one problem so that `vmap` processes a batch in chunks. Its first argument is the matrix.
 
-    On a CPU `vmap` takes as many problems at a time as have their matrices in the cache. Elsewhere it takes all.
+    On a CPU a chunk has as many problems as have matrices that fit in the cache. On other platforms it is the batch.
     """
     chunked = custom_vmap(function)
 
@@ -28,7 +28,7 @@ def in_chunks(function: Callable) -> Callable:
 
         batched = [x for x, b in zip(leaves, is_batched, strict=True) if b]
         matrix = args[0][0] if in_batched[0] else args[0]
-        is_known = isinstance(size, int) and isinstance(matrix.size, int)  # not where a program is exported for any
+        is_known = isinstance(size, int) and isinstance(matrix.size, int)  # unknown in an export for any size
         chunk = _chunk(size, matrix.size * matrix.dtype.itemsize) if is_known else size
         if chunk == size:
             results = jax.vmap(one)(batched)
@@ -42,7 +42,7 @@ def in_chunks(function: Callable) -> Callable:
 
 
 def _chunk(size: int, matrix_bytes: int) -> int:
-    """Problems at a time: those that fit, or somewhat fewer that divide the batch (a remainder is a second program)."""
+    """Problems per chunk: as many as fit, or a somewhat smaller divisor (a remainder would need a second program)."""
     most = max(1, min(size, CACHE // matrix_bytes))
     divisor = max(d for d in range(1, most + 1) if size % d == 0)
     return divisor if 2 * divisor >= most else most

@@ -1,7 +1,7 @@
-"""What the solvers refuse, and what they turn the rest into.
+"""Validation and conversion of the solvers' arguments.
 
-Values are looked at where they can be seen: under `jit`, `vmap` and `grad` an argument is a tracer, its shape and dtype
-are still checked here, and the `Transport.status` of the result tells the rest.
+Values are checked when they are concrete. Under `jit`, `vmap` and `grad` an argument is a tracer: its shape and dtype
+are still checked here, and `Transport.status` reports invalid values.
 """
 
 import difflib
@@ -19,12 +19,12 @@ from fs_jax.ot._numerics import result_type
 
 _Name = TypeVar("_Name", bound=str)  # a `Literal`, or any string
 
-# How far apart the total masses may be, relative to them: well above the rounding of normalised weights in the
-# caller's dtype, well below any difference that somebody means.
+# Largest relative difference between the total masses: well above the rounding of normalised weights in the caller's
+# dtype, well below any difference that is intended.
 _MASS_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
 
 
-# What other libraries call the same thing: arguments, and values of `method` and `grad`.
+# Names of the same arguments, and of values of `method` and `grad`, in other libraries.
 _OTHER_NAMES = {
     "epsilon": "reg",
     "reg": "reg",
@@ -53,8 +53,8 @@ _OTHER_NAMES = {
 }
 
 
-def answers_other_names(solver: Callable) -> Callable:
-    """The same solver, which answers a keyword of another library with its own name for it."""
+def suggests_names(solver: Callable) -> Callable:
+    """Wraps a solver: for an unknown keyword, such as another library's name, its error suggests the name used here."""
     signature = inspect.signature(solver)
     known = list(signature.parameters)
     by_position = [name for name, of in signature.parameters.items() if of.kind is of.POSITIONAL_OR_KEYWORD]
@@ -68,7 +68,7 @@ def answers_other_names(solver: Callable) -> Callable:
         try:
             signature.bind(*args, **options)
         except TypeError as error:
-            expected = f"{', '.join(by_position)} by position, all else by name"
+            expected = f"{', '.join(by_position)} by position and all others by keyword"
             raise TypeError(f"{solver.__name__}: expected {expected}; got {error}") from None
         return solver(*args, **options)
 
@@ -86,14 +86,15 @@ def _hint(name: str, options: Sequence[str]) -> str:
 def problem(cost, a, b, axis_name=None, *, any_mass: bool = False) -> tuple[jax.Array, jax.Array, jax.Array, str]:
     """The cost and both marginals as arrays of one floating dtype, and the name of the result's dtype.
 
-    With `axis_name`, `cost` and `a` have this device's rows.
+    With `axis_name`, `cost` and `a` hold this device's rows. With `any_mass`, the total masses may differ.
 
-    The result has the dtype that these three are promoted to, float32 where that is no floating one; it is computed
-    in float32 where it is narrower. With `any_mass` the masses may differ.
+    The result's dtype is the promotion of the three dtypes, or float32 if that is not a floating dtype. Narrower
+    dtypes are computed in float32.
 
     Raises:
-        TypeError: an argument is not numeric, or complex.
-        ValueError: a shape doesn't fit, a side is empty, a value is not finite, a weight is negative, masses differ.
+        TypeError: if an argument is not numeric, or complex.
+        ValueError: if a shape is wrong, a side is empty, a value is not finite, a weight is negative, or the total
+            masses differ.
     """
     seen, cost = _numeric("cost", cost)
     if cost.ndim != 2:
@@ -104,20 +105,20 @@ def problem(cost, a, b, axis_name=None, *, any_mass: bool = False) -> tuple[jax.
         raise ValueError(f"cost: expected at least one point on each side, got shape {cost.shape}")
     if seen is not None and not np.isfinite(seen).all():
         raise ValueError(
-            "cost: expected finite values, got NaN or infinity; to leave a point out, give it any finite cost and a "
+            "cost: expected finite values, got NaN or infinity; to exclude a point, give it any finite cost and a "
             "marginal of zero"
         )
     narrow = cost.dtype if jnp.issubdtype(cost.dtype, jnp.floating) else jnp.dtype(jnp.float32)
     weights = (a, b)
     mass_a, a = _marginal("a", a, cost, axis=0)
     mass_b, b = _marginal("b", b, cost, axis=1)
-    # A mask and a list of numbers have no dtype of their own to promote the result with.
+    # Masks and lists of numbers take no part in the promotion: they have no floating dtype of their own.
     listed = [isinstance(w, list | tuple) for w in weights]
     given = [w.dtype for w, no in zip((a, b), listed, strict=True) if w is not None and w.dtype != bool and not no]
     narrow = result_type(narrow, *given)
     dtype = result_type(narrow, jnp.float32)
     if axis_name is not None and a is not None and mass_a is not None and a.dtype != bool:
-        mass_a *= _sharding.num_shards(axis_name)  # what can be seen is the same on all devices
+        mass_a *= _sharding.num_shards(axis_name)  # a concrete value is the same on all devices
     tolerance = max(_MASS_TOLERANCE.get(str(of), 0) for of in [*given, dtype])
     differ = mass_a is not None and mass_b is not None and abs(mass_a - mass_b) > tolerance * max(mass_a, mass_b)
     if differ and not any_mass:
@@ -127,7 +128,7 @@ def problem(cost, a, b, axis_name=None, *, any_mass: bool = False) -> tuple[jax.
 
 
 def _weights(given, size, dtype, axis_name=None):
-    """Uniform where none are given, and over the points of a mask."""
+    """The weights; uniform by default, and uniform over the points of a mask."""
     if given is None:
         return jnp.full(size, 1 / (size * _sharding.num_shards(axis_name)), dtype)
     if given.dtype == bool:
@@ -136,22 +137,23 @@ def _weights(given, size, dtype, axis_name=None):
 
 
 def axis(name):
-    """None, or the name of an axis that is mapped where this is called, or several."""
+    """None, or the name or names of axes that are mapped where this is called."""
     try:
         if not (name is None or isinstance(name, str | tuple)):
             raise TypeError
         _sharding.num_shards(name)
     except (NameError, TypeError):
         raise ValueError(
-            f"axis_name: expected the name of an axis that jax.shard_map or jax.pmap maps here, got {name!r}"
+            f"axis_name: expected the name of an axis mapped by an enclosing jax.shard_map or jax.pmap, got {name!r}"
         ) from None
     return name
 
 
 def positive(name: str, value, dtype, *, or_infinite: bool = False) -> jax.Array:
-    """A scalar above zero, finite unless said otherwise, as an array of `dtype`; a traced one that isn't becomes NaN.
+    """A scalar above zero as an array of `dtype`, finite unless `or_infinite`; NaN if a traced value is not above zero.
 
-    NaN spreads through the solver and comes out as `Status.NOT_FINITE`: a wrong sign is not silently a wrong plan.
+    The NaN propagates through the solver to `Status.NOT_FINITE`, so that a wrong sign never gives a wrong plan
+    silently.
     """
     seen, value = _scalar(name, value)
     if seen is not None and not (seen > 0 and (or_infinite or np.isfinite(seen))):
@@ -161,12 +163,12 @@ def positive(name: str, value, dtype, *, or_infinite: bool = False) -> jax.Array
 
 
 def is_infinite(value) -> bool:
-    """Whether a number can be seen to be infinite."""
+    """Whether a number is concrete and infinite."""
     return not isinstance(value, jax.core.Tracer) and np.ndim(value) == 0 and bool(np.isposinf(value))
 
 
 def threshold(value, dtype) -> jax.Array | None:
-    """None, or a number that is at least zero."""
+    """None, or a number of at least zero as an array of `dtype`."""
     return None if value is None else at_least_zero("threshold", value, dtype)
 
 
@@ -179,7 +181,7 @@ def at_least_zero(name: str, value, dtype) -> jax.Array:
 
 
 def count(name: str, value) -> int:
-    """A number of iterations, known when the program is compiled."""
+    """A number of iterations, known at compile time."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(
             f"{name}: expected an int that is known at compile time (static under jit), got {type(value).__name__}"
@@ -192,7 +194,7 @@ def count(name: str, value) -> int:
 
 
 def choice(name: str, value: _Name, options: Sequence[str]) -> _Name:
-    """One of a few names; the nearest is offered for a typo, and ours for another library's."""
+    """One of a few names. The error suggests a name for a typo, and for another library's name."""
     if value in options:
         return value
     expected = ", ".join(map(repr, options))
@@ -228,7 +230,7 @@ def points(x, y) -> tuple[jax.Array, jax.Array]:
 
 
 def _marginal(name: str, weights, cost: jax.Array, axis: int) -> tuple[float | None, jax.Array | None]:
-    """The total mass, where it can be seen, and the weights or the mask; None for uniform ones."""
+    """The total mass (None for a tracer), and the weights or the mask (None for uniform weights)."""
     size = cost.shape[axis]
     if weights is None:
         return 1.0, None
@@ -244,7 +246,7 @@ def _marginal(name: str, weights, cost: jax.Array, axis: int) -> tuple[float | N
             worst = int(np.argmin(good))
             raise ValueError(f"{name}: expected finite weights of at least 0, got {seen[worst]} at index {worst}")
         if seen.sum() == 0:
-            raise ValueError(f"{name}: expected some mass, got zeros alone")
+            raise ValueError(f"{name}: expected at least one positive weight, got zeros only")
         smallest = float(jnp.finfo(result_type(weights.dtype, jnp.float32)).tiny)
         if weights.dtype != bool and seen.max() < smallest:
             raise ValueError(f"{name}: expected weights of at least {smallest:.2g}, got at most {seen.max():.2g}")
@@ -261,13 +263,13 @@ def _scalar(name: str, value) -> tuple[np.ndarray | None, jax.Array]:
 
 
 def _numeric(name: str, value, or_boolean: bool = False) -> tuple[np.ndarray | None, jax.Array]:
-    """What can be seen of a value (None for a tracer), and the value as an array.
+    """The value as a NumPy array (None for a tracer), and as a JAX array.
 
-    They are taken apart because inside `jit` JAX's operations are traced even on values that are known: NumPy looks.
+    Checks use the NumPy array: inside `jit`, JAX's operations are traced even if their arguments are concrete.
     """
     try:
         seen = None if isinstance(value, jax.core.Tracer) else np.asarray(value)
-        # Integers of 64 bits would wrap around where JAX has none.
+        # 64-bit integers would wrap around if JAX's 64-bit types are disabled.
         if seen is not None and seen.dtype.kind in "iu" and seen.dtype.itemsize > 4:
             array = jnp.asarray(seen.astype(np.float64))
         else:

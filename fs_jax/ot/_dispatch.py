@@ -1,7 +1,7 @@
-"""Which program runs where: on an NVIDIA GPU the kernels of `_triton`, elsewhere the plain iterations.
+"""Chooses the implementation: the kernels of `_triton` on an NVIDIA GPU, the plain iterations elsewhere.
 
-Decided by the platform that a program is compiled for, and by what is known when it is traced; never by what this
-process has.
+The choice depends on the platform that a program is compiled for and on static properties of the problem. It never
+depends on the devices of the process that traces the program.
 """
 
 from functools import partial
@@ -12,7 +12,7 @@ from jax import lax
 from fs_jax.ot import _iterations, _triton, _unroll
 from fs_jax.ot._iterations import Options
 
-KERNELS = {"cuda": False}  # platforms that have them, and whether they are interpreted there
+KERNELS = {"cuda": False}  # platforms with kernels, and whether to interpret them there
 
 
 def solve(scaled, a, b, start, threshold, options: Options):
@@ -26,9 +26,9 @@ def solve(scaled, a, b, start, threshold, options: Options):
 
 
 def unroll(scaled, a, b, start, threshold, options: Options):
-    """The same, with the derivative of the iterations that were done.
+    """`Outcome` of the iterations, with the derivative of the iterations done.
 
-    A kernel keeps a path of fixed length, so with a threshold the plain iterations are taken.
+    The kernel stores a path of fixed length, so the plain iterations are used if there is a threshold.
     """
     return _by_platform(
         _has_kernel(scaled, options) and threshold is None,
@@ -40,8 +40,8 @@ def unroll(scaled, a, b, start, threshold, options: Options):
 
 def _has_kernel(scaled, options):
     fits = scaled.dtype == jnp.float32 and max(scaled.shape) <= _triton.LARGEST
-    fits = fits and options.axis_name is None and not options.history  # a kernel has all rows, and no looks
-    return fits and options.fused and options.method == "stabilized" and _triton.IS_HERE
+    fits = fits and options.axis_name is None and not options.history  # it needs all rows
+    return fits and options.fused and options.method == "stabilized" and _triton.IS_AVAILABLE
 
 
 def _by_platform(has_kernel, plain, kernel, problem):

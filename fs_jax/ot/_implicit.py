@@ -1,4 +1,4 @@
-"""grad="implicit": the derivative that the equations of the solution give, of any order."""
+"""grad="implicit": derivatives of any order by implicit differentiation at the fixed point."""
 
 from functools import partial
 
@@ -15,9 +15,9 @@ from fs_jax.ot.result import live_plan
 
 @partial(jax.custom_jvp, nondiff_argnums=(5,))
 def solve(scaled, a, b, start, threshold, options: Options):
-    """`Outcome` of the iterations; its potentials have the derivative of the fixed point.
+    """`Outcome` of the iterations, whose potentials have the derivative of the fixed point.
 
-    At the fixed point T 1 = a and Tᵀ 1 = b for T = exp(φ_i + γ_j + s_ij). Differentiating both,
+    At the fixed point T = exp(φ_i + γ_j + s_ij) satisfies T 1 = a and Tᵀ 1 = b. Differentiating both gives
 
         [diag(T 1)   T       ] [dφ]   [da - (T∘ds) 1 ]
         [Tᵀ          diag(Tᵀ1)] [dγ] = [db - (T∘ds)ᵀ 1]
@@ -29,11 +29,11 @@ def solve(scaled, a, b, start, threshold, options: Options):
 def _derivative(options, primals, tangents):
     scaled, *_ = primals
     d_scaled, d_a, d_b, *_ = tangents
-    # By itself: in the derivative of this rule the potentials, and so the plan, have theirs.
+    # The rule calls `solve` itself, so that its own derivative includes that of the potentials, and so of the plan.
     outcome = solve(*primals, options)
     plan = live_plan(lax.stop_gradient(outcome.plan), scaled, outcome.phi, outcome.gamma)
     d_plan = plan * d_scaled
-    # Of the columns' equations this device's part: the sum over devices is the equation.
+    # This device's part of the columns' equations: their sum over devices is the equation.
     right_columns = _sharding.part(d_b, options.axis_name) - d_plan.sum(0)
     d_phi, d_gamma = solve_symmetric(plan, d_a - d_plan.sum(1), right_columns, axis_name=options.axis_name)
     d_outcome = jax.tree.map(jnp.zeros_like, outcome)._replace(phi=d_phi, gamma=d_gamma)
@@ -41,13 +41,14 @@ def _derivative(options, primals, tangents):
 
 
 def solve_symmetric(plan, right_rows, right_columns, damping=(0, 0), axis_name=None):
-    """(dφ, dγ) of the system above, its diagonal times 1 + damping, for marginals that are relaxed.
+    """(dφ, dγ) of the system above, with its diagonal times 1 + damping for relaxed marginals.
 
-    As one vector, since JAX differentiates all of a linear system's right side or nothing.
+    The right side is one vector, since JAX differentiates a linear system with respect to all of its right side or to
+    none of it.
 
-    Where rows are sharded, right sides and products have a device's part of what belongs to the columns, and `solve`
-    adds the parts up. It is its own transpose still: that of adding up is to give each device the sum. (They are not
-    relaxed there.)
+    If rows are sharded, the columns' entries of right sides and products are this device's part of a sum, and `solve`
+    sums them over devices. The system is still symmetric, since the transpose of a sum over devices gives the sum to
+    every device. (Sharded problems are never relaxed.)
     """
     n = plan.shape[0]
     rows, columns = (1 + damping[0]) * plan.sum(1), (1 + damping[1]) * plan.sum(0)
@@ -68,10 +69,10 @@ def solve_symmetric(plan, right_rows, right_columns, damping=(0, 0), axis_name=N
 
 
 def _solve_sharded(plan, rows, columns, mass, right_rows, right_columns, axis_name):
-    """The same solution as below, but by elimination of the rows: what is left is one system [m], on all devices alike.
+    """The solution of `_solve_fixed_point`, but eliminating the rows: all devices solve the same system [m].
 
-    As there, it is the rows that take up what differs between the masses of the right sides, and the mean of dφ by the
-    rows' masses is zero.
+    As there, the rows absorb the difference between the total masses of the right sides, and the mean of dφ, weighted
+    by the rows' masses, is zero.
     """
     present_a, present_b = rows > 0, columns > 0
     right_mass = jnp.sum(jnp.where(present_a, right_rows, 0))
@@ -85,17 +86,19 @@ def _solve_sharded(plan, rows, columns, mass, right_rows, right_columns, axis_na
 
 
 def _solve_fixed_point(plan, rows, columns, right_rows, right_columns, damping=(0, 0), axis_name=None):
-    """Least-norm solution of the system, on what is left after the columns' elimination.
+    """Least-norm solution of the system, after elimination of the columns.
 
-    With x = √r dφ, y = √c dγ and A = diag(r)^-½ T diag(c)^-½ it reads x + A y = p, y + Aᵀ x = q, so (I - A Aᵀ) x =
-    p - A q. A's singular values are at most 1, and (√r, √c) is its singular pair of the largest: the constant that can
-    move between the potentials. It is projected out of the right side, and the matrix is made 1 on it, for what is
-    left of the right side there is rounding and must not be divided by rounding; what x has of it is known
-    (`_constant`). A ridge of as much as the products' rounding does the same for the other constants that the plan has
-    when it falls into blocks.
+    With x = √r dφ, y = √c dγ and A = diag(r)^-½ T diag(c)^-½, the system is x + A y = p, y + Aᵀ x = q, and so
+    (I - A Aᵀ) x = p - A q. The singular values of A are at most 1. The singular vectors of the largest are (√r, √c):
+    this direction is the constant that can move between the potentials. It is projected out of the right side, and the
+    matrix is set to 1 on it, since the right side has only rounding errors there, which must not be divided by a
+    singular value that is itself rounding error. The component of x in this direction is known (`_constant`). If the
+    plan is block-diagonal, it has one such constant per block; a ridge as large as the rounding of the products handles
+    those.
 
-    By conjugate gradients; where they leave more than rounding, by a dense factorisation; where that does, NaN. Columns
-    that are sharded over devices have no factorisation, whose matrix no device could hold.
+    The method is conjugate gradients; if the residual is larger than rounding, a dense factorisation; if its residual
+    is too large as well, the result is NaN. With columns that are sharded over devices (`axis_name`) there is no
+    factorisation, since its matrix would not fit on one device.
     """
     epsilon = jnp.finfo(plan.dtype).eps
     root_rows, root_columns = _inverse_root(rows), _inverse_root(columns)
@@ -115,15 +118,15 @@ def _solve_fixed_point(plan, rows, columns, right_rows, right_columns, damping=(
 
     right = p - to_rows(q)
     right = right - along_constant(right)
-    size = jnp.max(jnp.abs(right))  # taken out, since conjugate gradients square it
+    size = jnp.max(jnp.abs(right))  # divided out, since conjugate gradients square the right side
     size = jnp.where(size > 0, size, 1)
     right = right / size
     x, _ = jax.scipy.sparse.linalg.cg(
-        reduced, right, tol=8 * epsilon, maxiter=2 * min(_sharding.whole(plan.shape[::-1], axis_name))
+        reduced, right, tol=8 * epsilon, maxiter=2 * min(_sharding.global_shape(plan.shape[::-1], axis_name))
     )
 
     def is_off(x):
-        # What rounding x and the products may leave; and of the right side, what a gradient may be off.
+        # The rounding of x and of the products, plus the relative error that a gradient may have.
         allowed = 64 * epsilon * jnp.linalg.norm(x) + jnp.sqrt(epsilon) * jnp.linalg.norm(right)
         return ~(jnp.linalg.norm(reduced(x) - right) <= allowed)
 
@@ -141,9 +144,9 @@ def _solve_fixed_point(plan, rows, columns, right_rows, right_columns, damping=(
 
 
 def _constant(damping, right_rows, right_columns):
-    """What the solution has of the constant, times the mass: zero where neither marginal is relaxed.
+    """The solution's component along the constant, times the mass: zero if neither marginal is relaxed.
 
-    On that singular pair A is 1 / √((1 + ε_a)(1 + ε_b)), and (I - A Aᵀ) x = p - A q reads
+    On that singular pair A is 1 / √((1 + ε_a)(1 + ε_b)), and (I - A Aᵀ) x = p - A q becomes
 
         (ε_a + ε_b + ε_a ε_b) x = (1 + ε_a) [Σ right_rows - Σ right_columns + ε_b Σ right_rows]
     """

@@ -1,19 +1,19 @@
-"""Sinkhorn's iterations, each in the domain where it is fast and in the one where it is safe.
+"""Sinkhorn iterations in the kernel domain, where they are fast, and in the log domain, where they are safe.
 
 With s = -C / reg and T = exp(φ_i + γ_j + s_ij), iteration k is
 
     γ_k = log b - LSE_i(s_ij + φ_{k-1, i})        φ_k = log a - LSE_j(s_ij + γ_{k, j})
 
-Potentials are written as a reference (f, g) and what has come to it since: φ = f + log u, γ = g + log v. With the
-matrix M_ij = s_ij + f_i + g_j both domains work on small corrections alone, and a plan is as exact as these are. The
-log domain evaluates the formula above for log u and log v, with two exponentials of a matrix. The kernel domain has
-K = exp(M) and needs two products of it with a vector:
+The potentials are stored as a reference (f, g) and scalings relative to it: φ = f + log u, γ = g + log v. With the
+matrix M_ij = s_ij + f_i + g_j, both domains compute only small corrections to the reference, and the plan is as
+accurate as these corrections. The log domain evaluates the formulas above for log u and log v, with two exponentials of
+a matrix. The kernel domain has K = exp(M) and needs two matrix-vector products:
 
     v_k = b / (Kᵀ u_{k-1})        u_k = a / (K v_k)
 
-which is several times faster, and exact while u and v stay in range. So iterations go in short runs. Before a run the
-reference takes up u and v if they have grown; after it they are looked at, and a run that left the range is repeated in
-the log domain.
+This is several times faster, and accurate while u and v stay in range. The iterations are therefore done in short runs.
+Before a run, u and v are absorbed into the reference if they have grown. After it, their range is checked, and a run
+that left the range is repeated in the log domain.
 """
 
 from functools import cache
@@ -26,26 +26,26 @@ from jax import lax
 from fs_jax.ot._batching import in_chunks
 from fs_jax.ot._loops import RUN, lengths, once_if, value_if
 from fs_jax.ot._numerics import MASKED, largest, log_sum_exp, product, within
-from fs_jax.ot._sharding import AxisName, everywhere, maximum, minimum, somewhere, total, whole
+from fs_jax.ot._sharding import AxisName, global_shape, maximum, minimum, on_all_devices, on_any_device, total
 from fs_jax.ot.problem import Points
 from fs_jax.ot.result import Outcome, Status, finish, has_stalled, judged_error, rounding_floor
 
 
 class Options(NamedTuple):
-    """What is known when a program is compiled."""
+    """Static options, known at compile time."""
 
     num_iters: int
     method: str
     fused: bool
-    dtype: str  # of the result, whose plan is the one that is judged
-    history: bool = False  # whether the marginal error after each run is kept
-    axis_name: AxisName | None = None  # over which the rows are sharded
+    dtype: str  # of the result; the marginal error is that of the plan in this dtype
+    history: bool = False  # whether to record the marginal error after each run
+    axis_name: AxisName | None = None  # mapped axis over which the rows are sharded
 
 
 class State(NamedTuple):
     """Potentials as a reference and scalings, φ = f + log u and γ = g + log v.
 
-    `kernel` is exp(s + f + g), or None where the iterations are in the log domain.
+    `kernel` is exp(s + f + g), or None in the log domain.
     """
 
     f: jax.Array
@@ -56,14 +56,14 @@ class State(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What the derivative needs to know of a run of at most L iterations: vectors alone.
+    """What the derivative needs of a run of at most L iterations: only vectors.
 
     Attributes:
         f, g: the reference, [n] and [m].
         u: scalings of the rows before the run and after each of its iterations, [L + 1, n].
-        v: scalings of the columns after each, [L, m].
-        is_log: of a run in the log domain: log u and log v stand in the places of u and v.
-        active: whether the iteration was done, [L]; None where all are, there being no threshold.
+        v: scalings of the columns after each iteration, [L, m].
+        is_log: whether the run was in the log domain; then u and v hold log u and log v.
+        active: whether each iteration was done, [L]; None without a threshold, since then all are.
     """
 
     f: jax.Array
@@ -75,49 +75,53 @@ class Run(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Within a run: iterations done, whether to stand still, and the marginal error as the cheap test has it.
+    """Progress within a run.
 
-    `bound` is what the error of the plan cannot exceed, where that is known without a look at it; else infinity.
+    Attributes:
+        done: iterations done.
+        stopped: whether the state no longer changes.
+        error: the marginal error as estimated by the cheap test.
+        bound: an upper bound of the plan's marginal error if one is known without computing the plan, else infinity.
     """
 
     done: jax.Array
-    still: jax.Array
-    off: jax.Array
+    stopped: jax.Array
+    error: jax.Array
     bound: jax.Array
 
 
 class Limit(NamedTuple):
-    """When to stand still within a run: a marginal error, as the cheap test has it, and a number of iterations."""
+    """When to stop within a run: at an estimated marginal error, or after a number of iterations in total."""
 
-    off: jax.Array
+    error: jax.Array
     done: int
 
 
 class Progress(NamedTuple):
-    """Across runs.
+    """Progress across runs.
 
     Attributes:
         done: iterations done.
-        converged: the plan has been judged, and its error is at most the threshold.
-        stalled: its error no longer falls.
-        doubted: from here on the plan is judged after each run, and the cheap test is not believed.
-        best: smallest error of a plan that was judged.
-        waited: runs since then.
+        converged: the marginal error of the plan itself is known to be at most the threshold.
+        stalled: the plan's error no longer decreases.
+        check_plan: from now on the plan itself is checked after each run, and the cheap test is ignored.
+        best: smallest error of the plans checked so far.
+        since_best: runs since that smallest error.
     """
 
     done: jax.Array
     converged: jax.Array
     stalled: jax.Array
-    doubted: jax.Array
+    check_plan: jax.Array
     best: jax.Array
-    waited: jax.Array
+    since_best: jax.Array
 
 
 @cache
 def walk(options: Options, keep: bool):
-    """The iterations as a function of (scaled, a, b, start, threshold).
+    """The iterations as a function of (scaled, a, b, start, threshold), where `start` is φ_0.
 
-    It gives the `Outcome`; and with `keep` the runs as one stack, and the last reference with its K. `start` is φ_0.
+    The function returns the `Outcome`. With `keep` it also returns the stacked runs, and the last reference with its K.
     """
     num_iters, method, _, dtype, history, axis_name = options
     run = {"log": _log_run, "kernel": _kernel_run, "stabilized": _stabilized_run}[method]
@@ -126,7 +130,7 @@ def walk(options: Options, keep: bool):
     def iterations(scaled, a, b, start, threshold):
         points = Points.of(scaled, a, b, axis_name)
         state = {"log": _start_log, "kernel": _start_kernel, "stabilized": _start_stabilized}[method](points, start)
-        room = min(RUN, num_iters) if keep else None
+        path_length = min(RUN, num_iters) if keep else None
 
         def error_of(points, state):
             return judged_error(finish(_plan_of(points, state), points.a)[0], a, b, dtype, axis_name)
@@ -134,25 +138,26 @@ def walk(options: Options, keep: bool):
         def step(carry, length):
             state, progress = carry
             if threshold is None:
-                zero_off = jnp.zeros_like(progress, scaled.dtype)
-                counts = Counts(progress, jnp.zeros_like(progress, bool), zero_off, zero_off)
-                (state, counts), rows = run(points, None, room, length, state, counts)
+                zero_error = jnp.zeros_like(progress, scaled.dtype)
+                counts = Counts(progress, jnp.zeros_like(progress, bool), zero_error, zero_error)
+                (state, counts), rows = run(points, None, path_length, length, state, counts)
                 return (state, counts.done), (rows, error_of(points, state) if history else None)
             stopped = progress.converged | progress.stalled | (progress.done >= num_iters)
-            far = jnp.full_like(progress.best, jnp.inf)
-            counts = Counts(progress.done, stopped, far, far)
-            # A little below a threshold that is well above rounding: then the bound says that it is met.
-            near = jnp.where(threshold > 8 * _slack(points), threshold - _slack(points), threshold)
-            limit = Limit(jnp.where(progress.doubted, -1, near), num_iters)
-            (state, counts), rows = run(points, limit, room, length, state, counts)
+            infinity = jnp.full_like(progress.best, jnp.inf)
+            counts = Counts(progress.done, stopped, infinity, infinity)
+            # If the threshold is well above rounding, the cheap test aims a little below it, so that `bound` meets it.
+            target = jnp.where(threshold > 8 * _slack(points), threshold - _slack(points), threshold)
+            limit = Limit(jnp.where(progress.check_plan, -1, target), num_iters)
+            (state, counts), rows = run(points, limit, path_length, length, state, counts)
             error = jnp.where(stopped, jnp.nan, error_of(points, state)) if history else None
-            return (state, _judge(points, a, b, threshold, dtype, state, progress, counts, stopped)), (rows, error)
+            progress = _next_progress(points, a, b, threshold, dtype, state, progress, counts, stopped)
+            return (state, progress), (rows, error)
 
         zero = jnp.zeros_like(scaled, shape=(), dtype=jnp.int32)
         progress = zero
         if threshold is not None:
-            no, far = jnp.zeros_like(zero, bool), jnp.full_like(scaled, jnp.inf, shape=())
-            progress = Progress(zero, no, no, no, far, zero)
+            false, infinity = jnp.zeros_like(zero, bool), jnp.full_like(scaled, jnp.inf, shape=())
+            progress = Progress(zero, false, false, false, infinity, zero)
         (state, progress), (runs, errors) = lax.scan(step, (state, progress), lengths(num_iters, threshold))
 
         plan, factor = finish(_plan_of(points, state), points.a)
@@ -173,35 +178,37 @@ def walk(options: Options, keep: bool):
     return iterations
 
 
-def _judge(points, a, b, threshold, dtype, state, progress, counts, stopped):
-    """What is to be done after a run: the cheap test is confirmed on the plan itself, as it would be returned.
+def _next_progress(points, a, b, threshold, dtype, state, progress, counts, stopped):
+    """Progress after a run: a stop by the cheap test is confirmed on the plan itself, as it would be returned.
 
-    The test within a run compares successive scalings. It cannot see what rounding has left in the rows, nor that the
-    result may have a narrower dtype. Where it fires wrongly, or is near what rounding lets it see, the iterations
-    continue and the plan is judged after each run, until it is good enough or its error no longer falls. Where a bound
-    of the error is known and is small enough, the plan need not be looked at: that takes as long as some iterations.
+    The cheap test within a run compares successive scalings. It sees neither the rounding errors of the row sums nor a
+    narrower dtype of the result. If it stops too early, or its estimate is near the rounding floor, the iterations
+    continue and the plan is checked after each run, until its error meets the threshold or no longer decreases. If a
+    known upper bound of the error meets the threshold, the plan is not checked, since a check takes as long as several
+    iterations.
     """
     axis_name = points.axis_name
-    shape, mass = whole(points.scaled.shape, axis_name), total(a.sum(), axis_name)
+    shape, mass = global_shape(points.scaled.shape, axis_name), total(a.sum(), axis_name)
     unmovable = total(jnp.sum(jnp.abs(a - points.a)), axis_name) + jnp.sum(jnp.abs(b - points.b))
-    sure = counts.still & ~stopped & (counts.bound + unmovable <= threshold) & (dtype == a.dtype.name)
-    near_rounding = ~(counts.off > rounding_floor(shape, mass, a.dtype))
-    doubted = progress.doubted | (counts.still & ~stopped) | near_rounding
+    certain = counts.stopped & ~stopped & (counts.bound + unmovable <= threshold) & (dtype == a.dtype.name)
+    near_rounding = ~(counts.error > rounding_floor(shape, mass, a.dtype))
+    check_plan = progress.check_plan | (counts.stopped & ~stopped) | near_rounding
 
-    def judged(*vectors):
+    def plan_error(*vectors):
         plan, _ = finish(_plan_of(points, State(*vectors, None)), points.a)
         return judged_error(plan, a, b, dtype, axis_name)
 
-    needed = doubted & ~stopped & ~sure
-    error = value_if(needed, judged, jnp.full_like(progress.best, jnp.inf), *state[:4])
-    converged = progress.converged | sure | (needed & (error <= threshold))
-    waited = jnp.where(needed, jnp.where(error < progress.best, 0, progress.waited + 1), progress.waited)
-    stalled = has_stalled(error, waited, counts.done // RUN, rounding_floor(shape, mass, dtype))
+    needed = check_plan & ~stopped & ~certain
+    error = value_if(needed, plan_error, jnp.full_like(progress.best, jnp.inf), *state[:4])
+    converged = progress.converged | certain | (needed & (error <= threshold))
+    since_best = jnp.where(error < progress.best, 0, progress.since_best + 1)
+    since_best = jnp.where(needed, since_best, progress.since_best)
+    stalled = has_stalled(error, since_best, counts.done // RUN, rounding_floor(shape, mass, dtype))
     stalled = progress.stalled | (needed & ~converged & stalled)
-    return Progress(counts.done, converged, stalled, doubted, jnp.minimum(error, progress.best), waited)
+    return Progress(counts.done, converged, stalled, check_plan, jnp.minimum(error, progress.best), since_best)
 
 
-# Where the iterations start
+# Initial states
 
 
 def _start_log(points, phi):
@@ -217,12 +224,13 @@ def _start_kernel(points, phi):
 
 
 def _start_stabilized(points, phi):
-    """A reference for potentials that fit nothing yet: each row's and each column's largest entry in K is one."""
+    """The initial reference makes the largest entry of each row and of each column of K equal to one."""
     s, present_a, present_b = points.scaled, points.present_a, points.present_b
     phi = jnp.where(present_a, phi, MASKED)
     g = jnp.where(present_b, -maximum(jnp.max(s + phi[:, None], 0), points.axis_name), MASKED)
     f = jnp.where(present_a, -jnp.max(s + g[None, :], 1), MASKED)
-    # A row that starts far below the others (by e⁸⁷ in float32) weighs nothing, but its scaling must not be zero.
+    # A row whose start is far below the others (by a factor e⁸⁷ in float32) counts for nothing in the first update, but
+    # its scaling must not be zero.
     u = jnp.maximum(jnp.exp(phi - f), jnp.finfo(f.dtype).tiny)
     return _absorb(points, f, g)._replace(u=jnp.where(present_a, u, 0))
 
@@ -230,8 +238,8 @@ def _start_stabilized(points, phi):
 # Runs
 
 
-def _log_run(points, limit, room, length, state, counts):
-    """Iterations in the log domain, on corrections to the reference."""
+def _log_run(points, limit, path_length, length, state, counts):
+    """A run in the log domain, on corrections to the reference."""
     _, _, _, log_a, log_b, present_a, present_b, axis_name = points
     m = matrix(points.scaled, state.f, state.g)
 
@@ -239,118 +247,123 @@ def _log_run(points, limit, room, length, state, counts):
         dv = jnp.where(present_b, log_b - log_sum_exp(m + du[:, None], 0, axis_name), 0)
         return jnp.where(present_a, log_a - log_sum_exp(m + dv[None, :], 1), 0), dv
 
-    def error(dv, new_dv):
+    def column_error(dv, new_dv):
         return jnp.expm1(dv - new_dv)
 
     pair = (jnp.where(present_a, jnp.log(state.u), 0), jnp.where(present_b, jnp.log(state.v), 0))
-    (du, dv), counts, rows = _iterate(iteration, error, points.b, limit, room, length, pair, counts)
-    rows = None if room is None else Run(state.f, state.g, *rows[:2], jnp.ones_like(counts.still), rows[2])
-    # What has grown goes into the reference, where it is rounded; what is small stays, and is exact.
-    grown = somewhere(jnp.maximum(jnp.abs(du).max(), jnp.abs(dv).max()) > 1, axis_name)
+    (du, dv), counts, rows = _iterate(iteration, column_error, points.b, limit, path_length, length, pair, counts)
+    rows = None if path_length is None else Run(state.f, state.g, *rows[:2], jnp.ones_like(counts.stopped), rows[2])
+    # Corrections that have grown are absorbed into the reference, which rounds them; small ones are kept as they are.
+    grown = on_any_device(jnp.maximum(jnp.abs(du).max(), jnp.abs(dv).max()) > 1, axis_name)
     f, g = jnp.where(present_a & grown, state.f + du, state.f), jnp.where(present_b & grown, state.g + dv, state.g)
     u, v = jnp.exp(jnp.where(grown, 0, du)), jnp.exp(jnp.where(grown, 0, dv))
     return (State(f, g, u, v, None), counts), rows
 
 
-def _kernel_run(points, limit, room, length, state, counts):
-    """Iterations in the kernel domain, from and to the same reference."""
+def _kernel_run(points, limit, path_length, length, state, counts):
+    """A run in the kernel domain, which keeps the reference."""
     absent_a, absent_b = ((~there).astype(points.a.dtype) for there in (points.present_a, points.present_b))
 
     def iteration(u, _):
         new_v = points.b / (total(product("ij,i->j", state.kernel, u), points.axis_name) + absent_b)
         return points.a / (product("ij,j->i", state.kernel, new_v) + absent_a), new_v
 
-    def error(v, new_v):
+    def column_error(v, new_v):
         return v / (new_v + absent_b) - 1
 
     pair = (state.u, state.v)
-    (u, v), counts, rows = _iterate(iteration, error, points.b, limit, room, length, pair, counts)
+    (u, v), counts, rows = _iterate(iteration, column_error, points.b, limit, path_length, length, pair, counts)
     if limit is not None:
-        counts = counts._replace(bound=_bound(points, u, v, counts.off))
+        counts = counts._replace(bound=_bound(points, u, v, counts.error))
     carry = (state._replace(u=u, v=v), counts)
-    return carry, None if room is None else Run(state.f, state.g, *rows[:2], jnp.zeros_like(counts.still), rows[2])
+    if path_length is None:
+        return carry, None
+    return carry, Run(state.f, state.g, *rows[:2], jnp.zeros_like(counts.stopped), rows[2])
 
 
-def _bound(points, u, v, off):
-    """What the plan's error is at most where the cheap test has it at `off`, in the kernel domain.
+def _bound(points, u, v, error):
+    """An upper bound of the plan's error in the kernel domain, from the error that the cheap test estimates.
 
-    The plan is made of the same K. Infinite where a scaling is so small that it has lost digits.
+    It holds because the plan is computed from the same K. It is infinite if a scaling is so small that it has lost
+    digits.
     """
     bits = jnp.finfo(u.dtype)
     smallest = jnp.minimum(
         jnp.min(jnp.where(points.present_a, u, jnp.inf)), jnp.min(jnp.where(points.present_b, v, jnp.inf))
     )
-    # Less what rounds off in limit = threshold - slack; the slack is twice what it need be.
-    bound = off + (1 - 8 * bits.eps) * _slack(points)
+    # Slightly less than the slack, so that the rounding of limit = threshold - slack doesn't push the bound above the
+    # threshold; it remains a bound, since the slack is twice what is needed.
+    bound = error + (1 - 8 * bits.eps) * _slack(points)
     return jnp.where(minimum(smallest, points.axis_name) > bits.tiny / bits.eps, bound, jnp.inf)
 
 
 def _slack(points):
-    """How far apart the marginal error of the test and of the plan are: the rounding of n and of m positive terms."""
-    shape, mass = whole(points.scaled.shape, points.axis_name), total(points.a.sum(), points.axis_name)
+    """Largest difference between the marginal errors of the test and of the plan: rounding of sums of n and m terms."""
+    shape, mass = global_shape(points.scaled.shape, points.axis_name), total(points.a.sum(), points.axis_name)
     return 2 * (sum(shape) + 8) * jnp.finfo(points.a.dtype).eps * mass
 
 
-def _stabilized_run(points, limit, room, length, state, counts):
-    """The same, with a look at the scalings before (K absorbs those that have grown) and after (all is done again).
+def _stabilized_run(points, limit, path_length, length, state, counts):
+    """A kernel run that first absorbs scalings that have grown, and is repeated in the log domain if they leave range.
 
-    K flushes its entries below 1e-38 (in float32) to zero: at most u·v times that is lost of a plan, 1e-10 where
-    neither is above 2e14. How far the potentials move in an iteration never grows from one to the next, so that what
-    leaves the range within a run is still outside at its end.
+    K flushes entries below 1e-38 (in float32) to zero. The mass that the plan loses per entry is at most u·v times
+    that, which is 1e-10 if neither is above 2e14. The change of the potentials in an iteration never grows from one
+    iteration to the next, so a scaling that leaves the range within a run is still out of range at its end.
     """
-    grown = ~everywhere(within(largest(points.scaled, 0.18), state.u, state.v), points.axis_name) & ~counts.still
+    grown = ~on_all_devices(within(largest(points.scaled, 0.18), state.u, state.v), points.axis_name) & ~counts.stopped
     state = once_if(grown, lambda state: _absorb(points, *potentials_of(points, state)), state)
-    (end, end_counts), rows = _kernel_run(points, limit, room, length, state, counts)
+    (end, end_counts), rows = _kernel_run(points, limit, path_length, length, state, counts)
 
-    def again(carry):
+    def redo(carry):
         state, counts, *_ = carry
-        # The reference that this run leaves has grown: by what was out of range in the kernel domain.
-        (new, counts), rows = _log_run(points, limit, room, length, state, counts)
+        (new, counts), rows = _log_run(points, limit, path_length, length, state, counts)
+        # Always changes the reference, as `once_if` asks: it absorbs what was out of range in the kernel domain.
         new = _absorb(points, *potentials_of(points, new))
         return new, counts, (new.u, new.v), counts, rows
 
-    out_of_range = ~everywhere(within(largest(points.scaled, 0.37), end.u, end.v), points.axis_name)
+    out_of_range = ~on_all_devices(within(largest(points.scaled, 0.37), end.u, end.v), points.axis_name)
     carry = (state, counts, (end.u, end.v), end_counts, rows)
-    state, _, (u, v), counts, rows = once_if(out_of_range, again, carry)
+    state, _, (u, v), counts, rows = once_if(out_of_range, redo, carry)
     return (state._replace(u=u, v=v), counts), rows
 
 
-def _iterate(iteration, error, b, limit, room, length, pair, counts):
-    """Iterations on a pair of vectors: the pair, the counts, and the rows of a `Run`.
+def _iterate(iteration, column_error, b, limit, path_length, length, pair, counts):
+    """Iterates on a pair of vectors; returns the pair, the counts, and the arrays of a `Run`.
 
-    A problem whose marginal error seems to be at most the limit stands still. The test costs nothing: rows are exact
-    after their update, and the next update of the columns tells by how much (`error`, relative) they were off.
+    A problem stops changing once its estimated marginal error is at most the limit. The estimate is almost free: row
+    sums are exact after the rows' update, and the next update of the columns gives the relative error of the column
+    sums (`column_error`).
     """
 
     def one(i, carry):
         pair, counts, rows = carry
         new = iteration(*pair)
         if limit is not None:
-            off = jnp.sum(b * jnp.abs(error(pair[1], new[1])))
-            still = counts.still | ((counts.done > 0) & (off <= limit.off))
-            idle = still | (counts.done >= limit.done)
+            error = jnp.sum(b * jnp.abs(column_error(pair[1], new[1])))
+            stopped = counts.stopped | ((counts.done > 0) & (error <= limit.error))
+            idle = stopped | (counts.done >= limit.done)
             new = jax.tree.map(lambda x, y: jnp.where(idle, x, y), pair, new)
-            counts = Counts(
-                counts.done + jnp.where(idle, 0, 1), still, jnp.where(counts.still, counts.off, off), counts.bound
-            )
+            error = jnp.where(counts.stopped, counts.error, error)
+            counts = Counts(counts.done + jnp.where(idle, 0, 1), stopped, error, counts.bound)
         if rows is not None:
             u, v, active = rows
             active = None if active is None else active.at[i].set(~idle)
             rows = (u.at[i + 1].set(new[0]), v.at[i].set(new[1]), active)
         return new, counts, rows
 
-    def all_of_them(carry):
+    def iterate(carry):
         return lax.fori_loop(0, length, one, carry)
 
     rows = None
-    if room is not None:
-        u, v = (jnp.zeros_like(x, shape=(r, *x.shape)) for r, x in zip((room + 1, room), pair, strict=True))
-        rows = (u.at[0].set(pair[0]), v, None if limit is None else jnp.zeros_like(v, bool, shape=room))
+    if path_length is not None:
+        sizes = (path_length + 1, path_length)
+        u, v = (jnp.zeros_like(x, shape=(size, *x.shape)) for size, x in zip(sizes, pair, strict=True))
+        rows = (u.at[0].set(pair[0]), v, None if limit is None else jnp.zeros_like(v, bool, shape=path_length))
     carry = (pair, counts, rows)
-    return all_of_them(carry) if limit is None else once_if(~counts.still, all_of_them, carry)
+    return iterate(carry) if limit is None else once_if(~counts.stopped, iterate, carry)
 
 
-# Between reference, scalings, potentials and plan
+# Conversions between reference, scalings, potentials and plan
 
 
 def _absorb(points, f, g):
@@ -373,7 +386,7 @@ def matrix(scaled, f, g):
 
 
 def _is_flushed(points, state, plan):
-    """Whether K lost entries to underflow where the plan would have more mass than rounding may take."""
+    """Whether the entries of K that underflowed would have more mass in the plan than its rounding error."""
     entries = jnp.exp((points.scaled + jnp.log(state.u)[:, None]) + jnp.log(state.v)[None, :])
     lost = total(jnp.sum(jnp.where(state.kernel < jnp.finfo(plan.dtype).tiny, entries, 0)), points.axis_name)
     return ~(lost <= jnp.finfo(plan.dtype).eps * total(plan.sum(), points.axis_name))

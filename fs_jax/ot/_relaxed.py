@@ -1,14 +1,15 @@
-"""Sinkhorn's iterations where the marginals are relaxed, and the duality gap of what they reach.
+"""Sinkhorn iterations with relaxed marginals, and their duality gap.
 
 With s = -C / reg, T = exp(φ_i + γ_j + s_ij) and ε = reg / ρ, the optimal F = φ - log a and G = γ - log b satisfy
-T 1 = a exp(-ε_a F) and Tᵀ 1 = b exp(-ε_b G). Each is solved for in turn:
+T 1 = a exp(-ε_a F) and Tᵀ 1 = b exp(-ε_b G). An iteration solves these equations in turn:
 
     G_j = -LSE_i(s_ij + φ_i) / (1 + ε_b)        F_i = -LSE_j(s_ij + γ_j) / (1 + ε_a)
 
-A constant that moves from G to F changes no plan, but the dual objective, and these updates would find it only in
-ρ / reg iterations. Its best value is known: the one at which both sides ask for the same mass. So it is set after each
-iteration (Séjourné, Vialard and Peyré 2022), and kept as a number of its own, k: F + k and G - k are the potentials.
-With it the iterations converge as fast as the balanced ones, which are those at ε = 0.
+A constant moved from G to F does not change the plan, but it changes the dual objective, and these updates alone would
+need about ρ / reg iterations to find its optimum. The optimum is known in closed form: both sides' target marginals
+then have the same mass. So the constant is set after each iteration (Séjourné, Vialard and Peyré 2022). It is stored
+separately as k: the potentials are F + k and G - k. The iterations then converge as fast as the balanced ones, which
+are the case ε = 0.
 """
 
 from functools import cache
@@ -29,8 +30,8 @@ class Marginal(NamedTuple):
 
     Attributes:
         weights: mass of each point.
-        damping: ε = reg / ρ; zero where the marginal is not relaxed.
-        shift: what the centred cost leaves out, over reg: the potential of the cost is F + shift.
+        damping: ε = reg / ρ; zero if the marginal is not relaxed.
+        shift: the constants subtracted from the cost, over reg: F + shift is the potential of the uncentred cost.
     """
 
     weights: jax.Array
@@ -39,7 +40,10 @@ class Marginal(NamedTuple):
 
 
 class State(NamedTuple):
-    """φ = f + du and γ = g + dv, a reference and corrections to it; `kernel` is exp(s + f + g), `k` the constant."""
+    """Potentials as a reference and corrections, φ = f + du and γ = g + dv.
+
+    `kernel` is exp(s + f + g), and `k` the constant that moves between the potentials.
+    """
 
     f: jax.Array
     g: jax.Array
@@ -50,19 +54,19 @@ class State(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Across runs: iterations done, whether to stop, the smallest gap, and the runs since then."""
+    """Progress across runs: iterations done, whether to stop, the smallest gap, and the runs since that gap."""
 
     done: jax.Array
     converged: jax.Array
     stalled: jax.Array
     best: jax.Array
-    waited: jax.Array
+    since_best: jax.Array
 
 
 class Outcome(NamedTuple):
-    """Where the iterations ended: plan, φ + k, γ - k, gap over reg, iterations, and status if the threshold is not met.
+    """Result of the iterations: plan, φ + k, γ - k, gap / reg, iterations, and the status if the threshold is not met.
 
-    Counts are floating numbers, since a derivative rule has no tangent for integers that vary over mesh axes.
+    Counts are floating, since a derivative rule has no tangent for integers that vary over mesh axes.
     """
 
     plan: jax.Array
@@ -75,7 +79,7 @@ class Outcome(NamedTuple):
 
 @cache
 def walk(num_iters: int):
-    """The iterations as a function of (scaled, rows, columns, start, threshold); `threshold` is of the gap over reg."""
+    """The iterations as a function of (scaled, rows, columns, start, threshold), with a threshold for gap / reg."""
 
     @in_chunks
     def iterations(scaled, rows: Marginal, columns: Marginal, start, threshold):
@@ -84,14 +88,14 @@ def walk(num_iters: int):
         def step(carry, length):
             def advance(carry):
                 state = _run(scaled, rows, columns, length, carry[0])
-                return state, _judge(scaled, rows, columns, threshold, length, state, carry[1])
+                return state, _next_progress(scaled, rows, columns, threshold, length, state, carry[1])
 
             if threshold is None:
                 return (_run(scaled, rows, columns, length, carry[0]), carry[1]), None
             return once_if(~(carry[1].converged | carry[1].stalled), advance, carry), None
 
-        no, zero = jnp.zeros_like(scaled, bool, shape=()), jnp.zeros_like(scaled, shape=())
-        progress = Progress(zero, no, no, jnp.full_like(zero, jnp.inf), zero)
+        false, zero = jnp.zeros_like(scaled, bool, shape=()), jnp.zeros_like(scaled, shape=())
+        progress = Progress(zero, false, false, jnp.full_like(zero, jnp.inf), zero)
         (state, progress), _ = lax.scan(step, (state, progress), lengths(num_iters, None))
         done = zero + num_iters if threshold is None else progress.done
         status = jnp.where(progress.stalled, Status.STALLED, zero + Status.LIMIT)
@@ -102,33 +106,33 @@ def walk(num_iters: int):
     return iterations
 
 
-def _judge(scaled, rows, columns, threshold, length, state, progress):
-    """Progress after a run. The result's gap is computed in another program: 1% allows for its rounding."""
+def _next_progress(scaled, rows, columns, threshold, length, state, progress):
+    """Progress after a run. The result's gap is computed by another program: 1% allows for its different rounding."""
     value = gap(scaled, rows, columns, state)
     converged = value <= 0.99 * threshold
     done = progress.done + length.astype(progress.done.dtype)
-    waited = jnp.where(value < progress.best, 0, progress.waited + 1)
+    since_best = jnp.where(value < progress.best, 0, progress.since_best + 1)
     eps = jnp.finfo(scaled.dtype).eps
-    # Far above the rounding of the gap: a sum of n·m terms as large as log T, and of n + m masses.
+    # Well above the rounding of the gap, which is a sum of n·m terms as large as log T, and of n + m masses.
     floor = 64 * eps * (jnp.abs(scaled).max() + sum(scaled.shape)) * _plan(state).sum()
-    stalled = ~converged & has_stalled(value, waited, done // RUN, floor)
-    return Progress(done, converged, stalled, jnp.minimum(value, progress.best), waited)
+    stalled = ~converged & has_stalled(value, since_best, done // RUN, floor)
+    return Progress(done, converged, stalled, jnp.minimum(value, progress.best), since_best)
 
 
 def _start(scaled, rows, columns, start):
-    """From φ = start, with a reference in which the largest entry of each row and column of K is one."""
+    """The state at φ = start. Its reference makes the largest entry of each row and column of K equal to one."""
     is_row, is_column = rows.weights != 0, columns.weights != 0
     phi = jnp.where(is_row, start, MASKED)
     g = jnp.where(is_column, -jnp.max(scaled + phi[:, None], 0), MASKED)
     f = jnp.where(is_row, -jnp.max(scaled + g[None, :], 1), MASKED)
     du = jnp.where(is_row, phi - f, 0)
     state = State(f, g, du, jnp.zeros_like(g), jnp.zeros_like(scaled, shape=()), jnp.exp(_matrix(scaled, f, g)))
-    # The start may be far from the reference, where K is of no use.
+    # If the start is far from the reference, the first iteration is done in the log domain.
     return once_if(~_in_range(0.37, state.du), lambda s: _log_run(scaled, rows, columns, 1, s), state)
 
 
 def _run(scaled, rows, columns, length, state):
-    """Some iterations by products with K; again in the log domain where the scalings left its range.
+    """A run by products with K, repeated in the log domain if the scalings leave its range.
 
     K loses entries below 1e-38 (in float32): at most 1e-10 of a plan whose scalings are at most 2e14.
     """
@@ -148,7 +152,7 @@ def _run(scaled, rows, columns, length, state):
 
 
 def _log_run(scaled, rows, columns, length, state):
-    """The same iterations with sums of exponentials, after which the reference takes the corrections up."""
+    """The same iterations by sums of exponentials. Then the corrections are absorbed into the reference."""
     matrix = _matrix(scaled, state.f, state.g)
     end = _iterate(
         rows, columns, length, state,
@@ -159,14 +163,14 @@ def _log_run(scaled, rows, columns, length, state):
 
 
 def _iterate(rows, columns, length, state, over_rows, over_columns):
-    """Columns, rows, and the constant, `length` times."""
-    from_rows, from_columns = _origin(rows, state.f), _origin(columns, state.g)
+    """Updates the columns, the rows and the constant, `length` times."""
+    origin_rows, origin_columns = _origin(rows, state.f), _origin(columns, state.g)
 
     def iteration(_, carry):
         du, dv, k = carry
-        dv = _updated(columns, over_rows(du), from_columns + k)
-        du = _updated(rows, over_columns(dv), from_rows - k)
-        return du, dv, _constant(rows, columns, du - from_rows, dv - from_columns)
+        dv = _updated(columns, over_rows(du), origin_columns + k)
+        du = _updated(rows, over_columns(dv), origin_rows - k)
+        return du, dv, _constant(rows, columns, du - origin_rows, dv - origin_columns)
 
     du, dv, k = lax.fori_loop(0, length, iteration, (state.du, state.dv, state.k))
     return state._replace(du=du, dv=dv, k=k)
@@ -178,93 +182,95 @@ def _origin(side, reference):
 
 
 def _updated(side, sums, origin):
-    """The correction that satisfies a side's equation: a mean of the balanced update and of the origin."""
+    """The correction that solves a side's equation: a weighted mean of the balanced update and of the origin."""
     update = (log_weights(side.weights) - sums + side.damping * origin) / (1 + side.damping)
     return jnp.where(side.weights != 0, update, 0)
 
 
 def _constant(rows, columns, potential_rows, potential_columns):
-    """k, at which Σ a exp(-ε_a (F + k)) = Σ b exp(-ε_b (G - k)); zero where both sides are balanced."""
+    """The k with Σ a exp(-ε_a (F + k)) = Σ b exp(-ε_b (G - k)); zero if both sides are balanced."""
     damping = rows.damping + columns.damping
-    asked_rows, asked_columns = (
+    mass_rows, mass_columns = (
         log_sum_exp(log_weights(side.weights) - side.damping * potential, 0)
         for side, potential in ((rows, potential_rows), (columns, potential_columns))
     )
-    return jnp.where(damping > 0, (asked_rows - asked_columns) / jnp.where(damping > 0, damping, 1), 0)
+    return jnp.where(damping > 0, (mass_rows - mass_columns) / jnp.where(damping > 0, damping, 1), 0)
 
 
 def gap(scaled, rows, columns, state):
-    """An upper bound of (primal - dual objective) / reg, rounded up; the dual is that of the state's potentials.
+    """An upper bound of (primal - dual) / reg, rounded up, with the dual objective at the state's potentials.
 
-    With the marginals that the potentials ask for, x = a exp(-ε_a F) and y = b exp(-ε_b G), any plan P has
+    With the target marginals of these potentials, x = a exp(-ε_a F) and y = b exp(-ε_b G), any plan P has
 
         (primal(P) - dual) / reg = KL(P | T) + KL(P 1 | x) / ε_a + KL(Pᵀ 1 | y) / ε_b
 
-    Two plans are tried: T itself, whose first term is zero; and T rounded to the marginals x and y, where the others
-    are: the better one where ρ is large. The rounded plan is Q + e dᵀ / δ, with Q <= T what is left of T where rows and
-    columns have too much, e and d what they lack, and δ the mass of either. By the log-sum inequality
+    The bound is the smaller value of two plans. For P = T the first term is zero. For T rounded to the marginals x and
+    y the other two are zero; this plan is the better one if ρ is large. The rounded plan is Q + e dᵀ / δ: Q <= T is T
+    with rows and columns of too much mass scaled down, e and d are the mass that its rows and columns lack, and δ is
+    the sum of either. By the log-sum inequality
 
         KL(P | T) <= |P| H(δ / |P|) + Σ e_i d_j / δ log(e_i d_j / (δ T_ij)) - |P| + |T|
 
-    with H the binary entropy: three products with a vector.
+    with the binary entropy H. This takes three matrix-vector products.
     """
     plan = _plan(state)
     eps = jnp.finfo(plan.dtype).eps
     sides = ((rows, state.f, state.du, state.k, 1), (columns, state.g, state.dv, -state.k, 0))
-    asked, sums, rounding, potentials = [], [], [], []
+    targets, sums, rounding, potentials = [], [], [], []
     for side, reference, correction, k, axis in sides:
         exponent = side.damping * (correction - _origin(side, reference) + k)
-        asked.append(jnp.where(side.weights != 0, side.weights * jnp.exp(-exponent), 0))
+        targets.append(jnp.where(side.weights != 0, side.weights * jnp.exp(-exponent), 0))
         sums.append(plan.sum(axis))
-        # Relative, by worst case: of a sum of as many positive terms, and of an exponential.
+        # Worst-case relative error: of a sum of this many positive terms, and of an exponential.
         rounding.append((plan.shape[axis] / 2 + 4 + 4 * jnp.abs(exponent)) * eps)
         potentials.append(reference + correction)
-    of_plan = sum(
-        _over(_bregman(total, goal, off).sum(), side.damping)
-        for total, goal, off, (side, *_) in zip(sums, asked, rounding, sides, strict=True)
+    gap_of_plan = sum(
+        _divided(_kl_upper(total, target, error).sum(), side.damping)
+        for total, target, error, (side, *_) in zip(sums, targets, rounding, sides, strict=True)
     )
 
-    (x, y), (off_rows, off_columns) = asked, rounding
+    (x, y), (error_rows, error_columns) = targets, rounding
     mass = x.sum()
-    differ = jnp.abs(mass - y.sum()) > 1e-3 * mass  # only where neither side may give way
+    differ = jnp.abs(mass - y.sum()) > 1e-3 * mass  # only possible if both marginals are hard constraints
     y = y * (mass * inverse(y.sum()))
     kept = plan * jnp.minimum(1, x * inverse(sums[0]))[:, None]
     kept = kept * jnp.minimum(1, y * inverse(kept.sum(0)))[None, :]
-    lacking = [
-        jnp.maximum(goal - kept.sum(axis), 0) + off * goal
-        for goal, axis, off in ((x, 1, off_rows), (y, 0, off_columns))
+    deficits = [
+        jnp.maximum(target - kept.sum(axis), 0) + error * target
+        for target, axis, error in ((x, 1, error_rows), (y, 0, error_columns))
     ]
-    moved = jnp.maximum(lacking[0].sum(), lacking[1].sum())
-    e, d = (lack * (moved * inverse(lack.sum())) for lack in lacking)
+    moved = jnp.maximum(deficits[0].sum(), deficits[1].sum())
+    e, d = (deficit * (moved * inverse(deficit.sum())) for deficit in deficits)
     logs = _sum_log(e, potentials[0]) + _sum_log(d, potentials[1]) - moved * jnp.log(jnp.where(moved > 0, moved, 1))
     logs -= jnp.sum(e * product("ij,j->i", scaled, d)) * inverse(moved)
     share = jnp.minimum(moved * inverse(mass), 0.5)
     entropy = -share * jnp.log(jnp.where(share > 0, share, 1)) - (1 - share) * jnp.log1p(-share)
-    of_rounded = mass * entropy + logs + (sums[0].sum() - mass) + jnp.max(off_rows) * mass
-    return jnp.maximum(jnp.minimum(of_plan, jnp.where(differ, jnp.inf, of_rounded)), 0)
+    gap_of_rounded = mass * entropy + logs + (sums[0].sum() - mass) + jnp.max(error_rows) * mass
+    return jnp.maximum(jnp.minimum(gap_of_plan, jnp.where(differ, jnp.inf, gap_of_rounded)), 0)
 
 
-def _bregman(total, goal, off):
-    """KL(total | goal) of each entry, at most, where total / goal is known to a relative error `off`."""
-    excess = total * inverse(goal) - 1
+def _kl_upper(total, target, error):
+    """An upper bound of KL(total | target) of each entry, if total / target has a relative error of at most `error`."""
+    excess = total * inverse(target) - 1
 
-    def of(z):
+    def kl(z):
         z = jnp.maximum(z, -1)
         inside = jnp.where(z > -1, z, 0)
-        # (1 + z) log(1 + z) - z, whose terms cancel where z is small
+        # (1 + z) log(1 + z) - z; by its series for small z, where the terms cancel.
         exact = (1 + inside) * jnp.log1p(inside) - inside
         return jnp.where(z > -1, jnp.where(jnp.abs(z) < 0.03, z * z * (0.5 - z / 6 + z * z / 12), exact), 1)
 
-    reach = off * (1 + jnp.abs(excess))
-    return goal * jnp.maximum(of(excess - reach), of(excess + reach)) * (1 + 1e-5)
+    reach = error * (1 + jnp.abs(excess))
+    return target * jnp.maximum(kl(excess - reach), kl(excess + reach)) * (1 + 1e-5)
 
 
-def _over(value, damping):
+def _divided(value, damping):
+    """Value / damping; infinity if the damping is zero, since that marginal is a hard constraint."""
     return jnp.where(damping > 0, value / jnp.where(damping > 0, damping, 1), jnp.inf)
 
 
 def _sum_log(mass, potential):
-    """Σ m (log m - φ) over the points with mass."""
+    """Σ m (log m - φ) over points with mass."""
     return jnp.sum(jnp.where(mass > 0, mass * (jnp.log(jnp.where(mass > 0, mass, 1)) - potential), 0))
 
 

@@ -1,25 +1,26 @@
-"""Sinkhorn on a GPU: one kernel does all iterations of a problem on chip, and another all of the way back.
+"""Sinkhorn on a GPU: one kernel does all iterations of a problem on chip, another the whole backward pass.
 
-A small problem is microseconds of arithmetic, but step by step it is hundreds of launches, each of which brings its
-matrix from memory. Here a block of threads has a problem to itself: it reads s = -C / reg once, and then its threads
-pass nothing but vectors. `vmap` makes as many blocks as there are problems.
+A small problem takes microseconds of arithmetic, but as separate operations it takes hundreds of kernel launches, each
+of which reads the matrix from memory. Here one block of threads solves one problem: it reads s = -C / reg once, and
+then its threads exchange only vectors. `vmap` launches one block per problem.
 
 The iterations are those of `_iterations.py`, in a form that is safe at any reg and takes one exponential per entry.
-With the potentials so far and F = exp(s_ij + φ_i + γ_j), whose columns sum to b, rows are updated and then columns:
+With the current potentials and F = exp(s_ij + φ_i + γ_j), whose columns sum to b, an iteration updates rows and then
+columns:
 
     u = a / (F 1)    φ ← φ + log u        v = b / (Fᵀ u)    γ ← γ + log v
 
-No entry of F exceeds its column's weight, so nothing can overflow. Nor can the sums underflow: u and v of an iteration
-lie between those of the one before, and those of the second between the smallest weight and its inverse. Only the
-first, which starts from anywhere, is done in the log domain. Each half corrects what rounding left of the last, so that
-errors don't add up. (Scalings with a constant K would need no exponential, but a look at their range, and another way
-to go on where they leave it.)
+No entry of F exceeds its column's weight, so nothing can overflow. The sums can't underflow either: u and v of an
+iteration lie between the extremes of the iteration before, and those of the second iteration between the smallest
+weight and its inverse. Only the first iteration, whose start is arbitrary, is done in the log domain. Each half step
+corrects the rounding errors of the one before, so errors don't accumulate. (Scalings of a constant K would need no
+exponential, but they would need a check of their range and a fallback.)
 
-The way back keeps φ and γ of each iteration and takes one exponential per entry too; the cotangent of s is gathered on
-the way. Sums are sums: no matrix product is left for TF32 to spoil.
+The backward pass stores φ and γ of each iteration, takes one exponential per entry as well, and accumulates the
+cotangent of s as it goes. All sums are plain sums: there is no matrix product that could run in TF32.
 
-Kernels are written in Pallas and compiled by Triton. JAX has deprecated that backend in 0.11 in favour of Mosaic GPU,
-which needs a Hopper GPU and layouts that are multiples of 64 rows; `_call` is all that knows of it.
+The kernels are written in Pallas and compiled by Triton. JAX 0.11 deprecated that backend in favour of Mosaic GPU,
+which needs a Hopper GPU and layouts that are multiples of 64 rows. Only `_call` depends on the backend.
 """
 
 from functools import partial, reduce
@@ -48,13 +49,13 @@ from fs_jax.ot.result import (
 
 try:
     from jax.experimental.pallas import triton
-except ImportError:  # a JAX that has dropped it
+except ImportError:  # a JAX version without this backend
     triton = None  # type: ignore[assignment]
 
-IS_HERE = triton is not None
+IS_AVAILABLE = triton is not None
 LARGEST = 256  # points on a side
-TILE = 128 * 128  # entries that a block of threads works on at a time: 32 for each of its 512
-TINY = 1e-30  # no sum is below the product of two weights; one that is even smaller is not believed
+TILE = 128 * 128  # entries that a block of threads processes at a time: 32 for each of its 512 threads
+TINY = 1e-30  # lower limit of sums: an exact sum is at least the product of two weights
 
 
 # Values and derivatives, for one problem
@@ -63,9 +64,9 @@ TINY = 1e-30  # no sum is below the product of two weights; one that is even sma
 def solve(scaled, a, b, start, threshold, options: Options, interpret: bool) -> Outcome:
     """`Outcome` of the iterations; `interpret` runs the kernel without a GPU.
 
-    With a threshold, the plan is judged as it is returned. Where it fails though the kernel's own sums met the
-    threshold, or came near what rounding lets them see, the problem is solved again by the plain iterations, which
-    judge as they go.
+    With a threshold, the error of the plan is checked as it is returned. If it is too large although the kernel's own
+    sums met the threshold, or came close to the rounding floor, the problem is solved again by the plain iterations,
+    which check the plan after their runs.
     """
     if threshold is None:
         return _forward(scaled, a, b, start, None, options, False, interpret)[0]
@@ -73,21 +74,21 @@ def solve(scaled, a, b, start, threshold, options: Options, interpret: bool) -> 
     outcome, _ = _forward(scaled, a, b, start, reachable, options, False, interpret)
     failed = (outcome.done < options.num_iters) & ~(judged_error(outcome.plan, a, b, options.dtype) <= threshold)
 
-    def again(scaled, start):
+    def plain(scaled, start):
         return _iterations.walk(options, False)(scaled, a, b, start, threshold)[0]
 
-    return value_if(failed, again, outcome, scaled, start)
+    return value_if(failed, plain, outcome, scaled, start)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def unroll(scaled, a, b, start, threshold, options: Options, interpret: bool) -> Outcome:
-    """The same without a threshold, with the iterations' derivative."""
+    """`Outcome` of the iterations without a threshold, with the iterations' derivative."""
     return _forward(scaled, a, b, start, threshold, options, False, interpret)[0]
 
 
 @unroll.defjvp
 def _derivative(options, interpret, primals, tangents):
-    """Back goes a kernel; forward mode is rare, and goes through the plain iterations in the log domain."""
+    """Reverse mode is a kernel. Forward mode is rare, and differentiates the plain iterations in the log domain."""
     primals = first_order_only(primals, UNROLL)
     outcome, path = _forward(*primals, options, True, interpret)
     problem = tuple(primals[:4])
@@ -104,7 +105,7 @@ def _derivative(options, interpret, primals, tangents):
 
 
 def _forward(scaled, a, b, start, threshold, options, keep, interpret):
-    """The outcome; and with `keep` the path: φ_0, φ_1, ..., then γ_1, ..., and how many were done."""
+    """The outcome; with `keep` also the path: φ_0, φ_1, ..., then γ_1, ..., and the number of iterations."""
     n, m = scaled.shape
     rows, columns = shape = _padded(scaled.shape)
     points = Points.of(scaled, a, b)
@@ -120,8 +121,8 @@ def _forward(scaled, a, b, start, threshold, options, keep, interpret):
     path = ((options.num_iters + 1, rows), (options.num_iters, columns)) if keep else ()
     phi, gamma, done, *path = _call(kernel, interpret, problem, (rows,), (columns,), (), *path)
     phi, gamma = phi[:n], gamma[:m]
-    there = points.present_a[:, None] & points.present_b[None, :]
-    plan, factor = finish(jnp.where(there, jnp.exp((scaled + phi[:, None]) + gamma[None, :]), 0), points.a)
+    present = points.present_a[:, None] & points.present_b[None, :]
+    plan, factor = finish(jnp.where(present, jnp.exp((scaled + phi[:, None]) + gamma[None, :]), 0), points.a)
     phi = jnp.where(points.present_a, phi + jnp.log(factor), MASKED)
     status = jnp.full_like(phi, Status.LIMIT, shape=())
     return Outcome(plan, phi, gamma, done[0].astype(phi.dtype), status, jnp.ones_like(status)), (*path, done)
@@ -140,7 +141,7 @@ def _back(scaled, a, b, path, interpret, c_phi, c_gamma):
 
 
 def _padded(shape):
-    """Powers of two, which Triton asks for. The points that are added have no mass."""
+    """The shape padded to powers of two, which Triton requires. The added points have no mass."""
     return tuple(max(16, 1 << (size - 1).bit_length()) for size in shape)
 
 
@@ -150,7 +151,7 @@ def _pad(array, shape, value):
 
 
 def _call(kernel, interpret, arguments, *shapes):
-    """The kernel's outputs, of these shapes (a count has none), for one problem; `vmap` makes its axis the grid."""
+    """The kernel's outputs of the given shapes for one problem; () is a count. `vmap` turns its axis into the grid."""
     outputs = [(shape, jnp.float32) if shape else ((1,), jnp.int32) for shape in shapes]
     axes = jax.typeof(arguments[0]).manual_axis_type  # of a mesh, inside `shard_map`
     return pl.pallas_call(
@@ -170,7 +171,7 @@ def _compiler_params(shape):
 
 
 class _Matrix:
-    """s by tiles, of as many rows as are worked on at a time: held on chip where there is one, else read again."""
+    """The matrix s in tiles of rows. A single tile is held on chip; several are read again at each use."""
 
     def __init__(self, scaled):
         size = min(scaled.shape[0], TILE // scaled.shape[1])
@@ -241,13 +242,13 @@ def _forward_kernel(scaled, log_a, log_b, start, threshold, phi_out, gamma_out, 
 def _back_kernel(scaled, phis, gammas, done, c_phi, c_gamma, c_scaled, c_log_a, c_log_b, c_start):
     """The transpose of each iteration's derivative, from the last to the first.
 
-    With the plans after the rows' update and before it, P = exp(s + φ_k + γ_k) and Q = exp(s + φ_{k-1} + γ_k),
+    With the plans after and before the rows' update, P = exp(s + φ_k + γ_k) and Q = exp(s + φ_{k-1} + γ_k),
 
         x = φ̄ / P 1    γ̄ ← γ̄ - Pᵀ x        y = γ̄ / Qᵀ 1    φ̄ ← -Q y    γ̄ ← 0
 
-    and P ∘ x 1ᵀ + Q ∘ 1 yᵀ is taken from the cotangent of s. What is divided by are the sums of these very numbers, and
-    not the weights that rounded potentials miss a little: errors of means that don't quite sum to one would grow. So
-    Q is made of P, by its rows' factors 1 / u.
+    and P ∘ x 1ᵀ + Q ∘ 1 yᵀ is subtracted from the cotangent of s. The divisors are the sums of these very numbers and
+    not the weights, from which the sums differ slightly because potentials are rounded: errors of means whose weights
+    don't quite sum to one would grow. For the same reason, Q is computed from P, by the factors 1 / u of its rows.
     """
     s = _Matrix(scaled)
     tiles = s.tiles
@@ -272,10 +273,10 @@ def _back_kernel(scaled, phis, gammas, done, c_phi, c_gamma, c_scaled, c_log_a, 
             plan = s.plan(tile, p, gamma)
             before = plan * f[:, None] * y[None, :]
             c_phis.append(-before.sum(1))
-            held = take(held, tile, plan * x[:, None] + before)
+            held = subtract(held, tile, plan * x[:, None] + before)
         return (tuple(c_phis), jnp.zeros_like(c_gamma)), (total_a, total_b), held
 
-    def take(held, tile, terms):
+    def subtract(held, tile, terms):
         if s.is_held:
             return held - terms
         c_scaled[tile, :] -= terms
@@ -296,7 +297,7 @@ def _back_kernel(scaled, phis, gammas, done, c_phi, c_gamma, c_scaled, c_log_a, 
 
 
 def _masked(log_weights, potential):
-    return jnp.where(log_weights <= MASKED, MASKED, potential)  # not of NaN, which should come out
+    return jnp.where(log_weights <= MASKED, MASKED, potential)  # False for NaN, which should propagate
 
 
 def _over(cotangent, total):

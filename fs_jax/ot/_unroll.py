@@ -1,6 +1,6 @@
-"""grad="unroll": the derivative of the iterations that were done, written out in both directions.
+"""grad="unroll": the derivative of the iterations done, in forward and in reverse mode.
 
-It goes through the same runs as the iterations went, with the same K; what is kept of them are vectors.
+It goes through the same runs with the same K. Of each run, only vectors are stored.
 """
 
 from functools import cache, partial
@@ -23,7 +23,7 @@ from fs_jax.ot.result import UNROLL, first_order_only
 
 @partial(jax.custom_jvp, nondiff_argnums=(5,))
 def solve(scaled, a, b, start, threshold, options: Options):
-    """`Outcome` of the iterations; its potentials have the iterations' derivative, its plan none."""
+    """`Outcome` of the iterations. Its potentials have the iterations' derivative; its plan has none."""
     return _iterations.walk(options, False)(scaled, a, b, start, threshold)[0]
 
 
@@ -41,11 +41,11 @@ def _derivative(options, primals, tangents):
 
 
 def with_transpose(forward, back, tangents):
-    """(d_phi, d_gamma) = forward(*tangents) of (d_scaled, d_a, d_b, d_start), with its transpose given as `back`.
+    """(d_phi, d_gamma) = forward(*tangents) for tangents (d_scaled, d_a, d_b, d_start), with `back` as its transpose.
 
-    `custom_linear_solve` is JAX's way to say that two functions are each other's transpose. Its matrix must be square,
-    so the tangents of `scaled` and of `start` are returned too, and discarded. It asks that all of its right side be
-    differentiated or nothing; one vector is.
+    In JAX, `custom_linear_solve` defines a linear function together with its transpose. Its matrix must be square, so
+    the tangents of `scaled` and of `start` are returned too, and discarded. JAX differentiates with respect to all of
+    its right side or to none of it, so the right side is one vector.
     """
     right, unravel = ravel_pytree(tuple(tangents))
 
@@ -66,28 +66,28 @@ def with_transpose(forward, back, tangents):
 
 @cache
 def _forward(axis_name):
-    """Tangents of the potentials: each sum over a row or column becomes the mean of its terms' tangents."""
+    """Tangents of the potentials: the derivative of the logarithm of a sum is the mean of its terms' tangents."""
 
     @in_chunks
     def forward(scaled, a, b, runs, run_lengths, d_scaled, d_a, d_b, d_start):
         points = Points.of(scaled, a, b, axis_name)
         d_log_a, d_log_b = (d * inverse(w) for d, w in ((d_a, points.a), (d_b, points.b)))
 
-        def over(carry, at):
-            run, length = at
-            along = _along(points, run)
+        def forward_run(carry, run_and_length):
+            run, length = run_and_length
+            logs = _logs(points, run)
 
             def iteration(i, carry):
                 d_phi, _ = carry
-                columns = normalised(along.plan(i, i), 0, axis_name)
-                rows = normalised(along.plan(i + 1, i), 1)
+                columns = normalised(logs.plan(i, i), 0, axis_name)
+                rows = normalised(logs.plan(i + 1, i), 1)
                 new_d_gamma = d_log_b - total(jnp.sum(columns * (d_scaled + d_phi[:, None]), 0), axis_name)
                 new_d_phi = d_log_a - jnp.sum(rows * (d_scaled + new_d_gamma[None, :]), 1)
                 return _where_active(run, i, (new_d_phi, new_d_gamma), carry)
 
             return lax.fori_loop(0, length, iteration, carry), None
 
-        return lax.scan(over, (d_start, jnp.zeros_like(d_log_b)), (runs, run_lengths))[0]
+        return lax.scan(forward_run, (d_start, jnp.zeros_like(d_log_b)), (runs, run_lengths))[0]
 
     return forward
 
@@ -96,12 +96,12 @@ def _forward(axis_name):
 def _back(method, axis_name):
     """Cotangents of (scaled, a, b, start) from those of the potentials: the transpose of `_forward`.
 
-    With x = u φ̄ / a and y = v γ̄ / b, an iteration is passed backwards by
+    With x = u φ̄ / a and y = v γ̄ / b, the backward step of an iteration is
 
         γ̄ ← γ̄ - v ∘ Kᵀ x        φ̄ ← -u_{k-1} ∘ K y        γ̄ ← 0
 
-    and takes K ∘ (x vᵀ + u_{k-1} yᵀ) from the cotangent of `scaled`: terms of a matrix product, done once per run.
-    Where rows are sharded, γ̄ is that of a device's own copy, until `y` is made of the sum of all.
+    It also subtracts K ∘ (x vᵀ + u_{k-1} yᵀ) from the cotangent of `scaled`; one matrix product per run sums these
+    terms. If rows are sharded, γ̄ is the cotangent of a device's own copy; the sum over devices is taken for `y`.
     """
     step = {"log": _back_log, "kernel": _back_kernel, "stabilized": _back_stabilized}[method]
 
@@ -109,14 +109,14 @@ def _back(method, axis_name):
     def back(scaled, a, b, runs, reference, run_lengths, c_phi, c_gamma):
         points = Points.of(scaled, a, b, axis_name)
 
-        def over(carry, at):
-            one = partial(step, points, *at)
-            is_active = at[0].active
+        def back_run(carry, run_and_length):
+            one = partial(step, points, *run_and_length)
+            is_active = run_and_length[0].active
             return one(carry) if is_active is None else once_if(jnp.any(is_active), one, carry), None
 
         totals = (jnp.zeros_like(a), jnp.zeros_like(b))
         carry = (((c_phi, c_gamma), totals), jnp.zeros_like(scaled), reference)
-        carry, _ = lax.scan(over, carry, (runs, run_lengths), reverse=True)
+        carry, _ = lax.scan(back_run, carry, (runs, run_lengths), reverse=True)
         ((c_phi, _), (c_log_a, c_log_b)), c_scaled, _ = carry
         return c_scaled, c_log_a * inverse(points.a), c_log_b * inverse(points.b), c_phi
 
@@ -125,7 +125,7 @@ def _back(method, axis_name):
 
 def _back_stabilized(points, run, length, carry):
     cotangents, c_scaled, (k, f, g) = carry
-    # The last reference stays, where it is that of this run too, or where the run has none.
+    # K is computed again only if this run has another reference. A run in the log domain uses none.
     new_f, new_g = jnp.where(run.is_log, f, run.f), jnp.where(run.is_log, g, run.g)
     moved = jnp.any(new_f != f) | jnp.any(new_g != g)
     reference = once_if(moved, lambda kernel: (_kernel(points, *kernel[1:]), run.f, run.g), (k, new_f, new_g))
@@ -134,7 +134,7 @@ def _back_stabilized(points, run, length, carry):
 
 
 def _back_kernel(points, run, length, carry):
-    """Through a run in the kernel domain; one in the log domain is left as it is."""
+    """Back through a run in the kernel domain. For a run in the log domain it changes nothing."""
     cotangents, c_scaled, reference = carry
     inverse_a, inverse_b = (jnp.where(run.is_log, 0, inverse(w)) for w in (points.a, points.b))
 
@@ -153,20 +153,20 @@ def _back_kernel(points, run, length, carry):
     new, (xs, ys) = lax.fori_loop(0, length, iteration, (cotangents, (xs, ys)))
     new = jax.tree.map(lambda x, y: jnp.where(run.is_log, x, y), cotangents, new)
     left, right = jnp.concatenate([xs, run.u[:-1]]), jnp.concatenate([run.v, ys])
-    left = lax.optimization_barrier(left.T)  # XLA's product of thin matrices is half as fast along columns
+    left = lax.optimization_barrier(left.T)  # kept, since it makes XLA's product of thin matrices twice as fast
     return new, c_scaled - reference[0] * product("it,tj->ij", left, right), reference
 
 
 def _back_log(points, run, length, carry):
-    """Through a run in the log domain."""
-    along = _along(points, run)
+    """Back through a run in the log domain."""
+    logs = _logs(points, run)
 
     def iteration(i, carry):
         i = length - 1 - i
         ((c_phi, c_gamma), (total_a, total_b)), c_scaled = carry
-        rows = normalised(along.plan(i + 1, i), 1) * c_phi[:, None]
+        rows = normalised(logs.plan(i + 1, i), 1) * c_phi[:, None]
         c_gamma = c_gamma - rows.sum(0)
-        columns = normalised(along.plan(i, i), 0, points.axis_name) * total(c_gamma, points.axis_name)[None, :]
+        columns = normalised(logs.plan(i, i), 0, points.axis_name) * total(c_gamma, points.axis_name)[None, :]
         new = ((-columns.sum(1), jnp.zeros_like(c_gamma)), (total_a + c_phi, total_b + c_gamma))
         return _where_active(run, i, (new, c_scaled - rows - columns), carry)
 
@@ -174,8 +174,8 @@ def _back_log(points, run, length, carry):
     return *lax.fori_loop(0, length, iteration, tuple(carry)), reference
 
 
-class _Along(NamedTuple):
-    """A run's reference matrix M, and log u before it and after each iteration, and log v after each."""
+class _Logs(NamedTuple):
+    """A run's reference matrix M; log u before the run and after each iteration; log v after each iteration."""
 
     matrix: jax.Array
     du: jax.Array
@@ -185,16 +185,16 @@ class _Along(NamedTuple):
         return jnp.exp(self.matrix + self.du[i][:, None] + self.dv[j][None, :])
 
 
-def _along(points, run):
-    def logs(scalings, there):
-        return jnp.where(run.is_log, scalings, jnp.log(jnp.where(there & ~run.is_log, scalings, 1)))
+def _logs(points, run):
+    def log(scalings, present):
+        return jnp.where(run.is_log, scalings, jnp.log(jnp.where(present & ~run.is_log, scalings, 1)))
 
     matrix = _iterations.matrix(points.scaled, run.f, run.g)
-    return _Along(matrix, logs(run.u, points.present_a), logs(run.v, points.present_b))
+    return _Logs(matrix, log(run.u, points.present_a), log(run.v, points.present_b))
 
 
 def _where_active(run, i, new, old):
-    """The new values where iteration i was done."""
+    """The new values if iteration i was done, else the old ones."""
     if run.active is None:
         return new
     return jax.tree.map(lambda x, y: jnp.where(run.active[i], x, y), new, old)

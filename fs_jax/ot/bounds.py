@@ -1,4 +1,4 @@
-"""Certificates: a plan that is feasible but for rounding, and bounds between which the exact cost lies."""
+"""Certificates: a plan that is feasible up to rounding, and bounds of the exact cost."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ from fs_jax.ot.result import Transport
 
 
 class Bounds(NamedTuple):
-    """Between what the exact, unregularised cost lies.
+    """Lower and upper bound of the exact, unregularised cost.
 
     Attributes:
-        lower: the dual objective of feasible potentials: no plan is cheaper.
-        upper: the cost of `plan`: a plan as cheap as this there is.
+        lower: the dual objective at feasible potentials. No plan is cheaper.
+        upper: the cost of `plan`.
         plan: a feasible plan.
     """
 
@@ -25,18 +25,21 @@ class Bounds(NamedTuple):
 
 
 def round_to_feasible(plan: Float[Array, "n m"], a: Float[Array, " n"], b: Float[Array, " m"]) -> Float[Array, "n m"]:
-    """The plan, moved to marginals a and b: by at most twice its marginal error, in L1.
+    """Rounds a plan to the marginals a and b. It changes by at most twice its marginal error, in L1.
 
-    Rows, then columns, that have too much are scaled down; what is missing then is added as a product of the two
-    remainders. Nothing becomes negative.
+    Rows with too much mass are scaled down, then columns. The missing mass is added as the outer product of what the
+    rows and the columns lack, so no entry becomes negative.
 
     Args:
-        plan: a plan without negative entries, such as a solver's that stopped early.
+        plan: a plan without negative entries, such as the result of a solver that stopped early.
         a: mass of each row.
         b: mass of each column; the same total.
 
+    Returns:
+        The rounded plan, [n, m].
+
     Raises:
-        TypeError, ValueError: an argument is not of the kind described.
+        TypeError, ValueError: if an argument is not as described.
 
     Example:
         >>> from fs_jax.ot import round_to_feasible
@@ -48,7 +51,7 @@ def round_to_feasible(plan: Float[Array, "n m"], a: Float[Array, " n"], b: Float
     Source: Altschuler, Weed and Rigollet (NeurIPS 2017), algorithm 2.
     """
     plan, a, b, _ = _checks.problem(plan, a, b)
-    plan = _of_one_mass(plan, a, b)
+    plan = _nan_if_masses_differ(plan, a, b)
     plan = plan * jnp.minimum(1, a * inverse(plan.sum(1)))[:, None]
     plan = plan * jnp.minimum(1, b * inverse(plan.sum(0)))[None, :]
     rows, columns = jnp.maximum(0, a - plan.sum(1)), jnp.maximum(0, b - plan.sum(0))
@@ -61,25 +64,25 @@ def bounds(
     a: Float[Array, " n"] | Bool[Array, " n"] | None = None,
     b: Float[Array, " m"] | Bool[Array, " m"] | None = None,
 ) -> Bounds:
-    """What any result, of whatever regularisation and however early it stopped, proves of the exact cost.
+    """Bounds of the exact cost from any result, whatever its regularisation and however early it stopped.
 
         Σ_i a_i f_i + Σ_j b_j min_i (C_ij - f_i)  <=  min over plans T of ⟨T, C⟩  <=  ⟨T', C⟩
 
-    with T' the result's plan moved to the marginals, and f its potentials: those of rows with mass, each brought to
-    the largest value that is feasible.
+    Here T' is the result's plan rounded to the marginals (`round_to_feasible`). The potentials f are the result's, for
+    rows with mass, each raised to the largest feasible value.
 
     Args:
-        cost: the cost that was solved.
-        result: what `sinkhorn` or `ipot` returned.
-        a: the marginals that it was solved with; of others it is the bounds of another problem.
-        b: as well.
+        cost: the cost matrix of the problem, [n, m].
+        result: the result of `sinkhorn` or `ipot`.
+        a: mass of each row, as passed to the solver.
+        b: mass of each column, as passed to the solver.
 
     Returns:
-        `Bounds`, true up to rounding: some units in the last place of the costs, in float32 at least. NaN where the
-        masses differ and could not be looked at, under jit.
+        `Bounds`. They hold up to rounding: a few units in the last place of the costs, in float32 or wider. They are
+        NaN if the total masses differ but could not be checked, under jit.
 
     Raises:
-        TypeError, ValueError: an argument is not of the kind described.
+        TypeError, ValueError: if an argument is not as described.
 
     Example:
         >>> from fs_jax.ot import bounds, ipot
@@ -90,19 +93,22 @@ def bounds(
     """
     cost, a, b, _ = _checks.problem(cost, a, b)
     if result.plan.shape != cost.shape:
-        raise ValueError(f"result: expected that of a cost of shape {cost.shape}; got a plan {result.plan.shape}")
+        raise ValueError(
+            f"result: expected a plan of the cost's shape, {cost.shape}, got {result.plan.shape}; pass the cost that "
+            "was solved"
+        )
     plan = round_to_feasible(result.plan.astype(cost.dtype), a, b)
     rows, columns = (a > 0)[:, None], (b > 0)[None, :]
     large = jnp.finfo(cost.dtype).max / 4
-    # Feasible, and as large as can be, on both sides in turn.
+    # Feasible potentials: for each side in turn, the largest that the other side's potentials allow.
     g = jnp.min(jnp.where(rows, cost - result.f.astype(cost.dtype)[:, None], large), 0)
     f = jnp.min(jnp.where(columns, cost - g[None, :], large), 1)
     lower = jnp.sum(jnp.where(a > 0, a * f, 0)) + jnp.sum(jnp.where(b > 0, b * g, 0))
-    lower = _of_one_mass(lower, a, b)
+    lower = _nan_if_masses_differ(lower, a, b)
     return Bounds(lower, jnp.sum(plan * jnp.where(rows & columns, cost, 0)), plan)
 
 
-def _of_one_mass(value, a, b):
-    """The value; NaN where the masses differ, of which there is no plan."""
+def _nan_if_masses_differ(value, a, b):
+    """The value, or NaN if the total masses differ, since no plan is feasible then."""
     differ = jnp.abs(a.sum() - b.sum()) > 1e-3 * jnp.maximum(a.sum(), b.sum())
     return jnp.where(differ, jnp.nan, value)

@@ -1,4 +1,4 @@
-"""Costs between two clouds of points, as matrices that the solvers take."""
+"""Cost matrices between two point clouds."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from fs_jax.ot import _checks
 
-_FEW = 8  # dimensions in which all differences cost no more than a matrix product that is padded to them
+_FEW = 8  # up to so many dimensions, taking all differences is as fast as a matrix product, which is padded
 
 
 def cosine_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
@@ -14,8 +14,8 @@ def cosine_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, 
 
         C_ij = max(0, 1 - ⟨x_i, y_j⟩ / (|x_i| |y_j|))
 
-    A row of norm 0 has no direction: its cost to everything is 1 and its gradient 0. Where rounding takes the cosine
-    above 1 the cost is 0; derivatives of any order are those of the cosine.
+    A row of norm 0 has no direction: its cost to every point is 1 and its gradient is 0. If the cosine is rounded to
+    above 1, the cost is 0. Derivatives of any order are those of the cosine.
 
     Args:
         x: points, one per row, in any unit: the cost is dimensionless, between 0 and 2.
@@ -47,9 +47,10 @@ def sqeuclidean_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Ar
 
         C_ij = |x_i - y_j|²
 
-    In up to 8 dimensions differences are taken before they are squared, and each entry is exact to rounding, whatever
-    other points there are. In more it is a matrix product, about the mean of y: the error is that of rounding
-    |x_i - c|² + |y_j - c|². So padded points should lie near the others; repeat one of them, say.
+    In up to 8 dimensions, differences are computed first and then squared, so each entry is exact to rounding and
+    independent of all other points. In more dimensions it is a matrix product of points centred at c, the mean of y;
+    the error is that of rounding |x_i - c|² + |y_j - c|². Place padding points near the others, for example by
+    repeating one of them.
 
     Args:
         x: points, one per row.
@@ -70,7 +71,7 @@ def sqeuclidean_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Ar
     x, y = _checks.points(x, y)
     if x.shape[1] <= _FEW:
         return jnp.sum(jnp.square(x[:, None, :] - y[None, :, :]), -1)
-    # |x - y|² = |x|² + |y|² - 2⟨x, y⟩ cancels badly far from the origin, and the distance doesn't know where that is.
+    # |x - y|² = |x|² + |y|² - 2⟨x, y⟩ loses digits far from the origin. Centring doesn't change the distance.
     centre = lax.stop_gradient(y.mean(0, keepdims=True)) if y.shape[0] else 0
     x, y = x - centre, y - centre
     inner = jnp.matmul(x, y.T, precision=lax.Precision.HIGHEST)
@@ -83,13 +84,12 @@ def euclidean_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Arra
 
         C_ij = |x_i - y_j|
 
-    The distance has a kink where two points meet: no gradient there, but 0 is in the subdifferential, and finite.
-    Differences are taken before they are squared (O(n m d) work outside of a matrix product), so that near points
-    keep their digits.
+    The distance is not differentiable at 0; 0 is a subgradient there. Differences are computed first and then squared,
+    so that distances of near points are accurate. This takes O(n m d) operations outside of a matrix product.
 
     Args:
         x: points, one per row.
-        y: points of the same dimension, in the same unit, which is the cost's too.
+        y: points of the same dimension, in the same unit; the cost is in that unit too.
 
     Returns:
         The cost, float32 or the wider dtype of x and y.
@@ -105,23 +105,24 @@ def euclidean_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Arra
     """
     x, y = _checks.points(x, y)
     differences = x[:, None, :] - y[None, :, :]
-    # Scaled by the largest difference, so that squares neither overflow nor vanish.
+    # Scaled by the largest difference, so that squares neither overflow nor underflow.
     largest = lax.stop_gradient(jnp.max(jnp.abs(differences), axis=-1, initial=0))
-    apart = largest != 0  # of NaN too, which should come out
-    scale = jnp.where(apart, largest, 1)
+    distinct = largest != 0  # also of NaN, which should propagate
+    scale = jnp.where(distinct, largest, 1)
     squared = jnp.sum(jnp.square(differences / scale[:, :, None]), axis=-1)
-    return jnp.where(apart, scale * jnp.sqrt(jnp.where(apart, squared, 1)), 0)
+    return jnp.where(distinct, scale * jnp.sqrt(jnp.where(distinct, squared, 1)), 0)
 
 
 def _not_below_zero(cost):
-    # What rounding took below zero comes back; derivatives are those of the formula, at its minimum too. NaN stays NaN.
+    # Values that rounding made negative become zero. Derivatives are those of the formula, also at its minimum. NaN
+    # stays NaN.
     return cost + lax.stop_gradient(jnp.where(cost < 0, -cost, 0))
 
 
 def _unit_rows(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    # The direction doesn't depend on the scale, so dividing by the largest entry (a constant to the derivative) changes
-    # nothing, and squares then neither overflow nor vanish. Rows of zeros are divided by one instead, before any square
-    # root: the gradient of a discarded branch must be finite too.
+    # The direction doesn't depend on the scale, so the row is divided by its largest entry (a constant in the
+    # derivative), and squares neither overflow nor underflow. Rows of zeros are divided by one, before any square root:
+    # the gradient of a discarded branch must be finite too.
     largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=1, keepdims=True, initial=0))
     x = x / jnp.where(largest > 0, largest, 1)
     squared = jnp.sum(x * x, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The Sinkhorn divergence: entropic transport, less what each set has to itself: equal sets are at distance zero."""
+"""The Sinkhorn divergence: entropic transport without its bias, so that equal sets are at distance zero."""
 
 from typing import Literal, NamedTuple
 
@@ -12,11 +12,11 @@ from fs_jax.ot.sinkhorn import sinkhorn
 
 
 class Divergence(NamedTuple):
-    """The result of `sinkhorn_divergence`: the value, and the three transports that it is made of.
+    """The result of `sinkhorn_divergence`: the value, and the three transports that it is computed from.
 
     Attributes:
-        value: OT(a, b) - (OT(a, a) + OT(b, b)) / 2, each the `reg_cost` of its transport.
-        xy: the transport between the sets.
+        value: OT(a, b) - (OT(a, a) + OT(b, b)) / 2, where each term is the `reg_cost` of its transport.
+        xy: the transport from the first set to the second.
         xx: the transport from the first set to itself.
         yy: the transport from the second set to itself.
     """
@@ -28,7 +28,7 @@ class Divergence(NamedTuple):
 
     @property
     def status(self) -> Int[Array, ""]:
-        """A `Status` of all three: NOT_FINITE if one is that, else the largest number among them."""
+        """The worst `Status` of the three: NOT_FINITE if one of them is, else the largest value."""
         each = jnp.stack([self.xy.status, self.xx.status, self.yy.status])
         return jnp.where(jnp.any(each == Status.NOT_FINITE), Status.NOT_FINITE, jnp.max(each))
 
@@ -41,7 +41,7 @@ class Divergence(NamedTuple):
 export.register_namedtuple_serialization(Divergence, serialized_name="fs_jax.ot.Divergence")
 
 
-@_checks.answers_other_names
+@_checks.suggests_names
 def sinkhorn_divergence(
     cost_xy: Float[Array, "n m"],
     cost_xx: Float[Array, "n n"],
@@ -59,33 +59,33 @@ def sinkhorn_divergence(
 
         S(a, b) = OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2,    OT(a, b) = min over plans T of ⟨T, C⟩ + reg·KL(T | a bᵀ)
 
-    OT alone is not zero between equal sets, and smallest where one of them has shrunk. S is zero there, positive
-    elsewhere where exp(-C / reg) is positive definite (squared and plain Euclidean costs), and tends to the exact cost
-    as reg gets small. It is the divergence of KL against the product a bᵀ; that of the entropy -Σ T log T is the same
-    between sets of equal weights alone.
+    OT alone is biased: it is not zero between equal sets, and it is minimal for a set that has shrunk. S is zero for
+    equal sets and positive for others if exp(-C / reg) is positive definite (squared and plain Euclidean costs), and it
+    tends to the exact cost as reg tends to zero. The entropic term here is the KL divergence from the product a bᵀ. The
+    divergence with the entropy -Σ T log T instead has the same value only if both sets have the same weights.
 
     Args:
-        cost_xy: what it costs to move a unit of mass from point i of the first set to point j of the second.
-        cost_xx: within the first set; symmetric.
-        cost_yy: within the second.
-        a: mass of the first set's points, 1/n by default; a zero takes the point out. Or a boolean mask.
-        b: mass of the second's, 1/m by default; the same total.
+        cost_xy: cost of moving a unit of mass from point i of the first set to point j of the second, [n, m].
+        cost_xx: cost matrix of the first set, [n, n]; symmetric.
+        cost_yy: cost matrix of the second set, [m, m]; symmetric.
+        a: mass of the first set's points, 1/n by default; a weight of zero excludes the point. Or a boolean mask.
+        b: mass of the second set's points, 1/m by default; the same total.
         reg: weight of the entropic term, in units of the cost.
-        num_iters: iterations of each of the three problems, at most (static under jit).
-        threshold: marginal error at which each stops; see `sinkhorn`.
+        num_iters: maximum number of iterations of each of the three problems (static under jit).
+        threshold: marginal error at which each problem stops; see `sinkhorn`.
         method: as in `sinkhorn`.
-        grad: as in `sinkhorn`. "envelope", the default, is exact at convergence and costs nothing: at a solution the
-            cost's derivative is that at fixed plans. Where one array is both sets it is zero, but for rounding, however
-            early the iterations stop; from a set to an equal one that is held fixed, at convergence. (First
-            derivatives; "implicit" has those of any order.)
+        grad: as in `sinkhorn`. The default, "envelope", is exact at convergence and costs nothing: at a solution, the
+            derivative of the cost is the derivative at fixed plans. If both sets are the same array, the gradient is
+            zero up to rounding, however early the iterations stop; if they are equal but one is held fixed, it is zero
+            at convergence. It has first derivatives only; "implicit" has derivatives of any order.
 
     Returns:
-        A `Divergence`: the value, and the three transports with their evidence. Rounding leaves an error of some units
-        in the last place of OT, not of the value, which is a difference.
+        A `Divergence`: the value, and the three transports with their marginal errors and statuses. The value is a
+        difference, so its rounding error is a few units in the last place of OT, not of the value.
 
     Raises:
-        TypeError: an argument is not of the kind described.
-        ValueError: a shape or value is refused; the message says which, and what was expected.
+        TypeError: if an argument is not as described.
+        ValueError: if a shape or value is invalid; the message says which, and what is expected.
 
     Example:
         >>> from fs_jax.ot import sinkhorn_divergence, sqeuclidean_cost
@@ -101,7 +101,7 @@ def sinkhorn_divergence(
     n, m = _square("cost_xx", cost_xx), _square("cost_yy", cost_yy)
     if jnp.shape(cost_xy) != (n, m):
         raise ValueError(
-            f"cost_xy: expected shape [n, m] of cost_xx [n, n] and cost_yy [m, m], here {(n, m)}; got "
+            f"cost_xy: expected shape [n, m] for cost_xx [n, n] and cost_yy [m, m], here {(n, m)}; got "
             f"{jnp.shape(cost_xy)}"
         )
     options = {"reg": reg, "num_iters": num_iters, "threshold": threshold, "method": method, "grad": grad}
@@ -114,5 +114,5 @@ def sinkhorn_divergence(
 def _square(name, cost):
     shape = jnp.shape(cost)
     if len(shape) != 2 or shape[0] != shape[1]:
-        raise ValueError(f"{name}: expected a square matrix, from a set to itself; got shape {shape}")
+        raise ValueError(f"{name}: expected a square matrix, the cost from a set to itself; got shape {shape}")
     return shape[0]

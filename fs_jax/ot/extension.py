@@ -1,4 +1,4 @@
-"""What a solution says of points that it was not solved for, and the scale that a cost has by itself."""
+"""Potentials and maps at new points, and a regularisation relative to the scale of the cost."""
 
 from typing import Literal
 
@@ -14,19 +14,23 @@ from fs_jax.ot._numerics import MASKED, log_sum_exp, result_type
 def potential_at(
     cost: Float[Array, "k m"], g: Float[Array, " m"], *, reg: float | Float[Array, ""]
 ) -> Float[Array, " k"]:
-    """The potential of new points, for a unit of mass each: of what a solver returned, `f - reg log a` continued.
+    """The potential at new points of the first set, each with a unit of mass.
 
         f(x) = -reg log Σ_j exp((g_j - c(x, y_j)) / reg)
 
-    With it exp((f(x) + g_j - c(x, y_j)) / reg) sums to one over j. For points of the second set pass `cost.T` and `f`.
+    With it, exp((f(x) + g_j - c(x, y_j)) / reg) sums to one over j. At the points of the first set it is the solver's
+    `f - reg log a`. For new points of the second set, pass `cost.T` and `f`.
 
     Args:
-        cost: from each new point to each point of the second set.
-        g: potentials of these, as a solver returned them; points without mass have no part.
-        reg: as it was solved with. (After `ipot` it is beta over `num_iters`.)
+        cost: cost from each new point to each point of the second set, [k, m].
+        g: potentials of the second set, from a solver's result. Points without mass are ignored.
+        reg: the regularisation that was solved with. (For `ipot`, pass beta over the result's `num_iters`.)
+
+    Returns:
+        The potential of each new point in units of the cost, [k].
 
     Raises:
-        TypeError, ValueError: an argument is not of the kind described.
+        TypeError, ValueError: if an argument is not as described.
 
     Example:
         >>> from fs_jax.ot import potential_at, sinkhorn
@@ -44,20 +48,23 @@ def potential_at(
 def barycentric_map(
     cost: Float[Array, "k m"], g: Float[Array, " m"], y: Float[Array, "m d"], *, reg: float | Float[Array, ""]
 ) -> Float[Array, "k d"]:
-    """Where the transport takes points, on average; also points that it was not solved for.
+    """Barycentric projection of the plan: the mean target of each point. The points may be new ones.
 
         T(x) = Σ_j p_j(x) y_j,    p_j(x) = exp((f(x) + g_j - c(x, y_j)) / reg),    Σ_j p_j(x) = 1
 
-    At the points of the first set it is plan @ y over the row sums. Differentiable in all arguments.
+    At the points of the first set, it is plan @ y divided by the row sums. It is differentiable in all arguments.
 
     Args:
-        cost: from each point to each point of the second set, [k, m].
-        g: potentials of these, as a solver returned them.
-        y: these points themselves, or anything that belongs to them: labels as one-hot rows, say.
-        reg: as it was solved with.
+        cost: cost from each point to each point of the second set, [k, m].
+        g: potentials of the second set, from a solver's result.
+        y: the points of the second set, or other values to average, such as one-hot labels, [m, d].
+        reg: the regularisation that was solved with.
+
+    Returns:
+        The mean target of each point, [k, d].
 
     Raises:
-        TypeError, ValueError: an argument is not of the kind described.
+        TypeError, ValueError: if an argument is not as described.
 
     Example:
         >>> from fs_jax.ot import barycentric_map, sinkhorn, sqeuclidean_cost
@@ -86,22 +93,26 @@ def relative_reg(
     *,
     to: Literal["mean", "std"] = "mean",
 ) -> Float[Array, ""]:
-    """A regularisation in units of the cost's own mean or standard deviation, for features whose scale drifts.
+    """A regularisation relative to the cost's mean or standard deviation, for features whose scale drifts.
 
-        reg · E[C]    or    reg · (E[C²] - E[C]²)^½,    the mean over pairs of mass a_i b_j
+        reg · E[C]    or    reg · (E[C²] - E[C]²)^½,    where E weights the pair (i, j) by a_i b_j
 
-    No gradient goes through the scale: it is a unit, not part of what is minimised. Costs that are all equal have no
-    scale, and negative ones no mean to speak of: there it is refused, or NaN under jit.
+    No gradient flows through the scale, since it is a unit and not part of the objective.
 
     Args:
-        reg: in these units.
-        cost: the cost that is to be solved.
-        a: mass of each row; rows without have no part. Uniform by default.
-        b: mass of each column.
-        to: the mean or the standard deviation.
+        reg: the regularisation, as a multiple of the scale.
+        cost: the cost matrix to be solved, [n, m].
+        a: mass of each row, uniform by default. Rows without mass are ignored.
+        b: mass of each column, uniform by default.
+        to: the scale: the mean or the standard deviation.
+
+    Returns:
+        The regularisation in units of the cost. NaN under jit if the scale is not positive.
 
     Raises:
-        TypeError, ValueError: an argument is not of the kind described.
+        TypeError: if an argument is not as described.
+        ValueError: if an argument is not as described, or the scale is not positive: a mean of negative costs, or the
+            standard deviation of costs that are all equal.
 
     Example:
         >>> from fs_jax.ot import relative_reg, sinkhorn
@@ -116,11 +127,11 @@ def relative_reg(
     weights = lax.stop_gradient(a[:, None] * b[None, :] / (a.sum() * b.sum()))
     cost = lax.stop_gradient(jnp.where(weights > 0, cost, 0))
     mean, largest = jnp.sum(weights * cost), jnp.max(jnp.abs(cost))
-    unit = jnp.where(largest > 0, largest, 1)  # taken out of what is squared
+    unit = jnp.where(largest > 0, largest, 1)  # divided out before squaring
     scale = mean if to == "mean" else unit * jnp.sqrt(jnp.sum(weights * ((cost - mean) / unit) ** 2))
     is_scale = scale > 16 * jnp.finfo(cost.dtype).eps * largest
     if not isinstance(is_scale, jax.core.Tracer) and not is_scale:
-        raise ValueError(f"cost: expected costs of a positive {to}, got {float(scale):.3g}")
+        raise ValueError(f"cost: expected a positive {to}, got {float(scale):.3g}")
     return reg * jnp.where(is_scale, scale, jnp.nan)
 
 
@@ -138,5 +149,5 @@ def _extended(cost, g, reg):
 
 
 def _exponents(cost, g, reg):
-    """(g - cost) / reg, far below all else at points without mass."""
+    """(g - cost) / reg, or `MASKED` at points without mass."""
     return jnp.where(g[None, :] > MASKED / 2, (g[None, :] - cost) / reg, MASKED)

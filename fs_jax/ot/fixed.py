@@ -1,4 +1,4 @@
-"""A plan that is given: what a solver's result is compared with, where the question is what the solving is worth."""
+"""A transport with a given plan: a baseline that shows what solving the problem contributes."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -7,20 +7,20 @@ from fs_jax.ot.result import Status, Transport, marginal_error
 
 
 def fixed_plan(cost: Float[Array, "n m"], plan: Float[Array, "n m"]) -> Transport:
-    """The transport of a given plan T, between uniform marginals: ⟨T, C⟩, whose derivative by C is T.
+    """The transport of a given plan T between uniform marginals: its cost is ⟨T, C⟩, with derivative T.
 
-    The identity T = I / n matches each point with its own; the independent T = 1 / (n m) with all alike, as Sinkhorn
-    does in the limit of large `reg`.
+    The identity T = I / n matches point i with point i. The independent coupling T = 1 / (n m) matches each point with
+    all points equally; it is the limit of Sinkhorn's plan for large `reg`.
 
     Args:
       cost: Cost matrix [n, m].
       plan: The plan [n, m], held fixed.
 
     Returns:
-      A `Transport`. A given plan has no potentials: f and g are zero, and `reg_cost` is `primal_cost`.
+      A `Transport`. A given plan has no potentials: f and g are zero, and `reg_cost` equals `primal_cost`.
 
     Raises:
-      ValueError: for a plan of another shape.
+      ValueError: if the plan's shape is not the cost's.
 
     Example:
       >>> fixed_plan(jnp.array([[0.0, 2.0], [4.0, 0.0]]), jnp.full((2, 2), 0.25)).primal_cost.item()

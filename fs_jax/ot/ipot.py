@@ -1,4 +1,4 @@
-"""IPOT: exact optimal transport by proximal points (Algorithm 2), in a form that can neither overflow nor underflow."""
+"""IPOT: exact optimal transport by the inexact proximal point method (Algorithm 2), safe from over- and underflow."""
 
 from functools import cache, partial
 from typing import Literal, NamedTuple
@@ -29,7 +29,7 @@ from fs_jax.ot.result import (
 GRADS = ("unroll", "envelope", "none")
 
 
-@_checks.answers_other_names
+@_checks.suggests_names
 def ipot(
     cost: Float[Array, "n m"],
     a: Float[Array, " n"] | Bool[Array, " n"] | None = None,
@@ -41,48 +41,52 @@ def ipot(
     threshold: float | Float[Array, ""] | None = None,
     grad: Literal["unroll", "envelope", "none"] = "unroll",
 ) -> Transport:
-    """Optimal transport by inexact proximal points: each step is a Sinkhorn step from the last plan.
+    """Exact optimal transport by the inexact proximal point method.
 
         T_t ≈ argmin over plans T of ⟨T, C⟩ + beta·KL(T | T_{t-1}),   from T_0 = 1
 
-    With Q = exp(-C / beta) ∘ T_{t-1} and σ as the last step left it: δ = a / (Q σ), σ = b / (Qᵀ δ), `inner_iters`
-    times, then T_t = diag(δ) Q diag(σ). Its cost tends to that of the unregularised problem, however large beta is.
+    Step t does `inner_iters` Sinkhorn iterations on Q = exp(-C / beta) ∘ T_{t-1}, starting from the previous step's σ:
+    δ = a / (Q σ), σ = b / (Qᵀ δ). Then T_t = diag(δ) Q diag(σ). The cost tends to that of the unregularised problem,
+    however large beta is.
 
-    All of it is done on logarithms, so that nothing underflows at any beta; and log T itself is carried from step to
-    step, as Algorithm 2 carries T, so that rounding doesn't grow with their number. With F and G the sums of log δ
-    and of log σ so far, T_t = exp(F_i + G_j - t C_ij / beta): step t is a Sinkhorn iteration at reg beta / t.
+    The computation uses logarithms, so nothing underflows at any beta. It stores log T from step to step, as
+    Algorithm 2 stores T, so rounding errors don't grow with the number of steps. With F and G the sums of log δ and of
+    log σ over all steps so far, T_t = exp(F_i + G_j - t C_ij / beta): step t is a Sinkhorn iteration at regularisation
+    beta / t.
 
     Args:
-        cost: what it costs to move a unit of mass from row i to column j. Half precision is computed in float32 and
+        cost: cost of moving a unit of mass from row i to column j, [n, m]. Half precision is computed in float32 and
             returned in half precision.
-        a: mass of each row, 1/n by default; a zero takes the row out of the problem, exactly. Or a boolean mask: the
-            rows that are True share a mass of one evenly.
+        a: mass of each row, 1/n by default. A weight of zero excludes the row from the problem exactly. Or a boolean
+            mask: the rows that are True share a mass of one evenly.
         b: mass of each column, 1/m by default; the same total as `a`.
-        beta: weight of the proximal term, in units of the cost: small is few steps, each less exact. A tenth of a
-            typical cost is a start; far above the costs 50 steps are little more than none.
-        num_iters: proximal steps, at most (static under jit).
-        inner_iters: Sinkhorn iterations in each (static under jit).
-        threshold: stop when the marginal error (L1, in units of mass) of the plan that is returned is at most this, and
-            the last step moved no more mass than this either, since a coupling alone is not yet a cheap one; looked at
-            after every ten steps and the last. By default all steps are done. (A beta far above the costs moves little
-            in each step, and is near the independent coupling when it stops.) One below what the dtype can reach ends
-            early, with `Status.STALLED`.
-        grad: "unroll" differentiates the iterations, and keeps vectors of each step and two matrices of every ten (of
-            all `num_iters`, however early a threshold stops them);
-            "envelope" holds plan and potentials fixed, so that the gradient of `primal_cost` is the plan; "none" gives
-            zeros. All are first derivatives. The exact plan is a vertex, and jumps: where beta is small or steps are
-            many, "unroll" is the derivative of such a jump, of any size. For the exact cost's own gradient take
-            "envelope": in the costs that of `primal_cost` or `reg_cost`, in the weights that of `reg_cost` (a plan that
-            is held fixed leaves `primal_cost` none).
+        beta: weight of the proximal term, in units of the cost. A small beta needs fewer steps, but each is solved less
+            exactly. Start with a tenth of a typical cost. With a beta far above the costs, 50 steps change little.
+        num_iters: maximum number of proximal steps (static under jit).
+        inner_iters: Sinkhorn iterations in each step (static under jit).
+        threshold: stop when the marginal error (L1, in units of mass) of the returned plan is at most this, and the
+            last step moved at most this much mass too, since a plan with the right marginals need not be optimal.
+            Checked after every ten steps and the last one. By default, all steps are done. (With a beta far above the
+            costs, each step moves little mass, so the solver stops near the independent coupling.) With a threshold
+            below what the dtype can reach, it stops early with `Status.STALLED`.
+        grad: how to differentiate; all have first derivatives only.
+            "unroll" differentiates through the iterations. It stores vectors for each step and two matrices for every
+            ten (for all `num_iters` steps, even if a threshold stops the solver earlier).
+            "envelope" holds plan and potentials fixed: the gradient of `primal_cost` is the plan.
+            "none" gives zero gradients.
+            The exact plan is a vertex, which jumps as the cost changes. With a small beta or many steps, "unroll" is
+            the derivative of such a jump and can be arbitrarily large. For the gradient of the exact cost, use
+            "envelope": with respect to the costs, that of `primal_cost` or `reg_cost`; with respect to the weights,
+            that of `reg_cost` (for a fixed plan, `primal_cost` does not depend on the weights).
 
     Returns:
-        A `Transport`. Its potentials and `reg_cost` are those at the regularisation that the last step had reached,
-        beta over the result's own `num_iters`; they tend to the dual solution and to the exact cost.
+        A `Transport`. Its potentials and `reg_cost` are those at the regularisation of the last step, which is beta
+        over the result's `num_iters`. They tend to the dual solution and to the exact cost.
 
     Raises:
-        TypeError: an argument is not of the kind described.
-        ValueError: a shape or value is refused; the message says which, and what was expected.
-        NotImplementedError: a second derivative is taken.
+        TypeError: if an argument is not as described.
+        ValueError: if a shape or value is invalid; the message says which, and what is expected.
+        NotImplementedError: if a second derivative is taken.
 
     Example:
         >>> cost = jnp.array([[0.0, 1.0], [1.0, 3.0]])
@@ -107,7 +111,7 @@ def _solve(cost, a, b, beta, threshold, options, grad):
     if grad == "none":
         cost, a, b, beta = lax.stop_gradient((cost, a, b, beta))
     problem, (threshold,) = make_problem(cost, a, b, beta, threshold)
-    # The centred cost starts from σ = 1 as well, in its own terms.
+    # σ = 1 at the start, in terms of the centred cost.
     arguments = (problem.scaled, problem.a, problem.b, -problem.columns / problem.reg)
     if grad != "unroll":
         arguments = lax.stop_gradient(arguments)
@@ -117,18 +121,18 @@ def _solve(cost, a, b, beta, threshold, options, grad):
 
 
 class Options(NamedTuple):
-    """What is known when a program is compiled."""
+    """Static options, known at compile time."""
 
     num_iters: int
     inner_iters: int
-    dtype: str  # of the result, whose plan is the one that is judged
+    dtype: str  # of the result; the marginal error is that of the plan in this dtype
 
 
 class State(NamedTuple):
-    """After a step: log T, log δ and log σ of this step, and the sums of both over all steps so far.
+    """State after a step: log T, log δ and log σ of this step, and the sums of both over all steps so far.
 
-    log T is held and not made of the sums, as Algorithm 2 holds T: terms as large as t C / beta, and their rounding,
-    would grow with t.
+    log T is stored, as Algorithm 2 stores T, and not computed from the sums: the terms t C / beta, and so their
+    rounding errors, would grow with t.
     """
 
     log_plan: jax.Array
@@ -139,18 +143,18 @@ class State(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run of at most L steps, as the derivative needs it.
+    """What the derivative needs of a run of at most L steps.
 
-    In step k of it, exp(log_plan + k drift + x_i + y_j) is a matrix whose rows or whose columns have the right sums,
-    where x is one of `rows`, y one of `columns`.
+    In step k of the run, exp(log_plan + k drift + x_i + y_j) is a matrix with the right row sums or column sums, for x
+    in `rows` and y in `columns`.
 
     Attributes:
-        before: steps done before it.
-        length: steps in it.
-        log_plan: log T before it, [n, m].
-        drift: log T's change in a step, were δ and σ to remain as they are before it, [n, m].
-        rows: of each step, for each of its inner iterations, [L, inner_iters, n].
-        columns: of each step, before and after each of its inner iterations, [L, 1 + inner_iters, m].
+        before: steps done before the run.
+        length: steps in the run.
+        log_plan: log T before the run, [n, m].
+        drift: change of log T in a step if δ and σ stayed as they are before the run, [n, m].
+        rows: x of each step, for each of its inner iterations, [L, inner_iters, n].
+        columns: y of each step, before and after each of its inner iterations, [L, 1 + inner_iters, m].
     """
 
     before: jax.Array
@@ -162,19 +166,28 @@ class Run(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Steps done, how it ended, the mass that the last moved, the smallest error so far, and looks since then."""
+    """Progress across runs.
+
+    Attributes:
+        done: steps done.
+        converged: the threshold is met.
+        stalled: the error no longer decreases.
+        moved: mass moved by the last step.
+        best: smallest error so far.
+        since_best: runs since that smallest error.
+    """
 
     done: jax.Array
     converged: jax.Array
     stalled: jax.Array
     moved: jax.Array
     best: jax.Array
-    waited: jax.Array
+    since_best: jax.Array
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _iterations(scaled, a, b, start, threshold, options):
-    """`Outcome` of the proximal steps; its potentials have their derivative, its plan none."""
+    """`Outcome` of the proximal steps. Its potentials have the steps' derivative; its plan has none."""
     return _walk(options, False)(scaled, a, b, start, threshold)[0]
 
 
@@ -189,7 +202,7 @@ def _derivative(options, primals, tangents):
 
 @cache
 def _walk(options, keep):
-    """The steps as a function of (scaled, a, b, start, threshold): the `Outcome`, and with `keep` the runs."""
+    """The steps: a function of (scaled, a, b, start, threshold) to the `Outcome`, and with `keep` also to the runs."""
     num_iters, inner_iters, dtype = options
 
     @in_chunks
@@ -197,58 +210,58 @@ def _walk(options, keep):
         points = Points.of(scaled, a, b)
         state = _start(points, start)
         zero = jnp.zeros_like(scaled, shape=(), dtype=jnp.int32)
-        no, far = jnp.zeros_like(zero, bool), jnp.full_like(scaled, jnp.inf, shape=())
-        progress = Progress(zero, no, no, far, far, zero)
-        room = min(RUN, num_iters)
+        false, infinity = jnp.zeros_like(zero, bool), jnp.full_like(scaled, jnp.inf, shape=())
+        progress = Progress(zero, false, false, infinity, infinity, zero)
+        path_length = min(RUN, num_iters)
 
-        def over(carry, length):
+        def one_run(carry, length):
             def run(carry):
                 state, progress, _ = carry
-                new, kept = _run(points, inner_iters, room, length, progress.done, state)
+                new, kept = _run(points, inner_iters, path_length, length, progress.done, state)
                 kept = kept._replace(length=zero + length)
                 if threshold is None:
                     progress = progress._replace(done=progress.done + length)
                 else:
-                    progress = _judge(points, a, b, threshold, dtype, kept, new, progress)
+                    progress = _next_progress(points, a, b, threshold, dtype, kept, new, progress)
                 return new, progress, kept if keep else None
 
-            carry = (*carry, _no_run(points, inner_iters, room) if keep else None)
+            carry = (*carry, _no_run(points, inner_iters, path_length) if keep else None)
             stopped = carry[1].converged | carry[1].stalled
             *carry, kept = run(carry) if threshold is None else once_if(~stopped, run, carry)
             return tuple(carry), kept
 
-        (state, progress), runs = lax.scan(over, (state, progress), lengths(num_iters, None).astype(zero.dtype))
+        (state, progress), runs = lax.scan(one_run, (state, progress), lengths(num_iters, None).astype(zero.dtype))
         plan, factor = _plan_of(points, state.log_plan)
         phi = jnp.where(points.present_a, state.phi, MASKED)
         gamma = jnp.where(points.present_b, state.gamma + jnp.log(factor), MASKED)
-        status, accepted = jnp.full_like(far, Status.LIMIT), jnp.ones_like(far)
+        status, accepted = jnp.full_like(infinity, Status.LIMIT), jnp.ones_like(infinity)
         if threshold is not None:
             status = jnp.where(progress.stalled, Status.STALLED, status)
-            accepted = (progress.moved <= threshold).astype(far.dtype)
-        return Outcome(plan, phi, gamma, progress.done.astype(far.dtype), status, accepted), runs
+            accepted = (progress.moved <= threshold).astype(infinity.dtype)
+        return Outcome(plan, phi, gamma, progress.done.astype(infinity.dtype), status, accepted), runs
 
     return iterations
 
 
-def _judge(points, a, b, threshold, dtype, run, state, progress):
-    """Both the marginal error of the plan, as it would be returned, and the mass that moved are to be small."""
+def _next_progress(points, a, b, threshold, dtype, run, state, progress):
+    """Progress after a run. Both the marginal error of the plan, as it would be returned, and the mass moved count."""
     plan, _ = _plan_of(points, state.log_plan)
     k = run.length - 1
-    # Of the step before the last, which is the state before the run where this is of one step.
+    # The step before the last. In a run of one step, it is the state before the run.
     x, y = (jnp.where(k > 0, v[k - 1, -1], 0) for v in (run.rows, run.columns))
     last, _ = _plan_of(points, _at(run, k, x, y))
     moved = jnp.sum(jnp.abs(plan - last))
     error = jnp.maximum(judged_error(plan, a, b, dtype), moved)
-    waited = jnp.where(error < progress.best, 0, progress.waited + 1)
+    since_best = jnp.where(error < progress.best, 0, progress.since_best + 1)
     converged = error <= threshold
     floor = rounding_floor(plan.shape, a.sum(), dtype)
-    stalled = ~converged & has_stalled(error, waited, progress.done // RUN, floor)
+    stalled = ~converged & has_stalled(error, since_best, progress.done // RUN, floor)
     best = jnp.minimum(error, progress.best)
-    return Progress(progress.done + run.length, converged, stalled, moved, best, waited)
+    return Progress(progress.done + run.length, converged, stalled, moved, best, since_best)
 
 
 def _start(points, sigma):
-    """T = 1, and log δ as if the largest term of each row's sum were one."""
+    """The state at T = 1, with log δ such that the largest term of each row's sum is one."""
     log_plan = jnp.where(points.present_a[:, None] & points.present_b[None, :], jnp.zeros_like(points.scaled), MASKED)
     sigma = jnp.where(points.present_b, sigma, 0)
     largest_terms = jnp.max((log_plan + points.scaled) + sigma[None, :], 1)
@@ -256,25 +269,25 @@ def _start(points, sigma):
     return State(log_plan, jnp.where(points.present_a, -largest_terms, 0), sigma, zeros_a, zeros_b)
 
 
-def _no_run(points, inner_iters, room):
+def _no_run(points, inner_iters, path_length):
     zero, matrix = jnp.zeros_like(points.scaled, shape=(), dtype=jnp.int32), jnp.zeros_like(points.scaled)
-    rows = jnp.zeros_like(points.a, shape=(room, inner_iters, *points.a.shape))
-    columns = jnp.zeros_like(points.b, shape=(room, 1 + inner_iters, *points.b.shape))
+    rows = jnp.zeros_like(points.a, shape=(path_length, inner_iters, *points.a.shape))
+    columns = jnp.zeros_like(points.b, shape=(path_length, 1 + inner_iters, *points.b.shape))
     return Run(zero, zero, matrix, matrix, rows, columns)
 
 
-def _run(points, inner_iters, room, length, before, state):
-    """Steps in which log T is not computed, but how far it strays from log_plan + k drift.
+def _run(points, inner_iters, path_length, length, before, state):
+    """A run of steps, which computes only the deviation of log T from log_plan + k drift.
 
-    The drift is zero where a plan that has settled has mass. So little is added to log T, and little is rounded off.
-    What the first step starts from is no part of it: a constant of 1e6 in a column would take the digits of its rest.
+    The drift is zero where a converged plan has mass, so little is added to log T, with little rounding error. In the
+    first run the drift doesn't include the initial δ and σ: a constant of 1e6 in a column would cost it its digits.
     """
     delta, sigma = (jnp.where(before > 0, v, 0) for v in (state.delta, state.sigma))
     drift = points.scaled + (delta[:, None] + sigma[None, :])
-    run = _no_run(points, inner_iters, room)._replace(before=before, log_plan=state.log_plan, drift=drift)
+    run = _no_run(points, inner_iters, path_length)._replace(before=before, log_plan=state.log_plan, drift=drift)
     zeros_a, zeros_b = jnp.zeros_like(points.a), jnp.zeros_like(points.b)
-    yes = jnp.ones_like(zeros_a, shape=(), dtype=bool)
-    start = ((zeros_a, zeros_b, state.delta - delta, state.sigma - sigma), (run.rows, run.columns), yes)
+    true = jnp.ones_like(zeros_a, shape=(), dtype=bool)
+    start = ((zeros_a, zeros_b, state.delta - delta, state.sigma - sigma), (run.rows, run.columns), true)
 
     def steps(inner_iterations, start):
         def step(i, carry):
@@ -285,13 +298,14 @@ def _run(points, inner_iters, room, length, before, state):
 
         return lax.fori_loop(0, length, step, start)
 
-    def again(carry):
-        new = steps(_on_logarithms, carry[0])
-        return new, new  # not the start again (see `once_if`)
+    def redo(carry):
+        new = steps(_by_logarithms, carry[0])
+        return new, new  # changes every part of the carry, as `once_if` asks
 
     end = steps(_by_products, start)
-    _, ((x, y, d_delta, d_sigma), (rows, columns), _) = once_if(~end[2], again, (start, end))
-    # The plan is computed of this log T twice, to be judged and to be returned: it should be the same number.
+    _, ((x, y, d_delta, d_sigma), (rows, columns), _) = once_if(~end[2], redo, (start, end))
+    # The plan is computed from log T twice, for the stopping test and for the result. The barrier makes log T the same
+    # number in both.
     log_plan = lax.optimization_barrier(_at(run, length, x, y))
     steps_done = jnp.asarray(length, delta.dtype)
     phi, gamma = (p + (steps_done * d + v) for p, d, v in ((state.phi, delta, x), (state.gamma, sigma, y)))
@@ -300,10 +314,11 @@ def _run(points, inner_iters, room, length, before, state):
 
 
 def _by_products(points, run, k, inner_iters, x, y):
-    """The inner iterations of step k, on a matrix that is nearly a plan: the last δ and σ are already in it.
+    """The inner iterations of step k by matrix-vector products.
 
-    So what comes to them are factors near one. The last value says whether they are in the range in which the matrix'
-    entries below 1e-38 (in float32), which are zero, do not count: as in the module `_iterations`.
+    The matrix includes the previous δ and σ, so it is nearly a plan, and the new factors are near one. The last value
+    returned says whether they are in range. Then entries of the matrix below 1e-38 (in float32), which are flushed to
+    zero, are negligible, as in the module `_iterations`.
     """
     _, a, b, _, _, present_a, present_b, _ = points
     absent_a, absent_b = (~present_a).astype(a.dtype), (~present_b).astype(b.dtype)
@@ -321,8 +336,8 @@ def _by_products(points, run, k, inner_iters, x, y):
     return xs, jnp.concatenate([y[None], ys]), within(largest(kernel, 0.37), us, vs) & is_positive
 
 
-def _on_logarithms(points, run, k, inner_iters, x, y):
-    """The same at any range."""
+def _by_logarithms(points, run, k, inner_iters, x, y):
+    """The inner iterations of step k in the log domain, where the factors may be of any size."""
     _, _, _, log_a, log_b, present_a, present_b, _ = points
     zeros_a, zeros_b = jnp.zeros_like(x), jnp.zeros_like(y)
 
@@ -340,9 +355,9 @@ def _at(run, k, x, y):
 
 
 def _plan_of(points, log_plan):
-    """The plan, with half a step more on its columns, and what that changed them by."""
-    there = points.present_a[:, None] & points.present_b[None, :]
-    plan, factor = finish(jnp.where(there, jnp.exp(log_plan), 0).T, points.b)
+    """The plan with its columns scaled to their weights, and the factor of each column."""
+    present = points.present_a[:, None] & points.present_b[None, :]
+    plan, factor = finish(jnp.where(present, jnp.exp(log_plan), 0).T, points.b)
     return plan.T, factor
 
 
@@ -350,8 +365,8 @@ def _plan_of(points, log_plan):
 #
 #     F_t = log a - LSE_j(t s_ij + 2 G_{t-1} - G_{t-2})        G_t = log b - LSE_i(t s_ij + F_t)
 #
-# (from the second inner iteration on, with G as it is within the step in the place of 2 G_{t-1} - G_{t-2}). The
-# derivative of a sum's logarithm is a mean of its terms' tangents; the weights are those of the runs.
+# From the second inner iteration on, the step's current G replaces 2 G_{t-1} - G_{t-2}. The derivative of the logarithm
+# of a sum is a weighted mean of its terms' tangents, with the weights computed from the stored runs.
 
 
 @in_chunks
@@ -360,7 +375,7 @@ def _forward(scaled, a, b, runs, d_scaled, d_a, d_b, d_start):
     points = Points.of(scaled, a, b)
     d_log_a, d_log_b = d_a * inverse(points.a), d_b * inverse(points.b)
 
-    def over(carry, run):
+    def forward_run(carry, run):
         def step(i, carry):
             d_phi, d_gamma, d_sigma = carry
             t = (run.before + i + 1).astype(scaled.dtype)
@@ -377,7 +392,7 @@ def _forward(scaled, a, b, runs, d_scaled, d_a, d_b, d_start):
         return lax.fori_loop(0, run.length, step, carry), None
 
     carry = (jnp.zeros_like(d_log_a), jnp.zeros_like(d_log_b), d_start)
-    (d_phi, d_gamma, _), _ = lax.scan(over, carry, runs)
+    (d_phi, d_gamma, _), _ = lax.scan(forward_run, carry, runs)
     return d_phi, d_gamma
 
 
@@ -386,7 +401,7 @@ def _back(scaled, a, b, runs, c_phi, c_gamma):
     """Cotangents of (scaled, a, b, start) from those of F and G: the transpose of `_forward`."""
     points = Points.of(scaled, a, b)
 
-    def over(carry, run):
+    def back_run(carry, run):
         def step(i, carry):
             (c_phi, c_gamma, c_sigma), totals = carry
             i = run.length - 1 - i
@@ -409,12 +424,12 @@ def _back(scaled, a, b, runs, c_phi, c_gamma):
 
     zeros_a, zeros_b = jnp.zeros_like(points.a), jnp.zeros_like(points.b)
     carry = ((c_phi, c_gamma, zeros_b), (jnp.zeros_like(scaled), zeros_a, zeros_b))
-    ((_, _, c_start), (c_scaled, c_log_a, c_log_b)), _ = lax.scan(over, carry, runs, reverse=True)
+    ((_, _, c_start), (c_scaled, c_log_a, c_log_b)), _ = lax.scan(back_run, carry, runs, reverse=True)
     return c_scaled, c_log_a * inverse(points.a), c_log_b * inverse(points.b), c_start
 
 
 def _weights(run, i, j):
-    """Of step i and its inner iteration j: of the terms of each row, and of those of each column."""
+    """Weights of the terms of each row, and of each column, in inner iteration j of step i."""
 
     def plan(y):
         return jnp.exp(_at(run, i + 1, run.rows[i, j], y))

@@ -1,4 +1,4 @@
-"""The problem that a solver works on: one dtype, one set of mesh axes, and costs brought near zero."""
+"""The problem as the solvers see it: one dtype, one set of mesh axes, and a centred cost."""
 
 from typing import NamedTuple
 
@@ -13,19 +13,19 @@ from fs_jax.ot._sharding import AxisName
 
 
 class Problem(NamedTuple):
-    """A transport problem whose arguments have been checked (`_checks`), in the precision that it is computed in.
+    """A transport problem with checked arguments (`_checks`), in the dtype of the computation.
 
-    The minimum of each row, and of what is left of each column, is taken out of the costs: potentials take such
-    constants up, and what is left is small where the mass is, so that float32 keeps its digits. A potential of the
-    cost is `rows` plus one of the centred cost.
+    The solvers work on a centred cost: the minimum of each row is subtracted, then that of each column. Potentials
+    absorb such constants. The centred cost is small where the mass is, so float32 represents it accurately. The row
+    potentials of the cost are `rows` plus those of the centred cost; likewise for columns.
 
     Attributes:
-        cost: what it costs to move a unit of mass, [n, m].
-        a: mass of each row, [n]; NaN where a weight that could not be looked at is negative.
-        b: mass of each column, [m].
-        reg: weight of the entropic term, or of the proximal one.
-        rows: what is taken out of each row, [n].
-        columns: what is taken out of each column, [m].
+        cost: cost of moving a unit of mass, [n, m].
+        a: mass of each row, [n]; NaN for negative weights (of a tracer, which can't be checked).
+        b: mass of each column, [m]; likewise.
+        reg: weight of the entropic term, or of the proximal term.
+        rows: constant subtracted from each row, [n].
+        columns: constant subtracted from each column, [m].
     """
 
     cost: Float[Array, "n m"]
@@ -37,14 +37,16 @@ class Problem(NamedTuple):
 
     @property
     def scaled(self) -> Float[Array, "n m"]:
-        """S = -(C_ij - rows_i - columns_j) / reg, rounded by one bit, which no compiler may skip; 0 at absent points.
+        """The matrix s = -(C_ij - rows_i - columns_j) / reg, rounded by one bit; 0 at points without mass.
 
-        There the cost may be anything, as large as what stands for the logarithm of nothing.
-        Where this is part of a fusion its own rounding is skipped, and K on the way back is then not K on the way
-        there: they differ by the rounding of exponents of hundreds.
+        The cost at points without mass is arbitrary, and may be as large as `MASKED`.
+
+        The explicit rounding can't be optimised away. Without it, a compiler that fuses this expression may skip its
+        own rounding, and K in the backward pass would differ from K in the forward pass, by the rounding of exponents
+        of hundreds.
         """
         is_present = (self.a != 0)[:, None] & (self.b != 0)[None, :]
-        # The larger constant first, which rounds nothing where it is most of the cost.
+        # The larger constant is subtracted first. If it is most of the cost, this difference is exact.
         rows, columns = self.rows[:, None], self.columns[None, :]
         is_row = jnp.abs(rows) > jnp.abs(columns)
         first, second = jnp.where(is_row, rows, columns), jnp.where(is_row, columns, rows)
@@ -56,11 +58,11 @@ class Problem(NamedTuple):
 def make_problem(
     cost, a, b, reg, *others, centred: bool = True, axis_name: AxisName | None = None
 ) -> tuple[Problem, tuple[jax.Array | None, ...]]:
-    """The problem, and the other operands, all varying over the same mesh axes.
+    """The problem and the other operands, all varying over the same mesh axes.
 
-    Inside `shard_map` a loop refuses to carry what varies over a device axis together with what does not. So a
-    replicated operand is made varying here, once; the transpose of that is the sum over devices that its gradient
-    needs. With `axis_name`, rows are sharded over that axis, and all vary over it.
+    Inside `shard_map`, everything that a loop carries must vary over the same device axes. Replicated operands are
+    therefore marked as varying here; the transpose of this is the sum over devices that their gradients need. With
+    `axis_name`, rows are sharded over that axis, and all operands vary over it.
     """
     operands = (cost, a, b, reg, *others)
     nothing = sum(jnp.zeros_like(x, shape=(), dtype=cost.dtype) for x in operands if x is not None)
@@ -76,10 +78,10 @@ def make_problem(
 
 
 class Points(NamedTuple):
-    """A problem as the iterations see it.
+    """A problem in the form that the iterations use.
 
-    `present_a` and `present_b` say which points have mass; of a weight that is NaN, yes: it should come out. Where the
-    rows are this device's alone, `axis_name` is the axis that they are sharded over.
+    `present_a` and `present_b` mark points with mass, including those with a weight of NaN, which should propagate. If
+    rows are sharded, the arrays hold this device's rows, and `axis_name` is the axis that they are sharded over.
     """
 
     scaled: jax.Array
@@ -98,12 +100,12 @@ class Points(NamedTuple):
 
 
 def _solvable(a, b, axis_name):
-    """The weights, all zero where the other side has no mass: nothing can be moved then."""
-    return jnp.where(jnp.any(b != 0), a, 0), jnp.where(_sharding.somewhere(jnp.any(a != 0), axis_name), b, 0)
+    """The weights; all zero if the other side has no mass, since nothing can be moved then."""
+    return jnp.where(jnp.any(b != 0), a, 0), jnp.where(_sharding.on_any_device(jnp.any(a != 0), axis_name), b, 0)
 
 
 def _minima(cost, a, b, axis_name):
-    """Of each row and then of each column, over the points that have mass: others may have any cost."""
+    """Minima of the rows and then of the columns, over points with mass; other points have an arbitrary cost."""
     rows = _minimum(cost, b, 1)
     return rows, _minimum(cost - rows[:, None], a[:, None], 0, axis_name)
 

@@ -1,8 +1,8 @@
-"""The Sinkhorn variant of the authors' released code, for parity with networks that it trained.
+"""The Sinkhorn variant of the authors' released code, for parity with the networks trained by it.
 
-It differs from Algorithm 1: rows come first, 1e-6 is added inside each logarithm, nothing is taken out of the sums, and
-it stops when the rows' potentials change little, which is after 2 to 7 iterations at the paper's settings. Its plan is
-then not yet a coupling. `sinkhorn` is Algorithm 1.
+It differs from Algorithm 1 (`sinkhorn`): it updates rows first, adds 1e-6 inside each logarithm, doesn't factor the
+largest term out of its sums, and stops when the rows' potentials change little. At the paper's settings this is after
+2 to 7 iterations, and its plan doesn't have the required marginals yet.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from fs_jax.ot.result import Outcome, Status, Transport, first_order_only, trans
 _INSIDE_LOG = 1e-6
 
 
-@_checks.answers_other_names
+@_checks.suggests_names
 def released_sinkhorn(
     cost: Float[Array, "n m"],
     *,
@@ -27,29 +27,28 @@ def released_sinkhorn(
     num_iters: int = 100,
     change: float | Float[Array, ""] = 0.1,
 ) -> Transport:
-    """The released code's Sinkhorn iteration between uniform marginals, differentiable through the iterations done.
+    """The released code's Sinkhorn iterations, for uniform marginals; differentiable through the iterations done.
 
         f ← f + reg·(log 1/n - log(Σ_j exp((f_i + g_j - C_ij) / reg) + 1e-6))
         g ← g + reg·(log 1/m - log(Σ_i exp((f_i + g_j - C_ij) / reg) + 1e-6))
 
-    until Σ_i |change of f_i| < `change`. It costs only the iterations that it does, in both directions: the reverse
-    rule walks back over them.
+    until Σ_i |change of f_i| < `change`. Both the forward and the backward pass take time only for the iterations done.
 
     Args:
-        cost: what it costs to move a unit of mass from row i to column j.
+        cost: cost of moving a unit of mass from row i to column j, [n, m].
         reg: weight of the entropic term, in units of the cost.
-        num_iters: iterations, at most (static under jit).
-        change: stop when the sum over rows of the change of f is below this, in units of the cost. (It is no
-            `threshold`, which in the other solvers is a marginal error.)
+        num_iters: maximum number of iterations (static under jit).
+        change: stop when the sum over rows of |change of f| is below this, in units of the cost. (It is not named
+            `threshold`, since that is a marginal error in the other solvers.)
 
     Returns:
-        A `Transport`. Its status is `Status.LIMIT` where it is finite: this stopping test says nothing of the plan.
-        `marginal_error` tells how far that is from a coupling; `num_iters` is the limit where the test was not met.
+        A `Transport`. A finite result always has `Status.LIMIT`, since this stopping test doesn't measure the plan's
+        error; see `marginal_error` for that. If the test was not met, `num_iters` of the result is the maximum.
 
     Raises:
-        TypeError: an argument is not of the kind described.
-        ValueError: a shape or value is refused; the message says which, and what was expected.
-        NotImplementedError: a second derivative is taken. (Of the first ones it has reverse mode alone.)
+        TypeError: if an argument is not as described.
+        ValueError: if a shape or value is invalid; the message says which, and what is expected.
+        NotImplementedError: if a second derivative is taken. (First derivatives are in reverse mode only.)
 
     Example:
         >>> result = released_sinkhorn(jnp.array([[0.0, 1.0], [1.0, 0.0]]))
@@ -67,7 +66,7 @@ def released_sinkhorn(
 
 @partial(jax.jit, static_argnames=("num_iters", "dtype"))
 def _solve(cost, a, b, reg, change, num_iters, dtype):
-    # Not centred: 1e-6 inside the logarithms is added to sums of the cost as it is.
+    # Not centred, since the 1e-6 inside the logarithms is relative to sums of the original cost.
     problem, (change,) = make_problem(cost, a, b, reg, change, centred=False)
     scaled = problem.scaled
     phi, gamma, done = _potentials(scaled, lax.stop_gradient(change / problem.reg), num_iters)
@@ -78,13 +77,13 @@ def _solve(cost, a, b, reg, change, num_iters, dtype):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _potentials(scaled, change, num_iters):
-    """Scaled potentials, and the iterations done until the rows' changed by less than `change` (scaled)."""
+    """Scaled potentials and the number of iterations done; `change` is scaled too."""
     phi, gamma, done, *_ = _walk(scaled, change, num_iters)
     return phi, gamma, done.astype(scaled.dtype)
 
 
 def _walk(scaled, change, num_iters):
-    """The same, with the potentials at the start of each iteration."""
+    """The iterations, with the potentials at the start of each."""
     n, m = scaled.shape
     starts = tuple(jnp.zeros_like(scaled, shape=(num_iters, size)) for size in (n, m))
 
@@ -110,7 +109,7 @@ def _forward(scaled, change, num_iters):
 
 
 def _backward(num_iters, kept, cotangents):
-    """Back through each iteration done: two exponentials of the matrix, and products with them."""
+    """Back through each iteration done, by two exponentials of the matrix and products with them."""
     scaled, last_phi, done, (phis, gammas) = first_order_only(kept, "released_sinkhorn")
 
     def iterate_back(state):

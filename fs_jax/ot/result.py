@@ -1,7 +1,7 @@
-"""What a solver returns, and how it is made from a plan and scaled potentials.
+"""The result of a solver, and how it is computed from a plan and scaled potentials.
 
-Inside, potentials are divided by the regularisation: plan = exp(φ_i + γ_j + s_ij) with s = -cost / reg. A point of
-marginal zero has no finite potential; `MASKED` stands for it.
+The iterations scale potentials by the regularisation: plan = exp(φ_i + γ_j + s_ij) with s = -cost / reg. The potential
+of a point without mass is -infinity; it is represented by `MASKED`.
 """
 
 import enum
@@ -23,32 +23,31 @@ UNROLL, ENVELOPE = _SECOND.format("unroll"), _SECOND.format("envelope")
 
 
 class Status(enum.IntEnum):
-    """What `Transport.status` means; the field itself is an integer array, so that it can come out of `jit`."""
+    """The meaning of `Transport.status`, which is an integer array so that `jit` can return it."""
 
     CONVERGED = 0  # the marginal error of the returned plan is at most the threshold
-    LIMIT = 1  # no verdict: no threshold was given, or all iterations were done before it was met
-    NOT_FINITE = 2  # NaN or infinity in the result: it is not a solution of anything
-    STALLED = 3  # rounding is all that is left of the error, and it is above the threshold
-    OUT_OF_RANGE = 4  # method="kernel" alone: exp(-cost / reg) underflowed where the plan has mass
+    LIMIT = 1  # no threshold was given, or num_iters was reached before the threshold was met
+    NOT_FINITE = 2  # NaN or infinity in the result
+    STALLED = 3  # the error is rounding error only, and still above the threshold
+    OUT_OF_RANGE = 4  # only method="kernel": exp(-cost / reg) underflowed where the plan has mass
 
 
 class Transport(NamedTuple):
-    """The result of a solver: a plan, its costs, and the evidence to judge them by.
+    """The result of a solver: a plan, its costs, its error and a status.
 
     Attributes:
-        plan: mass moved from each point to each, [n, m]: exp((f_i + g_j - cost_ij) / reg).
+        plan: mass moved from row i to column j, [n, m]: exp((f_i + g_j - cost_ij) / reg).
         primal_cost: ⟨plan, cost⟩, the paper's OT-distance.
-        reg_cost: with the entropic term, reg·KL(plan | a bᵀ), at these potentials (ott-jax's `reg_ot_cost`).
+        reg_cost: the cost with the entropic term, ⟨plan, cost⟩ + reg·KL(plan | a bᵀ), computed as the dual objective at
+            the potentials (ott-jax's `reg_ot_cost`).
         f: potential of each row in units of the cost, [n]; a large negative number where a is zero.
-        g: potential of each column, [m].
-        marginal_error: |plan 1 - a|₁ + |planᵀ 1 - b|₁ of this very plan, in units of mass. It is rounded up: the
-            dtype's rounding of the sums is part of it, so that the plan is at least this good. (Of a plan in half
-            precision it is float32.)
-        num_iters: iterations done.
-        status: a `Status` as an integer: 0 CONVERGED, with marginal_error <= threshold; 1 LIMIT, which is no verdict:
-            no threshold was given, or all iterations were done before it was met; 2 NOT_FINITE; 3 STALLED;
-            4 OUT_OF_RANGE.
-        errors: with `history`, the marginal error every ten iterations, NaN once stopped; else None.
+        g: potential of each column, [m]; likewise.
+        marginal_error: |plan 1 - a|₁ + |planᵀ 1 - b|₁ of the returned plan, in units of mass. It is rounded up by the
+            rounding error of its sums, so the plan is never worse than it says. (float32 for plans in half precision.)
+        num_iters: number of iterations done.
+        status: a `Status` as an integer: 0 CONVERGED, marginal_error <= threshold; 1 LIMIT, no threshold was given, or
+            the maximum number of iterations was reached first; 2 NOT_FINITE; 3 STALLED; 4 OUT_OF_RANGE.
+        errors: with `history`, the marginal error every ten iterations, NaN after the solver has stopped; else None.
     """
 
     plan: Float[Array, "n m"]
@@ -71,18 +70,18 @@ export.register_namedtuple_serialization(Transport, serialized_name="fs_jax.ot.T
 
 
 class Outcome(NamedTuple):
-    """Where the iterations ended.
+    """The result of the iterations.
 
     Attributes:
-        plan: the plan, [n, m]; only its value (`live_plan` gives it a derivative).
-        phi: scaled potentials of the centred cost, [n].
-        gamma: the same of the columns, [m].
-        done: iterations done. A floating number, since a derivative rule has no tangent for integers that vary over
-            mesh axes.
-        status: what it is where the threshold is not met, as a floating number.
-        accepted: 1 where a plan that meets the threshold is a solution; 0 where the solver asks for more, and has not
-            got it.
-        errors: of the plans after each run, if asked for.
+        plan: the plan, [n, m], without a derivative (`live_plan` adds it).
+        phi: scaled potentials of the rows for the centred cost, [n].
+        gamma: scaled potentials of the columns, [m].
+        done: iterations done, as a floating number: a derivative rule has no tangent for integers that vary over mesh
+            axes.
+        status: the status if the threshold is not met, as a floating number.
+        accepted: 1 if a plan that meets the threshold counts as converged; 0 if the solver has another condition that
+            is not met.
+        errors: marginal errors after each run, or None.
     """
 
     plan: jax.Array
@@ -96,24 +95,25 @@ class Outcome(NamedTuple):
 
 @jax.custom_jvp
 def live_plan(plan, scaled, phi, gamma):
-    """The plan, with the derivative of exp(φ_i + γ_j + s_ij).
+    """The given plan, with the derivative of exp(φ_i + γ_j + s_ij).
 
-    The iterations have the plan as a product of small factors; exponents as large as φ, γ and s would round it again.
+    The iterations compute the plan as a product of small corrections. Computing it from φ, γ and s instead would add
+    the rounding errors of large exponents.
     """
     return plan
 
 
 @live_plan.defjvp
 def _derivative(primals, tangents):
-    plan = live_plan(*primals)  # by itself, for derivatives of any order
+    plan = live_plan(*primals)  # calls itself, so that derivatives of any order are right
     _, d_scaled, d_phi, d_gamma = tangents
     return plan, plan * (d_scaled + d_phi[:, None] + d_gamma[None, :])
 
 
 def finish(plan, a):
-    """Half an iteration more, on the plan itself: its rows are brought to their sums, which rounding had left.
+    """Scales the plan's rows to their weights: half an iteration on the plan itself, which removes rounding errors.
 
-    Returns the plan, and the factor of each row.
+    Returns the plan and the factor of each row.
     """
     rows = plan.sum(1)
     factor = jnp.where(rows > 0, a / jnp.where(rows > 0, rows, 1), 1)
@@ -121,45 +121,47 @@ def finish(plan, a):
 
 
 def marginal_error(plan, a, b, axis_name=None):
-    """|plan 1 - a|₁ + |planᵀ 1 - b|₁, rounded up by what this computation may be off."""
+    """|plan 1 - a|₁ + |planᵀ 1 - b|₁, rounded up by the error of this computation."""
     wide = plan.astype(a.dtype)
     error = _sharding.total(_distance(wide, a, 1), axis_name) + _distance(wide, b, 0, axis_name)
     eps = jnp.finfo(a.dtype).eps
-    # |x| sums to within (n + m) eps of itself. A compiler may compute the plan again for this, rounded otherwise than
-    # the one that it stores: an eps of each entry, once for the rows and once for the columns.
-    points = sum(_sharding.whole(plan.shape, axis_name))
+    # The sum of n + m absolute values has a relative error of at most (n + m) eps. A compiler may also recompute the
+    # plan for this, with other rounding than in the plan that it stores: an eps of each entry, once in the row sums and
+    # once in the column sums.
+    points = sum(_sharding.global_shape(plan.shape, axis_name))
     return error * (1 + points * eps) + 2 * eps * lax.stop_gradient(_sharding.total(a.sum(), axis_name))
 
 
 def judged_error(plan, a, b, dtype, axis_name=None):
-    """The marginal error of a plan as it will be returned, for iterations that decide whether to stop.
+    """The marginal error of a plan as it will be returned, for the decision whether to stop.
 
-    The result is computed by another program; two units in the last place keep its rounding from changing the verdict.
+    The result's error is computed by another program. Two units in the last place are added here, so that different
+    rounding there can't put it above the threshold.
     """
     error, mass = marginal_error(plan.astype(dtype), a, b, axis_name), _sharding.total(a.sum(), axis_name)
     return error + 2 * jnp.finfo(a.dtype).eps * mass
 
 
 def rounding_floor(shape, mass, dtype):
-    """An error that rounding alone may leave in the plan: some units in the last place, more of more points."""
+    """A marginal error that can be due to rounding alone: a few units in the last place, growing with √(n + m)."""
     return (8 + math.sqrt(sum(shape))) * float(jnp.finfo(dtype).eps) * mass
 
 
-def has_stalled(error, waited, looks, floor):
-    """Whether an error no longer falls, after `looks` of which the last `waited` had no record.
+def has_stalled(error, since_best, num_checks, floor):
+    """Whether the error no longer decreases, after `num_checks` checks of which the last `since_best` set no new best.
 
-    Errors that rounding makes are new at each look: a record is rare then, and rarer the longer it goes. Above the
-    floor convergence may be slow, but it is convergence. What is not a number stays so.
+    Rounding errors vary randomly from check to check. A new best is then rare, and becomes rarer with the number of
+    checks. An error above the floor never counts as stalled, since convergence may just be slow. NaN always does.
     """
-    return ((error <= floor) & (waited > 20 + looks // 2)) | jnp.isnan(error)
+    return ((error <= floor) & (since_best > 20 + num_checks // 2)) | jnp.isnan(error)
 
 
 def _distance(plan, weights, axis, axis_name=None):
-    """Σ |Σ plan - weights|, the inner sums free of rounding but for the last place of the weights.
+    """Σ |Σ plan - weights|, where the inner sums are exact up to the last place of the weights.
 
-    Adding and subtracting σ, twice the sum, rounds an entry to a multiple of σ's last place. Of these multiples all
-    partial sums are exact, in any order; what was rounded off is a 1e-7th of the mass, and so is the error of its sum
-    to that.
+    With σ twice the sum, adding and subtracting σ rounds an entry to a multiple of the last place of σ. All partial
+    sums of these multiples are exact, in any order. The remainders are about 1e-7 of the mass, and their sum has a
+    relative error of about 1e-7 again.
     """
     sigma = lax.stop_gradient(2 * _sharding.total(plan.sum(axis, keepdims=True), axis_name))
     head = (plan + sigma) - sigma
@@ -170,10 +172,10 @@ def _distance(plan, weights, axis, axis_name=None):
 def transport(
     problem: Problem, outcome: Outcome, threshold, dtype, *, gauge=0, envelope: bool = False, axis_name=None
 ) -> Transport:
-    """The result at an outcome: the only place where costs and a status are made.
+    """The `Transport` of an outcome: the only place that computes costs and a status.
 
-    `dtype` is that of the result, whose plan is the one that is judged; `gauge` is a constant, in units of the cost,
-    that moves from g to f; `envelope` holds plan and potentials fixed; over the axis `axis_name` rows are sharded.
+    The marginal error is that of the plan in `dtype`, the result's. `gauge` is a constant, in units of the cost, that
+    moves from g to f. `envelope` holds plan and potentials fixed. Rows are sharded over `axis_name`, if given.
     """
     values = jax.tree.map(lax.stop_gradient, outcome) if envelope else outcome
     plan = lax.stop_gradient(outcome.plan)
@@ -190,7 +192,7 @@ def transport(
 
     done, status = (lax.stop_gradient(x).astype(jnp.int32) for x in (outcome.done, outcome.status))
     finite = jnp.isfinite(error) & jnp.isfinite(primal_cost) & jnp.isfinite(reg_cost)
-    finite &= _sharding.everywhere(jnp.all(jnp.isfinite(f)), axis_name) & jnp.all(jnp.isfinite(g))
+    finite &= _sharding.on_all_devices(jnp.all(jnp.isfinite(f)), axis_name) & jnp.all(jnp.isfinite(g))
     status = jnp.where(finite, status, Status.NOT_FINITE)
     if threshold is not None:
         status = jnp.where(threshold >= 0, status, Status.NOT_FINITE)
@@ -203,21 +205,21 @@ def transport(
 
 
 def narrowed(x, dtype):
-    """The same in the caller's dtype; below the lowest number of it (`MASKED` in float16) is that number."""
+    """Converts x to the caller's dtype. Numbers below its range (`MASKED` in float16) become its lowest number."""
     return x if x.dtype == dtype else jnp.maximum(x, float(jnp.finfo(dtype).min)).astype(dtype)
 
 
 def _costs(problem, fixed_plan, plan, phi, gamma, axis_name):
-    """⟨T, C⟩ of the fixed plan, and the regularised cost at the potentials, of which `plan` is a function."""
+    """⟨T, C⟩ of the fixed plan, and the regularised cost at the potentials; `plan` is a function of the potentials."""
     _, a, b, reg, rows, columns = problem
     total = partial(_sharding.total, axis_name=axis_name)
-    # The dual objective, for it is exact to second order where the potentials are not quite converged.
+    # The dual objective, since its error is of second order in that of the potentials.
     dual = total(_pair(a, phi)) + _pair(b, gamma) + total(a.sum()) * b.sum() - total(plan.sum())
     return total(jnp.sum(fixed_plan * problem.cost)), reg * dual + total(jnp.sum(a * rows)) + jnp.sum(b * columns)
 
 
 def _pair(weights, potential):
-    """Σ w (φ - log w) over the points that have mass."""
+    """Σ w (φ - log w) over points with mass."""
     return jnp.sum(jnp.where(weights != 0, weights * (potential - log_weights(weights)), 0))
 
 
@@ -239,9 +241,9 @@ def _envelope_derivative(axis_name, primals, tangents):
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def first_order_only(arguments, what: str):
-    """The arguments of a derivative rule; but an error where a derivative of the rule is asked for.
+    """The arguments of a derivative rule, with an error if the rule itself is differentiated.
 
-    The rule holds fixed what depends on them: without this a second derivative would be a wrong number.
+    The rule treats values that depend on its arguments as constants, so a second derivative would silently be wrong.
     """
     return arguments
 

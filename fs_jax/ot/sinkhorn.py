@@ -16,7 +16,7 @@ from fs_jax.ot.problem import make_problem
 from fs_jax.ot.result import Transport, transport
 
 METHODS = ("stabilized", "kernel", "log")
-# The iterations under each `grad`; "envelope" and "none" use them without a derivative.
+# The iterations for each `grad`; "envelope" and "none" use them without a derivative.
 GRADS = {
     "unroll": _dispatch.unroll,
     "implicit": _implicit.solve,
@@ -25,7 +25,7 @@ GRADS = {
 }
 
 
-@_checks.answers_other_names
+@_checks.suggests_names
 def sinkhorn(
     cost: Float[Array, "n m"],
     a: Float[Array, " n"] | Bool[Array, " n"] | None = None,
@@ -42,61 +42,65 @@ def sinkhorn(
     fused: bool = True,
     axis_name: AxisName | None = None,
 ) -> Transport:
-    """Entropic optimal transport by Sinkhorn's alternating scalings.
+    """Entropic optimal transport by the Sinkhorn algorithm.
 
         min over plans T with T 1 = a and Tᵀ 1 = b of ⟨T, C⟩ + reg·KL(T | a bᵀ)
 
-    With K = exp(-C / reg), from u = 1: v = b / (Kᵀ u), u = a / (K v), and T = diag(u) K diag(v). Each iteration does
-    the columns, then the rows.
+    With K = exp(-C / reg) and u = 1 at the start, an iteration updates the columns and then the rows: v = b / (Kᵀ u),
+    u = a / (K v). The plan is T = diag(u) K diag(v).
 
     Args:
-        cost: what it costs to move a unit of mass from row i to column j. Half precision is computed in float32 and
+        cost: cost of moving a unit of mass from row i to column j, [n, m]. Half precision is computed in float32 and
             returned in half precision, where a marginal error of 1e-3 (float16) or 1e-2 (bfloat16) is usual.
-        a: mass of each row, 1/n by default; a zero takes the row out of the problem, exactly. Or a boolean mask: the
-            rows that are True share a mass of one evenly.
+        a: mass of each row, 1/n by default. A weight of zero excludes the row from the problem exactly. Or a boolean
+            mask: the rows that are True share a mass of one evenly.
         b: mass of each column, 1/m by default; the same total as `a`.
         reg: weight of the entropic term, in units of the cost (the paper's τ, ott-jax's epsilon).
-        num_iters: iterations, at most (static under jit).
-        threshold: stop when the marginal error (L1, in units of mass) of the plan that is returned is at most this;
-            by default all iterations are done. In a batch each problem stops by its own error, and may have its own
-            threshold. One below what the dtype can reach ends early, with `Status.STALLED`.
-        method: "stabilized" goes at the speed of matrix-vector products and works at any reg: it keeps the scalings in
-            range, and goes through the log domain where it can't. "log" goes there always, several times slower.
-            "kernel" is Algorithm 1 to the letter and works while exp(-cost / reg) does not underflow (cost / reg up to
-            about 80 in float32); beyond, the result's status is `Status.NOT_FINITE` or `Status.OUT_OF_RANGE`.
-        grad: "unroll" differentiates the iterations (first derivatives, both modes); "implicit" the fixed point (of
-            any order), which the iterations must have reached (see `status`; else the gradient is another one; its
-            relative error is some 16 units in the last place over the gap between the two largest singular values of
-            the plan scaled to unit marginals, so use float64 where reg is very small). Of f and g it holds the mean of
-            f fixed, since a constant can move between them;
-            "envelope" holds plan and potentials fixed, so that the gradient of `primal_cost` is the plan and that of
-            `reg_cost` is exact at convergence (first derivatives); "none" gives zeros.
-        init: potentials (f, g) to start from, such as those of a similar problem. The columns are updated first, so it
-            is f that matters, up to a constant.
+        num_iters: maximum number of iterations (static under jit).
+        threshold: stop when the marginal error (L1, in units of mass) of the returned plan is at most this. By
+            default, all iterations are done. In a batch, each problem stops by its own error, and may have its own
+            threshold. With a threshold below what the dtype can reach, the solver stops early with `Status.STALLED`.
+        method: "stabilized" has the speed of matrix-vector products and works at any `reg`: it keeps the scalings in
+            range, and uses the log domain when it can't. "log" always uses the log domain, and is several times slower.
+            "kernel" is exactly Algorithm 1. It works while exp(-cost / reg) does not underflow (cost / reg up to about
+            80 in float32); beyond that, the status is `Status.NOT_FINITE` or `Status.OUT_OF_RANGE`.
+        grad: how to differentiate.
+            "unroll" differentiates through the iterations (first derivatives, forward and reverse mode).
+            "implicit" differentiates the fixed point (derivatives of any order). The iterations must have converged,
+            otherwise the gradient is wrong (see `status`). Its relative error is about 16 units in the last place
+            divided by the gap between the two largest singular values of the plan scaled to unit marginals, so use
+            float64 if `reg` is very small. Since a constant can move between f and g, their derivatives are defined
+            with the mean of f held fixed.
+            "envelope" holds plan and potentials fixed: the gradient of `primal_cost` is the plan, and that of
+            `reg_cost` is exact at convergence (first derivatives).
+            "none" gives zero gradients.
+        init: initial potentials (f, g), such as those of a similar problem. Since columns are updated first, only f
+            matters, up to a constant.
         reg_start: start with this larger regularisation, such as the mean cost, and halve it every ten iterations down
-            to `reg`. Between sets of points of even weights, and at a `reg` below a hundredth of the costs, a marginal
-            error of 1e-3 is then met in a fraction of the iterations. With uneven weights, smaller thresholds or a
-            larger `reg` it may take more of them: try both. They come before the `num_iters` at `reg`, are included in
-            the result's, and are not differentiated: "unroll" takes their potentials as it takes `init`.
-        history: return the marginal error every ten iterations at `reg` too, as `errors`.
-        fused: in programs for an NVIDIA GPU, do all iterations of a problem in one kernel: float32, up to 256 points
-            on a side, `method` "stabilized". Elsewhere this changes nothing.
-        axis_name: inside `jax.shard_map` or `jax.pmap`, the mapped axis over which the rows are sharded. Then `cost`,
-            `a` and the f of `init` have this device's rows, as many on each, and `b`, the g of `init` and the rest are
-            the same on all. So are the result's costs, g, error, count and status; its plan and f are this device's
-            rows. Iterations, stopping and derivatives are those of the whole problem, of which no device has more than
-            its rows; each iteration sums one vector [m] over devices. A gradient is as of `jax.lax.psum`: that of the
-            sum over devices of what each returns; under `shard_map` that checks what varies, a value that is the same
-            on all devices is one value, and counts once. ("implicit" has no dense factorisation to fall back on: where
-            conjugate gradients do not get there, its gradient is NaN.)
+            to `reg`. For sets of points with even weights and a `reg` below a hundredth of the costs, this reaches a
+            marginal error of 1e-3 in a fraction of the iterations. With uneven weights, smaller thresholds or a larger
+            `reg` it may need more iterations, so try both. These iterations are done before the `num_iters` at `reg`
+            and counted in the result's `num_iters`. They are not differentiated: "unroll" treats their potentials like
+            `init`.
+        history: also return the marginal error every ten iterations at `reg`, as `errors`.
+        fused: in programs for an NVIDIA GPU, do all iterations of a problem in one kernel. This applies to float32, up
+            to 256 points on a side, and `method` "stabilized"; otherwise the option has no effect.
+        axis_name: inside `jax.shard_map` or `jax.pmap`, the mapped axis over which the rows are sharded. `cost`, `a`
+            and the f of `init` hold this device's rows, equally many on each device; `b`, the g of `init` and all
+            other arguments are the same on all devices. In the result, `plan` and `f` hold this device's rows, and
+            everything else is the same on all devices. Iterations, stopping and derivatives are those of the whole
+            problem, but no device stores more than its rows; each iteration sums one vector [m] over devices.
+            Gradients are as for `jax.lax.psum`: they are gradients of the sum of all devices' values. Under
+            `shard_map` with `check_vma` (the default), a value that is the same on all devices counts once. ("implicit"
+            can't fall back on a dense factorisation here: its gradient is NaN if conjugate gradients don't converge.)
 
     Returns:
         A `Transport`.
 
     Raises:
-        TypeError: an argument is not of the kind described.
-        ValueError: a shape or value is refused; the message says which, and what was expected.
-        NotImplementedError: a second derivative is taken where `grad` has first ones only.
+        TypeError: if an argument is not as described.
+        ValueError: if a shape or value is invalid; the message says which, and what is expected.
+        NotImplementedError: if a second derivative is taken and `grad` has first derivatives only.
 
     Example:
         >>> import jax, jax.numpy as jnp, fs_jax.ot
@@ -110,8 +114,8 @@ def sinkhorn(
         >>> batch.converged
         Array([ True,  True], dtype=bool)
 
-    Source: Cuturi, Sinkhorn Distances (NeurIPS 2013); Algorithm 1 of Zhang and Wang (NeurIPS 2019), which leaves the
-    marginals 1/n out.
+    Source: Cuturi, Sinkhorn Distances (NeurIPS 2013); Algorithm 1 of Zhang and Wang (NeurIPS 2019), which omits the
+    factors 1/n of the marginals.
     """
     axis_name = _checks.axis(axis_name)
     cost, a, b, dtype = _checks.problem(cost, a, b, axis_name)
@@ -131,19 +135,19 @@ def sinkhorn(
 def _solve(cost, a, b, reg, reg_start, threshold, f, options, grad):
     if grad == "none":
         cost, a, b, reg, f = lax.stop_gradient((cost, a, b, reg, f))
-    # "kernel" is the algorithm to the letter, whose range is that of exp(-cost / reg) itself.
+    # "kernel" is exactly Algorithm 1, whose range is that of exp(-cost / reg): it doesn't centre the cost.
     centred, axis_name = options.method != "kernel", options.axis_name
     problem, (reg_start, threshold, f) = make_problem(
         cost, a, b, reg, reg_start, threshold, f, centred=centred, axis_name=axis_name
     )
-    same = _sharding.agreed((problem.b, problem.reg, reg_start, threshold), axis_name)
+    same = _sharding.same_or_nan((problem.b, problem.reg, reg_start, threshold), axis_name)
     problem, (reg_start, threshold) = problem._replace(b=same[0], reg=same[1]), same[2:]
     done = 0
     if reg_start is not None:
         f, done = _decreasing(*lax.stop_gradient((problem, reg_start, f)), options)
     start = ((0 if f is None else f) - problem.rows) / problem.reg
-    # A constant can move from f to g. The largest start is taken out here, and given back with the result: beside a
-    # large constant float32 would lose what is left.
+    # A constant can move from f to g. The largest start is subtracted here and added to the result again, since float32
+    # loses the digits of numbers next to a large constant.
     constant = _largest(lax.stop_gradient(start), problem.a, axis_name)
     start -= constant
     arguments = (problem.scaled, problem.a, problem.b, start)
@@ -153,13 +157,13 @@ def _solve(cost, a, b, reg, reg_start, threshold, f, options, grad):
     outcome = outcome._replace(done=outcome.done + done)
     gauge = constant * problem.reg
     if grad == "implicit":
-        gauge = _held(gauge, outcome.phi, problem, axis_name)
+        gauge = _with_mean_fixed(gauge, outcome.phi, problem, axis_name)
     envelope = grad == "envelope"
     return transport(problem, outcome, threshold, options.dtype, gauge=gauge, envelope=envelope, axis_name=axis_name)
 
 
 def _decreasing(problem, reg_start, f, options):
-    """Potentials of the rows to start from, and the iterations that they took, from `reg_start` down to above reg."""
+    """Initial row potentials from solving at `reg_start` and its halves above reg, and the number of iterations."""
     options = options._replace(num_iters=RUN, history=False)
     f = jnp.zeros_like(problem.a) if f is None else f
 
@@ -176,17 +180,17 @@ def _decreasing(problem, reg_start, f, options):
 
 
 def _largest(start, a, axis_name):
-    """Of the points with mass; 0 where that is no number."""
+    """The largest start of the points with mass; 0 if it is not finite."""
     largest = _sharding.maximum(jnp.max(jnp.where(a != 0, start, -jnp.inf)), axis_name)
     return jnp.where(jnp.isfinite(largest), largest, 0)
 
 
-def _held(gauge, phi, problem, axis_name):
-    """The constant that moves from g to f, so that the mean of f over the rows has no derivative.
+def _with_mean_fixed(gauge, phi, problem, axis_name):
+    """The gauge, with a derivative that makes the mean of f over the rows constant.
 
-    The fixed point's equations don't say where the constant is.
+    The equations of the fixed point don't determine the constant.
     """
-    there = problem.a != 0
-    f = _sharding.total(jnp.sum(jnp.where(there, problem.reg * phi + problem.rows, 0)), axis_name)
-    mean = f / jnp.maximum(_sharding.total(there.sum(), axis_name), 1).astype(phi.dtype)
+    present = problem.a != 0
+    f = _sharding.total(jnp.sum(jnp.where(present, problem.reg * phi + problem.rows, 0)), axis_name)
+    mean = f / jnp.maximum(_sharding.total(present.sum(), axis_name), 1).astype(phi.dtype)
     return lax.stop_gradient(mean + gauge) - mean

@@ -1,4 +1,4 @@
-"""Entropic transport whose marginals may be missed, at a price: for masses that differ, and for outliers."""
+"""Unbalanced entropic transport: relaxed marginals, for sets of different mass and for outliers."""
 
 from functools import partial
 from typing import Literal, NamedTuple
@@ -19,19 +19,19 @@ GRADS = ("implicit", "envelope", "none")
 
 
 class Unbalanced(NamedTuple):
-    """The result of `unbalanced_sinkhorn`: a plan, its costs, and the evidence to judge them by.
+    """The result of `unbalanced_sinkhorn`: a plan, its costs, its duality gap and a status.
 
     Attributes:
-        plan: mass moved from each point to each, [n, m]: exp((f_i + g_j - cost_ij) / reg).
-        primal_cost: ⟨plan, cost⟩, of the mass that is moved.
-        reg_cost: the dual objective at these potentials: the minimum lies between it and `reg_cost + gap`.
+        plan: mass moved from row i to column j, [n, m]: exp((f_i + g_j - cost_ij) / reg).
+        primal_cost: ⟨plan, cost⟩, the cost of the mass that is moved.
+        reg_cost: the dual objective at these potentials. The minimum lies between it and `reg_cost + gap`.
         f: potential of each row in units of the cost, [n]; a large negative number where a is zero. It includes
-            reg·log a, as in `Transport`: without it, f' = f - reg·log a, the solution has plan 1 = a exp(-f' / ρ_a).
-        g: potential of each column, [m].
-        gap: how far the dual objective is below the minimum at most, in units of cost times mass, rounded up. It also
-            bounds how far the plan is off: reg·KL(optimal plan | plan) <= gap.
-        num_iters: iterations done.
-        status: a `Status` as an integer: 0 CONVERGED, with gap <= threshold; 1 LIMIT; 2 NOT_FINITE; 3 STALLED.
+            reg·log a, as in `Transport`. With f' = f - reg·log a, the solution has plan 1 = a exp(-f' / ρ_a).
+        g: potential of each column, [m]; likewise.
+        gap: upper bound of the difference between the minimum and the dual objective, in units of cost times mass. It
+            also bounds the error of the plan: reg·KL(optimal plan | plan) <= gap.
+        num_iters: number of iterations done.
+        status: a `Status` as an integer: 0 CONVERGED, gap <= threshold; 1 LIMIT; 2 NOT_FINITE; 3 STALLED.
     """
 
     plan: Float[Array, "n m"]
@@ -53,13 +53,13 @@ export.register_namedtuple_serialization(Unbalanced, serialized_name="fs_jax.ot.
 
 
 class Options(NamedTuple):
-    """What is known when a program is compiled."""
+    """Static options, known at compile time."""
 
     num_iters: int
     dtype: str
 
 
-@_checks.answers_other_names
+@_checks.suggests_names
 def unbalanced_sinkhorn(
     cost: Float[Array, "n m"],
     a: Float[Array, " n"] | Bool[Array, " n"] | None = None,
@@ -76,36 +76,39 @@ def unbalanced_sinkhorn(
 
         min over T >= 0 of ⟨T, C⟩ + reg·KL(T | a bᵀ) + ρ_a·KL(T 1 | a) + ρ_b·KL(Tᵀ 1 | b)
 
-    with KL(x | y) = Σ x log(x / y) - x + y. Mass that would cost more than about ρ_a + ρ_b a unit is not moved. With
-    both ρ infinite the problem is that of `sinkhorn`, with one of them the semi-relaxed one. Convergence does not slow
-    down as ρ grows.
+    with KL(x | y) = Σ x log(x / y) - x + y. Mass is not moved if that would cost more than about ρ_a + ρ_b per unit. If
+    both ρ are infinite, this is the problem of `sinkhorn`; if one of them is, it is semi-relaxed transport. Convergence
+    does not slow down as ρ grows.
 
     Args:
-        cost: what it costs to move a unit of mass from row i to column j. Half precision is computed in float32 and
+        cost: cost of moving a unit of mass from row i to column j, [n, m]. Half precision is computed in float32 and
             returned in half precision.
-        a: mass of each row, 1/n by default; a zero takes the row out of the problem, exactly. Or a boolean mask: the
-            rows that are True share a mass of one evenly.
-        b: mass of each column, 1/m by default; of any total, unless both `rho` are infinite.
+        a: mass of each row, 1/n by default. A weight of zero excludes the row from the problem exactly. Or a boolean
+            mask: the rows that are True share a mass of one evenly.
+        b: mass of each column, 1/m by default. Its total may differ from that of `a`, unless both `rho` are infinite.
         reg: weight of the entropic term, in units of the cost.
-        rho: price of a marginal that is missed, in units of the cost: one number, or one for the rows and one for the
-            columns; `jnp.inf` for a marginal that has to be met. It may be traced and differentiated. (ott-jax's
-            tau is ρ / (ρ + reg).)
-        num_iters: iterations, at most (static under jit).
-        threshold: stop when the duality gap (in units of cost times mass) is at most this; by default all iterations
-            are done. It is looked at every ten iterations. One below what the dtype can reach ends early, with
-            `Status.STALLED`. In a batch each problem stops by its own.
-        grad: "implicit" differentiates the equations of the solution (of any order), which the iterations must have
-            reached; "envelope" holds plan and potentials fixed, so that the gradient of `reg_cost` is exact at
-            convergence, also by a, b, reg and rho (first derivatives); "none" gives zeros.
-        init: potentials (f, g) to start from, such as those of a similar problem; it is f that matters.
+        rho: weight of the marginals' KL terms, in units of the cost: one number, or a pair for rows and columns.
+            `jnp.inf` makes a marginal a hard constraint. It may be traced and differentiated. (ott-jax's tau is
+            ρ / (ρ + reg).)
+        num_iters: maximum number of iterations (static under jit).
+        threshold: stop when the duality gap (in units of cost times mass) is at most this; checked every ten
+            iterations. By default, all iterations are done. With a threshold below what the dtype can reach, the solver
+            stops early with `Status.STALLED`. In a batch, each problem stops by its own gap.
+        grad: how to differentiate.
+            "implicit" differentiates the optimality conditions (derivatives of any order); the iterations must have
+            converged.
+            "envelope" holds plan and potentials fixed: the gradient of `reg_cost` is exact at convergence, also with
+            respect to a, b, reg and rho (first derivatives).
+            "none" gives zero gradients.
+        init: initial potentials (f, g), such as those of a similar problem. Only f matters.
 
     Returns:
         An `Unbalanced`.
 
     Raises:
-        TypeError: an argument is not of the kind described.
-        ValueError: a shape or value is refused; the message says which, and what was expected.
-        NotImplementedError: a second derivative is taken with grad="envelope".
+        TypeError: if an argument is not as described.
+        ValueError: if a shape or value is invalid; the message says which, and what is expected.
+        NotImplementedError: if a second derivative is taken with grad="envelope".
 
     Example:
         >>> from fs_jax.ot import sqeuclidean_cost, unbalanced_sinkhorn
@@ -115,12 +118,12 @@ def unbalanced_sinkhorn(
         [[0.9 0.  0. ]
          [0.  0.9 0. ]]
 
-    Source: Chizat et al. (Mathematics of Computation 2018); the constant between the potentials: Séjourné, Vialard and
-    Peyré (AISTATS 2022). The gap is derived where it is computed (`_relaxed.gap`).
+    Source: Chizat et al. (Mathematics of Computation 2018); for the constant between the potentials, Séjourné, Vialard
+    and Peyré (AISTATS 2022). The gap is derived in `_relaxed.gap`.
     """
     sides = rho if isinstance(rho, tuple | list) else (rho, rho)
     if len(sides) != 2:
-        raise ValueError(f"rho: expected one number, or one for the rows and one for the columns; got {len(sides)}")
+        raise ValueError(f"rho: expected one number, or a pair for rows and columns; got {len(sides)} numbers")
     cost, a, b, dtype = _checks.problem(cost, a, b, any_mass=not all(_checks.is_infinite(r) for r in sides))
     reg = _checks.positive("reg", reg, cost.dtype)
     names = ("rho[0]", "rho[1]") if sides is rho else ("rho", "rho")
@@ -164,9 +167,9 @@ def _marginals(problem: Problem, inverse_rho):
 
 @partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _implicit(scaled, rows: Marginal, columns: Marginal, start, limit, num_iters: int) -> _relaxed.Outcome:
-    """The iterations' `Outcome`; its potentials have the derivative of the solution.
+    """`Outcome` of the iterations, whose potentials have the derivative of the solution.
 
-    Differentiating T 1 = a exp(-ε_a F) = x and the same of the columns, with φ = F + log a - shift,
+    Differentiating T 1 = a exp(-ε_a F) = x, and the same for the columns, with φ = F + log a - shift gives
 
         [(1 + ε_a) diag(x)   T                 ] [dφ]   [x (dlog a + ...) - (T∘ds) 1 ]
         [Tᵀ                  (1 + ε_b) diag(y) ] [dγ] = [y (dlog b + ...) - (T∘ds)ᵀ 1]
@@ -180,16 +183,16 @@ def _implicit(scaled, rows: Marginal, columns: Marginal, start, limit, num_iters
 def _derivative(num_iters, primals, tangents):
     scaled, rows, columns, *_ = primals
     d_scaled, d_rows, d_columns, *_ = tangents
-    outcome = _implicit(*primals, num_iters)  # by itself, for derivatives of any order
+    outcome = _implicit(*primals, num_iters)  # calls itself, so that derivatives of any order are right
     plan = live_plan(lax.stop_gradient(outcome.plan), scaled, outcome.phi, outcome.gamma)
     d_plan = plan * d_scaled
 
     def right(side, d_side, potential, d_sum, axis):
         weights, damping, shift = side
         d_log = d_side.weights * inverse(weights)
-        free = jnp.where(weights != 0, potential - log_weights(weights) + shift, 0)
-        d_asked = (1 + damping) * d_log - damping * d_side.shift - d_side.damping * free
-        return plan.sum(axis) * d_asked - d_sum
+        potential = jnp.where(weights != 0, potential - log_weights(weights) + shift, 0)
+        d_log_target = (1 + damping) * d_log - damping * d_side.shift - d_side.damping * potential
+        return plan.sum(axis) * d_log_target - d_sum
 
     right_rows = right(rows, d_rows, outcome.phi, d_plan.sum(1), 1)
     right_columns = right(columns, d_columns, outcome.gamma, d_plan.sum(0), 0)
@@ -198,7 +201,7 @@ def _derivative(num_iters, primals, tangents):
 
 
 def _costs(problem, inverse_rho, outcome):
-    """⟨T, C⟩, the dual objective at the potentials, and the plan, all functions of the problem and the potentials.
+    """⟨T, C⟩, the dual objective, and the plan T, all as functions of the problem and the potentials.
 
     The dual objective is Σ a ρ_a (1 - exp(-F reg / ρ_a)) + Σ b ρ_b (1 - exp(-G reg / ρ_b)) - reg (|T| - |a| |b|).
     """
@@ -206,13 +209,13 @@ def _costs(problem, inverse_rho, outcome):
     dual = problem.reg * (problem.a.sum() * problem.b.sum() - plan.sum())
     sides = zip(_marginals(problem, inverse_rho), (outcome.phi, outcome.gamma), inverse_rho, strict=True)
     for side, potential, r in sides:
-        free = jnp.where(side.weights != 0, potential - log_weights(side.weights) + side.shift, 0)
-        dual += jnp.sum(side.weights * _saturated(problem.reg * free, r))
+        potential = jnp.where(side.weights != 0, potential - log_weights(side.weights) + side.shift, 0)
+        dual += jnp.sum(side.weights * _saturated(problem.reg * potential, r))
     return jnp.sum(plan * problem.cost), dual, plan
 
 
 def _saturated(f, r):
-    """(1 - exp(-r f)) / r, which is f at r = 0; by its series where the quotient would lose its digits."""
+    """(1 - exp(-r f)) / r, which is f at r = 0; by its series for small r f, where the quotient loses digits."""
     small = jnp.abs(r * f) < 1e-3
     divisor = jnp.where(small, 1, r)
     series = f * (1 - r * f / 2 * (1 - r * f / 3 * (1 - r * f / 4)))

@@ -62,7 +62,7 @@ def test_a_batch_is_a_loop(make_problem):
 
 def test_another_cost_is_refused(make_problem):
     cost, a, b = make_problem(6, 9)
-    with pytest.raises(ValueError, match=r"result: expected that of a cost of shape \(6, 9\); got a plan \(9, 6\)"):
+    with pytest.raises(ValueError, match=r"result: expected a plan of the cost's shape, \(6, 9\), got \(9, 6\)"):
         bounds(cost, sinkhorn(cost.T, b, a, reg=0.1), a, b)
 
 

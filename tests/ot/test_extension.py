@@ -86,8 +86,8 @@ def test_a_collapsed_batch_has_no_scale_and_huge_costs_have_one():
     (lambda: potential_at(COST, np.zeros(6), reg=REG), r"g: expected the potentials of the columns .*got shape \(6,\)"),
     (lambda: potential_at(COST, np.zeros(9), reg=0), "reg: expected a finite number above 0"),
     (lambda: barycentric_map(COST, np.zeros(9), X, reg=REG), r"y: expected one row per column of cost, \[9, d\]"),
-    (lambda: relative_reg(0.1, -COST), "cost: expected costs of a positive mean"),
-    (lambda: relative_reg(0.1, np.ones((2, 3)), to="std"), "cost: expected costs of a positive std"),
+    (lambda: relative_reg(0.1, -COST), "cost: expected a positive mean"),
+    (lambda: relative_reg(0.1, np.ones((2, 3)), to="std"), "cost: expected a positive std"),
     (lambda: potential_at(COST[0], np.zeros(9), reg=REG), r"cost: expected one matrix of shape \[k, m\]"),
     (lambda: relative_reg(0.1, COST, to="median"), "to: expected one of 'mean', 'std', got 'median'"),
 ])  # fmt: skip

@@ -26,7 +26,7 @@ BOTH = [(sinkhorn, {"reg": 0.1}), (ipot, {"beta": 0.1})]
         ({"b": np.ones(2) / 2}, "b: expected one weight per column of cost, shape (3,), got (2,)"),
         ({"a": np.array([1.5, -0.5])}, "a: expected finite weights of at least 0, got -0.5 at index 1"),
         ({"b": np.array([NAN, 0.5, 0.5])}, "b: expected finite weights of at least 0, got nan at index 0"),
-        ({"a": np.zeros(2)}, "a: expected some mass, got zeros alone"),
+        ({"a": np.zeros(2)}, "a: expected at least one positive weight, got zeros only"),
         ({"a": np.ones(2)}, "b: expected the total mass of a, 2, got 1; divide each by its sum"),
         ({"num_iters": 0}, "num_iters: expected at least 1, got 0"),
         ({"threshold": -1e-3}, "threshold: expected a number of at least 0, got -0.001"),
@@ -133,7 +133,7 @@ def test_names_of_other_libraries_are_answered_with_ours():
     ]:
         with pytest.raises(TypeError, match=answer):
             sinkhorn(COST, **options)
-    with pytest.raises(TypeError, match=r"sinkhorn: expected cost, a, b by position, .* too many positional"):
+    with pytest.raises(TypeError, match=r"sinkhorn: expected cost, a, b by position .* too many positional"):
         sinkhorn(np.ones(2) / 2, np.ones(3) / 3, COST, 0.1)
     with pytest.raises(TypeError, match=r"sinkhorn: .* missing a required .*'reg'"):
         sinkhorn(COST, 0.1)

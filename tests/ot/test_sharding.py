@@ -305,5 +305,5 @@ def test_no_device_holds_the_whole_matrix(name):
 
 @pytest.mark.parametrize("name", ["d", 3])
 def test_an_axis_that_is_not_mapped_is_refused(name):
-    with pytest.raises(ValueError, match=f"axis_name: expected the name of an axis that .* maps here, got {name!r}"):
+    with pytest.raises(ValueError, match=f"axis_name: expected the name of an axis mapped by .*, got {name!r}"):
         sinkhorn(np.ones((2, 2)), reg=0.1, axis_name=name)

@@ -198,7 +198,7 @@ def test_masks_are_weights(solver):
     np.testing.assert_allclose(got.plan, expected.plan, atol=1e-15)
     traced = jax.jit(solver)(cost, rows, columns)
     np.testing.assert_allclose(traced.plan, expected.plan, atol=1e-15)
-    with pytest.raises(ValueError, match="a: expected some mass, got zeros alone"):
+    with pytest.raises(ValueError, match="a: expected at least one positive weight, got zeros only"):
         solver(cost, np.zeros(4, bool))
 
 

@@ -272,7 +272,7 @@ def test_half_precision_is_computed_in_float32(unequal, dtype):
     [
         ({"rho": 0.0}, "rho: expected a number above 0, got 0.0"),
         ({"rho": (1.0, -2.0)}, r"rho\[1\]: expected a number above 0, got -2.0"),
-        ({"rho": (1.0, 2.0, 3.0)}, "rho: expected one number, or one for the rows and one for the columns; got 3"),
+        ({"rho": (1.0, 2.0, 3.0)}, "rho: expected one number, or a pair for rows and columns; got 3 numbers"),
         ({"rho": np.inf}, "b: expected the total mass of a"),
         ({"grad": "unroll"}, "grad: expected one of 'implicit', 'envelope', 'none', got 'unroll'"),
         ({"tau_a": 0.9}, r"tau_a, which is called rho \(tau is rho / \(rho \+ reg\)\) here"),
