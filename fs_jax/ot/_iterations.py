@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fs_jax.ot._batching import in_chunks
-from fs_jax.ot._loops import RUN, lengths, once_if, value_if
+from fs_jax.ot._loops import RUN, lengths, once_if, value_if, with_row
 from fs_jax.ot._numerics import MASKED, largest, log_sum_exp, product, within
 from fs_jax.ot._sharding import AxisName, global_shape, maximum, minimum, on_all_devices, on_any_device, total
 from fs_jax.ot.problem import Points
@@ -254,7 +254,7 @@ def _log_run(points, limit, path_length, length, state, counts):
     (du, dv), counts, rows = _iterate(iteration, column_error, points.b, limit, path_length, length, pair, counts)
     rows = None if path_length is None else Run(state.f, state.g, *rows[:2], jnp.ones_like(counts.stopped), rows[2])
     # Corrections that have grown are absorbed into the reference, which rounds them; small ones are kept as they are.
-    grown = on_any_device(jnp.maximum(jnp.abs(du).max(), jnp.abs(dv).max()) > 1, axis_name)
+    grown = on_any_device(jnp.abs(jnp.concatenate([du, dv])).max() > 1, axis_name)
     f, g = jnp.where(present_a & grown, state.f + du, state.f), jnp.where(present_b & grown, state.g + dv, state.g)
     u, v = jnp.exp(jnp.where(grown, 0, du)), jnp.exp(jnp.where(grown, 0, dv))
     return (State(f, g, u, v, None), counts), rows
@@ -347,8 +347,8 @@ def _iterate(iteration, column_error, b, limit, path_length, length, pair, count
             counts = Counts(counts.done + jnp.where(idle, 0, 1), stopped, error, counts.bound)
         if rows is not None:
             u, v, active = rows
-            active = None if active is None else active.at[i].set(~idle)
-            rows = (u.at[i + 1].set(new[0]), v.at[i].set(new[1]), active)
+            active = None if active is None else with_row(active, i, ~idle)
+            rows = (with_row(u, i + 1, new[0]), with_row(v, i, new[1]), active)
         return new, counts, rows
 
     def iterate(carry):
@@ -358,7 +358,7 @@ def _iterate(iteration, column_error, b, limit, path_length, length, pair, count
     if path_length is not None:
         sizes = (path_length + 1, path_length)
         u, v = (jnp.zeros_like(x, shape=(size, *x.shape)) for size, x in zip(sizes, pair, strict=True))
-        rows = (u.at[0].set(pair[0]), v, None if limit is None else jnp.zeros_like(v, bool, shape=path_length))
+        rows = (with_row(u, 0, pair[0]), v, None if limit is None else jnp.zeros_like(v, bool, shape=path_length))
     carry = (pair, counts, rows)
     return iterate(carry) if limit is None else once_if(~counts.stopped, iterate, carry)
 

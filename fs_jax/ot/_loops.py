@@ -35,3 +35,13 @@ def value_if(condition, function, default, *inputs):
     """
     zeros = jax.tree.map(jnp.zeros_like, inputs)
     return once_if(condition, lambda carry: (function(*carry[1]), zeros), (default, inputs))[0]
+
+
+def row(array, i):
+    """`array[i]` for i in range. Indexing would also handle negative i, which takes time in each iteration."""
+    return lax.dynamic_index_in_dim(array, i, keepdims=False, allow_negative_indices=False)
+
+
+def with_row(array, i, new):
+    """`array.at[i].set(new)` for i in range; `at` would also handle negative i, and i out of range."""
+    return lax.dynamic_update_index_in_dim(array, new, i, 0, allow_negative_indices=False)

@@ -48,7 +48,7 @@ def within(limit, *arrays):
 
     This doesn't use the maximum: in a batch on a CPU, XLA's maximum of an array of NaN can be -inf.
     """
-    return jnp.all(jnp.stack([jnp.all(array <= limit) for array in arrays]))
+    return jnp.all(jnp.concatenate([array.ravel() for array in arrays]) <= limit)
 
 
 def inverse(weights):

@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from fs_jax.ot import _iterations
 from fs_jax.ot._batching import in_chunks
 from fs_jax.ot._iterations import Options
-from fs_jax.ot._loops import lengths, once_if
+from fs_jax.ot._loops import lengths, once_if, row, with_row
 from fs_jax.ot._numerics import inverse, normalised, product
 from fs_jax.ot._sharding import total
 from fs_jax.ot.problem import Points
@@ -127,7 +127,7 @@ def _back_stabilized(points, run, length, carry):
     cotangents, c_scaled, (k, f, g) = carry
     # K is computed again only if this run has another reference. A run in the log domain uses none.
     new_f, new_g = jnp.where(run.is_log, f, run.f), jnp.where(run.is_log, g, run.g)
-    moved = jnp.any(new_f != f) | jnp.any(new_g != g)
+    moved = jnp.any(jnp.concatenate([new_f, new_g]) != jnp.concatenate([f, g]))
     reference = once_if(moved, lambda kernel: (_kernel(points, *kernel[1:]), run.f, run.g), (k, new_f, new_g))
     carry = _back_kernel(points, run, length, (cotangents, c_scaled, reference))
     return once_if(run.is_log, partial(_back_log, points, run, length), carry)
@@ -141,13 +141,13 @@ def _back_kernel(points, run, length, carry):
     def iteration(i, carry):
         i = length - 1 - i
         ((c_phi, c_gamma), (total_a, total_b)), (xs, ys) = carry
-        x = run.u[i + 1] * c_phi * inverse_a
-        c_gamma = c_gamma - run.v[i] * product("ij,i->j", reference[0], x)
-        y = run.v[i] * total(c_gamma, points.axis_name) * inverse_b
-        new_c_phi = -run.u[i] * product("ij,j->i", reference[0], y)
+        x = row(run.u, i + 1) * c_phi * inverse_a
+        c_gamma = c_gamma - row(run.v, i) * product("ij,i->j", reference[0], x)
+        y = row(run.v, i) * total(c_gamma, points.axis_name) * inverse_b
+        new_c_phi = -row(run.u, i) * product("ij,j->i", reference[0], y)
         new = ((new_c_phi, jnp.zeros_like(c_gamma)), (total_a + c_phi, total_b + c_gamma))
         new, x, y = _where_active(run, i, (new, x, y), (carry[0], jnp.zeros_like(x), jnp.zeros_like(y)))
-        return new, (xs.at[i].set(x), ys.at[i].set(y))
+        return new, (with_row(xs, i, x), with_row(ys, i, y))
 
     xs, ys = jnp.zeros_like(run.u[1:]), jnp.zeros_like(run.v)
     new, (xs, ys) = lax.fori_loop(0, length, iteration, (cotangents, (xs, ys)))
@@ -182,7 +182,7 @@ class _Logs(NamedTuple):
     dv: jax.Array
 
     def plan(self, i, j):
-        return jnp.exp(self.matrix + self.du[i][:, None] + self.dv[j][None, :])
+        return jnp.exp(self.matrix + row(self.du, i)[:, None] + row(self.dv, j)[None, :])
 
 
 def _logs(points, run):
@@ -197,7 +197,7 @@ def _where_active(run, i, new, old):
     """The new values if iteration i was done, else the old ones."""
     if run.active is None:
         return new
-    return jax.tree.map(lambda x, y: jnp.where(run.active[i], x, y), new, old)
+    return jax.tree.map(lambda x, y: jnp.where(row(run.active, i), x, y), new, old)
 
 
 def _kernel(points, f, g):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from fs_jax.ot import _checks
 from fs_jax.ot._batching import in_chunks
-from fs_jax.ot._loops import RUN, lengths, once_if
+from fs_jax.ot._loops import RUN, lengths, once_if, with_row
 from fs_jax.ot._numerics import MASKED, inverse, largest, log_sum_exp, normalised, product, within
 from fs_jax.ot._unroll import with_transpose
 from fs_jax.ot.problem import Points, make_problem
@@ -294,7 +294,7 @@ def _run(points, inner_iters, path_length, length, before, state):
             (x, y, d_delta, d_sigma), (rows, columns), in_range = carry
             xs, ys, is_exact = inner_iterations(points, run, i + 1, inner_iters, x + d_delta, y + d_sigma)
             vectors = (xs[-1], ys[-1], xs[-1] - x, ys[-1] - y)
-            return vectors, (rows.at[i].set(xs), columns.at[i].set(ys)), in_range & is_exact
+            return vectors, (with_row(rows, i, xs), with_row(columns, i, ys)), in_range & is_exact
 
         return lax.fori_loop(0, length, step, start)
 
