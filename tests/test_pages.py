@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("small_programs", "standard_promotion")
 ROOT = pathlib.Path(fs_jax.__file__).parent
 
 # The number of examples of each page, all of which are tested below.
-EXAMPLES = {"ot": 11, "attacks": 4, "evaluation": 4, "training": 4, "data": 4, "models": 3}
+EXAMPLES = {"ot": 12, "attacks": 4, "evaluation": 4, "training": 4, "data": 4, "models": 3}
 CONTINUED = ("attacks", "evaluation")  # each of their examples continues from the first one
 
 
@@ -125,8 +125,13 @@ def test_sharded_rows():
     np.testing.assert_allclose(names["gradient"], whole(names["x"]), atol=1e-6)
 
 
+def test_warm_starts():
+    first, *others = run("ot", 10)["iterations"].tolist()
+    assert max(others) < first / 2
+
+
 def test_a_solver_of_ones_own_is_checked():
-    found = run("ot", 10)["found"]
+    found = run("ot", 11)["found"]
     checks = {finding.check for of in found.values() for finding in of}
     assert checks == {"marginals"}  # fifty iterations aren't enough for all, and it says that they are
 
