@@ -1,4 +1,4 @@
-"""Float64 for every test of the solvers, and the problems that they are tried on."""
+"""Float64 for all tests of the solvers, and the problems that they solve."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 @pytest.fixture(autouse=True)
 def _float64(small_programs):
-    """Formulas are compared to rounding, so in float64; a test of float32 converts its inputs. Restored afterwards."""
+    """Float64, since formulas are compared up to rounding. Tests of float32 convert their inputs."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(scope="session", params=mostly_slow((7, 32, 60), 7, 60))
 def golden(request):
-    """Arrays recorded from the released code, by name; its IPOT and Sinkhorn at N points."""
+    """Arrays recorded from the released code's IPOT and Sinkhorn at N points, by name."""
     with np.load(GOLDEN / f"ot_n{request.param}.npz") as arrays:
         return dict(arrays)
 
@@ -39,5 +39,5 @@ def make_problem():
 
 @pytest.fixture(scope="session")
 def problem(make_problem):
-    """One with n ≠ m."""
+    """A problem with n ≠ m."""
     return make_problem(6, 9)

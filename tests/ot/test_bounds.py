@@ -1,4 +1,4 @@
-"""Certificates: the exact cost, by linear programming, lies between the bounds; rounded plans are feasible."""
+"""Certificates: the exact cost, from linear programming, lies between the bounds; rounded plans are feasible."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ import pytest
 from fs_jax.ot import bounds, ipot, round_to_feasible, sinkhorn
 
 
-def test_rounding_makes_a_plan_feasible_and_moves_little(make_problem):
+def test_rounding_makes_a_plan_feasible_and_changes_it_little(make_problem):
     for seed in range(20):
         cost, a, b = make_problem(6, 9, seed)
         plan = sinkhorn(cost, a, b, reg=0.02, num_iters=3).plan
@@ -16,11 +16,11 @@ def test_rounding_makes_a_plan_feasible_and_moves_little(make_problem):
         assert rounded.min() >= 0
         np.testing.assert_allclose(rounded.sum(1), a, rtol=1e-12)
         np.testing.assert_allclose(rounded.sum(0), b, rtol=1e-12)
-        off = np.abs(np.sum(plan, 1) - a).sum() + np.abs(np.sum(plan, 0) - b).sum()
-        assert np.abs(rounded - plan).sum() <= 2 * off + 1e-12  # lemma 7 of Altschuler et al.
+        error = np.abs(np.sum(plan, 1) - a).sum() + np.abs(np.sum(plan, 0) - b).sum()
+        assert np.abs(rounded - plan).sum() <= 2 * error + 1e-12  # lemma 7 of Altschuler et al.
 
 
-def test_a_feasible_plan_stays(make_problem):
+def test_a_feasible_plan_is_not_changed(make_problem):
     _, a, b = make_problem(6, 9)
     np.testing.assert_allclose(round_to_feasible(np.outer(a, b), a, b), np.outer(a, b), rtol=1e-12)
 
@@ -30,7 +30,7 @@ def test_a_feasible_plan_stays(make_problem):
     lambda cost, a, b: sinkhorn(cost, a, b, reg=0.05, num_iters=2),
     lambda cost, a, b: ipot(cost, a, b, beta=0.5, num_iters=300),
 ], ids=["Sinkhorn", "stopped early", "IPOT"])  # fmt: skip
-def test_the_exact_cost_lies_between(solve, make_problem):
+def test_the_exact_cost_lies_between_the_bounds(solve, make_problem):
     for seed in range(10):
         cost, a, b = make_problem(6, 9, seed)
         a[0], b[:2] = 0, 0
@@ -41,14 +41,14 @@ def test_the_exact_cost_lies_between(solve, make_problem):
         np.testing.assert_allclose(np.sum(plan * cost), upper, rtol=1e-12)
 
 
-def test_they_meet_at_the_exact_solution(make_problem):
+def test_bounds_meet_at_the_exact_solution(make_problem):
     cost, a, b = make_problem(6, 9)
     found = bounds(cost, ipot(cost, a, b, beta=0.5, num_iters=2000), a, b)
     assert found.upper - found.lower < 1e-3  # beta / num_iters is 2.5e-4
 
 
 @pytest.mark.slow
-def test_a_batch_is_a_loop(make_problem):
+def test_vmap_equals_a_loop(make_problem):
     costs, rows, columns = map(np.stack, zip(*(make_problem(4, 5, seed) for seed in range(3)), strict=True))
 
     def certified(cost, a, b):
@@ -60,13 +60,13 @@ def test_a_batch_is_a_loop(make_problem):
             np.testing.assert_allclose(one[place], alone, rtol=1e-9, atol=1e-12)
 
 
-def test_another_cost_is_refused(make_problem):
+def test_a_cost_of_another_shape_raises(make_problem):
     cost, a, b = make_problem(6, 9)
     with pytest.raises(ValueError, match=r"result: expected a plan of the cost's shape, \(6, 9\), got \(9, 6\)"):
         bounds(cost, sinkhorn(cost.T, b, a, reg=0.1), a, b)
 
 
-def test_masses_that_differ_have_no_bounds(make_problem):
+def test_different_total_masses_have_no_bounds(make_problem):
     cost, a, b = make_problem(6, 9)
     with pytest.raises(ValueError, match="b: expected the total mass of a"):
         round_to_feasible(cost, a, 2 * b)

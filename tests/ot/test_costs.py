@@ -12,22 +12,22 @@ rng = np.random.default_rng(0)
 X, Y = rng.normal(size=(4, 3)), rng.normal(size=(5, 3))
 
 
-def test_cosine_cost_is_the_released_codes(golden):
-    # Both divide by the norms and multiply in float64: a few units of rounding.
+def test_cosine_cost_equals_the_released_codes(golden):
+    # Both divide by the norms and multiply in float64: rounding of a few units in the last place.
     np.testing.assert_allclose(cosine_cost(golden["x"], golden["y"]), golden["cost"], atol=1e-14)
 
 
 @pytest.mark.parametrize(
     ("cost", "metric"), [(cosine_cost, "cosine"), (sqeuclidean_cost, "sqeuclidean"), (euclidean_cost, "euclidean")]
 )
-def test_costs_are_scipys(cost, metric):
+def test_costs_equal_scipys(cost, metric):
     np.testing.assert_allclose(cost(X, Y), cdist(X, Y, metric), atol=1e-14)  # rounding of O(1) numbers
     check_grads(jax.jit(cost), (X, Y), order=1, modes=["fwd", "rev"], atol=1e-6)
 
 
-def test_squared_distance_survives_an_offset():
-    # In float32 |x|² at an offset of 1e3 carries errors of 0.1; the centred form has them at 1e-7 of the spread, and
-    # what is left is the rounding of x itself: 2·3·(1e3·6e-8).
+def test_squared_distance_is_accurate_at_an_offset():
+    # In float32, |x|² at an offset of 1e3 has errors of 0.1. The centred form has errors of 1e-7 of the spread, plus
+    # the rounding of x itself: 2·3·(1e3·6e-8).
     moved = sqeuclidean_cost(*(np.float32(z + 1e3) for z in (X, Y)))
     np.testing.assert_allclose(moved, cdist(X, Y, "sqeuclidean"), atol=2e-3)
 
@@ -57,7 +57,7 @@ def test_cost_of_a_point_to_itself_is_zero():
     ("cost", "dimension"),
     [(sqeuclidean_cost, 2), (sqeuclidean_cost, 12), pytest.param(cosine_cost, 2, marks=pytest.mark.slow)],
 )
-def test_second_derivatives_where_points_meet_are_those_of_the_formula(cost, dimension):
+def test_second_derivatives_at_equal_points_are_those_of_the_formula(cost, dimension):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, dimension)))
 
     def formula(z):
@@ -85,7 +85,7 @@ def test_half_precision_is_computed_in_float32():
 
 
 @pytest.mark.parametrize("cost", [cosine_cost, sqeuclidean_cost, euclidean_cost])
-def test_bad_points(cost):
+def test_invalid_points_raise(cost):
     with pytest.raises(ValueError, match=r"y: expected as many columns as x, 3, got 2"):
         cost(X, Y[:, :2])
     with pytest.raises(ValueError, match=r"x: .* \[n, d\], got shape \(3,\)"):
@@ -96,14 +96,14 @@ def test_bad_points(cost):
 
 @pytest.mark.parametrize("cost", [cosine_cost, sqeuclidean_cost, euclidean_cost])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_points_that_are_not_finite_are_not_taken_for_near_ones(cost, bad):
+def test_points_that_are_not_finite_have_no_finite_cost(cost, bad):
     x = np.array([[1.0, 2.0], [bad, 0.5]])
     result = cost(x, np.array([[0.5, 1.0], [2.0, -1.0], [1.0, 0.0]]))
     assert np.isfinite(result[0]).all()
     assert not np.isfinite(result[1]).any()
 
 
-def test_euclidean_cost_has_a_finite_gradient_where_points_meet():
+def test_euclidean_cost_has_a_finite_gradient_at_equal_points():
     for dtype in (np.float32, np.float64):
         x = X.astype(dtype)
         gradient = jax.jit(jax.grad(lambda x: euclidean_cost(x, jnp.asarray(X, x.dtype)).sum()))(x)

@@ -1,4 +1,4 @@
-"""Solvers under `jax_debug_nans`, which accepts no NaN on the way, and through `jax.export`, as programs in a file."""
+"""Solvers under `jax_debug_nans`, which raises at any NaN, and through `jax.export`, as serialised programs."""
 
 from functools import partial
 
@@ -33,7 +33,7 @@ def masked_problem(make_problem):
 
 
 @pytest.mark.parametrize("name", mostly_slow(SOLVERS, "unroll, sharp", "implicit", "unbalanced"))
-def test_no_nan_on_the_way(masked_problem, name):
+def test_no_intermediate_value_is_nan(masked_problem, name):
     def value(*problem):
         result = SOLVERS[name](*problem)
         return result.primal_cost + result.reg_cost
@@ -44,14 +44,14 @@ def test_no_nan_on_the_way(masked_problem, name):
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
-def test_a_nan_of_the_problem_is_found(masked_problem):
+def test_debug_nans_finds_a_nan_in_the_problem(masked_problem):
     cost, a, b = masked_problem
     with jax.debug_nans(True), pytest.raises(FloatingPointError):
         jax.block_until_ready(jax.jit(SOLVERS["unroll"])(cost.at[0, 0].set(jnp.nan), a, b))
 
 
 @pytest.mark.parametrize("name", mostly_slow(SOLVERS, "threshold", "unbalanced"))
-def test_a_batch_of_any_size_is_exported_and_comes_back(masked_problem, name):
+def test_a_batch_of_any_size_can_be_exported_and_restored(masked_problem, name):
     def value(*problem):
         result = SOLVERS[name](*problem)
         return result.primal_cost + result.reg_cost, result
@@ -64,5 +64,5 @@ def test_a_batch_of_any_size_is_exported_and_comes_back(masked_problem, name):
     batch = [jnp.stack([x, x]) for x in masked_problem]
     got, expected = jax.tree.leaves(restored.call(*batch)), jax.tree.leaves(program(*batch))
     for x, y in zip(got, expected, strict=True):
-        # The same operations, fused otherwise where the size is not known: float32, over up to 300 iterations.
+        # The same operations, but fused differently for an unknown size: float32, over up to 300 iterations.
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5)

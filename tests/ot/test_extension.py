@@ -1,4 +1,4 @@
-"""Potentials and maps at new points, and the scale of a cost."""
+"""Potentials and maps at new points, and regularisation relative to the cost's scale."""
 
 import jax
 import jax.numpy as jnp
@@ -20,31 +20,31 @@ def solved():
         return sinkhorn(COST, A, B, reg=REG, num_iters=3000, threshold=1e-12)
 
 
-def test_at_the_solved_points_they_are_the_solution(solved):
+def test_at_the_original_points_they_equal_the_solution(solved):
     np.testing.assert_allclose(potential_at(COST, solved.g, reg=REG), solved.f - REG * np.log(A), rtol=1e-9)
     np.testing.assert_allclose(potential_at(COST.T, solved.f, reg=REG), solved.g - REG * np.log(B), rtol=1e-9)
     mapped = barycentric_map(COST, solved.g, Y, reg=REG)
     np.testing.assert_allclose(mapped, solved.plan @ Y / A[:, None], rtol=1e-9)
 
 
-def test_new_points_are_where_a_problem_with_them_has_them(solved):
-    # A point of no weight to speak of changes nothing, and is solved with the others.
+def test_new_points_are_mapped_as_if_they_were_in_the_problem(solved):
+    # A point of negligible weight, solved together with the others, does not change the solution.
     new = np.array([[0.3, -0.2]])
     weights = np.concatenate([A * (1 - 1e-9), [1e-9]])
     cost = sqeuclidean_cost(np.concatenate([X, new]), Y)
     with_it = sinkhorn(cost, weights, B, reg=REG, num_iters=3000, threshold=1e-13)
     mapped = barycentric_map(sqeuclidean_cost(new, Y), solved.g, Y, reg=REG)
-    np.testing.assert_allclose(mapped[0], with_it.plan[-1] @ Y / 1e-9, rtol=1e-6)  # the weight's own effect
+    np.testing.assert_allclose(mapped[0], with_it.plan[-1] @ Y / 1e-9, rtol=1e-6)  # the effect of its weight
 
 
-def test_the_map_goes_to_the_nearest_as_reg_gets_small():
+def test_the_map_tends_to_the_assignment_for_small_reg():
     shifted = X + 100
     solved = ipot(sqeuclidean_cost(X, shifted), beta=1.0, num_iters=400)
     mapped = barycentric_map(sqeuclidean_cost(X, shifted), solved.g, shifted, reg=1.0 / 400)
     np.testing.assert_allclose(mapped, shifted, atol=1e-3)  # an assignment; the blur is exp(-gap / reg)
 
 
-def test_points_without_mass_attract_nothing():
+def test_points_without_mass_do_not_change_the_map():
     b = np.where(np.arange(9) < 6, 1 / 6, 0.0)
     solved = sinkhorn(COST, A, b, reg=REG, num_iters=2000, threshold=1e-12)
     far = jnp.asarray(Y).at[6:].set(1e6)
@@ -53,7 +53,7 @@ def test_points_without_mass_attract_nothing():
     )
 
 
-def test_derivatives_are_those_of_differences(solved):
+def test_derivatives_equal_finite_differences(solved):
     def total(x):
         return jnp.sum(barycentric_map(sqeuclidean_cost(x, Y), solved.g, Y, reg=REG) ** 2)
 
@@ -63,7 +63,7 @@ def test_derivatives_are_those_of_differences(solved):
     np.testing.assert_allclose(slope, differences, rtol=1e-6)  # second order in the step
 
 
-def test_the_scale_is_that_of_pairs_with_mass_and_has_no_gradient():
+def test_the_scale_is_weighted_by_mass_and_has_no_gradient():
     a = np.where(np.arange(6) < 4, 0.25, 0.0)
     present, weights = np.asarray(COST)[:4], np.full((4, 1), 0.25) * B
     mean = np.sum(weights * present)
@@ -71,12 +71,12 @@ def test_the_scale_is_that_of_pairs_with_mass_and_has_no_gradient():
     deviation = np.sqrt(np.sum(weights * (present - mean) ** 2))
     np.testing.assert_allclose(relative_reg(0.1, COST, a, B, to="std"), 0.1 * deviation, rtol=1e-12)
     np.testing.assert_array_equal(jax.grad(lambda cost: relative_reg(0.1, cost, a, B))(COST), 0)
-    # So that a plan doesn't depend on the features' scale.
+    # So the plan doesn't depend on the features' scale.
     plans = [sinkhorn(c, A, B, reg=relative_reg(0.1, c)).plan for c in (COST, 1e4 * COST)]
     np.testing.assert_allclose(*plans, rtol=1e-8)
 
 
-def test_a_collapsed_batch_has_no_scale_and_huge_costs_have_one():
+def test_equal_costs_have_no_scale_and_huge_costs_do_not_overflow():
     assert np.isnan(jax.jit(relative_reg)(0.1, jnp.zeros((2, 3))))
     huge = 1e25 * np.asarray(COST, np.float32)
     np.testing.assert_allclose(relative_reg(0.1, huge, to="std"), 1e25 * relative_reg(0.1, COST, to="std"), rtol=1e-5)
@@ -91,6 +91,6 @@ def test_a_collapsed_batch_has_no_scale_and_huge_costs_have_one():
     (lambda: potential_at(COST[0], np.zeros(9), reg=REG), r"cost: expected one matrix of shape \[k, m\]"),
     (lambda: relative_reg(0.1, COST, to="median"), "to: expected one of 'mean', 'std', got 'median'"),
 ])  # fmt: skip
-def test_wrong_arguments_are_named(call, message):
+def test_invalid_arguments_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""A given plan: its cost, its derivative, and what is refused."""
+"""The transport of a given plan: its cost, its derivative, and its errors."""
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +10,22 @@ from fs_jax.ot import Status, fixed_plan, sinkhorn
 COST = np.random.default_rng(0).uniform(size=(5, 5)).astype(np.float32)
 
 
-def test_cost_and_derivative_are_the_plans():
+def test_cost_and_derivative_are_those_of_the_plan():
     plan = np.eye(5, dtype=np.float32) / 5
     cost, gradient = jax.jit(jax.value_and_grad(lambda c: fixed_plan(c, plan).primal_cost))(COST)
     np.testing.assert_allclose(cost, np.trace(COST) / 5, rtol=1e-6)  # five numbers in float32
     np.testing.assert_array_equal(gradient, plan)
 
 
-def test_independence_is_sinkhorns_limit_of_large_reg():
+def test_the_independent_coupling_is_sinkhorns_limit_of_large_reg():
     result = fixed_plan(COST, jnp.full((5, 5), 1 / 25))
-    # exp(-C / reg) is 1 to 1e-4 there.
+    # exp(-C / reg) is 1 up to 1e-4.
     np.testing.assert_allclose(result.plan, sinkhorn(COST, reg=1e4, num_iters=10).plan, rtol=1e-3)
     assert result.marginal_error < 1e-5
     assert result.status == Status.LIMIT
 
 
-def test_a_plan_that_is_no_coupling_is_seen_and_other_shapes_are_refused():
+def test_invalid_plans_are_reported():
     assert fixed_plan(COST, jnp.zeros((5, 5))).marginal_error == pytest.approx(2, rel=1e-5)  # rounded up
     assert fixed_plan(COST, jnp.full((5, 5), jnp.nan)).status == Status.NOT_FINITE
     with pytest.raises(ValueError, match=r"plan: expected the shape of cost, \[n, m\]; got \(4, 5\)"):

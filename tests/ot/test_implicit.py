@@ -1,4 +1,4 @@
-"""grad="implicit" has the solution's derivatives of any order; the other modes refuse second ones."""
+"""grad="implicit" has the solution's derivatives of any order; second derivatives of other modes raise an error."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from fs_jax.ot import Status, _implicit, sinkhorn
 
 @pytest.fixture(scope="module")
 def line():
-    """A line through problems: t ↦ (cost, a, b, reg); and weights for what has no meaning by itself."""
+    """A line through problems, t ↦ (cost, a, b, reg), and weights for a linear functional of the plan."""
     rng = np.random.default_rng(0)
     cost, d_cost, w = rng.uniform(0, 1, (5, 6)), rng.normal(size=(5, 6)), rng.normal(size=(5, 6))
     a, b = rng.uniform(1, 2, 5), rng.uniform(1, 2, 6)
@@ -24,13 +24,13 @@ def line():
 
 @pytest.fixture(scope="module")
 def outputs(line):
-    """t ↦ every output that has a derivative, as numbers."""
+    """t ↦ a scalar for each output that has a derivative."""
     at, w = line
 
     def numbers(t):
         cost, a, b, reg = at(t)
         result = sinkhorn(cost, a, b, reg=reg, num_iters=400, grad="implicit")
-        sums = result.f[:, None] + result.g[None]  # of the potentials alone a constant is free
+        sums = result.f[:, None] + result.g[None]  # a constant can move between the potentials
         return jnp.stack([result.primal_cost, result.reg_cost, jnp.sum(w * result.plan), jnp.sum(w * sums)])
 
     return numbers
@@ -40,7 +40,7 @@ def outputs(line):
     "which", [[3, -2, 1.5, 0.7], *(pytest.param(row, marks=pytest.mark.slow) for row in np.eye(4))]
 )
 def test_first_and_second_derivatives_in_both_modes(outputs, which):
-    """Of a sum of all outputs, and of each."""
+    """Of a sum of all outputs, and of each output."""
     with jax.enable_x64(True):
 
         def value(t):
@@ -49,7 +49,7 @@ def test_first_and_second_derivatives_in_both_modes(outputs, which):
         first = jax.jit(lambda t: jax.jvp(value, (t,), (1.0,))[1])
         seconds = [jax.jit(outer(jax.grad(value))) for outer in (jax.grad, jax.jacfwd)]
         step = 1e-4
-        # Central differences: step² of a derivative two orders higher, some 1e-8 times 1e3; and 1e-13 / step.
+        # Central differences: step² times a derivative two orders higher, 1e-8 times about 1e3; rounding, 1e-13 / step.
         expected = (jax.jit(value)(step) - jax.jit(value)(-step)) / (2 * step)
         np.testing.assert_allclose(first(0.0), expected, rtol=1e-4, atol=1e-4)
         expected = (first(step) - first(-step)) / (2 * step)
@@ -69,7 +69,7 @@ def test_third_derivatives(outputs):
 
 @pytest.mark.parametrize("output", ["primal_cost", "reg_cost"])
 @pytest.mark.parametrize("grad", ["envelope", "unroll"])
-def test_second_derivatives_are_refused_elsewhere(grad, output):
+def test_second_derivatives_of_other_modes_raise(grad, output):
     cost = np.random.default_rng(0).uniform(0, 1, (5, 6))
 
     def value(cost):
@@ -84,20 +84,20 @@ def test_second_derivatives_are_refused_elsewhere(grad, output):
 
 
 @pytest.mark.slow
-def test_a_system_that_conjugate_gradients_leave_is_solved_densely(monkeypatch):
+def test_if_conjugate_gradients_fail_the_system_is_solved_densely(monkeypatch):
     plan = jnp.asarray(sinkhorn(np.random.default_rng(0).uniform(0, 1, (5, 6)), reg=0.1).plan)
     right = np.random.default_rng(1).normal(size=11)
-    right[:5] += (right[5:].sum() - right[:5].sum()) / 5  # as much mass on both sides, as all derivatives have
+    right[:5] += (right[5:].sum() - right[:5].sum()) / 5  # equal mass on both sides, as in all derivatives
     good = jax.jit(_implicit.solve_symmetric)(plan, right[:5], right[5:])
     monkeypatch.setattr(jax.scipy.sparse.linalg, "cg", lambda *args, **kwargs: (jnp.zeros(5), None))
     got = jax.jit(lambda *x: _implicit.solve_symmetric(*x))(plan, right[:5], right[5:])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-9), got, good)
-    # And where the factorisation fails as well, it is not a number.
+    # If the factorisation fails as well, the result is NaN.
     monkeypatch.setattr(jax.scipy.linalg, "solve", lambda *args, **kwargs: jnp.zeros(5))
     assert np.isnan(jnp.concatenate(_implicit.solve_symmetric(plan, right[:5], right[5:]))).any()
 
 
-def test_gradient_of_a_plan_in_blocks_is_finite():
+def test_gradient_of_a_block_diagonal_plan_is_finite():
     cost = np.where(np.kron(np.eye(2), np.ones((3, 3))) > 0, np.random.default_rng(0).uniform(0, 1, (6, 6)), 1e3)
     value, gradient = jax.jit(jax.value_and_grad(lambda c: sinkhorn(c, reg=0.1, grad="implicit").primal_cost))(cost)
     assert np.isfinite(value)

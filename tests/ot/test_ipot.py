@@ -13,7 +13,7 @@ from tests.parameters import mostly_slow
 
 
 def algorithm_2(cost, a, b, beta, num_iters, inner_iters=1):
-    """The algorithm as it is printed, with marginals a and b."""
+    """Algorithm 2 as printed, with marginals a and b."""
     kernel, plan, sigma = jnp.exp(-cost / beta), jnp.ones_like(cost), jnp.ones_like(b)
     for _ in range(num_iters):
         q = kernel * plan
@@ -25,20 +25,20 @@ def algorithm_2(cost, a, b, beta, num_iters, inner_iters=1):
 
 
 @pytest.mark.parametrize("beta", mostly_slow([0.5, 1.0], 0.5))
-def test_parity(golden, beta):
+def test_parity_with_the_released_code(golden, beta):
     def value(y):
         result = ipot(cosine_cost(golden["x"], y), beta=beta)
         return result.primal_cost, result.plan
 
     (cost, plan), gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(golden["y"])
-    # The released IPOT multiplies plans in float32, 50 times: 6e-8 of entries up to 1/7, times a few.
+    # The released IPOT multiplies plans in float32, 50 times: a few times 6e-8 of entries up to 1/7.
     np.testing.assert_allclose(plan, golden[f"ipot_{beta}_plan"], atol=5e-8)
     np.testing.assert_allclose(cost, golden[f"ipot_{beta}_value"], atol=5e-8)
     np.testing.assert_allclose(gradient, golden[f"ipot_{beta}_grad_y"], atol=5e-8)
 
 
 @pytest.mark.parametrize("inner_iters", mostly_slow([1, 3], 3))
-def test_is_algorithm_2(problem, inner_iters):
+def test_equals_algorithm_2(problem, inner_iters):
     solve = jax.jit(ipot, static_argnames=("num_iters", "inner_iters"))
     for num_iters in (1, 12):
         result = solve(*problem, beta=0.5, num_iters=num_iters, inner_iters=inner_iters)
@@ -49,14 +49,14 @@ def test_is_algorithm_2(problem, inner_iters):
 
 
 @pytest.mark.parametrize("seed", mostly_slow(range(3), 0))
-def test_tends_to_the_exact_cost(make_problem, seed):
+def test_converges_to_the_exact_cost(make_problem, seed):
     problem = make_problem(8, 11, seed)
     exact = pot.emd2(problem[1], problem[2], problem[0])
     costs = []
     for num_iters in (30, 300, 3000):
         result = ipot(*problem, beta=0.3, num_iters=num_iters)
         costs.append(abs(float(result.primal_cost) - exact))
-        # A plan of the entropic problem at beta / t costs at most beta / t · log(nm) more, but for its marginals.
+        # A plan of the entropic problem at beta / t costs at most beta / t · log(nm) more, plus its marginal error.
         assert costs[-1] <= 0.3 / num_iters * np.log(88) + 2 * result.marginal_error
     assert costs[2] < 1e-6
     # The potentials tend to the dual solution: their value is the cost, up to the entropic term.
@@ -100,7 +100,7 @@ def test_envelope_and_none(problem):
     np.testing.assert_array_equal(jax.grad(lambda c: solve(c, "none").primal_cost)(problem[0]), 0)
 
 
-def test_runs_that_leave_the_range_are_done_again_on_logarithms(problem, monkeypatch):
+def test_runs_out_of_range_are_repeated_in_the_log_domain(problem, monkeypatch):
     def solve(cost):
         result = ipot(cost, *problem[1:], beta=0.3, num_iters=23, inner_iters=2)
         return result.primal_cost, result
@@ -108,9 +108,9 @@ def test_runs_that_leave_the_range_are_done_again_on_logarithms(problem, monkeyp
     expected = jax.jit(jax.value_and_grad(solve, has_aux=True))(problem[0])
     monkeypatch.setattr(sys.modules["fs_jax.ot.ipot"], "largest", lambda array, power: 0.0)  # nothing is in range
     jax.clear_caches()
-    again = jax.jit(jax.value_and_grad(solve, has_aux=True))(problem[0])
+    repeated = jax.jit(jax.value_and_grad(solve, has_aux=True))(problem[0])
     jax.clear_caches()
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-11), again, expected)  # the same steps
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-11), repeated, expected)  # the same steps
 
 
 def test_threshold_stops_each_problem_of_a_batch(problem):
@@ -133,7 +133,7 @@ def test_threshold_stops_each_problem_of_a_batch(problem):
         assert stopped.status == Status.LIMIT
 
 
-def test_zero_weights_leave_points_out(make_problem):
+def test_zero_weights_exclude_points(make_problem):
     cost, a, b = make_problem(5, 4)
     padded = (np.pad(cost, ((0, 2), (1, 0)), constant_values=0.1), np.pad(a, (0, 2)), np.pad(b, (1, 0)))
 
@@ -143,7 +143,7 @@ def test_zero_weights_leave_points_out(make_problem):
 
     solve = jax.jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))
     ((small_value, small), small_gradients), ((large_value, large), gradients) = solve(cost, a, b), solve(*padded)
-    # The same sums with zeros among them: rounding.
+    # The same sums with added zeros: rounding.
     np.testing.assert_allclose(large.plan[:5, 1:], small.plan, atol=1e-15)
     np.testing.assert_allclose(large_value, small_value, atol=1e-14)
     np.testing.assert_allclose(gradients[0][:5, 1:], small_gradients[0], atol=1e-12)
@@ -163,7 +163,7 @@ def test_rounding_does_not_grow_with_the_number_of_steps(num_iters):
     exact = pot.emd2(np.full(60, 1 / 60), np.full(60, 1 / 60), cost)
     solve = jax.jit(lambda c, **options: ipot(c, beta=0.1, num_iters=num_iters, **options), static_argnames="threshold")
     result, in_float64 = solve(jnp.float32(cost)), solve(cost)
-    # Algorithm 2 as printed has 1e-7 throughout: some units in the last place of a mass of one.
+    # Algorithm 2 as printed has 1e-7 at all steps: a few units in the last place of a mass of one.
     assert result.marginal_error < 1e-6
     np.testing.assert_allclose(result.primal_cost, exact, atol=1e-6)
     np.testing.assert_allclose(in_float64.primal_cost, exact, atol=1e-12)
@@ -172,7 +172,7 @@ def test_rounding_does_not_grow_with_the_number_of_steps(num_iters):
 
 
 @pytest.mark.slow
-def test_derivative_of_many_steps_keeps_few_matrices(problem):
+def test_derivative_of_many_steps_stores_few_matrices(problem):
     weights = np.random.default_rng(1).normal(size=problem[0].shape)
 
     def value(cost, num_iters):
@@ -180,8 +180,9 @@ def test_derivative_of_many_steps_keeps_few_matrices(problem):
 
     large = jnp.ones((60, 60))
     program = jax.jit(jax.grad(lambda c: ipot(c, beta=1.0, num_iters=500).primal_cost)).lower(large).compile()
-    assert program.memory_analysis().temp_size_in_bytes < 500 * large.nbytes / 3  # two of every ten, and vectors
-    # Forward and back through the runs.
+    # Two matrices for every ten steps, and vectors.
+    assert program.memory_analysis().temp_size_in_bytes < 500 * large.nbytes / 3
+    # Forward mode equals reverse mode.
     np.testing.assert_allclose(
         jax.jvp(lambda c: value(c, 150), (problem[0],), (weights,))[1],
         jnp.sum(jax.grad(lambda c: value(c, 150))(problem[0]) * weights),

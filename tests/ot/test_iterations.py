@@ -1,4 +1,4 @@
-"""The kernel domain's range, the derivative's memory, and what happens at their limits."""
+"""The range of the kernel domain, and the memory of the derivative."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ rng = np.random.default_rng(0)
 LINE = np.linspace(0, 1, 20)[:, None] - np.linspace(0.3, 1.3, 30)[None, :]
 COSTS = {
     "uniform": rng.uniform(0, 1, (20, 30)),
-    "line": LINE**2,  # prices must travel far: scalings grow for a long time
+    "line": LINE**2,  # converges slowly: scalings keep growing for many iterations
     "unwanted": np.where(np.arange(30) == 3, 0.0, 1.0) * rng.uniform(0.5, 1, (20, 30)) + np.eye(20, 30),
 }
 
@@ -31,7 +31,7 @@ def gradient(cost, method, reg, **options):
 
 @pytest.mark.parametrize("reg", mostly_slow([0.05, 1e-3, 1e-4]))
 @pytest.mark.usefixtures("standard_promotion")
-def test_float32_is_as_good_as_in_the_log_domain(reg):
+def test_float32_is_as_accurate_as_the_log_domain(reg):
     costs = jnp.float32(np.stack(list(COSTS.values())))
 
     def solutions(costs, method):
@@ -47,16 +47,16 @@ def test_float32_is_as_good_as_in_the_log_domain(reg):
             np.abs(result.plan - exact.plan).max((1, 2)),
             np.abs(got - exact_gradient).max((1, 2)) / np.abs(exact_gradient).max((1, 2)),
         ]
-    # Exponents of 1 / reg are rounded at 6e-8 of themselves, which moves the plan, and with it its cost of at most 1,
-    # by as much; gradients, which add up 25 iterations, by more. How much more depends on the problem, and the log
-    # domain shows it: by chance either may be a few times closer.
+    # Exponents of 1 / reg have relative rounding errors of 6e-8. They change the plan, and its cost of at most 1, by as
+    # much, and gradients, which sum over 25 iterations, by more. How much more depends on the problem; the error of the
+    # log domain shows it. By chance, either may be a few times more accurate.
     rounding = np.array([[1], [1], [10]]) * 6e-8 / reg + 1e-6
     np.testing.assert_array_less(errors["stabilized"], 4 * np.array(errors["log"]) + rounding)
 
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """No scaling is in range: each run is repeated in the log domain, and so is the way back."""
+    """No scaling is in range, so each run is repeated in the log domain, also in the backward pass."""
     jax.clear_caches()  # the limits are constants of compiled programs
     monkeypatch.setattr(_iterations, "largest", lambda array, power: 0.0)
     yield
@@ -103,14 +103,14 @@ def test_gradient_where_a_scaling_starts_below_the_smallest_number():
 
 @pytest.mark.slow
 def test_starts_far_from_the_solution():
-    # Potentials of nothing: rows that nobody wants at first, 1e4 exponents away.
+    # Random potentials: some rows have almost no mass at first, with exponents of 1e4.
     cost, init = COSTS["uniform"], (rng.uniform(-500, 500, 20), np.zeros(30))
     results = [sinkhorn(cost, reg=0.05, num_iters=30, init=init, method=m) for m in ("stabilized", "log")]
     np.testing.assert_allclose(results[0].plan, results[1].plan, atol=1e-10)  # exponents of 1e4 lose four digits
 
 
 @pytest.mark.slow
-def test_batches_larger_than_the_cache_go_in_pieces(monkeypatch):
+def test_batches_larger_than_the_cache_are_split_into_chunks(monkeypatch):
     costs = np.random.default_rng(1).uniform(0, 1, (7, 5, 8))
     regs = np.linspace(0.05, 0.2, 7)
 
@@ -119,19 +119,19 @@ def test_batches_larger_than_the_cache_go_in_pieces(monkeypatch):
 
     program = jax.vmap(jax.value_and_grad(solve))
     whole = jax.jit(program)(costs, regs)
-    monkeypatch.setattr(_batching, "CACHE", 3 * 5 * 8 * 8)  # room for three matrices: 3, 3 and 1
+    monkeypatch.setattr(_batching, "CACHE", 3 * 5 * 8 * 8)  # holds three matrices: chunks of 3, 3 and 1
     jax.clear_caches()
-    pieces = jax.jit(program).lower(costs, regs)
+    chunked = jax.jit(program).lower(costs, regs)
     jax.clear_caches()
-    assert "tensor<3x5x8xf64>" in pieces.as_text()
+    assert "tensor<3x5x8xf64>" in chunked.as_text()
     # The same sums, in another program.
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-13), pieces.compile()(costs, regs), whole)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-13), chunked.compile()(costs, regs), whole)
     assert [_batching._chunk(size, 5 * 8 * 8) for size in (1, 2, 6, 7, 100)] == [1, 2, 3, 3, 2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", mostly_slow(["stabilized", "log"], "stabilized"))
-def test_memory_of_the_gradient_grows_with_the_vectors_alone(method):
+def test_memory_of_the_gradient_grows_by_vectors_only(method):
     n, m = 48, 64
 
     def memory(num_iters):
@@ -139,10 +139,10 @@ def test_memory_of_the_gradient_grows_with_the_vectors_alone(method):
         return program.lower(jnp.zeros((n, m))).compile().memory_analysis().temp_size_in_bytes
 
     per_iteration = (memory(410) - memory(10)) / 400
-    # φ and γ of each iteration, with room for a few copies of them; one matrix would be 48 · 64.
+    # φ and γ of each iteration, and a few copies of them; one matrix would be 48 · 64.
     assert per_iteration <= 8 * 6 * (n + m)
 
 
-def test_second_derivatives_are_refused_clearly():
+def test_second_derivatives_raise():
     with pytest.raises(NotImplementedError, match='grad="implicit" has second'):
         jax.hessian(lambda c: solve(c, "stabilized", 0.1)[0])(COSTS["uniform"])

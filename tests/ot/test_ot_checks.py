@@ -35,14 +35,14 @@ BOTH = [(sinkhorn, {"reg": 0.1}), (ipot, {"beta": 0.1})]
         ({"grad": "unrol"}, "got 'unrol'; did you mean 'unroll'?"),
     ],
 )
-def test_values_that_are_refused(solver, options, changed, message):
+def test_invalid_values_raise(solver, options, changed, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         solver(**{"cost": COST, **options, **changed})
 
 
 @pytest.mark.parametrize(("solver", "options"), BOTH)
 @pytest.mark.parametrize("value", [0, -0.1, NAN, INF])
-def test_regularisation_that_is_refused(solver, options, value):
+def test_invalid_regularisation_raises(solver, options, value):
     (name,) = options
     with pytest.raises(ValueError, match=f"{name}: expected a finite number above 0, got"):
         solver(COST, **{name: value})
@@ -51,7 +51,7 @@ def test_regularisation_that_is_refused(solver, options, value):
 
 
 @pytest.mark.parametrize(("solver", "options"), BOTH)
-def test_types_that_are_refused(solver, options):
+def test_invalid_types_raise(solver, options):
     with pytest.raises(TypeError, match="cost: expected real numbers, got dtype complex"):
         solver(COST + 1j, **options)
     with pytest.raises(TypeError, match="cost: expected numbers, got NoneType"):
@@ -62,7 +62,7 @@ def test_types_that_are_refused(solver, options):
         solver(COST, **options, num_iters=10.0)
 
 
-def test_what_only_sinkhorn_refuses():
+def test_invalid_options_of_sinkhorn_raise():
     with pytest.raises(ValueError, match=r"method: expected one of .*, got 'kernal'; did you mean 'kernel'\?"):
         sinkhorn(COST, reg=0.1, method="kernal")
     with pytest.raises(ValueError, match=r"init\[1\]: expected shape \(3,\) .*, got \(2,\)"):
@@ -73,18 +73,18 @@ def test_what_only_sinkhorn_refuses():
         sinkhorn(COST, reg=0.1, init=np.zeros(2))
 
 
-def test_what_only_ipot_refuses():
+def test_invalid_options_of_ipot_raise():
     with pytest.raises(ValueError, match="inner_iters: expected at least 1, got 0"):
         ipot(COST, beta=0.1, inner_iters=0)
 
 
 @pytest.mark.parametrize("changed", [{"reg": -1}, {"num_iters": 0}, {"change": -1}, {"cost": COST * NAN}])
-def test_released_refuses_too(changed):
+def test_invalid_options_of_released_sinkhorn_raise(changed):
     with pytest.raises(ValueError, match=f"{next(iter(changed))}: expected"):
         released_sinkhorn(**{"cost": COST, **changed})
 
 
-def test_known_values_are_checked_inside_jit():
+def test_concrete_values_are_checked_inside_jit():
     good, bad = jnp.array([0.5, 0.5]), jnp.array([1.5, -0.5])
     jax.jit(lambda c: sinkhorn(c, good, reg=0.1))(COST)
     with pytest.raises(ValueError, match="a: expected finite weights"):
@@ -105,7 +105,7 @@ SOLVERS = [
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_under_jit_the_status_tells(solver):
+def test_under_jit_the_status_reports_invalid_values(solver):
     uniform = np.ones(2) / 2
     solver = jax.jit(solver)
     assert solver(COST, uniform, 0.1).status in (Status.CONVERGED, Status.LIMIT)
@@ -115,7 +115,7 @@ def test_under_jit_the_status_tells(solver):
 
 @pytest.mark.parametrize("solver", SOLVERS[:3])
 @pytest.mark.parametrize("a", [(NAN, 0.5), (1.5, -0.5)])
-def test_bad_weights_under_jit(solver, a):
+def test_under_jit_the_status_reports_invalid_weights(solver, a):
     assert jax.jit(solver)(COST, jnp.array(a), 0.1).status == Status.NOT_FINITE
 
 
@@ -125,7 +125,7 @@ def test_unequal_masses_never_converge_under_jit():
     assert result.marginal_error > 0.09
 
 
-def test_names_of_other_libraries_are_answered_with_ours():
+def test_for_names_of_other_libraries_ours_are_suggested():
     for options, answer in [
         ({"epsilon": 0.1}, r"sinkhorn: .* got epsilon, which is called reg here"),
         ({"reg": 0.1, "max_iterations": 10}, "got max_iterations, which is called num_iters here"),
@@ -158,7 +158,7 @@ def test_wide_integers_do_not_wrap_around():
         np.testing.assert_allclose(plan.sum(1), weights, rtol=1e-5)
 
 
-def test_weights_that_vanish_in_the_dtype_are_refused():
+def test_weights_that_underflow_raise():
     with (
         jax.enable_x64(False),
         pytest.raises(ValueError, match=r"a: expected weights of at least 1\.2e-38, got at most"),

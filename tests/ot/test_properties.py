@@ -1,9 +1,10 @@
-"""What holds for every problem: hypothesis draws them, and each is solved in one batch with its variations.
+"""Properties of every problem: hypothesis draws problems, and each is solved in one batch with its variations.
 
-How far apart two results may be. Each iteration takes the potentials through log-sum-exps, which move by no more than
-their terms do: rounding errors add up over the iterations and don't grow. An iteration brings in the rounding of its
-exponents, whose size is that of |C|, |f| and |g| in units of reg. The plan's entries are exponentials of such sums, so
-relative errors of its mass are of this size too (`rounding`); a thirtieth of it is the most that was seen.
+The tolerance between two results (`rounding`). An iteration passes the potentials through log-sum-exps, which change by
+no more than their terms do, so rounding errors add up over the iterations without being amplified. An iteration adds
+the rounding of its exponents, which are as large as |C|, |f| and |g| in units of reg. The plan's entries are
+exponentials of such sums, so the relative error of its mass has this size too. The largest error observed is a
+thirtieth of this tolerance.
 """
 
 import math
@@ -26,18 +27,18 @@ from tests.parameters import exact, mostly_slow
 ITERATIONS = 30
 SHAPES = [(1, 1), (4, 1), (6, 4)]  # few, since each is compiled
 
-# The same problems each time: a failure in CI is a change of ours, not luck.
+# The same problems in each run, so a failure in CI is due to a change in the code and not to chance.
 every = settings(max_examples=30, deadline=None, derandomize=True)
 
 
 class Problem(NamedTuple):
-    """What varies between problems of one compiled solver."""
+    """The arguments that vary between problems of one compiled solver."""
 
     cost: np.ndarray
     a: np.ndarray
     b: np.ndarray
     reg: float
-    f: np.ndarray  # to start from; with IPOT there is no choice
+    f: np.ndarray  # initial potentials; IPOT ignores them
     threshold: float = 0.0
 
     @property
@@ -50,13 +51,13 @@ class Problem(NamedTuple):
 
 
 def numbers(shape, low=-1, high=1):
-    """Arrays that often have ties, zeros and constant parts; what isn't zero is at least 6e-5."""
+    """Arrays that often have ties, zeros and constant parts; entries are zero or at least 6e-5 in absolute value."""
     return hnp.arrays(np.float64, shape, elements=st.floats(low, high, width=16, allow_subnormal=False))
 
 
 @st.composite
 def problems(draw, shapes=SHAPES, smallest_reg=1e-4):
-    """Costs of 1e-6 to 1e6, some rows twice, weights of 1e-25 to 1 and zeros, any mass, reg in units of the cost."""
+    """Costs of 1e-6 to 1e6, some with equal rows; weights of 1e-25 to 1 or zero; any mass; reg relative to costs."""
     n, m = draw(st.sampled_from(shapes))
     scale = 10 ** draw(st.floats(-6, 6))
     cost = scale * draw(numbers((n, m)))
@@ -75,7 +76,7 @@ def logarithm(weights):
 
 
 class Variation(NamedTuple):
-    """A problem whose plan, iteration by iteration, is a known function of the original's."""
+    """A problem whose plan is a known function of the original's plan, at every iteration."""
 
     problem: Problem
     expected: object
@@ -84,7 +85,7 @@ class Variation(NamedTuple):
 
 @st.composite
 def variations(draw, original, columns_too):
-    """The original and its variations. Of a shift of the columns IPOT, whose start is fixed, knows only in the end."""
+    """The original and its variations. IPOT's start is fixed, so it is invariant to column shifts only in the limit."""
     cost, a, b, reg, start, _ = original
     n, m = cost.shape
     rows, columns = (np.array(draw(st.permutations(range(size)))) for size in (n, m))
@@ -109,7 +110,7 @@ def variations(draw, original, columns_too):
             original._replace(cost=factor * cost, reg=factor * reg, f=factor * start), lambda plan: plan
         ),
         "masked costs changed": Variation(original._replace(cost=elsewhere), lambda plan: plan),
-        # Two rows of equal costs are one row of both masses; scaled alike from the start, since that is u = a.
+        # Two rows of equal costs are equivalent to one row with the mass of both, also at the start, which is u = a.
         "twins merged": Variation(
             original._replace(a=merge @ a, f=reg * logarithm(merge @ a)), lambda plan: merge @ plan
         ),
@@ -140,12 +141,12 @@ def batch(problems, dtype):
 
 
 def reached_reg(problem, result, solver):
-    """IPOT's step t is at beta / t."""
+    """The regularisation of the result: reg, or beta / t for step t of IPOT."""
     return problem.reg / result.num_iters if solver == "ipot" else problem.reg
 
 
 def exponents(problem, result, reg):
-    """The largest exponent that went into the plan."""
+    """The largest exponent in the computation of the plan."""
     potentials = (np.abs(x[w > 0]).max() for x, w in ((result.f, problem.a), (result.g, problem.b)))
     return 1 + (problem.size + sum(potentials)) / reg
 
@@ -164,7 +165,7 @@ def test_solutions(solver, dtype, data):
     varied = data.draw(variations(data.draw(problems()), columns_too=solver != "ipot"))
     given = batch([v.problem for v in varied.values()], dtype)
     results = jax.tree.map(np.asarray, SOLVERS[solver](given))
-    # The problems as the solver has them, rounded to its dtype.
+    # The problems rounded to the solver's dtype, as the solver sees them.
     given = [Problem(*(np.float64(x[i]) for x in given)) for i in range(len(varied))]
     assert results.plan.dtype == dtype
     results = {name: jax.tree.map(lambda x, i=i: x[i].astype(np.float64), results) for i, name in enumerate(varied)}
@@ -184,30 +185,30 @@ def test_solutions(solver, dtype, data):
         result = results[name]
         assert np.abs(result.plan - expected(original.plan)).sum() <= rounding * a.sum()
         if name == "shifted" and result.num_iters == original.num_iters:
-            # Their sums, since a constant can move between f and g, and with IPOT rounding lets it drift.
+            # Only sums f + g, since a constant can move between them; with IPOT it drifts by rounding.
             moved = (result.f - original.f - shift[0])[:, None] + (result.g - original.g - shift[1])
             assert np.abs(moved[np.ix_(a > 0, b > 0)]).max() <= rounding * regs[name]
     if np.ptp(cost) == 0:
         assert np.abs(original.plan - np.outer(a, b) / a.sum()).sum() <= rounding * a.sum()
     if solver != "ipot":
-        # Sinkhorn's marginal error never grows (its steps are averages of the last one's errors), so that more
-        # iterations than were needed for the threshold leave it met.
+        # Sinkhorn's marginal error never grows, since errors after a step are averages of those before it. So with more
+        # iterations than the threshold needed, it is still met.
         assert original.marginal_error <= results["stopped"].marginal_error + rounding * a.sum()
 
 
 def check_evidence(problem, result, eps):
-    """What the result says of itself is true, and what it promises holds."""
+    """The result's errors, costs and status are true of its plan."""
     cost, a, b = problem[:3]
     assert all(np.isfinite(leaf).all() for leaf in result)
     assert result.status in (Status.CONVERGED, Status.LIMIT, Status.STALLED)
-    # Of the plan and the weights as the solver has them, in exact sums: no tolerance on the side that matters.
+    # Exact sums of the plan and the weights as the solver sees them, so the upper bound needs no tolerance.
     error = math.fsum(
         abs(math.fsum([*line, -weight]))
         for lines, weights in ((result.plan, a), (result.plan.T, b))
         for line, weight in zip(lines, weights, strict=True)
     )
     assert error <= result.marginal_error
-    # The reported error is rounded up, by some units in the last place of a mass.
+    # The reported error is rounded up by a few units in the last place of the mass.
     np.testing.assert_allclose(result.marginal_error, error, atol=16 * eps * problem.mass, rtol=24 * eps)
     value = np.sum(result.plan * cost)
     np.testing.assert_allclose(result.primal_cost, value, atol=16 * eps * problem.mass * problem.size)
@@ -219,21 +220,21 @@ def check_evidence(problem, result, eps):
 
 
 def check_cost_is_as_good_as_entropy_allows(problem, result, reg, exponent_rounding):
-    """⟨T, C⟩ is within reg·log min(n, m) of the best between T's own marginals.
+    """⟨T, C⟩ is within reg·log min(n, m) of the optimum between T's own marginals.
 
-    At any iteration: diag(u) K diag(v) is the entropic optimum between its marginals, whatever they are. What entropy
-    it has more than the exact solution, which is a vertex, is at most log min(n, m) for each unit of mass.
+    This holds at any iteration: diag(u) K diag(v) is the entropic optimum between its own marginals. Its entropy
+    exceeds that of the exact solution, which is a vertex, by at most log min(n, m) per unit of mass.
     """
     size = problem.size or 1.0
     rows, columns, mass = result.plan.sum(1), result.plan.sum(0), result.plan.sum()
     exact = size * mass * pot.emd2(rows / mass, columns / mass, problem.cost / size)
     excess = np.sum(result.plan * problem.cost) - exact
-    # POT's network simplex calls 1e-9 of mass nothing.
+    # POT's network simplex ignores 1e-9 of the mass.
     tolerance = size * problem.mass * (4 * exponent_rounding + 1e-8)
     assert -tolerance <= excess <= reg * mass * np.log(min(problem.cost.shape)) + tolerance
 
 
-# Gradients of ⟨T, C⟩ obey what the value does: it scales with (C, reg), with (a, b), and shifts with the cost.
+# Gradients of ⟨T, C⟩ satisfy the identities that follow from scaling (C, reg), scaling (a, b), and shifting C.
 
 
 def with_gradients(solver):
@@ -271,13 +272,14 @@ def test_gradients(grad, dtype, problem):
     (value, result), (d_cost, d_a, d_b, d_reg) = solution
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(solution))
     largest = exponents(problem, result, reg / ITERATIONS if grad == "ipot" else reg)
-    # As in the plan, and once more in the tangents, which are as large as the exponents.
+    # The rounding of the plan, times that of the tangents, which are as large as the exponents.
     rounding = np.finfo(dtype).eps * ITERATIONS * largest**2 * problem.mass
     assert abs(np.sum(d_cost * cost) + d_reg * reg - value) <= rounding * problem.size
     if grad == "implicit" and result.marginal_error > 1e-13 * problem.mass:
-        return  # the rest holds at the fixed point
+        return  # the other identities hold at the fixed point only
     assert abs(np.sum(d_a * a) + np.sum(d_b * b) - value) <= rounding * problem.size
-    # A shift of the potentials that are updated first is forgotten at once, of the others at the fixed point.
+    # Shifts of the columns, which are updated first, have no effect after one iteration; shifts of the rows have none
+    # at the fixed point.
     if grad != "ipot":
         assert np.abs(d_cost.sum(0) - result.plan.sum(0)).max() <= rounding
     if grad in ("ipot", "implicit"):

@@ -1,4 +1,4 @@
-"""Rows that are sharded over devices: values, gradients and verdicts are those of the whole problem on one device."""
+"""Rows sharded over devices: values, gradients and statuses are those of the whole problem on one device."""
 
 import itertools
 from functools import partial
@@ -16,7 +16,7 @@ AXIS = "d"
 RESULT = Transport(P(AXIS), P(), P(), P(AXIS), P(), P(), P(), P())  # plan and f are each device's own rows
 CASES = {
     "unroll": {"num_iters": 50},
-    "unroll, sharp": {"num_iters": 40, "reg": 1e-4},  # K absorbs, and the log domain is needed
+    "unroll, sharp": {"num_iters": 40, "reg": 1e-4},  # absorbs scalings, and needs the log domain
     "unroll, log": {"num_iters": 15, "method": "log"},
     "unroll, kernel": {"num_iters": 15, "method": "kernel", "reg": 0.2},
     "unroll, threshold": {"num_iters": 500, "threshold": 1e-3, "reg": 0.05},
@@ -29,7 +29,7 @@ WAYS = ("pmap", "shard_map", "shard_map, unchecked")
 
 
 def over_devices(function, way, devices, in_specs, out_specs):
-    """`function` on the first devices, of whole arrays that are cut along their first axis where the spec says so."""
+    """`function` on several devices, as a function of whole arrays; specs say which to split along their first axis."""
     if way != "pmap":
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), (AXIS,))
         return jax.jit(
@@ -40,37 +40,37 @@ def over_devices(function, way, devices, in_specs, out_specs):
     )
 
     def joined(x, spec):
-        if spec == P():  # copies, bit for bit
+        if spec == P():  # copies, bitwise equal
             np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))
             return x[0]
         return x.reshape(-1, *x.shape[2:])
 
     def on_whole_arrays(*arrays):
-        cut = (
+        split = (
             x if s == P() else x.reshape(devices, -1, *np.shape(x)[1:]) for x, s in zip(arrays, in_specs, strict=True)
         )
-        return jax.tree.map(joined, mapped(*cut), out_specs)
+        return jax.tree.map(joined, mapped(*split), out_specs)
 
     return on_whole_arrays
 
 
 @pytest.fixture(scope="module")
 def points():
-    """Features of both sets, weights with zeros among them, reg's factor; and what is asked of plan, f and g."""
+    """Features of both sets, weights with some zeros, a factor of reg; and linear functionals of plan, f and g."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(8, 3)), rng.normal(size=(10, 3))
     a, b = rng.uniform(1, 2, 8), rng.uniform(1, 2, 10)
-    a[:2], a[5], b[1] = 0, 0, 0  # of four devices the first has no row with mass
-    asked = rng.normal(size=(8, 10)), rng.normal(size=8), rng.normal(size=10)
-    return (x, y, a / a.sum(), b / b.sum(), np.float64(1)), asked
+    a[:2], a[5], b[1] = 0, 0, 0  # the first of four devices has no row with mass
+    functionals = rng.normal(size=(8, 10)), rng.normal(size=8), rng.normal(size=10)
+    return (x, y, a / a.sum(), b / b.sum(), np.float64(1)), functionals
 
 
-def value(options, arguments, asked, axis_name=None):
-    """What belongs to the rows at hand and what to the whole, as two numbers; and the result."""
+def value(options, arguments, functionals, axis_name=None):
+    """A number for this device's rows, one for the whole problem, and the result."""
     x, y, a, b, factor = arguments
     options = {"reg": 0.01, **options}
     result = sinkhorn(cosine_cost(x, y), a, b, **{**options, "reg": options["reg"] * factor}, axis_name=axis_name)
-    of_plan, of_f, of_g = asked
+    of_plan, of_f, of_g = functionals
     of_rows = jnp.sum(of_plan * result.plan) + jnp.sum(jnp.where(a > 0, of_f * result.f, 0))
     of_all = result.primal_cost + 2 * result.reg_cost + jnp.sum(jnp.where(b > 0, of_g * result.g, 0))
     return of_rows, of_all, result
@@ -85,11 +85,11 @@ def value(options, arguments, asked, axis_name=None):
     ),
 )  # fmt: skip
 def test_values_and_gradients_are_those_of_the_whole_problem(points, name, way, devices):
-    arguments, asked = points
+    arguments, functionals = points
     options = CASES[name]
 
     def on_one(*arguments):
-        of_rows, of_all, result = value(options, arguments, asked)
+        of_rows, of_all, result = value(options, arguments, functionals)
         return of_rows + of_all, result
 
     specs = (P(AXIS), P(), P(AXIS), P(), P())
@@ -101,25 +101,25 @@ def test_values_and_gradients_are_those_of_the_whole_problem(points, name, way, 
             of_rows, of_all, result = value(options, arguments, (of_plan, of_f, of_g), AXIS)
             if way == "shard_map":
                 return jax.lax.psum(of_rows, AXIS) + of_all, result
-            return of_rows + of_all / devices, result  # what is differentiated is the sum over devices
+            return of_rows + of_all / devices, result  # JAX differentiates the sum over devices
 
         (_, result), gradients = jax.value_and_grad(objective, argnums=range(5), has_aux=True)(*arguments)
-        if way != "shard_map":  # which adds up the gradient of what is replicated by itself
+        if way != "shard_map":  # which sums the gradients of replicated arguments itself
             gradients = [x if s == P(AXIS) else jax.lax.psum(x, AXIS) for x, s in zip(gradients, specs, strict=True)]
         return result, tuple(gradients)
 
     (_, expected), expected_gradients = jax.jit(jax.value_and_grad(on_one, argnums=range(5), has_aux=True))(*arguments)
     in_specs = (*specs, P(AXIS), P(AXIS), P())
-    result, gradients = over_devices(on_each, way, devices, in_specs, (RESULT, specs))(*arguments, *asked)
+    result, gradients = over_devices(on_each, way, devices, in_specs, (RESULT, specs))(*arguments, *functionals)
     assert (result.status, result.num_iters) == (expected.status, expected.num_iters)
-    # The same sums in another order, 1e-16 each; the gradients' grow over the iterations, as potentials over reg.
+    # The same sums in another order, 1e-16 each; errors of gradients grow over the iterations, as do potentials / reg.
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13), result, expected)
     for got, of_whole in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(got, of_whole, atol=1e-11 * max(1, np.abs(of_whole).max()))
 
 
 @pytest.mark.parametrize("way", mostly_slow(WAYS, "pmap"))
-def test_gradient_of_what_each_device_returns_is_that_of_gathering(points, way):
+def test_gradient_of_each_devices_value_is_that_of_gathered_rows(points, way):
     (x, y, *_), _ = points
 
     def gathered(x):
@@ -132,7 +132,8 @@ def test_gradient_of_what_each_device_returns_is_that_of_gathering(points, way):
         return jax.grad(gathered)(x), jax.grad(sharded)(x)
 
     of_gathered, of_sharded = over_devices(gradients, way, 4, (P(AXIS),), (P(AXIS), P(AXIS)))(x)
-    # `shard_map` that checks knows that the sharded cost is one number; the gathered one is a number on each of four.
+    # With its check, `shard_map` knows that the sharded cost is one number; the gathered one is a number on each of the
+    # four devices.
     np.testing.assert_allclose(of_sharded * (4 if way == "shard_map" else 1), of_gathered, rtol=1e-9, atol=1e-12)
 
 
@@ -155,25 +156,25 @@ def problem32(make_problem):
     return [np.float32(x) for x in make_problem(8, 10)]
 
 
-def test_a_threshold_in_float32_is_met_or_said_not_to_be(solve32, problem32):
+def test_status_in_float32_is_true_of_the_plan(solve32, problem32):
     met, beyond = (solve32(*problem32, np.float32(0.1), np.float32(threshold)) for threshold in (1e-4, 1e-12))
     assert met.status == Status.CONVERGED
     assert met.marginal_error <= 1e-4
     assert beyond.status == Status.STALLED
     _, a, b = problem32
-    off = np.abs(met.plan.sum(1) - a).sum() + np.abs(met.plan.sum(0) - b).sum()
-    assert off <= met.marginal_error
+    error = np.abs(met.plan.sum(1) - a).sum() + np.abs(met.plan.sum(0) - b).sum()
+    assert error <= met.marginal_error
 
 
 @pytest.mark.parametrize("where", [(0, 3), (7, 0)])
-def test_one_devices_nan_is_a_status_of_all(solve32, problem32, where):
+def test_a_nan_on_one_device_gives_all_devices_its_status(solve32, problem32, where):
     cost, a, b = problem32
     cost[where] = np.nan
     assert solve32(cost, a, b, np.float32(0.1), np.float32(1e-4)).status == Status.NOT_FINITE
 
 
 @pytest.mark.parametrize("differs", ["b", "reg", "threshold"])
-def test_copies_that_differ_are_no_problem_that_has_a_result(problem32, differs):
+def test_different_copies_are_reported(problem32, differs):
     cost, a, b = problem32
 
     def solve(cost, a, b):
@@ -188,7 +189,7 @@ def test_copies_that_differ_are_no_problem_that_has_a_result(problem32, differs)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_defaults_masks_and_starts_are_those_of_the_whole_problem(make_problem, way):
+def test_defaults_masks_and_init_are_those_of_the_whole_problem(make_problem, way):
     cost, _, b = make_problem(8, 10)
     mask = np.arange(8) % 3 > 0
     init = np.linspace(0, 1, 8), np.zeros(10)
@@ -220,7 +221,7 @@ def test_vmap_and_forward_mode_on_each_device(make_problem, way):
 
     on_each = over_devices(partial(solve, axis_name=AXIS), way, 4, (P(AXIS), P(AXIS)), (P(), P(), P()))
     expected = solve(costs, tangents)
-    assert len(set(expected[2].tolist())) > 1  # each stops by itself
+    assert len(set(expected[2].tolist())) > 1  # each stops on its own
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11), on_each(costs, tangents), expected)
 
 
@@ -243,7 +244,7 @@ def test_rows_over_several_axes_and_problems_over_another(make_problem):
         result = solve("q", costs[0])
         return result.primal_cost[None], result.plan[None], result.num_iters[None]
 
-    assert expected[0].num_iters != expected[1].num_iters  # so they can't wait for each other's sums
+    assert expected[0].num_iters != expected[1].num_iters  # so they can't share sums
     for of_all, of_each in zip(
         each(costs), zip(*[(r.primal_cost, r.plan, r.num_iters) for r in expected], strict=True), strict=True
     ):
@@ -269,7 +270,7 @@ def test_second_derivatives_of_implicit(points):
 
 
 def largest_array(jaxpr):
-    """Elements of the largest array in a program, those inside it included."""
+    """Size of the largest array in a program, including its inner programs."""
     inner = [p for e in jaxpr.eqns for leaf in jax.tree.leaves(list(e.params.values())) for p in programs(leaf)]
     sizes = [v.aval.size for e in jaxpr.eqns for v in e.outvars if hasattr(v.aval, "size")]
     return max([*sizes, *map(largest_array, inner)], default=0)
@@ -298,12 +299,12 @@ def test_no_device_holds_the_whole_matrix(name):
     (mapped,) = (
         p for e in part.jaxpr.eqns for leaf in jax.tree.leaves(list(e.params.values())) for p in programs(leaf)
     )
-    # A device's rows, and as one vector with the potentials, as the rules for derivatives have them. (The vectors of 60
-    # iterations are less.)
+    # A device's rows, raveled into one vector with the potentials, as in the derivative rules. (The vectors of 60
+    # iterations are smaller.)
     assert largest_array(mapped) <= size * size // 4 + 4 * size
 
 
 @pytest.mark.parametrize("name", ["d", 3])
-def test_an_axis_that_is_not_mapped_is_refused(name):
+def test_an_axis_that_is_not_mapped_raises(name):
     with pytest.raises(ValueError, match=f"axis_name: expected the name of an axis mapped by .*, got {name!r}"):
         sinkhorn(np.ones((2, 2)), reg=0.1, axis_name=name)

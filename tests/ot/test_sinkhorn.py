@@ -21,8 +21,8 @@ METHODS = ("kernel", "log", "stabilized")
 def ott(cost, a, b, reg, iterations, implicit=False):
     """ott-jax's result after exactly this many iterations.
 
-    By an unreachable threshold: with min_iterations = max_iterations ott-jax 0.6 walks back over the wrong iterations,
-    and its gradient is not that of its value.
+    It uses an unreachable threshold: with min_iterations = max_iterations, the backward pass of ott-jax 0.6 goes
+    through the wrong iterations, and its gradient is not that of its value.
     """
     solver = ott_sinkhorn.Sinkhorn(
         min_iterations=0,
@@ -35,11 +35,11 @@ def ott(cost, a, b, reg, iterations, implicit=False):
 
 
 def functionals(result, seed=0):
-    """A number that depends on everything that has a derivative: the plan, both costs, both potentials."""
+    """A number that depends on all outputs with a derivative: the plan, both costs, both potentials."""
     rng = np.random.default_rng(seed)
     n, m = result.plan.shape
     f, g = rng.normal(size=n), rng.normal(size=m)
-    # A constant can move between f and g: only sums that are blind to it are comparable between solvers.
+    # A constant can move between f and g: only sums that don't depend on it can be compared between solvers.
     f, g = f - (f.sum() - g.sum()) / n, g
     plan = jnp.sum(rng.normal(size=(n, m)) * result.plan)
     return plan + result.primal_cost + 2 * result.reg_cost + f @ result.f + g @ result.g
@@ -47,7 +47,7 @@ def functionals(result, seed=0):
 
 @pytest.mark.parametrize("method", mostly_slow(METHODS, "stabilized"))
 @pytest.mark.usefixtures("standard_promotion")
-def test_every_iteration_is_ott_jaxs(problem, method):
+def test_every_iteration_equals_ott_jaxs(problem, method):
     cost, a, b = problem
     theirs = ott_sinkhorn.Sinkhorn(inner_iterations=1, max_iterations=20)
     prob = linear_problem.LinearProblem(geometry.Geometry(cost_matrix=jnp.asarray(cost), epsilon=0.1), a, b)
@@ -60,7 +60,7 @@ def test_every_iteration_is_ott_jaxs(problem, method):
     solve = jax.jit(sinkhorn, static_argnames=("num_iters", "method"))
     for i in range(20):
         state = step(state, i)
-        # Float64, and exponents of at most 2 / 0.1: rounding is amplified 20 times at most.
+        # Float64, and exponents of at most 2 / 0.1: rounding is amplified at most 20 times.
         np.testing.assert_allclose(0.1 * phi[i], state.fu, atol=1e-13)
         np.testing.assert_allclose(0.1 * gamma[i], state.gv, atol=1e-13)
         if i + 1 in (1, 11, 20):
@@ -69,7 +69,7 @@ def test_every_iteration_is_ott_jaxs(problem, method):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_costs_are_ott_jaxs(problem):
+def test_costs_equal_ott_jaxs(problem):
     ours = sinkhorn(*problem, reg=0.1, num_iters=3)
     theirs = jax.jit(lambda *p: ott(*p, 0.1, 3))(*problem)
     np.testing.assert_allclose(ours.primal_cost, theirs.primal_cost, rtol=1e-13)  # the same sums
@@ -77,7 +77,7 @@ def test_costs_are_ott_jaxs(problem):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_plan_of_the_potentials(problem, method):
+def test_plan_is_that_of_the_potentials(problem, method):
     cost, a, b = problem
     result = sinkhorn(cost, a, b, reg=0.2, num_iters=200, method=method)
     np.testing.assert_allclose(result.plan, np.exp((result.f[:, None] + result.g[None] - cost) / 0.2), rtol=1e-13)
@@ -89,18 +89,18 @@ def test_plan_of_the_potentials(problem, method):
     np.testing.assert_allclose(result.reg_cost, entropic, rtol=1e-13)
 
 
-def test_small_reg_is_the_assignment(make_problem):
+def test_small_reg_gives_the_assignment(make_problem):
     cost = make_problem(8, 8, seed=3)[0]
     exact = cost[linear_sum_assignment(cost)].mean()
     result = sinkhorn(cost, reg=1e-3, num_iters=3000, method="log")
-    # The plan is a coupling to 1e-6 or so, and an entropic plan costs at most reg·log n more than the best.
+    # The marginal error is about 1e-6, and an entropic plan costs at most reg·log n more than the optimum.
     np.testing.assert_allclose(result.primal_cost, exact, atol=1e-3 * np.log(8))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("threshold", [None, 1e-3])
-def test_vmap_is_a_loop(make_problem, method, threshold):
+def test_vmap_equals_a_loop(make_problem, method, threshold):
     problems = [make_problem(5, 4, seed=i) for i in range(4)]
     scales = np.array([0.1, 0.5, 1.0, 2.0])  # so that they need different numbers of iterations
 
@@ -116,7 +116,7 @@ def test_vmap_is_a_loop(make_problem, method, threshold):
     one_by_one = [tuple(side[i] for side in batch) for i in range(4)]
     loop = [(solve(*one), gradient(*one)) for one in one_by_one]
     loop_results, loop_gradients = jax.tree.map(lambda *x: np.stack(x), *loop)
-    # Two programs for the same sums: rounding, 20 times amplified by the exponents and by 200 iterations' sums.
+    # Two programs for the same sums: rounding, amplified 20 times by the exponents and by the sums of 200 iterations.
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12), results, loop_results)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-9), gradients, loop_gradients)
     if threshold is not None:
@@ -152,7 +152,7 @@ def test_unrolled_derivatives(problem, method, threshold):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_unrolled_gradient_is_autodiff_of_ott_jax(problem):
+def test_unrolled_gradient_equals_autodiff_of_ott_jax(problem):
     def theirs(cost):
         return ott(cost, *problem[1:], 0.1, 10).primal_cost
 
@@ -163,13 +163,13 @@ def test_unrolled_gradient_is_autodiff_of_ott_jax(problem):
 @pytest.mark.slow
 def test_implicit_derivatives(problem):
     def value(cost, a, b, reg, grad="implicit"):
-        # The masses must stay equal for the fixed point to exist: normalise inside.
+        # A fixed point exists only for equal masses, so the weights are normalised here.
         result = sinkhorn(cost, a / a.sum(), b / b.sum(), reg=reg, num_iters=300, grad=grad)
         return functionals(result)
 
     arguments = (*problem, 0.2)
     check_grads(jax.jit(value), arguments, order=1, modes=["fwd", "rev"], eps=1e-5, atol=1e-6, rtol=1e-6)
-    # 300 iterations are converged to rounding, where both derivatives are the same number.
+    # 300 iterations converge up to rounding. Both derivatives are then the same number.
     unrolled = jax.jit(jax.grad(lambda *x: value(*x, grad="unroll"), (0, 1, 2, 3)))(*arguments)
     implicit = jax.jit(jax.grad(value, (0, 1, 2, 3)))(*arguments)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-10), implicit, unrolled)
@@ -177,10 +177,10 @@ def test_implicit_derivatives(problem):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
-def test_implicit_gradient_is_ott_jaxs(problem):
+def test_implicit_gradient_equals_ott_jaxs(problem):
     theirs = jax.grad(lambda cost: ott(cost, *problem[1:], 0.2, 300, implicit=True).primal_cost)(problem[0])
     ours = jax.grad(lambda cost: sinkhorn(cost, *problem[1:], reg=0.2, num_iters=300, grad="implicit").primal_cost)
-    np.testing.assert_allclose(ours(problem[0]), theirs, atol=1e-6)  # its conjugate gradients stop there
+    np.testing.assert_allclose(ours(problem[0]), theirs, atol=1e-6)  # the tolerance of its conjugate gradients
 
 
 @pytest.mark.slow
@@ -207,7 +207,7 @@ def test_envelope_and_none(problem):
     np.testing.assert_allclose(gradient[0], plan, atol=1e-15)  # two programs
     for other in gradient[1:]:
         np.testing.assert_array_equal(other, 0)
-    # Danskin: at the fixed point the derivative of the regularised cost is that at fixed potentials.
+    # Danskin's theorem: at the fixed point, the derivative of the regularised cost is that at fixed potentials.
     exact, envelope = (gradients(lambda result: result.reg_cost, grad) for grad in ("unroll", "envelope"))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), envelope, exact)
     nothing = gradients(functionals, "none")
@@ -218,9 +218,9 @@ def test_envelope_and_none(problem):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "grad"), list(product(METHODS, ("unroll", "implicit"))))
-def test_zero_weights_leave_points_out(make_problem, method, grad):
+def test_zero_weights_exclude_points(make_problem, method, grad):
     cost, a, b = make_problem(5, 4)
-    kept = np.ix_([0, 1, 3, 5, 6], [1, 2, 3, 4])  # of a larger problem, whose other costs are anything
+    kept = np.ix_([0, 1, 3, 5, 6], [1, 2, 3, 4])  # of a larger problem with arbitrary other costs
     large = np.full((7, 5), 1.7)
     large[kept] = cost
     large_a, large_b = np.zeros(7), np.zeros(5)
@@ -233,7 +233,7 @@ def test_zero_weights_leave_points_out(make_problem, method, grad):
     solve = jax.jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))
     (small_value, small), small_gradients = solve(cost, a, b)
     (large_value, result), gradients = solve(large, large_a, large_b)
-    # Zeros are added to the same sums: rounding, and the solver's tolerance for "implicit".
+    # The same sums with added zeros: rounding, and the linear solver's tolerance for "implicit".
     np.testing.assert_allclose(result.plan[kept], small.plan, atol=1e-15)
     np.testing.assert_allclose(result.plan.sum(), 1, atol=1e-14)
     np.testing.assert_allclose(large_value, small_value, atol=1e-14)
@@ -246,7 +246,7 @@ def test_zero_weights_leave_points_out(make_problem, method, grad):
 
 
 @pytest.mark.parametrize("threshold", [None, 1e-6])
-def test_history_is_the_error_of_the_plan_at_that_time(make_problem, threshold):
+def test_history_is_the_error_of_the_plan_at_each_check(make_problem, threshold):
     problems = [make_problem(6, 9, seed) for seed in range(2)]
     costs, a, b = (np.stack(x) for x in zip(*problems, strict=True))
 
@@ -258,15 +258,15 @@ def test_history_is_the_error_of_the_plan_at_that_time(make_problem, threshold):
     assert solve(45, threshold).errors is None
     for run in (0, 4):
         errors, iterations = result.errors[:, run], min(10 * (run + 1), 45)
-        # The same iterations in another program, whose rounding is part of the error: some 1e-15 of a mass of one.
+        # The same iterations in another program; the error includes its rounding, about 1e-15 of a mass of one.
         alone = solve(iterations).marginal_error
         was_done = result.num_iters >= iterations
         np.testing.assert_allclose(errors[was_done], alone[was_done], rtol=1e-6, atol=1e-14)
     assert np.isnan(result.errors).any() == (threshold is not None)
 
 
-def test_decreasing_reg_comes_near_in_fewer_iterations():
-    """Between sets of points of even weights. Where weights are uneven, or thresholds small, it need not."""
+def test_decreasing_reg_needs_fewer_iterations():
+    """For sets of points with even weights. With uneven weights or small thresholds it may need more."""
     points = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 60, 2)))
     costs = jax.vmap(sqeuclidean_cost)(*points)
 
@@ -279,7 +279,7 @@ def test_decreasing_reg_comes_near_in_fewer_iterations():
     assert plain.converged.all()
     assert faster.converged.all()
     assert np.all(2 * faster.num_iters < plain.num_iters)
-    # One that is no larger changes nothing.
+    # A start that is not larger than reg changes nothing.
     assert np.array_equal(solve(costs, 0.004).num_iters, plain.num_iters)
 
 
@@ -298,7 +298,7 @@ def test_decreasing_reg_has_the_same_solution_and_gradient(make_problem, grad):
     (_, plain), gradient = solve(cost)
     (_, decreasing), got = solve(cost, reg_start=1.0)
     assert decreasing.converged
-    # Marginal errors of 1e-12, over the smallest eigenvalue of the solution's equations, some 1e-4.
+    # Marginal errors of 1e-12, over the smallest eigenvalue of the solution's equations, about 1e-4.
     np.testing.assert_allclose(decreasing.plan, plain.plan, atol=1e-8)
     np.testing.assert_allclose(got, gradient, atol=1e-6)
 
@@ -318,14 +318,14 @@ def test_decreasing_reg_in_a_batch_of_different_regs(make_problem):
 
 
 @pytest.mark.parametrize("method", mostly_slow(METHODS, "stabilized"))
-def test_init_goes_on_where_it_stopped(problem, method):
+def test_init_resumes_the_iterations(problem, method):
     first = sinkhorn(*problem, reg=0.1, num_iters=7, method=method)
     rest = sinkhorn(*problem, reg=0.1, num_iters=5, method=method, init=(first.f, first.g))
     whole = sinkhorn(*problem, reg=0.1, num_iters=12, method=method)
     np.testing.assert_allclose(rest.plan, whole.plan, atol=1e-15)
 
 
-def test_kernel_underflow_is_said_and_log_goes_on():
+def test_kernel_underflow_is_reported_and_log_converges():
     cost = np.float32([[0, 2], [2, 1.9]])  # exp(-1.9 / 0.01) is zero in float32: Algorithm 1 divides by it
     kernel = jax.jit(lambda c: sinkhorn(c, reg=0.01, method="kernel", threshold=1e-3))(cost + np.float32(1))
     assert kernel.status == Status.NOT_FINITE
@@ -337,14 +337,14 @@ def test_kernel_underflow_is_said_and_log_goes_on():
 @pytest.mark.parametrize(
     "dtype", mostly_slow([jnp.float16, jnp.bfloat16, jnp.float32, jnp.int32], jnp.float16, jnp.int32)
 )
-def test_narrow_types_are_computed_in_float32_and_returned_as_they_came(problem, dtype):
+def test_narrow_dtypes_are_computed_in_float32_and_returned_in_their_dtype(problem, dtype):
     cost = jnp.asarray(problem[0], dtype)
     result = sinkhorn(cost, reg=0.1)
     floating = jnp.dtype(dtype if dtype != jnp.int32 else jnp.float32)
     assert {x.dtype for x in (result.plan, result.primal_cost, result.reg_cost, result.f, result.g)} == {floating}
     assert result.marginal_error.dtype == jnp.float32
     exact = sinkhorn(jnp.asarray(cost, jnp.float64), reg=0.1)
-    # Exponents of 2 / 0.1 carry errors of 20 · 6e-8, and so do potentials; then the plan is rounded once.
+    # Exponents of 2 / 0.1 have errors of 20 · 6e-8, and so have potentials; then the plan is rounded once.
     np.testing.assert_allclose(
         np.float64(result.plan), exact.plan, atol=1e-6, rtol=float(jnp.finfo(floating).eps) / 2 + 1e-6
     )
@@ -362,7 +362,7 @@ def test_half_precision_is_carried_through_a_scan(problem, dtype):
     (f, g), costs = jax.lax.scan(step, start, length=3)
     assert f.dtype == g.dtype == costs.dtype == dtype
     assert np.isfinite(np.float32(f)).all()
-    # All of the mass is row 2's, and goes everywhere: its mean cost, rounded to the dtype.
+    # Row 2 has all of the mass and is moved to all columns evenly: its mean cost, rounded to the dtype.
     np.testing.assert_allclose(np.float32(costs), problem[0][2].mean(), rtol=1e-2)
 
 

@@ -1,4 +1,4 @@
-"""Under every transformation of JAX a solver gives what a Python loop over single problems gives."""
+"""Under every JAX transformation, a solver returns the same as a Python loop over single problems."""
 
 import itertools
 from functools import partial
@@ -43,7 +43,7 @@ def with_gradients(solver):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Four costs, and weights that all of them share."""
+    """Four costs with the same weights."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         a, b = rng.uniform(1, 2, 3), rng.uniform(1, 2, 4)
@@ -51,7 +51,7 @@ def batch():
 
 
 def assert_close(got, expected):
-    # The same sums in another program, over a dozen iterations: in float64 1e-16 each, in float32 6e-8.
+    # The same sums in another program, over a dozen iterations: rounding of 1e-16 each in float64, 6e-8 in float32.
     def close(x, y):
         tolerance = 1e-5 if y.dtype == np.float32 else 1e-10
         np.testing.assert_allclose(x, y, rtol=10 * tolerance, atol=tolerance)
@@ -66,7 +66,7 @@ def test_shard_map_with_replicated_weights(batch, name):
 
 @pytest.mark.parametrize("name", mostly_slow(["none", "stabilized"]))
 def test_shard_map_in_float32(batch, name):
-    # The kernels for a GPU are traced too, though not compiled here.
+    # The GPU kernels are traced too, but not compiled here.
     check_shard_map(batch, name, np.float32)
 
 
@@ -81,7 +81,7 @@ def check_shard_map(batch, name, dtype=np.float64):
     @partial(jax.shard_map, mesh=mesh, in_specs=(P("d"), P(), P()), out_specs=((P("d"), P("d")), (P("d"), P())))
     def on_each_device(costs, a, b):
         (value, result), (d_cost, d_a) = solve(costs[0], a, b)
-        # What is replicated has a gradient that is replicated too: the sum over devices.
+        # The gradient of a replicated argument is replicated too: the sum over devices.
         return jax.tree.map(lambda x: x[None], (value, result)), (d_cost[None], d_a)
 
     (got_values, got_results), (got_d_costs, got_d_a) = on_each_device(costs, a, b)
@@ -193,7 +193,7 @@ def test_any_subset_of_arguments_can_be_differentiated(arguments, method, grad):
 
 
 @pytest.mark.parametrize("grad", mostly_slow(["unroll", "implicit"]))
-def test_derivatives_of_each_argument_alone_are_those_of_all_together(arguments, grad):
+def test_derivatives_of_each_argument_equal_those_of_all_together(arguments, grad):
     total = total_of(arguments, {"grad": grad})
 
     @jax.jit

@@ -1,6 +1,6 @@
-"""The kernels, interpreted on a CPU, against the plain iterations; on a GPU (marked gpu) compiled, and everything else.
+"""The kernels, interpreted on a CPU, equal the plain iterations; tests marked gpu compile them and run on a GPU.
 
-Without a GPU the compiler for one can still be asked how it understands the kernels: those tests lower for CUDA.
+Some tests lower programs for CUDA, which works without a GPU, and count the kernels in them.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from tests.parameters import mostly_slow
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Sinkhorn takes the kernels on this CPU, interpreted."""
-    jax.clear_caches()  # what was compiled before knows of no kernels
+    """Makes Sinkhorn use the kernels on this CPU, interpreted."""
+    jax.clear_caches()  # programs compiled earlier don't use the kernels
     monkeypatch.setitem(_dispatch.KERNELS, "cpu", True)
     yield
     jax.clear_caches()
 
 
 def draw(shape, batch, seed=0):
-    """Costs up to 1, and uneven weights of which some are zero."""
+    """Costs of up to 1, and uneven weights, some of them zero."""
     rng = np.random.default_rng(seed)
     n, m = shape
     cost, a, b = (rng.uniform(low, high, (batch, *s)) for low, high, s in ((0, 1, (n, m)), (1, 3, (n,)), (1, 3, (m,))))
@@ -36,7 +36,7 @@ def draw(shape, batch, seed=0):
 
 
 def solve(problems, reg, dtype=jnp.float32, **options):
-    """Results of a batch, and the gradients of something that everything in them has a part in."""
+    """Results of a batch, and gradients of a number that depends on all of their outputs."""
     problems = [jnp.asarray(x, dtype) for x in problems]
     rng = np.random.default_rng(1)
     weights, f, g = (jnp.asarray(rng.normal(size=x.shape[1:]), dtype) for x in problems)
@@ -51,7 +51,7 @@ def solve(problems, reg, dtype=jnp.float32, **options):
 
 
 def distances(one, other):
-    """Largest differences of the plans, the costs, and the gradients, each relative to the largest."""
+    """Largest differences of the plans, the costs and the gradients, each relative to the largest entry."""
     (gradients, result), (other_gradients, other_result) = one, other
     pairs = [
         (result.plan, other_result.plan),
@@ -77,13 +77,13 @@ def test_results_and_gradients_are_exact_to_rounding(shape, reg, num_iters):
     exact = solve(problems, reg, jnp.float64, num_iters=num_iters, method="log")
     assert set(got[1].status.tolist()) == {Status.LIMIT}
     assert (got[1].plan[:, 0] == 0).all() or shape[0] == 1
-    # Exponents of 1 / reg are rounded at 6e-8 of themselves; then a few sums of as many terms.
+    # Exponents of 1 / reg have relative rounding errors of 6e-8; then come a few sums.
     np.testing.assert_array_less(distances(got, exact), 6e-8 / reg + 2e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
-def test_each_problem_of_a_batch_stops_by_itself():
+def test_each_problem_of_a_batch_stops_on_its_own():
     cost, a, b = draw((7, 5), 4)
     cost *= np.array([0.1, 0.5, 2.0, 20.0])[:, None, None]
     options = {"reg": 0.1, "num_iters": 60, "threshold": 1e-3}
@@ -97,8 +97,8 @@ def test_each_problem_of_a_batch_stops_by_itself():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
-def test_starts_anywhere():
-    # From potentials of nothing, and with points of next to no mass: the first sums are e^±5000, later ones 1e-25.
+def test_arbitrary_init():
+    # Random initial potentials, and points with almost no mass: the first sums are e^±5000, later ones 1e-25.
     cost, a, b = draw((6, 9), 2)
     a[:, 1], b[:, 1] = 1e-12, 1e-13
     init = np.random.default_rng(1).uniform(-500, 500, 6).astype(np.float32), np.zeros(9, np.float32)
@@ -126,11 +126,11 @@ def test_transformations_compose(way):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
-def test_forward_mode_goes_the_plain_way():
+def test_forward_mode_uses_the_plain_iterations():
     costs = jnp.asarray(draw((6, 9), 4)[0], jnp.float32)
     value = jax.vmap(lambda cost: sinkhorn(cost, reg=0.1, num_iters=5).primal_cost)
     expected = jax.grad(lambda costs: value(costs).sum())(costs)
-    # The two directions are each other's transpose.
+    # Forward mode is the transpose of reverse mode.
     tangents = jnp.asarray(np.random.default_rng(2).normal(size=costs.shape), jnp.float32)
     _, forward = jax.jvp(value, (costs,), (tangents,))
     np.testing.assert_allclose(forward, jnp.sum(expected * tangents, (1, 2)), atol=1e-4)
@@ -138,14 +138,14 @@ def test_forward_mode_goes_the_plain_way():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
-def test_a_plan_that_the_kernel_wrongly_believes_in_is_solved_again(monkeypatch):
+def test_if_the_kernel_stops_too_early_the_problem_is_solved_again(monkeypatch):
     cost, a, b = (x[0] for x in draw((7, 5), 1))
 
     def solve_once():
         return sinkhorn(*(jnp.float32(x) for x in (cost, a, b)), reg=0.05, num_iters=400, threshold=1e-4, grad="none")
 
     right = solve_once()
-    # A kernel that ends after one iteration, whatever its sums say.
+    # A kernel that always stops after one iteration.
     forward = _triton._forward
     monkeypatch.setattr(_triton, "_forward", lambda *args: forward(*args[:4], jnp.float32(1e30), *args[5:]))
     jax.clear_caches()
@@ -165,7 +165,7 @@ def test_a_threshold_below_rounding_stalls_as_without_a_kernel():
 
 
 def kernels_for_cuda(function, *arguments):
-    """How many kernels of Triton a program for a CUDA device holds."""
+    """Number of Triton kernels in a program for a CUDA device."""
     device = contextlib.nullcontext()
     if jax.__version_info__ >= (0, 11):  # the backend then asks for the kind of GPU
         kind = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=None, platform="gpu")
@@ -184,7 +184,7 @@ def kernels_for_cuda(function, *arguments):
             (0, (4, 257), {}),
             (0, (5, 7), {"fused": False}),
             (0, (5, 7), {"method": "log"}),
-            (0, (5, 7), {"threshold": 0.1}),  # its path back is that of the plain iterations
+            (0, (5, 7), {"threshold": 0.1}),  # differentiated through the plain iterations
             (1, (5, 7), {"grad": "implicit"}),
             (1, (5, 7), {"grad": "implicit", "threshold": 0.1}),
         ],
@@ -230,7 +230,7 @@ def test_compiled_kernels_are_exact_to_rounding(shape):
         with jax.default_device(jax.devices("cpu")[0]):
             exact = solve(problems, reg, jnp.float64, method="log", **options)
         got, exact = jax.tree.map(np.asarray, (got, exact))
-        # As above; and this hardware's exponentials are good to 2e-7.
+        # As above, and the GPU's exponentials have relative errors of 2e-7.
         np.testing.assert_array_less(distances(got, exact), 6e-8 / reg + 1e-5)
 
 
@@ -246,12 +246,12 @@ SOLVERS = {
 @pytest.mark.gpu
 @on_cuda
 @pytest.mark.parametrize("name", SOLVERS)
-def test_solvers_on_a_gpu_are_those_in_float64_on_a_cpu(name):
+def test_solvers_on_a_gpu_equal_float64_on_a_cpu(name):
     problems = draw((60, 70), 8)
     got = jax.jit(jax.vmap(SOLVERS[name]))(*(jnp.asarray(x, jnp.float32) for x in problems))
     with jax.default_device(jax.devices("cpu")[0]):
         exact = jax.jit(jax.vmap(SOLVERS[name]))(*problems)
-    # Rounding of exponents of 50 (for IPOT, of 400), where TF32 stalls at 1e-3.
+    # Rounding of exponents of 50 (for IPOT, of 400). With TF32, they would stall at 1e-3.
     assert (got.marginal_error < exact.marginal_error + 5e-5).all()
     np.testing.assert_allclose(got.primal_cost, exact.primal_cost, rtol=1e-4)
     np.testing.assert_allclose(got.plan, exact.plan, atol=1e-4 * exact.plan.max())

@@ -1,4 +1,4 @@
-"""Relaxed marginals: against POT and ott-jax, the gap against both objectives, and derivatives against differences."""
+"""Relaxed marginals: plans equal POT's and ott-jax's, the gap is a bound, derivatives equal finite differences."""
 
 from functools import partial
 
@@ -36,40 +36,40 @@ def kl(x, y):
 
 
 def primal(plan, cost, a, b, reg, rho):
-    """The objective, in NumPy; infinite marginals are left out."""
+    """The objective in NumPy, without terms of infinite ρ."""
     plan, prices = np.asarray(plan, np.float64), np.broadcast_to(rho, 2)
     marginals = zip(prices, (plan.sum(1), plan.sum(0)), (a, b), strict=True)
-    missed = sum(price * kl(x, w) for price, x, w in marginals if np.isfinite(price))
-    return np.sum(plan * cost) + reg * kl(plan, np.outer(a, b)) + missed
+    penalty = sum(price * kl(x, w) for price, x, w in marginals if np.isfinite(price))
+    return np.sum(plan * cost) + reg * kl(plan, np.outer(a, b)) + penalty
 
 
 @pytest.mark.parametrize("rho", mostly_slow([0.05, 1.0, 30.0], 1.0))
-def test_plan_is_pots(unequal, rho):
+def test_plan_equals_pots(unequal, rho):
     theirs = pot.unbalanced.sinkhorn_unbalanced(
         unequal[1], unequal[2], unequal[0], 0.1, rho, reg_type="kl", numItermax=20000, stopThr=1e-15
     )
     result = solve(*unequal, rho=rho, threshold=1e-16)
-    # A gap of 1e-16 leaves a plan off by at most sqrt(2 gap mass / reg), here 1e-7, as the gap says.
+    # With a gap of 1e-16, the plan's error is at most sqrt(2 gap mass / reg), here 1e-7.
     np.testing.assert_allclose(result.plan, theirs, atol=1e-7)
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_plan_is_ott_jaxs(unequal):
+def test_plan_equals_ott_jaxs(unequal):
     cost, a, b = unequal
-    # Their entropic term is KL(T | 1 1ᵀ): of ours the weights go into the cost.
+    # Their entropic term is KL(T | 1 1ᵀ); with the logarithms of the weights in the cost, it is KL(T | a bᵀ).
     shifted = jnp.asarray(cost - 0.1 * (np.log(a)[:, None] + np.log(b)[None, :]))
     tau = 1.0 / (1.0 + 0.1)
     theirs = Sinkhorn(threshold=1e-10, max_iterations=5000)(
         LinearProblem(Geometry(cost_matrix=shifted, epsilon=0.1), a=jnp.asarray(a), b=jnp.asarray(b),
                       tau_a=tau, tau_b=tau)
     )  # fmt: skip
-    # Their threshold is the change of a potential relative to its size: some 1e-8 of the plan here.
+    # Their threshold is a relative change of a potential: about 1e-8 of the plan here.
     np.testing.assert_allclose(solve(*unequal, threshold=1e-16).plan, theirs.matrix, atol=1e-7)
 
 
 @pytest.mark.parametrize("rho", RHOS)
 @pytest.mark.parametrize("num_iters", [10, 30])
-def test_the_minimum_is_between_reg_cost_and_that_plus_the_gap(unequal, rho, num_iters):
+def test_the_minimum_lies_between_reg_cost_and_reg_cost_plus_gap(unequal, rho, num_iters):
     early = solve(*unequal, 0.02, rho, num_iters=num_iters, threshold=None)
     solved = solve(*unequal, 0.02, rho, num_iters=20000, threshold=1e-11)
     assert solved.status == Status.CONVERGED
@@ -79,17 +79,17 @@ def test_the_minimum_is_between_reg_cost_and_that_plus_the_gap(unequal, rho, num
     assert 0.02 * kl(np.asarray(solved.plan), np.asarray(early.plan)) <= early.gap + solved.gap + rounding
 
 
-def test_gap_is_the_difference_of_the_objectives_where_rho_is_small(unequal):
+def test_gap_is_the_difference_of_the_objectives_for_small_rho(unequal):
     result = solve(*unequal, num_iters=10, threshold=None)
     gap = primal(result.plan, *unequal, 0.1, 1.0) - result.reg_cost
     assert gap > 1e-6
-    # Up by 1e-5 and by the rounding of marginals, as the gap's docstring has it.
+    # Rounded up by 1e-5 and by the rounding error of the marginals.
     assert gap <= result.gap <= 1.001 * gap
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_converged_is_never_wrong(dtype):
-    """Random problems of all scales: the gap bounds the distance to the optimum, found in float64."""
+    """Random problems of all scales: the gap bounds the distance to the optimum computed in float64."""
     rng = np.random.default_rng(0)
     cases = []
     for _ in range(60):
@@ -114,17 +114,17 @@ def test_converged_is_never_wrong(dtype):
     assert not np.any(got.status == Status.NOT_FINITE)
     mass = np.asarray(problems[1].sum(1) + problems[2].sum(1))
     size = np.abs(exact.reg_cost) + mass * np.max(np.where(np.abs(exact.f) < 1e29, np.abs(exact.f), 0), 1)
-    rounding = 8 * np.finfo(dtype).eps * size  # of the dual objective, a sum of so many terms of that size
+    rounding = 8 * np.finfo(dtype).eps * size  # of the dual objective, a sum of terms of this size
     assert np.all(got.reg_cost <= exact.reg_cost + exact.gap + rounding)
     assert np.all(exact.reg_cost <= got.reg_cost + got.gap + rounding)
     assert np.all((got.status != Status.CONVERGED) | (got.gap <= batch[-1]))
 
 
 @pytest.mark.parametrize("threshold", [None, 1e-10])
-def test_infinite_rho_is_sinkhorn(problem, threshold):
+def test_infinite_rho_equals_sinkhorn(problem, threshold):
     ours = solve(*problem, rho=np.inf, threshold=threshold)
     balanced = sinkhorn(*problem, reg=0.1, num_iters=2000, threshold=1e-10)
-    np.testing.assert_allclose(ours.plan, balanced.plan, atol=1e-8)  # of either's marginal error
+    np.testing.assert_allclose(ours.plan, balanced.plan, atol=1e-8)  # the marginal error of either
     np.testing.assert_allclose(ours.reg_cost, balanced.reg_cost, rtol=1e-9)
     near = solve(*problem, rho=1e9, threshold=threshold)
     np.testing.assert_allclose(near.plan, balanced.plan, atol=1e-8)
@@ -148,21 +148,21 @@ def test_convergence_does_not_slow_down_as_rho_grows(problem):
         assert result.num_iters <= 2 * balanced
 
 
-def test_an_infinite_side_has_its_marginal_and_the_other_gives_way(unequal):
+def test_semi_relaxed_transport_meets_one_marginal(unequal):
     cost, a, b = unequal
     result = solve(cost, a, b, rho=(np.inf, 1.0))
-    np.testing.assert_allclose(result.plan.sum(1), a, rtol=1e-6)  # sqrt of the gap's 1e-12
+    np.testing.assert_allclose(result.plan.sum(1), a, rtol=1e-6)  # the square root of the gap of 1e-12
     assert abs(result.plan.sum(0) - b).sum() > 1
     turned = solve(cost.T, b, a, rho=(1.0, np.inf))
     np.testing.assert_allclose(turned.plan.T, result.plan, atol=1e-6)
 
 
-def test_points_without_mass_are_not_there(unequal):
+def test_points_without_mass_are_excluded(unequal):
     cost, a, b = unequal
     padded = np.full((8, 10), 1e6), np.zeros(8), np.zeros(10)
     padded[0][:6, :9], padded[1][:6], padded[2][:9] = cost, a, b
     alone, result = solve(cost, a, b), solve(*padded)
-    np.testing.assert_allclose(result.plan[:6, :9], alone.plan, rtol=1e-10)  # the same sums with zeros among them
+    np.testing.assert_allclose(result.plan[:6, :9], alone.plan, rtol=1e-10)  # the same sums with added zeros
     assert np.all(np.delete(result.plan, range(6), 0) == 0)
     for name in ("reg_cost", "gap", "f"):
         got, expected = getattr(result, name), getattr(alone, name)
@@ -178,12 +178,12 @@ def arguments_of(unequal):
 
 
 @pytest.mark.parametrize("grad", ["implicit", "envelope"])
-def test_derivatives_are_those_of_the_values(unequal, grad):
-    """By every argument, along random directions, against central differences."""
+def test_derivatives_equal_finite_differences(unequal, grad):
+    """With respect to every argument, along random directions, by central differences."""
 
     def value(arguments):
         result = solve(**arguments, grad=grad, threshold=1e-15)
-        weights = jnp.cos(jnp.arange(54)).reshape(6, 9)  # a function of the plan that is no cost
+        weights = jnp.cos(jnp.arange(54)).reshape(6, 9)  # a function of the plan other than the costs
         return result.reg_cost + (jnp.sum(weights * result.plan) + result.f[2] if grad == "implicit" else 0)
 
     arguments = arguments_of(unequal)
@@ -197,11 +197,11 @@ def test_derivatives_are_those_of_the_values(unequal, grad):
         expected = (after - before) / 2e-4
         pairs = zip(jax.tree.leaves(gradient[name]), jax.tree.leaves(direction[name]), strict=True)
         got = sum(np.sum(np.asarray(slope) * step) for slope, step in pairs)
-        # Differences err by h² times a third derivative, which has the scale of reg^-2 = 100; and the plans by 1e-7.
+        # Differences have errors of h² times a third derivative of size reg^-2 = 100; plans have errors of 1e-7.
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_second_derivatives_are_those_of_the_gradient(unequal):
+def test_second_derivatives_equal_differences_of_the_gradient(unequal):
     arguments = arguments_of(unequal)
 
     def value(t):
@@ -215,12 +215,12 @@ def test_second_derivatives_are_those_of_the_gradient(unequal):
         np.testing.assert_allclose(jax.jit(outer(jax.grad(value)))(0.0), expected, rtol=1e-4)  # as above
 
 
-def test_gradient_by_rho_is_finite_where_rho_is_infinite(problem):
+def test_gradient_at_infinite_rho_is_zero(problem):
     gradient = jax.grad(lambda rho: solve(*problem, rho=rho).reg_cost)(jnp.inf)
     assert gradient == 0
 
 
-def test_envelope_refuses_second_derivatives(unequal):
+def test_second_derivatives_of_envelope_raise(unequal):
     with pytest.raises(NotImplementedError, match="first derivatives only"):
         jax.grad(jax.grad(lambda rho: solve(*unequal, rho=rho, grad="envelope").reg_cost))(1.0)
 
@@ -236,7 +236,7 @@ def test_each_problem_of_a_batch_stops_by_its_own_gap(unequal):
     assert len(set(batch.num_iters.tolist())) > 1
 
 
-def test_potentials_of_a_similar_problem_save_iterations(unequal):
+def test_init_from_a_similar_problem_saves_iterations(unequal):
     cost, a, b = unequal
     first = solve(cost, a, b, 0.02, 5.0, threshold=1e-8)
     cold = solve(cost + 1e-4, a, b, 0.02, 5.0, threshold=1e-8)
@@ -244,14 +244,14 @@ def test_potentials_of_a_similar_problem_save_iterations(unequal):
     assert warm.num_iters < cold.num_iters
 
 
-def test_status_tells_what_happened(unequal):
+def test_status(unequal):
     few = solve(*unequal, 0.002, num_iters=5)
     assert (few.status, few.num_iters) == (Status.LIMIT, 5)
     single = [x.astype(np.float32) for x in unequal]
     assert solve(*single, 0.1, 1.0, threshold=1e-12).status == Status.STALLED
     nothing = np.where(np.arange(6) == 2, np.nan, unequal[1])
     assert solve(unequal[0], nothing, unequal[2]).status == Status.NOT_FINITE
-    assert solve(*unequal, rho=-1.0).status == Status.NOT_FINITE  # under jit, where it cannot be refused
+    assert solve(*unequal, rho=-1.0).status == Status.NOT_FINITE  # under jit, where it can't be checked
     unequal_masses = solve(*unequal, rho=np.inf)  # no plan has both marginals
     assert not unequal_masses.converged
     assert unequal_masses.gap == np.inf
@@ -279,6 +279,6 @@ def test_half_precision_is_computed_in_float32(unequal, dtype):
         ({"reg_m": 0.9}, "reg_m, which is called rho here"),
     ],
 )
-def test_what_is_refused(unequal, change, message):
+def test_invalid_arguments_raise(unequal, change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         unbalanced_sinkhorn(*unequal, **{"reg": 0.1, "rho": 1.0} | change)
