@@ -1,17 +1,17 @@
-"""Sinkhorn solvers side by side: this library's, ott-jax's and POT's, on the same costs, in one process, interleaved.
+"""Sinkhorn solvers side by side: ours, ott-jax's and POT's, on the same costs, in one process, interleaved.
 
     python -m experiments.benchmarks.solvers                  # about five minutes on two cores
     python -m experiments.benchmarks.solvers --largest 1e8    # sizes up to B·n² = 1e8, for a GPU
 
-Two tables. At equal iterations (50, what one training step does): milliseconds for the value ⟨T, C⟩ of every problem,
-and for value and gradient by unrolling; and the seconds to compile each. At equal marginal error (1e-3 in L1):
-milliseconds until every problem has it. Costs are uniform on [0, 1], float32; each figure is the median of rounds in
-which every contender runs once. Errors are relative, against the same iterations in float64 in the log domain, on the
-first problems of the batch.
+There are two tables. At equal iterations (50, as in a training step): milliseconds for the value ⟨T, C⟩ of all
+problems, and for value and gradient by unrolling, and the seconds to compile each. At equal marginal error (1e-3 in
+L1): milliseconds until every problem has reached it. Costs are uniform on [0, 1], in float32. Each time is the median
+over rounds in which every contender runs once. Errors are relative to the same iterations in float64 in the log domain,
+on the first problems of the batch.
 
-ott-jax as its documentation says for vmap: min_iterations = max_iterations makes its loop a scan. Its gradient is taken
-with an unreachable threshold instead, since the scan's (ott-jax 0.6) walks back over the wrong iterations. POT is NumPy
-in float64, one problem after the other.
+ott-jax is used as its documentation recommends for vmap: min_iterations = max_iterations makes its loop a scan. Its
+gradient is computed with an unreachable threshold instead, since the backward pass of the scan (ott-jax 0.6) goes
+through the wrong iterations. POT computes in NumPy, in float64, one problem after the other.
 
 Writes solvers.json, solvers.md and solvers.png to the results folder.
 """
@@ -43,11 +43,11 @@ from fs_jax.ot import sinkhorn
 
 ITERATIONS = 50
 THRESHOLD = 1e-3
-LIMIT = 5000  # iterations, where the threshold stops them
+LIMIT = 5000  # maximum number of iterations with the threshold
 REGS = (0.05, 0.01, 0.001)
 SHAPES = [(b, n) for b in (1, 64, 1024) for n in (60, 128, 256, 1024)]
 PRODUCTS = "the products alone"
-POT_PROBLEMS = 64  # one after the other: more is only longer
+POT_PROBLEMS = 64  # largest batch for POT, which solves one problem after the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Options:
     """Benchmark of the transport solvers."""
 
     out: Path = Path("experiments/results/bench_solvers_cpu")
-    """Folder of the results."""
+    """Folder for the results."""
     rounds: int = 5
-    """Runs of each contender per figure."""
+    """Number of rounds; times are medians."""
     largest: float = 4e6
-    """Shapes [B, n, n] with more entries than this are left out."""
+    """Skip shapes [B, n, n] with more entries than this."""
 
 
 def ours(method: str) -> Callable:
@@ -85,7 +85,7 @@ def ott(lse_mode: bool, gradient: bool) -> Callable:
 
 
 def products(cost, reg):
-    """What no way of scaling can do without: the two products of each iteration, with a matrix that is there."""
+    """Only the two matrix-vector products of each iteration, which every Sinkhorn solver needs."""
 
     def iteration(u, _):
         v = 1 / jnp.einsum("ij,i->j", cost, u, precision="highest")
@@ -119,7 +119,7 @@ def ott_to_threshold(cost, reg) -> tuple:
 
 
 def milliseconds(programs: Mapping[Name, Callable], rounds: int) -> dict[Name, float]:
-    """Medians over the rounds."""
+    """Medians over the rounds, by program."""
     return {name: 1e3 * statistics.median(of) for name, of in seconds_in_turn(programs, rounds).items()}
 
 
@@ -127,9 +127,9 @@ def milliseconds(programs: Mapping[Name, Callable], rounds: int) -> dict[Name, f
 def batched(
     function: Callable, gradient: bool, has_aux: bool, shape: tuple[int, int, int]
 ) -> tuple[Callable, float, float]:
-    """The compiled function of a batch and reg (or its value and gradient), megabytes that it works in, and seconds.
+    """The compiled function of a batch and reg (or its value and gradient), its working memory, and its compile time.
 
-    The seconds are those of tracing and compiling it, with nothing cached.
+    Memory is in megabytes. The time is in seconds, for tracing and compiling without a cache.
     """
     function = jax.value_and_grad(function, has_aux=has_aux) if gradient else function
     jax.clear_caches()
@@ -141,7 +141,7 @@ def batched(
 
 
 def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
-    """A row per contender: value, gradient, their errors, and the memory of the gradient."""
+    """A row per contender: times of value and gradient, their errors, and the gradient's memory."""
     with jax.enable_x64(True):
         few = jnp.asarray(np.asarray(costs[:4]), jnp.float64)
         exact = jax.jit(jax.vmap(jax.value_and_grad(ours("log")), in_axes=(0, None)))(few, reg)
@@ -152,7 +152,7 @@ def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
         "ott-jax log": OTT[True, False],
     }
     gradients = values | {"ott-jax log": OTT[True, True]}
-    if reg >= 0.05:  # below, K has underflown
+    if reg >= 0.05:  # for smaller reg, K underflows
         values |= {"fs_jax kernel": OURS["kernel"], "ott-jax kernel": OTT[False, False]}
         gradients |= {"fs_jax kernel": OURS["kernel"], "ott-jax kernel": OTT[False, True]}
     forward = {name: batched(function, False, False, costs.shape) for name, function in values.items()}
@@ -187,7 +187,7 @@ def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
 
 
 def equal_error(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
-    """A row per contender: value and implicit gradient once the marginal error is below the threshold."""
+    """A row per contender: times of value and implicit gradient until the marginal error is below the threshold."""
     solvers = {"fs_jax stabilized": ours_to_threshold, "ott-jax log": ott_to_threshold}
     programs = {
         (what, name): partial(batched(solver, what == "gradient", True, costs.shape)[0], costs, reg)
@@ -225,7 +225,7 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
 
 
 def ratios(rows: list[dict], against: str = "ott-jax log", of: str = "fs_jax stabilized") -> list[dict]:
-    """How many times faster, per shape and reg."""
+    """Speed relative to another solver, for each shape and reg."""
     times = {(row["shape"], row["reg"], row["solver"]): row for row in rows}
     return [
         {
@@ -261,11 +261,11 @@ def figure(result: dict, path: Path) -> None:
 
 
 HOW_TO_READ = """\
-Each iteration is two products of the matrix with a vector. *Products' share*: the time of these alone, one hundred of
-them on a matrix that is already there, over that of the whole value; what is left is the exponentials before and after,
-and the looks at the scalings. Where the share is near 1, only faster products would make the value faster (above 1 it
-is noise: the two are timed apart). Walking back does as many products again, and the matrix product that collects the
-cost's gradient."""
+Each iteration takes two matrix-vector products. *Products' share* is the time of these one hundred products alone, for
+a given matrix, over the time of the whole value. The rest is the exponentials before and after the iterations, and the
+checks of the scalings' range. If the share is near 1, only faster products would make the value faster. (A share above
+1 is noise, since the two are timed separately.) The backward pass takes as many products again, and the matrix product
+that accumulates the cost's gradient."""
 
 
 def write(result: dict, out: Path) -> None:
@@ -283,14 +283,15 @@ def write(result: dict, out: Path) -> None:
     speed |= {"products": "products' share of the value"}
     text = [
         "# Sinkhorn solvers",
-        f"`python -m experiments.benchmarks.solvers` on {made_on(result['environment'])}. The script says how.",
+        f"`python -m experiments.benchmarks.solvers` on {made_on(result['environment'])}. The script's docstring "
+        "describes the method.",
         "## How many times faster than ott-jax in the log domain",
         table(result["ratios"], speed),
         HOW_TO_READ,
         "![ratios](solvers.png)",
         f"## {ITERATIONS} iterations",
         table(result["equal_iterations"], times | accuracy),
-        f"## Until the marginal error is below {THRESHOLD:g}; the gradient by the implicit rule",
+        f"## Until the marginal error is below {THRESHOLD:g}, with the implicit gradient",
         table(result["equal_error"], times | converged),
     ]
     write_files(out, {"solvers.json": result, "solvers.md": "\n\n".join(text) + "\n"})
@@ -321,7 +322,7 @@ def main(arguments: list[str]) -> None:
                 result["equal_error"] += [place | row for row in equal_error(costs, reg, options.rounds)]
             print(table(rows, {k: k for k in rows[0]}), flush=True)
         result["ratios"] = ratios(result["equal_iterations"])
-        write(result, options.out)  # after each shape, so that what was measured is kept
+        write(result, options.out)  # after each shape, so that an interrupted run keeps its results
 
 
 if __name__ == "__main__":

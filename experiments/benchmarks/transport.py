@@ -1,20 +1,21 @@
-"""Other transport side by side with ott-jax's and POT's: divergence, relaxed marginals, and the exact problem.
+"""Divergence, unbalanced and exact transport, side by side with ott-jax and POT.
 
-    python -m experiments.benchmarks.transport                # some three minutes on two cores
+    python -m experiments.benchmarks.transport                # about three minutes on two cores
 
-A batch of problems between sets of points in 10 dimensions, squared distances over their mean, float32. Each figure is
-the median of rounds in which every contender runs once, in one process.
+Solves a batch of problems between sets of points in 10 dimensions, with squared distances divided by their mean, in
+float32. Each time is the median over rounds in which every contender runs once, in one process.
 
-- Divergence: 50 iterations of each of its three problems; and its gradient by the points.
-- Unbalanced: each solver until it says that it has converged, at the setting that is named; the plan's own objective
-  above the minimum, relative. The minimum is certified: by a duality gap of 1e-9 in float64.
-- Exact: proximal points, at equal steps; the cost of the plan once it is rounded to the marginals
-  (`round_to_feasible`), above the exact cost of POT's network simplex. POT 0.9.7's proximal method takes the last plan
-  into account with the wrong sign, so that it is Sinkhorn at `inner_reg` in every other step (after an odd number of
-  them, as here) and the independent coupling in the others.
+- Divergence: 50 iterations of each of its three problems, and the gradient with respect to the points.
+- Unbalanced: each solver runs until it reports convergence at the given setting. The table has the relative excess of
+  the plan's objective over the minimum, which is certified by a duality gap of 1e-9 in float64.
+- Exact: proximal point methods with equal numbers of steps. The table has the relative excess of the cost of the plan,
+  rounded to the marginals (`round_to_feasible`), over the exact cost from POT's network simplex. The proximal method of
+  POT 0.9.7 has a wrong sign in the term of the previous plan: its plan is Sinkhorn's at `inner_reg` after an odd number
+  of steps, as here, and the independent coupling after an even number.
 
-ott-jax's entropy of an unbalanced plan is KL(T | 1 1ᵀ); it is given costs with which that is KL(T | a bᵀ). POT computes
-in NumPy, batches with `ot.solve_batch`, unbalanced problems and the network simplex one after the other, in float64.
+The entropic term of ott-jax for an unbalanced plan is KL(T | 1 1ᵀ); its costs are changed so that it becomes
+KL(T | a bᵀ). POT computes in NumPy: batches with `ot.solve_batch`; unbalanced problems and the network simplex one
+after the other, in float64.
 
 Writes transport.json and transport.md to the results folder.
 """
@@ -56,17 +57,17 @@ class Options:
     """Benchmark of the divergence, of unbalanced and of exact transport."""
 
     out: Path = Path("experiments/results/bench_transport_cpu")
-    """Folder of the results."""
+    """Folder for the results."""
     rounds: int = 5
-    """Runs of each contender per figure."""
+    """Number of rounds; times are medians."""
     problems: int = 64
-    """In a batch."""
+    """Number of problems in the batch."""
     points: int = 60
-    """Points in each set."""
+    """Number of points in each set."""
 
 
 def batched(function: Callable, *inputs) -> Callable:
-    """The compiled function of a batch, as a function of nothing."""
+    """The function compiled for a batch and bound to it: a function without arguments."""
     compiled = jax.jit(jax.vmap(function)).lower(*inputs).compile()
     return partial(compiled, *inputs)
 
@@ -125,8 +126,8 @@ def objective(plan, cost, a, b, rho):
     def kl(x, y):
         return np.sum(np.where(x > 0, x * np.log(np.where(x > 0, x, 1) / y), 0) - x + y)
 
-    missed = kl(plan.sum(1), a) + kl(plan.sum(0), b)
-    return np.sum(plan * cost) + REG * kl(plan, np.outer(a, b)) + rho * missed
+    penalty = kl(plan.sum(1), a) + kl(plan.sum(0), b)
+    return np.sum(plan * cost) + REG * kl(plan, np.outer(a, b)) + rho * penalty
 
 
 def unbalanced_rows(costs, a, b, rounds):
@@ -188,13 +189,13 @@ def exact_rows(costs, rounds):
         plans = np.asarray(program(), np.float64)
         with jax.enable_x64(True):
             rounded = np.stack([round_to_feasible(plan, weights, weights) for plan in plans])
-        missed = abs(plans.sum(1) - weights).sum(1) + abs(plans.sum(2) - weights).sum(1)
+        errors = abs(plans.sum(1) - weights).sum(1) + abs(plans.sum(2) - weights).sum(1)
         cost = np.sum(rounded * wide, (1, 2))
         rows.append(
             {
                 "solver": name,
                 "ms": times[name],
-                "marginal error (worst)": float(np.max(missed)),
+                "marginal error (worst)": float(np.max(errors)),
                 "cost above the exact (mean)": float(np.mean(cost / exact - 1)),
             }
         )
@@ -227,7 +228,7 @@ def main(arguments: list[str]) -> None:
     text = [
         "# Divergence, unbalanced and exact transport",
         f"`python -m experiments.benchmarks.transport` on {made_on(result['environment'])}; {size}. "
-        "The script says how it is measured.",
+        "The script's docstring describes the method.",
         f"## Divergence: {ITERATIONS} iterations of each of its three problems",
         table(result["divergence"]),
         f"## Unbalanced, masses 1 and 0.6, reg {REG:g} of the mean cost, ρ in units of the mean cost",
