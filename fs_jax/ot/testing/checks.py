@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.sparse.csgraph import connected_components
 
 from fs_jax.ot.testing.families import Case
 from fs_jax.ot.testing.reference import Reference, gradients, least_squares, solve_exactly
@@ -214,9 +215,12 @@ def _of_the_form(problem: Case, plan: np.ndarray, eps: float, marginal_error: fl
             rest.max(),
             allowed,
         )
-    # An entry that is too small to have digits must be so in the solution of this form as well.
+    # An entry that is too small to have digits must be so in the solution of this form as well: where its row and its
+    # column are connected by other entries, which say what x + y is.
     fitted = x[:, None] + y - (cost - cost[there].min()) / reg
-    known = there.any(1)[:, None] & there.any(0) & (a > 0)[:, None] & (b > 0)
+    graph = np.block([[np.zeros((len(a), len(a))), there], [there.T, np.zeros((len(b), len(b)))]])
+    _, part = connected_components(graph, directed=False)
+    known = (part[: len(a), None] == part[len(a) :]) & (a > 0)[:, None] & (b > 0)
     lost = np.exp(np.minimum(fitted, 700))[known & ~there & (fitted > np.log(1e6 * tiny))]
     if lost.sum() > 1e-6 * a.sum():
         yield _finding("lost entries", f"mass {lost.sum():.3g} where the plan is zero", lost.sum(), 1e-6 * a.sum())
@@ -235,12 +239,13 @@ def _costs(problem: Case, answer: Mapping[str, np.ndarray], plan: np.ndarray, ep
                 "primal_cost", f"says {told:.8g}; the plan's is {expected:.8g}", abs(told - expected), allowed
             )
     if "reg_cost" in answer:
-        # Logarithms as exact as the exponents; and the dual, which some give, is another by what the marginals are off,
-        # times the potentials.
+        # Logarithms are as exact as the exponents, sums as exact as for the marginals; and the dual, which some give,
+        # is another by what the marginals are off, times the potentials.
         ratios = np.log(np.where(there & (plan > 0), plan, 1) / np.where(there, np.outer(a, b), 1))
         expected = np.sum(np.where(there, plan * (cost + reg * ratios) + reg * np.outer(a, b), 0)) - reg * plan.sum()
         potential = 3 * np.abs(cost[there]).max() + reg * (1 + np.abs(np.log(np.outer(a, b)[there])).max())
-        allowed = _rounding(problem, eps) * reg * a.sum() + off * potential
+        sums = 2 * (sum(cost.shape) + 8) * eps * (a.sum() * b.sum() * reg + a.sum() * potential)
+        allowed = _rounding(problem, eps) * reg * a.sum() + sums + off * potential
         if not abs(answer["reg_cost"] - expected) <= allowed:
             told = float(answer["reg_cost"])
             yield _finding("reg_cost", f"says {told:.8g}; the plan's is {expected:.8g}", abs(told - expected), allowed)
