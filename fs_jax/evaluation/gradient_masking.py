@@ -257,11 +257,13 @@ def _gap(attacks, records):
     if not own or all(attack["name"] in ("clean", "pgd-20") for attack in among):
         return Check(what, "not tested", "PGD-20 or stronger attacks weren't run at this radius")
     pgd = own[0]
-    few = [record for record in records[: pgd["total"]] if record["robust"] is not None]
-    if not few:
-        return Check(what, "not tested", "no image was covered by all attacks")
-    to_pgd = sum(record["misclassified_at"].get(pgd["name"], 0) < 0 for record in few)
-    to_all = sum(record["robust"] for record in few)
+    # Attacks on fewer images than the others don't count here: they can show that an image isn't robust, but not that
+    # the other images are. (Images that an attack skipped are misclassified.)
+    total = min(pgd["total"], max(attack["total"] for attack in among if attack["name"] not in ("clean", "pgd-20")))
+    strong = [pgd["name"], *(attack["name"] for attack in among if attack["total"] >= total)]
+    few = [record["misclassified_at"] for record in records[:total]]
+    to_pgd = sum(of_image.get(pgd["name"], 0) < 0 for of_image in few)
+    to_all = sum(all(of_image.get(name, 0) < 0 for name in strong) for of_image in few)
     chained = attacks.get("square", {}).get("after")
     autoattack = f"AutoAttack {_percent(attacks['square'])}, " if chained else ""
     points = 100 * (to_pgd - to_all) / len(few)

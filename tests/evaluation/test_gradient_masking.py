@@ -107,6 +107,19 @@ def test_the_sweep_gives_the_gap_if_pgd_20_was_not_run():
     assert check.why.endswith("by 15.0 points; 23% of the images that are robust to PGD-20 aren't robust to all")
 
 
+def test_an_attack_on_few_images_does_not_select_the_images_of_the_gap():
+    # SPSA attacks the first 10 images and breaks 5. Whether the other robust images are robust to it is unknown.
+    summary, records = honest()
+    few = {"name": "spsa", "kind": "spsa", "num_images": 10, "uses_gradients": False, "after": ("clean",)}
+    summary["attacks"].append({**summary["attacks"][0], **few, **accuracy(np.arange(10) < 5)})
+    for i, record in enumerate(records):
+        record["misclassified_at"] |= {"spsa": -1 if i < 5 else 3} if i < 10 else {}
+        record["robust"] = None if record["robust"] and i >= 10 else record["robust"] and i < 5
+    check = gradient_masking.checklist(summary, records)[GAP]
+    assert check.verdict == "yes"
+    assert check.why.startswith("PGD-20 50.0%, AutoAttack 50.0%, all attacks together 50.0%")
+
+
 def test_checks_without_their_attacks_are_not_tested():
     gone = dict.fromkeys(["fgsm", "pgd-100", "square", "transfer", gradient_masking.UNBOUNDED])
     gone |= {f"{gradient_masking.SWEEP}{level}/255": None for level in (1, 2, 4, 8)}
