@@ -1,16 +1,18 @@
 """The command lines of all scripts: made by tyro from dataclasses, with help, fractions and the nearest name."""
 
+import dataclasses
 import fractions
 import io
 import pathlib
 import sys
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructConstructorSpec
 
 from fs_jax._utils.text import radius
 from fs_jax._utils.validation import check_choice
@@ -94,8 +96,13 @@ def number(text: str) -> float:
         raise ValueError(f"expected a number, or a fraction such as 8/255; got {text!r}.") from None
 
 
-def _shown(value: float) -> str:
-    """A default in the help text: 8/255 in place of its 16 digits."""
+def shown(value: float) -> str:
+    """A number as text: 8/255 in place of its 16 digits.
+
+    Example:
+      >>> shown(8 / 255), shown(1.0), shown(0.0002)
+      ('8/255', '1.0', '0.0002')
+    """
     fraction = radius(value)
     return fraction if "/" in fraction and len(str(value)) > len("0.0001") else str(value)
 
@@ -112,7 +119,7 @@ def _fraction(info):
         metavar="NUMBER",
         instance_from_str=lambda words: number(words[0]),
         is_instance=lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
-        str_from_instance=lambda value: [_shown(value)],
+        str_from_instance=lambda value: [shown(value)],
     )
 
 
@@ -133,6 +140,50 @@ def _choice(info):
         is_instance=lambda value: value in choices,
         str_from_instance=lambda value: [value],
     )
+
+
+@_RULES.primitive_rule
+def _optional(info):
+    # X | None is read like X, so that None is not in the help, and errors are those of X alone.
+    inner = [kind for kind in get_args(info.type) if kind is not type(None)]
+    if get_origin(info.type) not in (Union, types.UnionType) or len(inner) != 1 or len(get_args(info.type)) != 2:
+        return None
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(inner[0], info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+    return dataclasses.replace(
+        spec,
+        instance_from_str=lambda words: None if words == ["None"] else spec.instance_from_str(words),
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
+    )
+
+
+@_RULES.struct_rule
+def _dataclass(info):
+    # Fields as tyro finds them; but the help has no empty defaults, and no fields with metadata {"internal": True}.
+    if not dataclasses.is_dataclass(info.type) or info.type in _IN_PROGRESS:
+        return None
+    _IN_PROGRESS.append(info.type)
+    try:
+        spec = ConstructorRegistry.get_struct_spec(info)
+    finally:
+        _IN_PROGRESS.remove(info.type)
+    if not isinstance(spec, StructConstructorSpec):
+        return None
+    internal = {field.name for field in dataclasses.fields(info.type) if field.metadata.get("internal")}
+
+    def changed(field):
+        if field.name in internal:
+            return dataclasses.replace(field, type=Annotated[field.type, tyro.conf.Suppress])
+        if field.default in (None, ()):
+            return dataclasses.replace(field, type=Annotated[field.type, tyro.conf.arg(help_behavior_hint="")])
+        return field
+
+    return dataclasses.replace(spec, fields=tuple(map(changed, spec.fields)))
+
+
+_IN_PROGRESS: list[type] = []  # for which `_dataclass` asks tyro's own rule
 
 
 def _ours() -> set[pathlib.Path]:

@@ -47,8 +47,8 @@ class Arguments:
     """Folder of a training run of experiments.train. Give this or --weights."""
     weights: pathlib.Path | None = None
     """File of weights (.safetensors, .npz, .pt, ...): this project's, the paper's, or RobustBench's."""
-    suite: Literal["paper", "autoattack", "gradient-free", "all"] | None = None
-    """Attacks of a suite. Give this or --attacks."""
+    suite: str | None = None
+    """Attacks of a suite: paper, autoattack, gradient-free or all. Give this or --attacks."""
     attacks: tuple[str, ...] = ()
     """Attacks by name, each from the clean images; by default fgsm pgd-20 cw-20. Clean images are always evaluated
     too. --list has all names."""
@@ -198,11 +198,12 @@ def list_of_attacks() -> str:
     def word(attack: Specification) -> str:
         return attack.name + ("-K" if attack.steps_in_name else "") + ("[xN]" if attack.every_run else "")
 
+    def text(value: object) -> str:
+        return command_line.shown(value) if isinstance(value, float) else str(value)
+
     def settings(attack: Specification) -> str:
         given = {name: value for name, value in Attack(attack).settings.items() if value is not None}
-        return ", ".join(
-            f"{name} {value if isinstance(value, bool) else f'{value:.4g}'}" for name, value in given.items()
-        )
+        return ", ".join(f"{name} {text(value)}" for name, value in given.items())
 
     rows = [[word(attack), attack.summary, settings(attack)] for attack in REGISTRY.values()]
     table = tabulate.tabulate(rows, headers=["attack", "description", "settings"], maxcolwidths=[None, 50, 50])
@@ -211,10 +212,17 @@ def list_of_attacks() -> str:
 
 def check_arguments(arguments: Arguments) -> None:
     """Check the command line by itself, before anything is read."""
-    from fs_jax._utils.validation import check_number
+    from fs_jax._utils.validation import check_choice, check_number
+    from fs_jax.evaluation.suites import SUITES
 
     if (arguments.workdir is None) == (arguments.weights is None):
-        raise ValueError("workdir, weights: expected one of them. Train a network with: python -m experiments.train")
+        got = "none" if arguments.workdir is None else "both"
+        raise ValueError(
+            f"workdir, weights: expected one network; got {got}. Give --workdir (a folder of experiments.train) or "
+            "--weights (a file)."
+        )
+    if arguments.weights is not None and not arguments.weights.exists():
+        raise ValueError(f"weights: expected a file; there is no file {arguments.weights}. Check the path.")
     if arguments.weights is not None and arguments.weights.is_dir():
         raise ValueError(
             f"weights: expected a file; {arguments.weights} is a folder. Give a training run's as --workdir."
@@ -228,6 +236,8 @@ def check_arguments(arguments: Arguments) -> None:
         )
     if arguments.weights is not None and arguments.output is None:
         raise ValueError("output: expected a folder for the results; --weights has no default.")
+    if arguments.suite is not None:
+        check_choice("suite", arguments.suite, SUITES)
     if arguments.suite is not None and (arguments.attacks or arguments.restarts != 1):
         raise ValueError("suite: expected no --attacks and no --restarts with it; a suite has its own.")
     if arguments.shard is not None and not re.fullmatch(r"[1-9]\d*/[1-9]\d*", arguments.shard):

@@ -10,6 +10,8 @@ from fs_jax._utils.validation import check_choice, check_number
 Scope = Literal["device", "global"]
 DType = Literal["float32", "bfloat16", "float64"]
 
+_INTERNAL = {"internal": True}  # fields that training sets, which are no options of the command line
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -78,9 +80,9 @@ class TrainConfig:
 
     dataset: str = "cifar10"
     """cifar10, cifar100, svhn_cropped, digits, another name in fs_jax.data.DATASETS, or the path of an .npz file."""
-    train_size: int = 50_000
+    train_size: int = dataclasses.field(default=50_000, metadata=_INTERNAL)
     """Number of training images. Training overwrites it with that of the data set."""
-    data: str | None = None
+    data: str | None = dataclasses.field(default=None, metadata=_INTERNAL)
     """Fingerprint of the training data. Training sets it, so that a run cannot be resumed with other data."""
     holdout: int = 0
     """Training images held out to select the best checkpoint; with 0, it is selected on training images."""
@@ -111,7 +113,7 @@ class TrainConfig:
     """Weight decay of all parameters, including those of BatchNorm."""
     sync_batch_norm: bool = True
     """BatchNorm normalises over the images of all devices, instead of those of each device."""
-    parts: int = 1
+    parts: int = dataclasses.field(default=1, metadata=_INTERNAL)
     """Number of devices, if each has a transport problem or BatchNorm of its own; otherwise 1. Training sets it."""
     seed: int = 0
     """Seed of the initial weights, batches, crops and noise."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import autoattack_reference, command_line, evaluate, quickstart
+from experiments import autoattack_reference, command_line, evaluate, quickstart, train
 from experiments.evaluation_report import report_text
 from fs_jax.config import preset
 from fs_jax.evaluation import Evaluation, accuracy, fingerprint
@@ -232,39 +232,63 @@ def test_a_data_file_that_was_moved_is_found_by_its_new_path(tmp_path):
         evaluate.load_data(evaluate.Arguments(dataset=new), preset("digits"))
 
 
+WEIGHTS = "tests/golden/losses.npz"  # a file, but without a network
+
+
 def test_numbers_may_be_fractions_and_help_ends_with_examples(capsys):
     assert command_line.parse(evaluate.Arguments, ["--epsilon", "8/255", "--step-size", "0.01"]).epsilon == 8 / 255
     with pytest.raises(SystemExit):
         evaluate.main(["--help"])
     printed = capsys.readouterr().out
     assert "Evaluate a network under attack" in printed.splitlines()[2]
+    assert "--workdir PATH" in printed
+    assert "None" not in printed
     assert printed.rstrip().splitlines()[-1].strip().startswith("python -m experiments.evaluate")
+
+
+def test_fields_that_training_sets_are_no_options(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["digits", "--help"])
+    printed = capsys.readouterr().out
+    assert "--batch-size INT" in printed
+    assert not any(f"--{name} " in printed for name in ("train-size", "data", "parts"))
+    with pytest.raises(SystemExit):
+        train.main(["digits", "--workdir", "x", "--train-size", "10"])
+    default = train.Arguments(train.Options(pathlib.Path()), preset("digits"))
+    words = ["--workdir", "x", "--weight-average", "0.9", "--smoothing", "None"]
+    assert command_line.parse(train.Arguments, words, default=default) == train.Arguments(
+        train.Options(pathlib.Path("x")), dataclasses.replace(preset("digits"), weight_average=0.9)
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (
-            ("experiments.evaluate", "--weights", "x", "--output", "x", "--shard", "3/2"),
+            ("experiments.evaluate", "--weights", WEIGHTS, "--output", "x", "--shard", "3/2"),
             "shard: expected a part that is at most the number of parts; got 3/2",
         ),
-        (("experiments.evaluate", "--weights", "x", "--output", "x", "--shard", "2"), "such as 2/4; got '2'"),
-        (("experiments.evaluate", "--weights", "x", "--output", "x", "--merge", "tests"), "tests has no records.jsonl"),
+        (("experiments.evaluate", "--weights", WEIGHTS, "--output", "x", "--shard", "2"), "such as 2/4; got '2'"),
+        (
+            ("experiments.evaluate", "--weights", WEIGHTS, "--output", "x", "--merge", "tests"),
+            "tests has no records.jsonl",
+        ),
         (("experiments.migrate_results", "tests/golden/README.md"), "expected the result of an evaluation"),
         (("experiments.train", "digitz", "--workdir", "x"), "Did you mean 'digits'?"),
         (("experiments.train", "digits"), "--workdir"),
         (("experiments.train", "digits", "--workdir", "x", "--model.deph", "16"), "--model.depth"),
         (("experiments.train", "digits", "--workdir", "x", "--model.depth", "17"), "depth: expected 6n + 4"),
         (("experiments.train", "digits", "--workdir", "x", "--smoothing", "2"), "smoothing: expected a finite number"),
-        (("experiments.train", "digits", "--workdir", "x", "--dataset", "digts"), "'digits'"),
+        (("experiments.train", "digits", "--workdir", "x", "--dataset", "digts"), "dataset: expected one of cifar10"),
         (
             ("experiments.train", "cifar10_wrn10_2", "--workdir", "x", "--data-dir", "/nowhere"),
             "data.prepare('cifar10', '/nowhere')",
         ),
         (("experiments.evaluate", "--workdir", "nowhere"), "expected the folder of a run"),
         (("experiments.evaluate", "--workdir", "nowhere", "--epsilom", "1"), "--epsilon"),
-        (("experiments.evaluate",), "workdir, weights: expected one of them"),
-        (("experiments.evaluate", "--weights", "x"), "output: expected a folder for the results"),
+        (("experiments.evaluate",), "workdir, weights: expected one network; got none. Give --workdir"),
+        (("experiments.evaluate", "--weights", WEIGHTS), "output: expected a folder for the results"),
+        (("experiments.evaluate", "--weights", "nofile.pt"), "weights: expected a file; there is no file nofile.pt"),
         (
             ("experiments.evaluate", "--weights", "tests", "--output", "x"),
             "is a folder. Give a training run's as --workdir",
@@ -273,16 +297,25 @@ def test_numbers_may_be_fractions_and_help_ends_with_examples(capsys):
             ("experiments.evaluate", "--workdir", "x", "--dataset", "digits"),
             "the new path of the training run's .npz file",
         ),
-        (("experiments.evaluate", "--weights", "x", "--output", "tests"), "output: expected a new folder"),
-        (("experiments.evaluate", "--weights", "x", "--output", "x", "--suite", "papr"), "Did you mean 'paper'"),
-        (("experiments.evaluate", "--weights", "x", "--output", "x", "--attacks", "pdg-20"), "Did you mean 'pgd-20'"),
+        (("experiments.evaluate", "--weights", WEIGHTS, "--output", "tests"), "output: expected a new folder"),
+        (
+            ("experiments.evaluate", "--weights", WEIGHTS, "--output", "x", "--suite", "autoatack"),
+            "suite: expected one of paper, autoattack, gradient-free, all; got 'autoatack'. Did you mean 'autoattack'?",
+        ),
+        (
+            ("experiments.evaluate", "--weights", WEIGHTS, "--output", "x", "--attacks", "pdg-20"),
+            "Did you mean 'pgd-20'",
+        ),
         (
             ("experiments.evaluate", "--workdir", "x", "--suite", "all", "--restarts", "5"),
             "suite: expected no --attacks and no --restarts",
         ),
-        (("experiments.evaluate", "--weights", "x", "--output", "x", "--epsilon", "8/o"), "such as 8/255; got '8/o'"),
         (
-            ("experiments.evaluate", "--weights", "tests/golden/losses.npz", "--output", "x"),
+            ("experiments.evaluate", "--weights", WEIGHTS, "--output", "x", "--epsilon", "8/o"),
+            "such as 8/255; got '8/o'",
+        ),
+        (
+            ("experiments.evaluate", "--weights", WEIGHTS, "--output", "x"),
             "expected the arrays of a Wide-",
         ),
         (("experiments.quickstart", "--epoch", "1"), "--epochs"),

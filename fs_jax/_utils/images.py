@@ -26,7 +26,7 @@ def check_images(images: Images, *, uint8_too: bool = False) -> None:
     Example:
       >>> check_images(np.full((1, 2, 2, 1), 2.0))
       Traceback (most recent call last):
-      ValueError: images: expected values in [0, 1]; got [2, 2]. Divide by 255, or undo the normalisation: the model...
+      ValueError: images: expected values in [0, 1]; got [2, 2]. Divide by 255, or put the normalisation inside...
     """
     if not hasattr(images, "dtype"):
         raise TypeError(f"images: expected an array; got {type(images).__name__}. Use jnp.asarray.")
@@ -41,7 +41,7 @@ def check_images(images: Images, *, uint8_too: bool = False) -> None:
     if values is not None and values.size and not (values.min() >= 0 and values.max() <= 1):
         raise ValueError(
             f"images: expected values in [0, 1]; got [{values.min():.4g}, {values.max():.4g}]. "
-            "Divide by 255, or undo the normalisation: the model does its own."
+            "Divide by 255, or put the normalisation inside the network (logits_fn)."
         )
 
 

@@ -40,7 +40,7 @@ def info(name: str | os.PathLike) -> DataInfo:
     name = os.fspath(name)
     if name.endswith(".npz"):
         return npz_info(name)
-    check_choice("name", name, (*DATASETS, "FILE.npz"))
+    check_choice("dataset", name, (*DATASETS, "FILE.npz"))
     return DATASETS[name].info
 
 

@@ -6,7 +6,6 @@ from fs_jax._utils.validation import check_choice
 from fs_jax.attacks.autoattack import autoattack_attacks
 from fs_jax.attacks.registry import Attack
 
-# `experiments.evaluate.Arguments` repeats these names, for its command line.
 SUITES = ("paper", "autoattack", "gradient-free", "all")
 
 

@@ -19,7 +19,7 @@ def test_info_does_not_read_data():
 
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(
-        ValueError, match=r"name: expected one of cifar10, .*, FILE.npz; got 'svhn'. Did you mean 'svhn_"
+        ValueError, match=r"dataset: expected one of cifar10, .*, FILE.npz; got 'svhn'. Did you mean 'svhn_"
     ):
         data.load("svhn")
 
