@@ -196,7 +196,9 @@ def run_chain(
     worst = _Worst(worst_images, len(labels))
     for attack in attack_list:
         if not attack.apart:
-            worst.know((outcome.index - first, outcome.margin) for outcome in log.outcomes[attack.name].values())
+            worst.record_margins(
+                (outcome.index - first, outcome.margin) for outcome in log.outcomes[attack.name].values()
+            )
 
     stages: dict[str, Stage] = {}
     for attack in attack_list:
@@ -234,7 +236,7 @@ def _run(
             for look in looks:
                 for job in look.finished:
                     if worst is not None:
-                        worst.offer(job.image, job.margin, job.adversarial)
+                        worst.update(job.image, job.margin, job.adversarial)
                 outcomes = [_outcome(attack, job, images, first) for job in look.finished]
                 now = time.monotonic()
                 log.append(attack.name, outcomes, seconds=now - began)
@@ -301,12 +303,12 @@ class _Worst:
     def __init__(self, images, total):
         self._images, self._margins = images, np.full(total, np.inf)
 
-    def know(self, margins):
+    def record_margins(self, margins):
         """Record margins of adversaries that the array already has, as (position, margin)."""
         for place, margin in margins:
             self._margins[place] = min(self._margins[place], margin)
 
-    def offer(self, place, margin, adversarial):
+    def update(self, place, margin, adversarial):
         """Write this adversary if its margin is lower than that of the array's."""
         if self._images is not None and place < len(self._images) and margin < self._margins[place]:
             self._images[place], self._margins[place] = adversarial, margin

@@ -139,6 +139,12 @@ def check_logits_fn(logits_fn: Callable, *inputs: Array | jax.ShapeDtypeStruct) 
         # A new function, because JAX caches the result for a function that it has seen, whatever it captures now.
         logits = jax.eval_shape(lambda *arguments: logits_fn(*arguments), *inputs)
     except Exception as error:  # whatever the network raises
+        if isinstance(error, _CONVERSIONS) or "Tracer" in str(error):  # the latter in PyTorch's errors
+            raise ValueError(
+                f"logits_fn: expected a function that JAX can trace; it raised {type(error).__name__}: "
+                f"{str(error).splitlines()[0].rstrip('.')}. Don't convert the input to NumPy, to a Python number or to "
+                "a tensor of another framework: use jax.numpy in place of numpy, and rewrite a PyTorch network in JAX."
+            ) from error
         shape = ", ".join(map(str, images.shape[1:]))
         raise ValueError(
             f"logits_fn: expected a function that takes images (N, {shape}){' and one key for each' if keys else ''}, "
@@ -155,3 +161,10 @@ def check_logits_fn(logits_fn: Callable, *inputs: Array | jax.ShapeDtypeStruct) 
     if len(logits.shape) != 2 or logits.shape[0] != images.shape[0]:
         raise ValueError(f"{expected} {logits.shape} for {images.shape[0]} images.")
     return logits.shape[1]
+
+
+_CONVERSIONS = (
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.ConcretizationTypeError,
+)

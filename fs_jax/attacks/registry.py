@@ -56,7 +56,7 @@ class Attack:
       after: Names of earlier attacks. Images that they misclassified are skipped, and count as misclassified.
       num_images: Attack only this many images, the first ones of the split; by default all.
       apart: Exclude the attack from the worst case and report it separately, as one at another radius. This is always
-        so for an attack without a norm.
+        so for an attack without a radius.
       label: Name in records and tables; by default the kind with its steps and restarts.
       images: Adversarial images made elsewhere, [N, H, W, C] in [0, 1], used in place of the images (see `transfer`).
       settings: Settings of the attack, as its `Specification` lists them; the others keep their defaults.
