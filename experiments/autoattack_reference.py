@@ -1,13 +1,20 @@
 """Compare our attacks with recorded results of their authors' code: an hour (WRN-10-2, 500 images, two CPU cores).
 
-The reference file (.npz) has a network that was trained and attacked in PyTorch, and the results for its images:
+The reference file (.npz) is not in this repository. It is a recording of the authors' code: a Wide-ResNet, N images and
+what their AutoAttack and the paper's attacks found for each image at radius 8/255. To make one, run their code in
+PyTorch and save these arrays with numpy.savez:
 
-- weights/NAME: the network's arrays by PyTorch's names (a Wide-ResNet that takes images in [-1, 1]);
-- images_nhwc (uint8), labels, clean_correct;
-- standard/ATTACK_robust: whether each image is robust after this stage of AutoAttack's standard version (apgd-ce,
-  apgd-t, fab-t, square); alone/ATTACK_robust: after this attack alone, on the first images; paper/ATTACK_robust:
-  after the paper's attacks (fgsm, pgd20, pgd100, cw20, cw100, pgd20_5starts); all at radius 8/255;
-- ATTACK_seconds beside each ATTACK_robust of AutoAttack: how long it took, for experiments.benchmarks.attacks.
+- weights/NAME: each array of the network's state_dict, for fs_jax.models.convert.from_torch. The network takes images
+  in [-1, 1];
+- images_nhwc: uint8 [N, height, width, channels]; labels: integers [N]; clean_correct: bool [N], whether each image is
+  classified correctly;
+- standard/ATTACK_robust: bool [N], whether each image is robust after this stage of AutoAttack's standard version and
+  the earlier ones (apgd-ce, apgd-t, fab-t, square);
+- alone/ATTACK_robust: bool, the same for one of these attacks alone, on the first images, as many as the array has;
+- paper/ATTACK_robust: bool [N], for the paper's attacks (fgsm, pgd20, pgd100, cw20, cw100, pgd20_5starts);
+- standard/ATTACK_seconds: a number, how long the stage took, for experiments.benchmarks.attacks.
+
+Attacks without an array are not compared.
 
 The script runs our attacks on the same network and images, and writes table.md and result.json to RESULTS/NAME. If
 interrupted, rerun the command: it resumes.
@@ -39,7 +46,7 @@ class Arguments:
     """The command line."""
 
     reference: pathlib.Path
-    """The recorded results (.npz)."""
+    """The recording of the authors' code (.npz): a network, its images and the results, as described above."""
     results: pathlib.Path = pathlib.Path("experiments/results/autoattack_reference")
     """Folder of the tables; it gets one folder for each reference."""
     workdir: pathlib.Path = pathlib.Path("runs/autoattack_reference")

@@ -24,7 +24,7 @@ def prepare(name: Annotated[str, tyro.conf.Positional], data_dir: Path, archive:
 
 EXAMPLES = """\
   python -m experiments.prepare_data cifar10 --data-dir ~/tensorflow_datasets
-  python -m experiments.prepare_data cifar10 --data-dir DIR --archive cifar-10-binary.tar.gz   # without a network
+  python -m experiments.prepare_data cifar10 --data-dir DIR --archive cifar-10-binary.tar.gz   # offline
 """
 
 

@@ -1,7 +1,8 @@
 """Time attacks: ours, an eager PyTorch loop, and torchattacks, in one process: half an hour on two CPU cores.
 
 Needs PyTorch and torchattacks: pip install --no-deps torchattacks. (Its requirements are old; the attacks used here
-need PyTorch only.) The file with the network and the images is that of experiments.autoattack_reference.
+need PyTorch only.) The reference file (.npz) is a recording of the authors' code on a network. It is not in this
+repository; `python -m experiments.autoattack_reference --help` describes its arrays and how to make one.
 
 - PGD-20, 1,000 images: ours, judged at the last iterate as the others are, and judged at every iterate, so that
   misclassified images are dropped; an eager PyTorch loop and torchattacks' PGD, each with two batch sizes. Each is run
@@ -37,7 +38,7 @@ class Arguments:
     """The command line."""
 
     reference: pathlib.Path
-    """File with the network, the images and the seconds of the authors' code (.npz)."""
+    """The recording of the authors' code (.npz): a network, images, and the seconds of each stage of AutoAttack."""
     pgd_images: int = 1000
     """Number of images for PGD-20; the file's images are repeated."""
     autoattack_images: int = 200

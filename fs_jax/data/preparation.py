@@ -88,7 +88,7 @@ def _archive_files(origin: Published, archive: Path) -> list[Path]:
 def _download(origin: Published, url: str, sha256: str, data_dir: Path) -> Path:
     """Download a file to data_dir/downloads, unless it exists, and return its path.
 
-    TFDS's download manager is not used: without a network it retries for minutes, and its file names are hashes, so
+    TFDS's download manager is not used: offline it retries for minutes, and its file names are hashes, so
     that users could not put a file there themselves.
     """
     import requests
