@@ -29,7 +29,6 @@ class Arguments:
     """Folder of the tables and figures, with one folder per scale. The page is written to it."""
 
 
-TITLE = "Feature scattering, regenerated"
 ORDER = ("paper", "short", "medium", "small", "digits")  # the closest to the paper first; without trials
 
 METHOD = """\
@@ -41,15 +40,25 @@ paper reports 70.5% accuracy on CIFAR-10 under PGD-20 and 60.6% under CW-100. Un
 2020, the released network has [36.64%](https://robustbench.github.io)."""
 
 WORDS = {
+    "WRN-10-1": "a wide residual network with 10 layers and width 1; the paper's is WRN-28-10",
+    "fold": "a fifth of the images. Each fold is the test set of a network that is trained on the other four",
     "radius": "the largest change of each pixel; pixels are in [0, 1]",
     "FGSM, PGD-20, CW-100": "attacks with 1, 20 and 100 gradient steps on a loss: the cross-entropy or, for CW, the "
     "margin between the true class and the next one",
     "AutoAttack": "four attacks in turn, each on the images that are robust to the ones before: APGD-CE, APGD-T, FAB-T "
     "and, without gradients, Square. Robust accuracy counts the images that are robust to all four",
+    "logits x 0.1": "PGD-20 on the cross-entropy of the logits times 0.1 (or 10). This changes the gradients, not the "
+    "classification",
+    "SPSA": "a gradient-free attack: descent with gradients estimated along random directions",
+    "local search": "a gradient-free attack: a greedy search over single pixels, projected on the ball after a round",
+    "PGD-7": "adversarial training with PGD: 7 gradient steps on the cross-entropy per training step",
+    "TRADES": "adversarial training on the clean cross-entropy plus the divergence between clean and attacked outputs",
+    "equal passes": "PGD-7 is trained for fewer epochs, so that its training takes as many passes through the network "
+    "as that of feature scattering",
     "transport plan": "the matching between the outputs for the natural and for the perturbed batch; *identity* "
     "matches each image with itself, *independent* with all images equally",
     "τ, β": "the entropic weight of Sinkhorn's algorithm, the proximal weight of IPOT; larger values blur the plan",
-    "Δ": "label smoothing: the true class has the probability 1 - Δ",
+    "Δ": "label smoothing: the true class has the probability 1 - Δ; the rest is shared equally by the other classes",
 }
 
 
@@ -89,7 +98,7 @@ def page(results: dict[str, dict[str, Data]]) -> str:
     import tabulate
 
     words = tabulate.tabulate(WORDS.items(), headers=["term", "meaning"], tablefmt="pipe")
-    parts = [f"# {TITLE}", METHOD, words, "## Findings", HOW_CERTAIN]
+    parts = [f"# {title(results)}", *so_far(results), METHOD, words, "## Findings", HOW_CERTAIN]
     for of in results.values():
         first = next(iter(of.values()))
         design = (
@@ -110,12 +119,45 @@ def page(results: dict[str, dict[str, Data]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def title(results: dict[str, dict[str, Data]]) -> str:
+    """The title, with the data sets of the results."""
+    return f"Feature scattering: the paper's claims, checked on {' and '.join(datasets(results))}"
+
+
+def so_far(results: dict[str, dict[str, Data]]) -> list[str]:
+    """A warning if there are results on digits only."""
+    only_digits = datasets(results) == [NAMES["digits"]]
+    return [f"**So far only {NAMES['digits']}; no CIFAR-10 network of ours.**"] if only_digits else []
+
+
+def datasets(results: dict[str, dict[str, Data]]) -> list[str]:
+    """The names of the data sets, in the order of the page.
+
+    Example:
+      >>> datasets({"small": {"main_table": {"config": {"dataset": "cifar10_16x16"}}}})
+      ['CIFAR-10']
+    """
+    return list(dict.fromkeys(dataset_name(next(iter(of.values()))) for of in results.values()))
+
+
 HOW_CERTAIN = """\
 Claims of the paper, checked on our networks. Each scale states the size, data and training of its networks. The
 findings about the *parts of the method* and about *its evaluation* hold at that scale; the accuracies are not those of
 the released network. Intervals are 95% intervals over test images. Differences are on the same images, for these
-networks: the intervals do not include the variation between seeds. The verdict is *agrees* or *disagrees* if it holds
-for the whole interval, and *undetermined* otherwise."""
+networks: the intervals do not include the variation between seeds.
+
+The verdict on a claim depends on its kind; what is neither *agrees* nor *disagrees* is *undetermined*:
+
+- One row is better than another: agrees if that holds for the whole interval of the difference; disagrees if the
+  opposite does, or if the rows are equal.
+- Rows are stable: agrees if all are equal; disagrees if one differs from the first by more than its interval.
+- PGD and plateaus: judged by the fraction of images that look robust and are not. Disagrees if its whole interval is
+  above 2%; agrees if it is below.
+- Gradient-free attacks: disagrees if the accuracy under a weak attack is higher than under a strong one, and the
+  intervals do not overlap. No result agrees, as a stronger attack could exist.
+
+Rows are *equal* if the whole interval of their difference is within ±2 points. A scale *detects* effects of a size if
+a true difference of that size is usually found *higher* or *lower*; smaller differences are often undetermined."""
 
 
 def headline(data: Data) -> str:
@@ -126,8 +168,14 @@ def headline(data: Data) -> str:
       >>> headline({"config": config, "pixels": [8, 8]})
       "scikit-learn's digits, 8 x 8, radius 0.1"
     """
-    name, size = pathlib.Path(data["config"]["dataset"]).stem.split("_")[0], " x ".join(map(str, data["pixels"]))
-    return f"{NAMES.get(name, name)}, {size}, radius {radius(data['config']['attack']['epsilon'])}"
+    size = " x ".join(map(str, data["pixels"]))
+    return f"{dataset_name(data)}, {size}, radius {radius(data['config']['attack']['epsilon'])}"
+
+
+def dataset_name(data: Data) -> str:
+    """Name of the data set, without resolution and fold."""
+    name = pathlib.Path(data["config"]["dataset"]).stem.split("_")[0]
+    return NAMES.get(name, name)
 
 
 NAMES = {"digits": "scikit-learn's digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
@@ -140,7 +188,9 @@ def claims(of: dict[str, Data]) -> str:
     found = findings.findings(best)
     if not found:
         return "These results are not sufficient to check a claim of the paper."
-    return "\n".join(f"- *{each.claim}* **{each.verdict.capitalize()}.** {each.evidence}" for each in found)
+    return "\n".join(
+        f"- *{each.claim}* **{each.verdict.capitalize()} at this scale.** {each.evidence}" for each in found
+    )
 
 
 def overview(results: dict[str, dict[str, Data]]) -> str:
@@ -151,10 +201,10 @@ def overview(results: dict[str, dict[str, Data]]) -> str:
     for of in results.values():
         for data in of.values():
             rows.append([
-                experiment(data["experiment"]).title, f"{sum(data['hours'].values()):.2f}",
+                experiment(data["experiment"]).title, writing.duration(sum(data["hours"].values())),
                 made_on(data["environment"]), f"`{writing.command(data)}`",
             ])  # fmt: skip
-    return tabulate.tabulate(rows, headers=["experiment", "hours", "machine", "command"], tablefmt="pipe")
+    return tabulate.tabulate(rows, headers=["experiment", "time", "machine", "command"], tablefmt="pipe")
 
 
 def deeper(markdown: str) -> str:
@@ -174,9 +224,9 @@ def as_html(markdown: str, results: dict[str, dict[str, Data]]) -> str:
                 svg = vectors(scale, name, data).replace("\\", r"\\")
                 body = image.sub(rf'<span class="figure" role="img" aria-label="\1">{svg}</span>', body)
     for verdict in ("Agrees", "Disagrees", "Undetermined"):
-        body = body.replace(f"<strong>{verdict}.</strong>", f'<strong class="{verdict.lower()}">{verdict}</strong>')
+        body = body.replace(f"<strong>{verdict} ", f'<strong class="{verdict.lower()}">{verdict} ')
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
-    return PAGE.format(title=html.escape(TITLE), style=STYLE, body=body)
+    return PAGE.format(title=html.escape(title(results)), style=STYLE, body=body)
 
 
 def vectors(scale: str, name: str, data: Data) -> str:

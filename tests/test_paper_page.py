@@ -47,6 +47,21 @@ def test_without_results_there_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_title_names_the_data_sets(tmp_path):
+    folder = results_of(tmp_path, "table4_ipot_beta")
+    digits = report.read(folder)
+    assert report.page(digits).startswith(
+        "# Feature scattering: the paper's claims, checked on scikit-learn's digits\n"
+    )
+    assert "no CIFAR-10 network of ours" in report.page(digits)
+    finish("table4_ipot_beta", "small", tmp_path / "runs")
+    small = scale_of("small")
+    writing.write(jobs.experiment("table4_ipot_beta"), small, [0], tmp_path / "runs", folder / "small")
+    both = report.page(report.read(folder))
+    assert both.startswith("# Feature scattering: the paper's claims, checked on CIFAR-10 and scikit-learn's digits\n")
+    assert "no CIFAR-10 network of ours" not in both
+
+
 def row(*, points=0.0, half=1.0, verdict="equal", accuracy=0.5):
     numbers = {
         "accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02, "total": 100,
@@ -143,6 +158,15 @@ def test_stable_means_that_all_rows_are_equal(points, half, expected):
 def test_pgd_measures_robustness_if_autoattack_agrees(lost, expected):
     networks = {"feature scattering": gap(lost), "PGD-7": gap(0.01)}
     assert verdict("Accuracy under PGD", whole(autoattack_gap={"networks": networks})) == expected
+
+
+@pytest.mark.parametrize(("weak", "expected"), [(0.9, "disagrees"), (0.52, "undetermined")])
+def test_gradient_free_attacks_prove_nothing_if_weak_ones_miss_what_strong_ones_find(weak, expected):
+    changed = {**row(), "spsa, 1 step": row(accuracy=weak)["clean"]}
+    results = whole(gradient_free={"reference": "feature scattering", "rows": {"feature scattering": changed}})
+    (found,) = (each for each in findings.findings(results) if "gradient-free" in each.claim)
+    assert found.verdict == expected
+    assert ("spsa, 1 step: 90%; square alone: 50%), so a high number proves nothing" in found.evidence) == (weak == 0.9)
 
 
 @pytest.mark.parametrize(("lost", "expected"), [(20, "disagrees"), (1, "undetermined")])

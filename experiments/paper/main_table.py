@@ -17,7 +17,9 @@ EXPERIMENT = table(
     source="tables 2 and 3 of the paper's supplement for feature scattering, and RobustBench for AutoAttack",
     rows=[dataclasses.replace(FEATURE_SCATTERING, paper=PAPER), STANDARD, PGD_7, TRADES],
     attacks=and_autoattack,
-    reading="The column square has AutoAttack's accuracy, as Square is the last of its attacks.",
+    reading="The columns apgd-ce, apgd-t, fab-t and AutoAttack count the images that are robust to that attack and to "
+    "those before it; AutoAttack's last is Square. The paper's supplement, the source of the numbers in parentheses, "
+    "has none for the other methods; AutoAttack's number is RobustBench's.",
 )
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def with_both(data: Data) -> str:
     """The table, and the accuracies of the strongest restarts with those of the paper."""
     lines = [
         f"Lowest accuracy of a single restart, as reported in the paper ({label}): "
-        + ", ".join(
+        + "; ".join(
             f"{name} {100 * of['lowest_single_run']:.1f} ({of['paper']:.1f})"
             for name, of in row.items()
             if "lowest_single_run" in of

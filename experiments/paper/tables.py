@@ -16,6 +16,13 @@ from fs_jax.evaluation.statistics import accuracy, paired_difference
 
 Collect = Callable[[Experiment, Scale, Sequence[Finished]], Data]
 
+HEADINGS = {
+    "square": "AutoAttack",  # the last of its attacks, run on the images that are robust to the others
+    "spsa": "spsa, 100 steps",
+    "local-search-projected": "local search, 150 rounds",
+}
+"""Headings of columns that differ from the attack's name in the JSON file."""
+
 EQUAL = 2.0  # points: two rows are equal if the interval of their difference is within ±EQUAL
 
 
@@ -134,7 +141,7 @@ def shown(data: Data) -> str:
             f"Difference of each row from *{reference}*, in percentage points, on the same images, with 95% intervals "
             f"over images, for these networks. *Equal*: the interval is within ±{EQUAL:g}. *Higher*, *lower*: it is "
             "not, and excludes 0. *Undetermined*: neither.",
-            tabulate.tabulate(text, headers=["", *first], tablefmt="pipe"),
+            tabulate.tabulate(text, headers=["", *map(heading, first)], tablefmt="pipe"),
         ]
     return "\n\n".join(parts)
 
@@ -142,7 +149,12 @@ def shown(data: Data) -> str:
 def formatted(data: Data, style: str) -> str:
     """The accuracies, in a table format of tabulate."""
     text = [[label, *map(cell, numbers.values())] for label, numbers in data["rows"].items()]
-    return tabulate.tabulate(text, headers=["", *next(iter(data["rows"].values()))], tablefmt=style)
+    return tabulate.tabulate(text, headers=["", *map(heading, next(iter(data["rows"].values())))], tablefmt=style)
+
+
+def heading(attack: str) -> str:
+    """The heading of an attack's column."""
+    return HEADINGS.get(attack, attack)
 
 
 def cell(numbers: Data) -> str:
@@ -160,7 +172,7 @@ def seed_spread(row: Data) -> str | None:
     several = {name: numbers["by_network"] for name, numbers in row.items() if len(numbers["by_network"]) > 1}
     if not several:
         return None
-    spread = ", ".join(f"{name} {100 * np.std(values, ddof=1):.1f}" for name, values in several.items())
+    spread = "; ".join(f"{heading(name)} {100 * np.std(values, ddof=1):.1f}" for name, values in several.items())
     count = len(next(iter(several.values())))
     return f"Standard deviation over the first row's {count} networks (folds or seeds), in points: {spread}."
 

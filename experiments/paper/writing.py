@@ -60,7 +60,7 @@ def check_results(
     if lost := lost_rows(experiment, path, coming):
         raise ValueError(
             f"results: expected a new folder, or results with the rows of this workdir only; got more rows in {path}: "
-            f"{', '.join(lost)}. Choose another folder with --results, or omit --rows; nothing was changed."
+            f"{'; '.join(lost)}. Choose another folder with --results, or omit --rows; nothing was changed."
         )
 
 
@@ -91,7 +91,7 @@ def write(
     labels = [of.row.label for of in finished]
     name = file_name(experiment, seeds)
     if lost := lost_rows(experiment, results / f"{name}.json", labels):
-        print(f"Not overwritten: {results / name}.md, which has more rows: {', '.join(lost)}.")
+        print(f"Not overwritten: {results / name}.md, which has more rows: {'; '.join(lost)}.")
         return None
     if (collected := experiment.collect(experiment, scale, finished)) is None:
         return None
@@ -142,7 +142,7 @@ def as_markdown(experiment: Experiment, data: Data, figure: str | None) -> str:
         experiment.reading,
         f"![{experiment.title}]({figure})" if figure else "",
         experiment.show(data),
-        f"Not run yet: {', '.join(data['missing'])}." if data["missing"] else "",
+        f"Not run yet: {'; '.join(data['missing'])}." if data["missing"] else "",
         caption(experiment, data),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -169,13 +169,26 @@ def command(data: Data) -> str:
 
 
 def spent(hours: dict[str, float]) -> str:
-    """The hours of training and measuring, as text.
+    """The times of training and measuring, as text.
 
     Example:
       >>> spent({"training": 1.26, "measuring": 0.5})
-      '1.3 hours of training and 0.5 of measuring'
+      '1.3 hours of training and 30 minutes of measuring'
     """
-    return f"{hours['training']:.1f} hours of training and {hours['measuring']:.1f} of measuring"
+    return f"{duration(hours['training'])} of training and {duration(hours['measuring'])} of measuring"
+
+
+def duration(hours: float) -> str:
+    """A time as text: in hours, or in minutes if it is below an hour.
+
+    Example:
+      >>> duration(1.96), duration(0.3), duration(0.004)
+      ('2.0 hours', '18 minutes', 'under a minute')
+    """
+    minutes = round(60 * hours)
+    if minutes >= 60:
+        return f"{hours:.1f} hours"
+    return f"{minutes} minute{'s' * (minutes > 1)}" if minutes else "under a minute"
 
 
 def pixels(scale: Scale) -> tuple[int, int]:
