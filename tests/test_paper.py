@@ -165,7 +165,7 @@ def test_files_have_our_accuracies_and_the_papers(tmp_path):
 def test_a_table_names_missing_rows(tmp_path):
     finish("table3_sinkhorn_tau", "trial", tmp_path, rows=2)
     path = writing.write(jobs.experiment("table3_sinkhorn_tau"), SCALES["trial"], [0], tmp_path, tmp_path / "r")
-    assert "Not run yet: τ = 0.005, τ = 0.05, τ = 0.5." in path.read_text(encoding="utf-8")
+    assert "Not run yet: τ = 0.005; τ = 0.05; τ = 0.5." in path.read_text(encoding="utf-8")
 
 
 def test_rows_are_compared_with_the_first_row_only(tmp_path):
@@ -237,11 +237,19 @@ def test_results_of_finished_attacks_are_reused(tmp_path):
     assert '"pgd-5"' not in (tmp_path / "third.journal.jsonl").read_text(encoding="utf-8")
 
 
+def test_the_list_has_rows_of_the_chosen_experiments_only(tmp_path, capsys):
+    runner.run(["table4_ipot_beta"], ["--list", "--workdir", str(tmp_path / "mine")])
+    text = capsys.readouterr().out
+    assert "  table4_ipot_beta         IPOT, proximal weight β\n    β = 1\n    β = 0.5\n  figure1" in text
+    assert f"10 networks, 10 of them to train or measure in {tmp_path / 'mine'}." in text
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--scale", "digts"], "scale: expected one of trial, digits, small, medium, short, paper; got 'digts'."),
     (["--seeds", "-1"], "seeds: expected an integer of at least 0"), (["--workers", "0"], "workers: expected"),
     (["--seeds", "1", "1"], "seeds: expected distinct seeds"),
-    (["--rows", "β = 2"], "rows: expected one of β = 1, β = 0.5; got 'β = 2'"),
+    (["--rows", "β = 2"], "rows: expected labels of --list; got 'β = 2'. Did you mean 'β = "),
+    (["--rows", "foo"], "rows: expected labels of --list; got 'foo'.$"),
     (["--max-minutes", "0"], "max_minutes: expected a finite number above 0"),
     (["--scale", "small", "--data-dir", "/nowhere"], "data_dir: expected cifar10/<version>"),
 ])  # fmt: skip
@@ -392,7 +400,7 @@ def test_a_scale_can_have_another_data_set(tmp_path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "results" / "trial-hundred" / "main_table.md").read_text(encoding="utf-8")
     assert "32 x 32 pixels" in text
-    assert "Not run yet: feature scattering, TRADES." in text
+    assert "Not run yet: feature scattering; TRADES." in text
 
 
 @pytest.mark.parametrize("dataset", ["cifar100", "svhn_cropped"])

@@ -5,6 +5,7 @@ Each network has its own folder and process. Finished networks are skipped, and 
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from experiments import command_line
@@ -22,7 +23,7 @@ from experiments.paper.experiment import Experiment
 from experiments.paper.jobs import EXPERIMENTS, Job, digest, experiment, finished_rows, is_finished, jobs, result_file
 from experiments.paper.scales import SCALES, Scale, scale_of
 from fs_jax._utils.files import local_path, locked, read_jsonl
-from fs_jax._utils.validation import check_choice, check_number
+from fs_jax._utils.validation import check_number
 from fs_jax.config import to_dict
 
 EXAMPLES = """\
@@ -47,7 +48,7 @@ class Arguments:
     workdir: pathlib.Path = pathlib.Path("runs/paper")
     """Folder of the networks: a new one, or the one to resume."""
     results: pathlib.Path = pathlib.Path("experiments/results/paper")
-    """Folder of the tables and figures, with one folder per scale."""
+    """Folder of the tables and figures, with one folder per scale. The default has the committed results."""
     data_dir: pathlib.Path | None = None
     """TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     workers: int | None = None
@@ -55,7 +56,7 @@ class Arguments:
     max_minutes: float | None = None
     """Stop cleanly after this many minutes, with exit status 75. Rerun the same command to resume."""
     list: bool = False
-    """List scales, experiments and rows, and how many networks are not finished. Run nothing."""
+    """List scales, experiments, the rows of the chosen ones, and how many networks are not finished. Run nothing."""
 
 
 def main(chosen: Experiment) -> None:
@@ -66,7 +67,9 @@ def main(chosen: Experiment) -> None:
 def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
     """Run these experiments, or all experiments of the scale, with the options in `argv`."""
     prog = f"python -m experiments.paper{'' if names is None else f'.{names[0]}'}"
-    arguments = command_line.parse(Arguments, argv, prog=prog, examples=EXAMPLES.format(prog=prog))
+    arguments = command_line.parse(
+        Arguments, argv, prog=prog, description=description(names), examples=EXAMPLES.format(prog=prog)
+    )
     dataset = arguments.dataset  # a file by its absolute path, as workers run in another folder
     if dataset is not None and dataset.endswith(".npz"):
         dataset = str(local_path("dataset", dataset).resolve())
@@ -80,15 +83,13 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
     if arguments.max_minutes is not None:
         check_number("max_minutes", arguments.max_minutes, above=0)
     names = names or scale.experiments or EXPERIMENTS
-    labels = dict.fromkeys(row.label for name in names for row in experiment(name).rows)
-    for row in arguments.rows:
-        check_choice("rows", row, labels)
+    check_labels(arguments.rows, {row.label for name in names for row in experiment(name).rows})
     workdir = local_path("workdir", arguments.workdir)
     results = local_path("results", arguments.results) / scale.folder
     needed = jobs(scale, names, arguments.seeds, workdir, arguments.rows)
     missing = [job for job in needed if not is_finished(job)]
     if arguments.list:
-        print(listing(scale, names, needed, missing))
+        print(listing(scale, names, needed, missing, workdir))
         return None
     with locked_workdir(workdir):
         for name in names:
@@ -111,6 +112,21 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
     return None
 
 
+def description(names: Sequence[str] | None) -> str:
+    """The first sentence of --help: the title of a single experiment."""
+    what = "all tables and figures" if names is None else f'"{experiment(names[0]).title}"'
+    return f"Train, attack and measure networks for {what}: minutes at scale trial, hours at scale digits."
+
+
+def check_labels(rows: Sequence[str], labels: Collection[str]) -> None:
+    """Raise a ValueError, with the nearest label, unless all rows are labels."""
+    for row in rows:
+        if row not in labels:
+            near = difflib.get_close_matches(row, sorted(labels), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"rows: expected labels of --list; got {row!r}.{hint}")
+
+
 @contextlib.contextmanager
 def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
     """Lock the workdir. On SIGTERM, stop like on Ctrl-C, which ends the workers first."""
@@ -130,14 +146,16 @@ def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
         lock.release()
 
 
-def listing(scale: Scale, names: Sequence[str], needed: list[Job], missing: list[Job]) -> str:
-    """The scales and experiments, the rows of the chosen experiments, and the number of unfinished networks."""
+def listing(scale: Scale, names: Sequence[str], needed: list[Job], missing: list[Job], workdir: pathlib.Path) -> str:
+    """The scales, the experiments, the rows of the chosen ones, and the number of unfinished networks."""
     lines = ["Scales:", *(f"  {name:8} {about.summary}" for name, about in SCALES.items())]
-    lines += ["Experiments:"]
-    lines += [f"  {name:24} {experiment(name).title}" for name in EXPERIMENTS]
-    lines += [f"Rows of {', '.join(names)}:"]
-    lines += [f"  {label}" for label in dict.fromkeys(row.label for name in names for row in experiment(name).rows)]
-    lines += [f"At scale {scale.folder}: {len(needed)} networks, {len(missing)} of them to train or measure."]
+    lines += ["Experiments, and the labels of their rows:"]
+    for name in EXPERIMENTS:
+        lines += [f"  {name:24} {experiment(name).title}"]
+        lines += [f"    {row.label}" for row in experiment(name).rows if name in names]
+    lines += [
+        f"At scale {scale.folder}: {len(needed)} networks, {len(missing)} of them to train or measure in {workdir}."
+    ]
     return "\n".join(lines)
 
 
