@@ -159,12 +159,32 @@ def positive(name: str, value, dtype, *, or_infinite: bool = False) -> jax.Array
     if seen is not None and not (seen > 0 and (or_infinite or np.isfinite(seen))):
         raise ValueError(f"{name}: expected a {'' if or_infinite else 'finite '}number above 0, got {seen}")
     value = value.astype(dtype)
-    return jnp.where(value > 0, value, jnp.nan)
+    is_good = (value > 0) if or_infinite else (value > 0) & (value < jnp.inf)
+    return jnp.where(is_good, value, jnp.nan)
+
+
+def prices(name: str, value) -> tuple[jax.Array, jax.Array]:
+    """A number above zero, infinity included, or a pair of them; as a pair of arrays."""
+    is_pair = isinstance(value, tuple | list)
+    if (is_pair and len(value) != 2) or (not is_pair and jnp.ndim(value) != 0):
+        got = f"{len(value)} numbers" if is_pair else f"an array of shape {jnp.shape(value)}"
+        raise ValueError(f"{name}: expected a number, or a pair (rows, columns) of numbers; got {got}")
+    dtype = result_type(jnp.float32, *(x for x in (value if is_pair else [value]) if hasattr(x, "dtype")))
+    if not is_pair:
+        price = positive(name, value, dtype, or_infinite=True)
+        return price, price
+    rows, columns = (positive(f"{name}[{i}]", x, dtype, or_infinite=True) for i, x in enumerate(value))
+    return rows, columns
 
 
 def is_infinite(value) -> bool:
     """Whether a number is concrete and infinite."""
-    return not isinstance(value, jax.core.Tracer) and np.ndim(value) == 0 and bool(np.isposinf(value))
+    return not isinstance(value, jax.core.Tracer) and bool(value == jnp.inf)
+
+
+def masses_differ(a, b, dtype: str) -> jax.Array:
+    """Whether the total masses differ by more than the rounding of weights in a dtype."""
+    return jnp.abs(a.sum() - b.sum()) > _MASS_TOLERANCE[dtype] * jnp.maximum(a.sum(), b.sum())
 
 
 def threshold(value, dtype) -> jax.Array | None:

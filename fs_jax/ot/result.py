@@ -23,7 +23,10 @@ UNROLL, ENVELOPE = _SECOND.format("unroll"), _SECOND.format("envelope")
 
 
 class Status(enum.IntEnum):
-    """The meaning of `Transport.status`, which is an integer array so that `jit` can return it."""
+    """The meaning of `Transport.status`, which is an integer array so that `jit` can return it.
+
+    In an `Unbalanced`, it is the duality gap that has met the threshold, or not.
+    """
 
     CONVERGED = 0  # the marginal error of the returned plan is at most the threshold
     LIMIT = 1  # no threshold was given, or num_iters was reached before the threshold was met
@@ -47,7 +50,8 @@ class Transport(NamedTuple):
         num_iters: number of iterations done.
         status: a `Status` as an integer: 0 CONVERGED, marginal_error <= threshold; 1 LIMIT, no threshold was given, or
             the maximum number of iterations was reached first; 2 NOT_FINITE; 3 STALLED; 4 OUT_OF_RANGE.
-        errors: with `history`, the marginal error every ten iterations, NaN after the solver has stopped; else None.
+        errors: with `history`, the marginal error after each run of at most ten iterations, NaN after the solver has
+            stopped: ⌈num_iters / 10⌉ numbers, and one more with a threshold. Otherwise None.
     """
 
     plan: Float[Array, "n m"]

@@ -81,7 +81,7 @@ def sinkhorn(
             marginal error of 1e-3 in a fraction of the iterations. With uneven weights, smaller thresholds or a larger
             `reg` it may need more iterations, so try both. These iterations are done before the `num_iters` at `reg`
             and counted in the result's `num_iters`. They are not differentiated: "unroll" treats their potentials like
-            `init`.
+            `init`. A value of at most `reg` changes nothing.
         history: also return the marginal error every ten iterations at `reg`, as `errors`.
         fused: in programs for an NVIDIA GPU, do all iterations of a problem in one kernel. This applies to float32, up
             to 256 points on a side, and `method` "stabilized"; otherwise the option has no effect.
@@ -144,6 +144,7 @@ def _solve(cost, a, b, reg, reg_start, threshold, f, options, grad):
     problem, (reg_start, threshold) = problem._replace(b=same[0], reg=same[1]), same[2:]
     done = 0
     if reg_start is not None:
+        problem = problem._replace(reg=jnp.where(reg_start > 0, problem.reg, jnp.nan))  # NaN is an invalid start
         f, done = _decreasing(*lax.stop_gradient((problem, reg_start, f)), options)
     start = ((0 if f is None else f) - problem.rows) / problem.reg
     # A constant can move from f to g. The largest start is subtracted here and added to the result again, since float32

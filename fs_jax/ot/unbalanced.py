@@ -24,12 +24,14 @@ class Unbalanced(NamedTuple):
     Attributes:
         plan: mass moved from row i to column j, [n, m]: exp((f_i + g_j - cost_ij) / reg).
         primal_cost: ⟨plan, cost⟩, the cost of the mass that is moved.
-        reg_cost: the dual objective at these potentials. The minimum lies between it and `reg_cost + gap`.
+        reg_cost: the dual objective at these potentials. The minimum lies between it and `reg_cost + gap`, up to the
+            rounding of `reg_cost`, a sum of terms as large as reg·|a|·|b|.
         f: potential of each row in units of the cost, [n]; a large negative number where a is zero. It includes
             reg·log a, as in `Transport`. With f' = f - reg·log a, the solution has plan 1 = a exp(-f' / ρ_a).
         g: potential of each column, [m]; likewise.
         gap: upper bound of the difference between the minimum and the dual objective, in units of cost times mass. It
-            also bounds the error of the plan: reg·KL(optimal plan | plan) <= gap.
+            also bounds the error of the plan: reg·KL(optimal plan | plan) <= gap. (In half precision, this is the plan
+            before rounding.)
         num_iters: number of iterations done.
         status: a `Status` as an integer: 0 CONVERGED, gap <= threshold; 1 LIMIT; 2 NOT_FINITE; 3 STALLED.
     """
@@ -121,19 +123,16 @@ def unbalanced_sinkhorn(
     Source: Chizat et al. (Mathematics of Computation 2018); for the constant between the potentials, Séjourné, Vialard
     and Peyré (AISTATS 2022). The gap is derived in `_relaxed.gap`.
     """
-    sides = rho if isinstance(rho, tuple | list) else (rho, rho)
-    if len(sides) != 2:
-        raise ValueError(f"rho: expected one number, or a pair for rows and columns; got {len(sides)} numbers")
-    cost, a, b, dtype = _checks.problem(cost, a, b, any_mass=not all(_checks.is_infinite(r) for r in sides))
+    prices = _checks.prices("rho", rho)
+    cost, a, b, dtype = _checks.problem(cost, a, b, any_mass=not all(_checks.is_infinite(price) for price in prices))
     reg = _checks.positive("reg", reg, cost.dtype)
-    names = ("rho[0]", "rho[1]") if sides is rho else ("rho", "rho")
-    prices = [_checks.positive(name, r, cost.dtype, or_infinite=True) for name, r in zip(names, sides, strict=True)]
     num_iters = _checks.count("num_iters", num_iters)
     threshold = _checks.threshold(threshold, cost.dtype)
     grad = _checks.choice("grad", grad, GRADS)
     n, m = cost.shape
     f = None if init is None else _checks.potentials(init, n, m, cost.dtype)[0]
-    return _solve(cost, a, b, reg, tuple(prices), threshold, f, Options(num_iters, dtype), grad)
+    prices = tuple(price.astype(cost.dtype) for price in prices)
+    return _solve(cost, a, b, reg, prices, threshold, f, Options(num_iters, dtype), grad)
 
 
 @partial(jax.jit, static_argnames=("options", "grad"))
@@ -154,6 +153,8 @@ def _solve(cost, a, b, reg, rho, threshold, f, options, grad):
         plan = outcome.plan
     else:
         primal_cost, reg_cost, plan = _costs(problem, inverse_rho, outcome)
+    is_infeasible = (rho_a == jnp.inf) & (rho_b == jnp.inf) & _checks.masses_differ(problem.a, problem.b, options.dtype)
+    outcome = outcome._replace(gap=jnp.where(is_infeasible, jnp.inf, outcome.gap))
     return _result(problem, outcome, plan, primal_cost, reg_cost, threshold, options.dtype)
 
 
@@ -216,9 +217,9 @@ def _costs(problem, inverse_rho, outcome):
 
 def _saturated(f, r):
     """(1 - exp(-r f)) / r, which is f at r = 0; by its series for small r f, where the quotient loses digits."""
-    small = jnp.abs(r * f) < 1e-3
+    small = jnp.abs(r * f) < 1e-3  # the series is then off by (r f)^5 / 720, relative: less than float64 rounds
     divisor = jnp.where(small, 1, r)
-    series = f * (1 - r * f / 2 * (1 - r * f / 3 * (1 - r * f / 4)))
+    series = f * (1 - r * f / 2 * (1 - r * f / 3 * (1 - r * f / 4 * (1 - r * f / 5))))
     return jnp.where(small, series, -jnp.expm1(-divisor * jnp.where(small, 0, f)) / divisor)
 
 

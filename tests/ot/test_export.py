@@ -1,4 +1,4 @@
-"""Solvers under `jax_debug_nans`, which raises at any NaN, and through `jax.export`, as serialised programs."""
+"""Solvers under `jax_debug_nans`, which raises if a program returns NaN, and through `jax.export`, serialised."""
 
 from functools import partial
 
@@ -33,7 +33,7 @@ def masked_problem(make_problem):
 
 
 @pytest.mark.parametrize("name", mostly_slow(SOLVERS, "unroll, sharp", "implicit", "unbalanced"))
-def test_no_intermediate_value_is_nan(masked_problem, name):
+def test_debug_nans_finds_none_in_values_and_gradients(masked_problem, name):
     def value(*problem):
         result = SOLVERS[name](*problem)
         return result.primal_cost + result.reg_cost

@@ -303,6 +303,11 @@ def test_decreasing_reg_has_the_same_solution_and_gradient(make_problem, grad):
     np.testing.assert_allclose(got, gradient, atol=1e-6)
 
 
+@pytest.mark.parametrize("start", [-1.0, np.nan, np.inf])
+def test_invalid_reg_start_under_jit_is_not_finite(problem, start):
+    assert jax.jit(lambda r: sinkhorn(*problem, reg=0.1, reg_start=r).status)(start) == Status.NOT_FINITE
+
+
 def test_decreasing_reg_in_a_batch_of_different_regs(make_problem):
     cost, a, b = make_problem(6, 9)
     regs = jnp.array([1.0, 0.3, 0.01])

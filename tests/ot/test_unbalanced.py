@@ -83,41 +83,71 @@ def test_gap_is_the_difference_of_the_objectives_for_small_rho(unequal):
     result = solve(*unequal, num_iters=10, threshold=None)
     gap = primal(result.plan, *unequal, 0.1, 1.0) - result.reg_cost
     assert gap > 1e-6
-    # Rounded up by 1e-5 and by the rounding error of the marginals.
+    # Rounded up by 1e-5, and by the rounding error of marginals of this size: 1e-15 over gaps of 1e-3.
     assert gap <= result.gap <= 1.001 * gap
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_converged_is_never_wrong(dtype):
-    """Random problems of all scales: the gap bounds the distance to the optimum computed in float64."""
+def random_problems():
+    """Two families, 60 each: all scales; and small reg, with one marginal cheap, the other hard, and uneven weights."""
     rng = np.random.default_rng(0)
-    cases = []
-    for _ in range(60):
-        scale, masses = 10 ** rng.uniform(-3, 5), 10 ** rng.uniform(-2, 2, 2)
-        cost = scale * (rng.uniform(size=(5, 7)) + rng.choice([0, 1e3]) * rng.uniform(size=(5, 1)))
-        a, b = (rng.uniform(0.1, 1, n) * (rng.uniform(size=n) > 0.2) * m for n, m in zip((5, 7), masses, strict=True))
-        a[0], b[0] = masses
-        reg, rho = scale * 10 ** rng.uniform(-3, 1), scale * 10 ** rng.uniform(-3, 6, 2)
-        cases.append((cost, a, b, reg, rho, scale * min(a.sum(), b.sum()) * 1e-2))
-    batch = [np.asarray(np.stack(x), dtype) for x in zip(*cases, strict=True)]
+    for number in range(120):
+        if number % 2:
+            scale, masses = 10 ** rng.uniform(-3, 5), 10 ** rng.uniform(-2, 2, 2)
+            cost = scale * (rng.uniform(size=(5, 7)) + rng.choice([0, 1e3]) * rng.uniform(size=(5, 1)))
+            a, b = (
+                rng.uniform(0.1, 1, n) * (rng.uniform(size=n) > 0.2) * m for n, m in zip((5, 7), masses, strict=True)
+            )
+            a[0], b[0] = masses
+            reg, rho = scale * 10 ** rng.uniform(-3, 1), scale * 10 ** rng.uniform(-3, 6, 2)
+        else:
+            scale, cost = 1.0, rng.uniform(size=(5, 7)) * np.where(rng.uniform(size=(5, 7)) < 0.3, 0.1, 1)
+            a, b = 10 ** rng.uniform(-4, 0, 5), 10 ** rng.uniform(-4, 0, 7)
+            reg = 10 ** rng.uniform(-3.3, -2)
+            rho = rng.permutation([rng.choice([np.inf, 1e5, 1.0]), reg * 10 ** rng.uniform(-0.7, 0.3)])
+        yield cost, a, b, reg, rho, scale * min(a.sum(), b.sum()) * 1e-2
 
-    def many(cost, a, b, reg, rho, threshold):
-        return unbalanced_sinkhorn(
-            cost, a, b, reg=reg, rho=(rho[0], rho[1]), num_iters=1000, threshold=threshold, grad="none"
-        )
 
-    many = jax.jit(jax.vmap(many))
-    got = jax.tree.map(np.asarray, many(*batch))
+@pytest.mark.parametrize(("dtype", "num_iters"), [(np.float32, 1), (np.float32, 1000), (np.float64, 1000)])
+def test_converged_is_never_wrong(dtype, num_iters):
+    """The gap bounds the distance to the optimum, which is computed in float64."""
+    batch = [np.asarray(np.stack(x), dtype) for x in zip(*random_problems(), strict=True)]
+
+    @partial(jax.jit, static_argnums=0)
+    def many(num_iters, *batch):
+        def one(cost, a, b, reg, rho, threshold):
+            options = {"reg": reg, "rho": (rho[0], rho[1]), "num_iters": num_iters, "threshold": threshold}
+            return unbalanced_sinkhorn(cost, a, b, **options, grad="none")
+
+        return jax.vmap(one)(*batch)
+
+    got = jax.tree.map(np.asarray, many(num_iters, *batch))
     *problems, thresholds = (jnp.asarray(x, jnp.float64) for x in batch)
-    exact = jax.tree.map(np.asarray, many(*problems, 1e-6 * thresholds))
-    assert np.mean(got.status == Status.CONVERGED) > 0.8
+    exact = jax.tree.map(np.asarray, many(1000, *problems, 1e-6 * thresholds))
+    assert np.mean(got.status == Status.CONVERGED) > (0.8 if num_iters > 1 else 0.2)
     assert not np.any(got.status == Status.NOT_FINITE)
     mass = np.asarray(problems[1].sum(1) + problems[2].sum(1))
     size = np.abs(exact.reg_cost) + mass * np.max(np.where(np.abs(exact.f) < 1e29, np.abs(exact.f), 0), 1)
     rounding = 8 * np.finfo(dtype).eps * size  # of the dual objective, a sum of terms of this size
     assert np.all(got.reg_cost <= exact.reg_cost + exact.gap + rounding)
     assert np.all(exact.reg_cost <= got.reg_cost + got.gap + rounding)
-    assert np.all((got.status != Status.CONVERGED) | (got.gap <= batch[-1]))
+    too_low = exact.reg_cost - got.reg_cost > np.asarray(thresholds) + rounding
+    assert not np.any(too_low & (got.status == Status.CONVERGED))
+
+
+def test_target_marginal_that_underflows_counts():
+    """In float32 a exp(-F reg / rho) is zero here, while the plan has mass."""
+    cost = np.array([[0.0, 1.0], [1.0, 1.0]], np.float32)
+    for scale in (0.2, 0.3, 1.0):
+        early = solve(scale * cost, np.float32([0.9, 0.1]), np.ones(2, np.float32), 0.002, (np.inf, 0.002), num_iters=1)
+        exact = solve(scale * cost.astype(float), np.array([0.9, 0.1]), np.ones(2), 0.002, (np.inf, 0.002))
+        assert float(early.reg_cost) + float(early.gap) >= exact.reg_cost * (1 - 1e-6)  # float32's rounding
+
+
+def test_masses_that_differ_have_no_plan_between_hard_marginals(problem):
+    cost, a, b = problem
+    almost = solve(cost, a, b * (1 + 5e-4), rho=np.inf, threshold=1e-4)
+    assert almost.gap == np.inf
+    assert not almost.converged
 
 
 @pytest.mark.parametrize("threshold", [None, 1e-10])
@@ -182,7 +212,7 @@ def test_derivatives_equal_finite_differences(unequal, grad):
     """With respect to every argument, along random directions, by central differences."""
 
     def value(arguments):
-        result = solve(**arguments, grad=grad, threshold=1e-15)
+        result = solve(**arguments, grad=grad, threshold=None)
         weights = jnp.cos(jnp.arange(54)).reshape(6, 9)  # a function of the plan other than the costs
         return result.reg_cost + (jnp.sum(weights * result.plan) + result.f[2] if grad == "implicit" else 0)
 
@@ -197,7 +227,7 @@ def test_derivatives_equal_finite_differences(unequal, grad):
         expected = (after - before) / 2e-4
         pairs = zip(jax.tree.leaves(gradient[name]), jax.tree.leaves(direction[name]), strict=True)
         got = sum(np.sum(np.asarray(slope) * step) for slope, step in pairs)
-        # Differences have errors of h² times a third derivative of size reg^-2 = 100; plans have errors of 1e-7.
+        # Differences have errors of h² = 1e-8 times a third derivative of size reg^-2 = 100.
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
@@ -206,13 +236,13 @@ def test_second_derivatives_equal_differences_of_the_gradient(unequal):
 
     def value(t):
         changed = {"cost": arguments["cost"] + t * jnp.cos(arguments["cost"]), "rho": (0.7 + t, 4.0 - t)}
-        result = solve(**arguments | changed, threshold=1e-15)
+        result = solve(**arguments | changed, threshold=None)
         return jnp.sum(jnp.sin(7 * result.plan))
 
     first = jax.jit(jax.grad(value))
-    expected = (first(1e-4) - first(-1e-4)) / 2e-4
+    expected = (first(2e-5) - first(-2e-5)) / 4e-5
     for outer in (jax.grad, jax.jacfwd):
-        np.testing.assert_allclose(jax.jit(outer(jax.grad(value)))(0.0), expected, rtol=1e-4)  # as above
+        np.testing.assert_allclose(jax.jit(outer(jax.grad(value)))(0.0), expected, rtol=1e-4)  # h² times the next derivatives, of size reg^-3
 
 
 def test_gradient_at_infinite_rho_is_zero(problem):
@@ -272,7 +302,9 @@ def test_half_precision_is_computed_in_float32(unequal, dtype):
     [
         ({"rho": 0.0}, "rho: expected a number above 0, got 0.0"),
         ({"rho": (1.0, -2.0)}, r"rho\[1\]: expected a number above 0, got -2.0"),
-        ({"rho": (1.0, 2.0, 3.0)}, "rho: expected one number, or a pair for rows and columns; got 3 numbers"),
+        ({"rho": (1.0, 2.0, 3.0)}, r"rho: expected a number, or a pair \(rows, columns\) of numbers; got 3 numbers"),
+        ({"rho": "1"}, "rho: expected numbers, got str"),
+        ({"rho": np.ones(2)}, r"rho: expected a number, or a pair \(rows, columns\) of numbers; got an array of shape"),
         ({"rho": np.inf}, "b: expected the total mass of a"),
         ({"grad": "unroll"}, "grad: expected one of 'implicit', 'envelope', 'none', got 'unroll'"),
         ({"tau_a": 0.9}, r"tau_a, which is called rho \(tau is rho / \(rho \+ reg\)\) here"),
