@@ -3,10 +3,11 @@
     python -m experiments.differential --solvers mypackage.module:solve --count 500
     python -m experiments.differential --list
 
-A solver is `solve(cost, a, b, reg)` that gives a mapping with `plan`. Ours, ott-jax's and POT's have names. Writes into
-the workdir `findings.jsonl`, a line for each solver and problem as it goes, from which a later run resumes; and in the
-end `report.md`, `report.json`, `findings.png`, and for each kind of finding a script that shows it on the simplest
-problem. The exit status is 1 if there are findings, other than that a solver says that it gave up.
+A solver is a function `solve(cost, a, b, reg)` that returns a mapping with `plan`. Our solvers, ott-jax's and POT's
+have names (`--list`). Appends a line per solver and problem to `findings.jsonl` in the workdir; an interrupted run
+resumes from it. At the end it writes `report.md`, `report.json`, `findings.png`, and for each kind of finding a script
+that reproduces it on the simplest problem found. The exit status is 1 if there are findings, except that a solver
+reports that it gave up.
 """
 
 import collections
@@ -27,16 +28,16 @@ class Arguments:
     """Check Sinkhorn solvers against certified solutions."""
 
     solvers: tuple[str, ...] = ("fs_jax-stabilized-float32", "fs_jax-stabilized-float64", "fs_jax-implicit-float64")
-    """Names of built-in ones, or package.module:function."""
+    """Names of built-in solvers, or package.module:function."""
     count: int = 1000
-    """Problems: the first so many, of 15 kinds in turn."""
+    """Number of problems, of 15 kinds in turn."""
     derivatives_every: int = 26
-    """Of how many problems one has its derivatives, jit and vmap checked too. (Multiples of 3 or 5 leave out kinds of
-    problems.)"""
+    """Check derivatives, jit and vmap for every problem whose number is divisible by this. (Multiples of 3 or 5 skip
+    some kinds of problems.)"""
     workdir: pathlib.Path = pathlib.Path("runs/differential")
-    """A new folder, or the one to resume."""
+    """A new folder, or that of a run to resume."""
     list: bool = False
-    """List the built-in solvers and the kinds of problems, and run nothing."""
+    """List the built-in solvers and the kinds of problems, and exit."""
 
 
 def main(argv: list[str]) -> int:
@@ -67,20 +68,20 @@ def main(argv: list[str]) -> int:
 
 
 Found = dict[str, dict[int, "Seen"]]
-"""By solver and number of the problem."""
+"""Results by solver and problem number."""
 
 
 class Seen(NamedTuple):
-    """What was seen of an answer."""
+    """The result of checking an answer."""
 
     findings: list[list[Any]]
-    """Each finding's check, text, error and what is allowed."""
+    """Check, text, error and allowed error of each finding."""
     differentiated: bool
     """Whether its derivatives were checked."""
 
 
 def run(solvers, arguments: Arguments, path: pathlib.Path) -> Found:
-    """What is found, each line on the disk as it comes."""
+    """Runs the solvers on the problems that are not in the file yet, and appends each result to it at once."""
     import warnings
 
     from tqdm import tqdm
@@ -112,7 +113,7 @@ def run(solvers, arguments: Arguments, path: pathlib.Path) -> Found:
 
 
 def code(solver) -> str:
-    """What a solver's answers depend on, as far as can be seen: its source, its claims, the versions of libraries."""
+    """Digest of what determines a solver's answers: its source, its claims, and the versions of libraries."""
     import hashlib
     import importlib.metadata
     import inspect
@@ -128,7 +129,7 @@ def code(solver) -> str:
 
 
 def report(solvers, found: Found, arguments: Arguments, workdir: pathlib.Path) -> None:
-    """Table, figure, JSON, and scripts of the simplest problem for each solver and check."""
+    """Writes the table, the figure, the JSON, and a script with the simplest problem for each solver and check."""
     import tabulate
 
     from experiments.output import made_on, write_files
@@ -154,9 +155,9 @@ def report(solvers, found: Found, arguments: Arguments, workdir: pathlib.Path) -
     parts = [
         f"# {arguments.count:,} transport problems",
         tabulate.tabulate(rows, headers=["solver", "problems", "derivatives", *checks], tablefmt="pipe"),
-        "How many problems each check fails for, of those that a solver claims to solve. *Gave up*: it says so itself. "
-        f"Of one problem in {arguments.derivatives_every} jit and vmap are checked too, and derivatives where a plan "
-        "as good as claimed determines them: of as many as *derivatives* says.",
+        "Number of problems for which each check fails, among the problems that a solver claims to solve. *Gave up*: "
+        f"the solver reports it itself. For one problem in {arguments.derivatives_every}, jit and vmap are checked too, "
+        "and derivatives if the claimed marginal error determines them; *derivatives* is the number of these problems.",
     ]
     scripts: dict[str, str] = {}
     for solver in solvers:
@@ -188,7 +189,7 @@ def report(solvers, found: Found, arguments: Arguments, workdir: pathlib.Path) -
 
 
 def draw(found: Found, path: pathlib.Path) -> None:
-    """Each problem by how sharp it is, its findings coloured: where a solver's troubles are."""
+    """Draws each problem at its range of costs over reg, coloured by whether the solver has findings."""
     import numpy as np
 
     from fs_jax.ot import testing

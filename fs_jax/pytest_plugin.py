@@ -15,9 +15,9 @@ def pytest_addoption(parser):
     options.addoption(
         "--ot-solver", action="append", default=[], metavar="PACKAGE:FUNCTION",
         help="also test this solver, solve(cost, a, b, reg) -> {'plan': ...}, against certified solutions; can be "
-        "repeated. What it claims is its attribute `claims`.",
+        "repeated. Its attribute `claims` says what to test.",
     )  # fmt: skip
-    options.addoption("--ot-count", type=int, default=150, help="how many problems, of 15 kinds in turn (150)")
+    options.addoption("--ot-count", type=int, default=150, help="number of problems, of 15 kinds in turn (150)")
     options.addoption("--ot-seed", type=int, default=0, help="number of the first problem (0)")
 
 

@@ -1,4 +1,4 @@
-"""Solvers that are right, and solvers that are each broken in one way: what the tool has to find, and to name."""
+"""A correct solver, and solvers that are each broken in one way, which the tool has to find and to name."""
 
 import numpy as np
 from scipy.special import logsumexp
@@ -12,7 +12,7 @@ def log(weights):
 
 
 def potentials(cost, a, b, reg, iterations=20_000, threshold=1e-8):
-    """Sinkhorn's in the log domain, in NumPy."""
+    """Potentials by Sinkhorn in the log domain, in NumPy."""
     f, g, error = np.zeros(len(a)), np.zeros(len(b)), np.inf
     present = np.ix_(a > 0, b > 0)
     for number in range(iterations):
@@ -42,25 +42,25 @@ def right(cost, a, b, reg):
 
 
 def stopped_early(cost, a, b, reg):
-    """The plan of three iterations, and says that it has converged."""
+    """Returns the plan after three iterations, and reports that it has converged."""
     f, g, _ = potentials(cost, a, b, reg, iterations=3)
     return {"plan": plan_of(cost, a, b, reg, f, g), "converged": True}
 
 
 def flag_before_the_plan(cost, a, b, reg):
-    """Converges, and then rounds the plan to half precision."""
+    """Converges, but then rounds the plan to half precision."""
     answer = right(cost, a, b, reg)
     return {"plan": answer["plan"].astype(np.float16).astype(float), "converged": answer["converged"]}
 
 
 def dropped_mask(cost, a, b, reg):
-    """A point without mass gets a little, so that no logarithm is of zero."""
+    """Gives points without mass a small mass, to avoid the logarithm of zero."""
     a, b = (np.maximum(weights, 1e-6 * weights.sum()) for weights in (a, b))
     return {"plan": right(cost, a, b * (a.sum() / b.sum()), reg)["plan"]}
 
 
 def flushed_kernel(cost, a, b, reg):
-    """The algorithm to the letter, with a kernel in float32."""
+    """Algorithm 1 as printed, with a kernel in float32."""
     kernel = np.exp((-cost / reg).astype(np.float32)).astype(float)
     u = np.ones(len(a))
     with np.errstate(all="ignore"):
@@ -71,43 +71,43 @@ def flushed_kernel(cost, a, b, reg):
 
 
 def cost_of_a_shifted_matrix(cost, a, b, reg):
-    """Takes the smallest cost out, and forgets to give it back."""
+    """Subtracts the smallest cost, and forgets to add it again."""
     answer = right(cost, a, b, reg)
     return {**answer, "primal_cost": answer["primal_cost"] - cost.min() * answer["plan"].sum()}
 
 
 def entropy_of_another_sign(cost, a, b, reg):
-    """Subtracts what the regularised cost has more."""
+    """Subtracts the entropic term instead of adding it."""
     answer = right(cost, a, b, reg)
     return {**answer, "reg_cost": 2 * answer["primal_cost"] - answer["reg_cost"]}
 
 
 def potentials_of_another_gauge(cost, a, b, reg):
-    """f without reg log a, as if the plan were a b exp(...)."""
+    """Returns f without reg log a, as if the plan were a b exp(...)."""
     answer = right(cost, a, b, reg)
     return {**answer, "f": answer["f"] - reg * np.where(a > 0, log(np.where(a > 0, a, 1)), 0)}
 
 
 def too_good(cost, a, b, reg):
-    """Says that its marginals are exact."""
+    """Reports that its marginals are exact."""
     answer = right(cost, a, b, reg)
     return {"plan": answer["plan"] * 1.0001, "marginal_error": 0.0}
 
 
 def words(cost, a, b, reg):
-    """A plan that isn't numbers."""
+    """Returns a plan of strings."""
     return {"plan": [["none"] * len(b)] * len(a)}
 
 
 def raising(cost, a, b, reg):
-    """Fails on more columns than rows."""
+    """Raises an error if there are more columns than rows."""
     if cost.shape[0] < cost.shape[1]:
         raise IndexError("index 5 is out of bounds")
     return right(cost, a, b, reg)
 
 
 def constant_potentials(cost, a, b, reg):
-    """Differentiates the plan as if potentials were constants."""
+    """Differentiates the plan as if the potentials were constants."""
     import jax
     import jax.numpy as jnp
 
@@ -123,7 +123,7 @@ constant_potentials.claims = Claims(marginal_error=1e-6, gradients=("cost",))
 
 
 def constant_plan(cost, a, b, reg):
-    """The plan is differentiated, and held constant in the cost."""
+    """Differentiates the plan correctly, but treats it as a constant in the primal cost."""
     import jax
 
     from fs_jax.ot import sinkhorn
@@ -136,7 +136,7 @@ constant_plan.claims = Claims(marginal_error=1e-6, gradients=("cost",), zeros=Fa
 
 
 def constant_in_second_order(cost, a, b, reg):
-    """First derivatives are right, and their system is held constant in the second."""
+    """First derivatives are right; second derivatives treat the linear system of the first as a constant."""
     import functools
 
     import jax

@@ -1,4 +1,4 @@
-"""The tool that tests solvers: finds nothing in one that is right, and what is wrong with those broken on purpose."""
+"""The tool that tests solvers: it finds nothing in a correct solver, and the defects of deliberately broken ones."""
 
 import os
 import pathlib
@@ -29,7 +29,7 @@ from fs_jax.ot.testing.reference import gradients
 pytest_plugins = ["pytester"]
 
 ROOT = pathlib.Path(__file__).parents[2]
-# In each kind's turn; two of each.
+# Two problems of each kind.
 NUMBERS = range(2 * len(FAMILIES))
 BROKEN = {
     "stopped_early": "marginals",
@@ -67,7 +67,7 @@ def found(solver, numbers, derivatives=False):
     }
 
 
-def test_nothing_is_found_in_a_solver_that_is_right():
+def test_nothing_is_found_in_a_correct_solver():
     assert not any(found(broken("right"), NUMBERS).values())
 
 
@@ -76,9 +76,9 @@ def test_nothing_is_found_in_a_solver_that_is_right():
     "fs_jax-implicit-float64",
 ])  # fmt: skip
 @pytest.mark.slow
-def test_nothing_is_found_in_ours(name):
+def test_nothing_is_found_in_our_solvers(name):
     assert not any(found(load(name), NUMBERS).values())
-    one_shape = [number for number in range(60) if case(number).cost.shape == (6, 9)]  # compiled for once
+    one_shape = [number for number in range(60) if case(number).cost.shape == (6, 9)]  # compiled once
     assert len({case(number).family for number in one_shape}) > 5
     assert not any(found(load(name), one_shape, derivatives=True).values())
 
@@ -86,7 +86,7 @@ def test_nothing_is_found_in_ours(name):
 @pytest.mark.parametrize(("name", "check"), [
     pytest.param(*of, marks=pytest.mark.slow if of[0] in SLOW else ()) for of in BROKEN.items()
 ])  # fmt: skip
-def test_what_is_broken_is_found_named_shrunk_and_shown(name, check, tmp_path):
+def test_defects_are_found_named_shrunk_and_reproduced(name, check, tmp_path):
     solver, derivatives = broken(name), name.startswith("constant")
     small = (number for number in range(300) if not derivatives or case(number).cost.size <= 60)
     for number in small:
@@ -95,7 +95,7 @@ def test_what_is_broken_is_found_named_shrunk_and_shown(name, check, tmp_path):
             break
     assert of, f"{check} isn't found"
     simplest = shrunk(solver, case(number), of[0], seconds=120)  # most take one; a busy machine more
-    # A kernel of which nothing is lost has no finding; shapes are compiled for where derivatives are at fault.
+    # A small kernel loses no entries. For derivatives each shape is compiled, which leaves less time to shrink.
     assert simplest.cost.size <= (30 if derivatives or name == "flushed_kernel" else 4)
     again = findings(solver, simplest, derivatives=derivatives)
     assert check in {f.check for f in again}
@@ -111,7 +111,7 @@ def test_what_is_broken_is_found_named_shrunk_and_shown(name, check, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_problems_are_what_they_are_said_to_be_and_solved_exactly(family):
+def test_problems_are_valid_and_solved_exactly(family):
     for problem in cases(list(FAMILIES).index(family) + len(FAMILIES) * k for k in range(8)):
         assert problem.family == family
         assert problem.cost.shape == (len(problem.a), len(problem.b))
@@ -121,20 +121,21 @@ def test_problems_are_what_they_are_said_to_be_and_solved_exactly(family):
         assert reference is not None
         off = np.abs(reference.plan.sum(1) - problem.a).sum() + np.abs(reference.plan.sum(0) - problem.b).sum()
         assert off <= 1e-10 * problem.a.sum()
-        there = reference.plan > 1e-290  # those below have lost digits
+        accurate = reference.plan > 1e-290  # smaller entries have lost digits
         exponents = (reference.f[:, None] + reference.g - problem.cost) / problem.reg
-        # Exponents of ten thousands, rounded.
-        np.testing.assert_allclose(np.log(reference.plan[there]), exponents[there], atol=1e-9 * (1 + problem.ratio))
+        # Rounding of exponents of up to ten thousand.
+        logs = np.log(reference.plan[accurate])
+        np.testing.assert_allclose(logs, exponents[accurate], atol=1e-9 * (1 + problem.ratio))
 
 
-def test_the_same_number_is_the_same_problem_and_others_are_others():
+def test_a_number_determines_its_problem():
     np.testing.assert_array_equal(case(17).cost, case(17).cost)
     one, other = case(0), case(15 * len(FAMILIES))
     assert one.cost.shape != other.cost.shape or not np.array_equal(one.cost, other.cost)
 
 
 @pytest.mark.parametrize("number", [0, 1, 4, 9])
-def test_derivatives_of_the_reference_are_its_differences(number):
+def test_derivatives_of_the_reference_equal_finite_differences(number):
     problem = next(p for p in cases(range(number, 1000, len(FAMILIES))) if p.cost.size > 4 and p.ratio < 1e3)
     rng = np.random.default_rng(0)
     weights, direction = rng.normal(size=problem.cost.shape), rng.normal(size=problem.cost.shape)
@@ -144,12 +145,12 @@ def test_derivatives_of_the_reference_are_its_differences(number):
     def value(t):
         return np.sum(weights * solve_exactly(problem._replace(cost=problem.cost + t * direction)).plan)
 
-    # Fourth order in a step of 1e-4 of reg; the rest is rounding, 1e-11 of the plan over the step.
+    # Fourth order in a step of 1e-4 of reg, plus rounding of 1e-11 of the plan over the step.
     differences = (8 * (value(step) - value(-step)) - (value(2 * step) - value(-2 * step))) / (12 * step)
     assert slope == pytest.approx(differences, rel=1e-5, abs=1e-5 * np.abs(weights).max() / problem.reg)
 
 
-def test_the_reference_is_what_sinkhorn_tends_to():
+def test_the_reference_is_the_limit_of_sinkhorn():
     problem = case(2)
     result = sinkhorn(*map(jnp.asarray, problem[:3]), reg=problem.reg, num_iters=20_000, threshold=1e-12)
     assert result.converged
@@ -165,7 +166,7 @@ def test_answers_of_another_shape_are_findings(answer):
     assert [f.check for f in findings(solver, case(17))] == ["shape"]
 
 
-def test_what_is_not_claimed_is_not_judged():
+def test_only_claims_are_tested():
     kernel = load("ott-kernel-float32")
     sharp = next(problem for problem in cases(range(100)) if problem.family == "sharp" and problem.cost.size > 100)
     assert sharp.ratio > kernel.claims.largest_ratio
@@ -177,12 +178,12 @@ def test_what_is_not_claimed_is_not_judged():
     ("nowhere:solve", "solver: expected package.module:function that can be imported; got 'nowhere:solve'"),
     ("numpy:sinkhorn", "solver: expected package.module:function that can be imported; got 'numpy:sinkhorn'"),
 ])  # fmt: skip
-def test_unknown_solvers_are_named(name, message):
+def test_unknown_solvers_raise(name, message):
     with pytest.raises(ValueError, match=message):
         load(name)
 
 
-def test_a_finding_is_told_with_its_numbers():
+def test_a_finding_has_its_numbers():
     solver = broken("stopped_early")
     number, (first, *_) = next((number, of) for number, of in found(solver, NUMBERS).items() if of)
     assert isinstance(first, Finding)
@@ -193,7 +194,7 @@ def test_a_finding_is_told_with_its_numbers():
 
 @pytest.fixture
 def run_pytest(pytester, monkeypatch):
-    """Runs pytest where there are no tests, with the plugin as an installed package has it."""
+    """Runs pytest in a folder without tests, with the plugin loaded as for an installed package."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     def run(*options):
@@ -206,7 +207,7 @@ def run_pytest(pytester, monkeypatch):
 def test_pytest_tests_a_solver_and_shows_what_fails(run_pytest, tmp_path):
     one_of_each = ("--ot-count", str(len(FAMILIES)), "--ot-seed", "15")
     done, text = run_pytest("--ot-solver=tests.ot.broken_solvers:right", *one_of_each)
-    assert done.parseoutcomes() == {"passed": 14, "skipped": 1}  # of one it says that it gave up
+    assert done.parseoutcomes() == {"passed": 14, "skipped": 1}  # for one problem it reports that it gave up
     done, text = run_pytest(
         "--ot-solver=tests.ot.broken_solvers:raising", "--pyargs", "fs_jax.ot.testing.suite", *one_of_each
     )
@@ -219,13 +220,13 @@ def test_pytest_tests_a_solver_and_shows_what_fails(run_pytest, tmp_path):
     assert "IndexError: index 5 is out of bounds" in done.stderr
 
 
-def test_pytest_names_wrong_options_and_does_nothing_without_a_solver(run_pytest):
+def test_pytest_reports_invalid_options_and_does_nothing_without_a_solver(run_pytest):
     assert run_pytest()[0].ret == pytest.ExitCode.NO_TESTS_COLLECTED
     assert "--ot-solver: solver: expected package.module:function that can be" in run_pytest("--ot-solver=nowhere:s")[1]
     assert "expected --ot-count of at least 1" in run_pytest("--ot-solver=numpy:add", "--ot-count=0")[1]
 
 
-def test_the_plugin_is_installed_and_loads_nothing():
+def test_the_plugin_is_installed_and_imports_no_library():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (module,) = project["entry-points"]["pytest11"].values()
     program = f"import {module}, sys; print(*{{'jax', 'numpy', 'scipy'}} & set(sys.modules))"
@@ -234,7 +235,7 @@ def test_the_plugin_is_installed_and_loads_nothing():
 
 
 @pytest.mark.slow
-def test_the_command_finds_shows_and_resumes(tmp_path):
+def test_the_command_reports_findings_and_resumes(tmp_path):
     command = [
         sys.executable, "-m", "experiments.differential", "--count", "30", "--workdir", str(tmp_path / "run"),
         "--solvers", "tests.ot.broken_solvers:right", "tests.ot.broken_solvers:stopped_early",

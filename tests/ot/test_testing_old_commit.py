@@ -1,4 +1,4 @@
-"""The tool finds in the solvers of an old commit what was found in them by other means, and has since been repaired."""
+"""In the solvers of an old commit, the tool finds defects that were found by other means and have since been fixed."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory):
-    """A function of `method` and more that gives a solver: `fs_jax.ot` of the commit, under another name."""
+    """A function of `method` and more that returns a solver: `fs_jax.ot` of that commit, under another name."""
 
     def git(*command):
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
@@ -46,7 +46,7 @@ def old(tmp_path_factory):
 
 
 def first(solver, families, check, numbers=range(1500), **options):
-    """The text of the first such finding in problems of these families."""
+    """The first finding of this check in problems of these families."""
     for number in numbers:
         if case(number).family in families:
             for finding in findings(solver, case(number), **options):
@@ -56,13 +56,13 @@ def first(solver, families, check, numbers=range(1500), **options):
 
 
 @pytest.mark.parametrize("families", [("uniform", "training", "points", "shifted", "sharp"), ("far_row",)])
-def test_converged_is_claimed_with_marginals_off(old, families):
+def test_converged_is_wrong(old, families):
     of = first(old("stabilized"), families, "marginals")
     assert "says that it has converged" in of.text
 
 
-def test_a_kernel_underflows_in_part(old):
-    # All of the mass that there is, and more: it is rebuilt from costs that the kernel had flushed.
+def test_a_kernel_underflows_partly(old):
+    # The error exceeds the total mass, since the plan is recomputed from costs whose kernel entries were flushed.
     of = first(old("kernel"), ("blocks",), "marginals")
     assert of.error > 1
     assert "says that it has converged" in of.text
@@ -77,6 +77,6 @@ def test_second_derivatives_are_wrong(old):
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_one_weight_alone_has_no_derivative(old, name):
+def test_a_single_weight_vector_has_no_derivative(old, name):
     solver = old("stabilized", "implicit", "float64", 1e-6, gradients=(name,))
     assert "TypeError" in first(solver, ("blocks",), f"gradient by {name}", (117,), derivatives=True).text

@@ -2,10 +2,10 @@
 
     solver = load("package:function")          # solve(cost, a, b, reg) -> {"plan": ..., ...}
     for case in cases(range(1000)):
-        print(findings(solver, case))           # what is wrong with its answer: usually nothing
+        print(findings(solver, case))           # a list of what is wrong with its answer, usually empty
 
-It needs NumPy and SciPy, and JAX only where a solver does. In reading order: solvers → families → reference → checks →
-shrinking. `python -m experiments.differential` runs it over thousands of problems.
+It needs NumPy and SciPy, and JAX only if the solver does. Read the modules in this order: solvers, families, reference,
+checks, shrinking. `python -m experiments.differential` tests solvers on thousands of problems.
 """
 
 from fs_jax.ot.testing.checks import (

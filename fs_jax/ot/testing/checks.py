@@ -1,4 +1,4 @@
-"""What is judged of an answer: backward errors first, then what it says of itself, then derivatives."""
+"""Checks of a solver's answer: backward errors first, then the numbers that it reports, then derivatives."""
 
 import contextlib
 import functools
@@ -14,41 +14,44 @@ from fs_jax.ot.testing.solvers import Solver
 
 
 class Finding(NamedTuple):
-    """Something that is wrong with an answer."""
+    """A defect of an answer."""
 
     check: str
-    """Which check it failed: the name by which findings are counted, and kept while a problem is shrunk."""
+    """Name of the check that failed. Findings are counted by it, and shrinking preserves it."""
     text: str
     error: float
-    """As the check measures it."""
+    """The error, as the check measures it."""
     allowed: float
 
 
 DERIVATIVES_EVERY = 26
-"""Of how many problems one has its derivatives checked, if nothing else is said: of each kind in turn, since 26 and the
-number of kinds, 15, have no common factor."""
+"""By default, derivatives are checked for every problem with a number divisible by this. All kinds are covered in turn,
+since 26 and the number of kinds, 15, have no common factor."""
 
 
 GAVE_UP = "gave up"
-"""Not a defect by itself: the solver says that it hasn't solved the problem, by `converged` or NaN throughout."""
+"""Not a defect by itself: the solver reports that it hasn't solved the problem, by `converged` or a plan of NaN."""
 
 
 class Verdict(NamedTuple):
-    """What was seen of an answer."""
+    """The result of checking an answer."""
 
     findings: list[Finding]
     differentiated: bool
-    """Whether its derivatives were checked: those that are claimed, if the rest is right and determines them."""
+    """Whether derivatives were checked: those that are claimed, if the answer has no finding and determines them."""
 
 
 def findings(solver: Solver, problem: Case, *, derivatives: bool = False, only: str | None = None) -> list[Finding]:
-    """What is wrong with a solver's answer to a problem; nothing where the problem is outside of its claims.
+    """Defects of a solver's answer to a problem; empty if the solver doesn't claim to solve it.
 
     Args:
       solver: The solver.
       problem: The problem.
-      derivatives: Whether to check what costs more too: derivatives, `jax.jit` and `jax.vmap`.
-      only: The name of one check of these, if others aren't of interest.
+      derivatives: Whether to run the expensive checks too: derivatives, `jax.jit` and `jax.vmap`.
+      only: Name of the only expensive check to run; None for all.
+
+    Returns:
+      A list of findings.
 
     Example:
       >>> from fs_jax.ot.testing import case, load
@@ -59,7 +62,7 @@ def findings(solver: Solver, problem: Case, *, derivatives: bool = False, only: 
 
 
 def judged(solver: Solver, problem: Case, *, derivatives: bool = False, only: str | None = None) -> Verdict:
-    """The same, and whether derivatives were checked."""
+    """The findings, and whether derivatives were checked."""
     if not is_claimed(solver, problem):
         return Verdict([], False)
     seen = as_seen(solver, problem)
@@ -69,7 +72,7 @@ def judged(solver: Solver, problem: Case, *, derivatives: bool = False, only: st
             if not isinstance(given, Mapping):
                 return Verdict([_finding("shape", f"expected a mapping with plan; got {type(given).__name__}")], False)
             answer = {name: np.asarray(given[name], float) for name in _shapes(seen) if name in given}
-        except Exception as error:  # whatever it raises is the finding
+        except Exception as error:  # any exception is a finding
             return Verdict([_raised("raises", error)], False)
         for name, shape in _shapes(seen).items():
             if name in answer and answer[name].shape != shape:
@@ -90,14 +93,14 @@ def judged(solver: Solver, problem: Case, *, derivatives: bool = False, only: st
 
 
 def _shapes(problem: Case) -> dict[str, tuple[int, ...]]:
-    """What an answer may have."""
+    """Shapes of what an answer may contain."""
     n, m = problem.cost.shape
     scalars: dict[str, tuple[int, ...]] = dict.fromkeys(("primal_cost", "reg_cost", "marginal_error", "converged"), ())
     return {"plan": (n, m), "f": (n,), "g": (m,), **scalars}
 
 
 def _wide_enough(solver: Solver):
-    """JAX in 64 bits, for a solver of JAX that computes in them."""
+    """Enables JAX's 64-bit types for a JAX solver of float64."""
     if solver.claims.dtype == "float64" and solver.claims.jax:
         import jax
 
@@ -106,17 +109,17 @@ def _wide_enough(solver: Solver):
 
 
 def is_claimed(solver: Solver, problem: Case) -> bool:
-    """Whether a solver says that it solves such problems."""
+    """Whether a solver claims to solve the problem."""
     claims = solver.claims
     if not claims.zeros and not ((problem.a > 0).all() and (problem.b > 0).all()):
         return False
-    # To the letter, a kernel doesn't take constants out.
+    # A solver with a limited range, such as the kernel method, doesn't centre the costs.
     ratio = problem.ratio if np.isinf(claims.largest_ratio) else float(np.abs(problem.cost).max() / problem.reg)
     return ratio <= claims.largest_ratio
 
 
 def as_seen(solver: Solver, problem: Case) -> Case:
-    """The problem with its numbers rounded to the solver's dtype: it is judged by what it was given."""
+    """The problem with its numbers rounded to the solver's dtype, as the solver receives it."""
     dtype = np.dtype(solver.claims.dtype)
 
     def rounded(x):
@@ -158,7 +161,7 @@ def _judged(solver: Solver, problem: Case, answer: Mapping[str, np.ndarray]):
     if plan[absent].sum() > 0:
         yield _finding("masked", f"mass {plan[absent].sum():.3g} at points without", plan[absent].sum())
 
-    # Sums of n and of m numbers, each rounded; and the marginals themselves, whose sums differ by their rounding.
+    # Rounding of sums of n and of m numbers, plus the difference of the total masses, due to rounding of the weights.
     sums = 2 * (sum(cost.shape) + 8) * eps * mass + abs(a.sum() - b.sum())
     off = np.abs(plan.sum(1) - a).sum() + np.abs(plan.sum(0) - b).sum()
     allowed = solver.claims.marginal_error + sums
@@ -181,18 +184,18 @@ def _said(converged):
 
 
 def _rounding(problem: Case, eps: float) -> float:
-    """Of exponents (f + g - C) / reg, whose parts are as large as the costs, with the constants that they hold."""
+    """Rounding error of exponents (f + g - C) / reg, whose terms are as large as the costs, including constants."""
     there = problem.cost[np.ix_(problem.a > 0, problem.b > 0)]
-    # M, the largest |C| / reg: f / reg and g / reg are at most 2M (softmins of costs less potentials), up to logarithms
-    # of weights, which the 8 is for, with what exp and log round. Three divisions and two sums, each rounded by half an
-    # eps: at most 5 eps M in an exponent; and taking rows' and columns' means away makes four of one. (Measured, of
-    # problems 0 to 1499 and our solvers and POT's in both dtypes: at most 3.3 of the 20, but for one of POT's, of the
-    # algorithm to the letter at its end of the range.)
+    # With M the largest |C| / reg, f / reg and g / reg are at most 2M (softmins of costs minus potentials), up to
+    # logarithms of weights; the 8 is for these and for the rounding of exp and log. Three divisions and two sums, each
+    # rounded by half an eps, give at most 5 eps M in an exponent; subtracting means of rows and columns combines four
+    # exponents. (Measured for problems 0 to 1499, with our solvers and POT's in both dtypes: at most 3.3 instead of 20,
+    # except for POT's "sinkhorn" at the end of its range.)
     return 20 * eps * (8 + np.abs(there).max() / problem.reg)
 
 
 def _of_the_form(problem: Case, plan: np.ndarray, eps: float, marginal_error: float):
-    """Whether log plan + C / reg is a sum of a row's and a column's number, where the plan's entries have digits."""
+    """Checks that log plan + C / reg = x_i + y_j, wherever the plan's entries are not too small to be accurate."""
     cost, a, b, reg, *_ = problem
     tiny = np.finfo(np.float32).tiny if eps > 1e-10 else np.finfo(float).tiny
     there = (plan > 1e4 * tiny) & (a > 0)[:, None] & (b > 0)
@@ -201,12 +204,12 @@ def _of_the_form(problem: Case, plan: np.ndarray, eps: float, marginal_error: fl
     exponents = np.log(np.where(there, plan, 1)) + (cost - cost[there].min()) / reg
     weights = there.astype(float)
     x, y, rest = np.zeros(len(a)), np.zeros(len(b)), np.where(there, exponents, 0)
-    for _ in range(2):  # once more for what the first fit has rounded
+    for _ in range(2):  # the second fit corrects the rounding errors of the first
         of_rows, of_columns = least_squares(weights, rest.sum(1), rest.sum(0))
         x, y = x + of_rows, y + of_columns
         rest = np.where(there, exponents - x[:, None] - y, 0)
     rest = np.abs(rest)
-    # What is small beside the error that marginals may have is none, even if it is more than rounding.
+    # Deviations that are small relative to the claimed marginal error are accepted, even if they exceed rounding.
     allowed = max(_rounding(problem, eps), 0.01 * marginal_error)
     if rest.max() > allowed:
         yield _finding(
@@ -215,8 +218,8 @@ def _of_the_form(problem: Case, plan: np.ndarray, eps: float, marginal_error: fl
             rest.max(),
             allowed,
         )
-    # An entry that is too small to have digits must be so in the solution of this form as well: where its row and its
-    # column are connected by other entries, which say what x + y is.
+    # Entries that are too small to be accurate must be as small in the fitted plan of this form. This is checked where
+    # other entries connect the entry's row and column, since they determine x + y.
     fitted = x[:, None] + y - (cost - cost[there].min()) / reg
     graph = np.block([[np.zeros((len(a), len(a))), there], [there.T, np.zeros((len(b), len(b)))]])
     _, part = connected_components(graph, directed=False)
@@ -260,7 +263,7 @@ def _costs(problem: Case, answer: Mapping[str, np.ndarray], plan: np.ndarray, ep
 
 
 def _centred(problem: Case) -> tuple[np.ndarray, float]:
-    """Costs where there is mass, zero elsewhere, without constants of rows and columns; and how large these were."""
+    """Costs without constants of rows and columns, zero at points without mass; and the range of these constants."""
     rows, columns = problem.a > 0, problem.b > 0
     cost = problem.cost[np.ix_(rows, columns)]
     of_rows = cost.min(1, keepdims=True)
@@ -274,7 +277,7 @@ COSTS = ("primal_cost", "reg_cost")
 
 
 def _differentiated(solver: Solver, problem: Case, reference: Reference, names: tuple[str, ...], only: str | None):
-    """Derivatives of Σ W · plan and of both costs against the solution's; second ones against differences of these."""
+    """Compares derivatives of Σ W · plan and of both costs with the solution's; second derivatives with differences."""
     import jax.numpy as jnp
 
     weights, direction = weights_and_direction(problem)
@@ -293,10 +296,10 @@ def _differentiated(solver: Solver, problem: Case, reference: Reference, names: 
         for of, got in got_of.items():
             wanted, size = expected[of][name]
             got, wanted = (np.where(there[name], x, 0) for x in (got, wanted))
-            if name != "cost":  # weights move with their mass held
+            if name != "cost":  # weights change with their total mass fixed
                 got, wanted = (np.where(there[name], x - x[there[name]].mean(), 0) for x in (got, wanted))
-            # A tenth: what the solver may leave in the plan is at most a fiftieth, and there are some factors of order
-            # one.
+            # A tenth: the claimed marginal error changes the derivative by at most a fiftieth (`determined`), up to
+            # factors of order one.
             largest = np.abs(wanted).max() + (reference.plan.max() if name == "cost" and of != "plan" else 0)
             allowed = 0.1 * largest + root * size
             off = np.abs(got - wanted).max()
@@ -309,15 +312,14 @@ def _differentiated(solver: Solver, problem: Case, reference: Reference, names: 
 
 
 def expected_derivatives(problem: Case, reference: Reference, weights: np.ndarray) -> dict[str, dict[str, tuple]]:
-    """Of Σ W · plan and of the costs: derivatives by cost, a and b, and how large what they are made of is."""
+    """Derivatives of Σ W · plan and of the costs by cost, a and b, each with the size of the terms that it sums."""
     cost, a, b, reg, *_ = problem
     mass, (centred, constants) = a.sum(), _centred(problem)
     there = (a > 0)[:, None] & (b > 0)
     largest, spread = np.abs(weights).max(), np.ptp(centred) + constants
     of_plan = gradients(problem, reference, weights)
     of_cost = gradients(problem, reference, np.where(there, cost, 0))
-    # The cost with the entropic term is the dual's value: its derivatives are the plan and the potentials, these
-    # relative to a bᵀ.
+    # The regularised cost equals the dual's value: its derivatives are the plan and the potentials relative to a bᵀ.
     f = reference.f - reg * np.log(np.where(a > 0, a, 1))
     g = reference.g - reg * np.log(np.where(b > 0, b, 1))
     potential = reg + spread
@@ -335,13 +337,13 @@ def expected_derivatives(problem: Case, reference: Reference, weights: np.ndarra
 
 
 def _gradients(solver: Solver, given, names, place: int) -> dict[str, np.ndarray]:
-    """Of Σ W · plan and of costs, by the argument at a place: one program, whose factors say of which."""
+    """Gradients of Σ W · plan and of the costs by one argument: one program, with factors that select the value."""
     import jax.numpy as jnp
 
     found = {}
     for of, which in zip(names, jnp.eye(len(names), dtype=given[0].dtype), strict=True):
         got = _program(solver, f"gradient {place}")(*given, dict(zip(names, which, strict=True)))
-        if not np.isfinite(got).all():  # NaN of another of the three would be in this one too
+        if not np.isfinite(got).all():  # a NaN in the gradient of another value would be in this one too
             got = _program(solver, f"gradient {place}")(*given, {of: jnp.ones_like(which[0])})
         found[of] = np.asarray(got, float)
     return found
@@ -349,7 +351,7 @@ def _gradients(solver: Solver, given, names, place: int) -> dict[str, np.ndarray
 
 @functools.lru_cache(maxsize=16)
 def _program(solver: Solver, which: str) -> Callable:
-    """A function of cost, a, b, reg, W and more; compiled, once for each shape, if the solver can be."""
+    """A function of cost, a, b, reg, W and more; compiled once for each shape if the solver supports `jax.jit`."""
     import jax
     import jax.numpy as jnp
 
@@ -384,9 +386,10 @@ def _program(solver: Solver, which: str) -> Callable:
 
 
 def determined(solver: Solver, problem: Case, reference: Reference) -> bool:
-    """Whether a plan as good as the solver claims says what the derivatives are: to a fiftieth.
+    """Whether a plan with the claimed marginal error determines the derivatives, to a relative error of a fiftieth.
 
-    A marginal error of δ may be all in the smallest weight, and loose parts of the plan amplify it by 1 / (1 - σ²).
+    The marginal error may all be at the smallest weight. It is amplified by 1 / (1 - σ²), with σ the second singular
+    value of the scaled plan: this is large if parts of the plan are almost separate.
     """
     rows, columns = problem.a > 0, problem.b > 0
     plan = reference.plan[np.ix_(rows, columns)]
@@ -398,14 +401,14 @@ def determined(solver: Solver, problem: Case, reference: Reference) -> bool:
 
 
 def weights_and_direction(problem: Case) -> tuple[np.ndarray, np.ndarray]:
-    """W, and what costs are moved by for second derivatives: drawn from the problem's number."""
+    """W, and a direction of the costs for second derivatives, drawn with the problem's number as the seed."""
     rng = np.random.default_rng(max(problem.number, 0))
     weights, direction = rng.normal(size=(2, *problem.cost.shape))
     return weights, direction
 
 
 def expected_second_derivative(problem: Case, weights, direction) -> float | None:
-    """Of Σ W · plan along a direction: a difference of certified first ones; None where there are none."""
+    """Second derivative of Σ W · plan along a direction, by a difference of certified gradients; None without these."""
     step = 1e-3 * problem.reg
     around = []
     for sign in (1, -1):
@@ -435,7 +438,7 @@ def _second_order(solver: Solver, problem: Case, given, weights, direction):
 
 
 def _transformed(solver: Solver, problem: Case, answer: Mapping[str, np.ndarray]):
-    """Under `jax.jit` and `jax.vmap`, beside another problem, the answer is as good as without."""
+    """Checks that the answer under `jax.jit` and `jax.vmap`, in a batch with another problem, is as accurate."""
     if not solver.claims.batched:
         return
     import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Problems by kind: pure functions of a seed and a shape, each kind made to be hard in its own way."""
+"""Problems by kind: pure functions of a random generator and a shape. Each kind is difficult in its own way."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -18,18 +18,18 @@ class Case(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Range of the costs, rows' and columns' constants taken out, over reg: how sharp the plan is."""
+        """Range of the costs, without constants of rows and columns, over reg: it says how sharp the plan is."""
         there = self.cost[np.ix_(self.a > 0, self.b > 0)]
         centred = there - there.min(1, keepdims=True)
         return float(np.ptp(centred - centred.min(0)) / self.reg)
 
 
-# Few, since each is compiled for.
+# Few shapes, since solvers are compiled for each.
 SHAPES = ((1, 1), (1, 5), (4, 1), (2, 3), (6, 9), (13, 13), (30, 20), (60, 60))
 
 
 def case(number: int) -> Case:
-    """The problem of this number: of one kind after the other, its shape and entries drawn from the number alone.
+    """The problem of a number. Kinds take turns; shape and entries are drawn with the number as the seed.
 
     Example:
       >>> case(3).family, case(3).cost.shape == case(3).a.shape + case(3).b.shape
@@ -62,12 +62,12 @@ def _reg(rng, low=-2.0, high=0.5):
 
 
 def uniform(rng, n, m):
-    """Costs in [0, 2], uneven weights, moderate reg."""
+    """Costs in [0, 2], uneven weights, a moderate reg."""
     return rng.uniform(0, 2, (n, m)), _weights(rng, n), _weights(rng, m), _reg(rng)
 
 
 def training(rng, n, m):
-    """Cosine costs between logits of two batches, most alike in pairs: what feature scattering solves."""
+    """Cosine costs between the logits of two batches that are similar in pairs, as in feature scattering."""
     x = rng.normal(size=(max(n, m), 10))
     x, y = x[:n], (x + 0.3 * rng.normal(size=x.shape))[:m]
     x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y))
@@ -75,12 +75,12 @@ def training(rng, n, m):
 
 
 def points(rng, n, m):
-    """Squared distances between clouds."""
+    """Squared distances between point clouds."""
     return _points(rng, n, m), _weights(rng, n), _weights(rng, m), _reg(rng)
 
 
 def zeros(rng, n, m):
-    """Some points without mass, with costs of any size."""
+    """Some points without mass, with arbitrary costs."""
     a, b = (np.where(rng.random(size) < 0.4, 0.0, _weights(rng, size)) for size in (n, m))
     a[rng.integers(n)] += 0.3
     b[rng.integers(m)] += 0.3
@@ -89,7 +89,7 @@ def zeros(rng, n, m):
 
 
 def ties(rng, n, m):
-    """Integer costs, rows that are the same twice."""
+    """Integer costs, with pairs of equal rows."""
     cost = rng.integers(0, 3, (n, m)).astype(float)
     cost[n // 2 :] = cost[: n - n // 2]
     return cost, _weights(rng, n), _weights(rng, m), _reg(rng)
@@ -118,7 +118,7 @@ def blurred(rng, n, m):
 
 
 def shifted(rng, n, m):
-    """A constant in each row and each column, which potentials take up and the plan doesn't see."""
+    """A constant in each row and each column, which changes the potentials but not the plan."""
     cost = _points(rng, n, m) + 10 * rng.normal(size=(n, 1)) + 10 * rng.normal(size=m)
     return cost, _weights(rng, n), _weights(rng, m), _reg(rng, -1.0)
 
@@ -131,20 +131,20 @@ def far_row(rng, n, m):
 
 
 def far_column(rng, n, m):
-    """A column likewise."""
+    """A column whose costs are larger than all others by orders of magnitude."""
     cost, a, b, reg = far_row(rng, m, n)
     return cost.T, b, a, reg
 
 
 def blocks(rng, n, m):
-    """Two groups that hardly meet: the potentials are loose between them."""
+    """Two groups with almost no mass between them, so a constant can move between their potentials."""
     cost = _points(rng, n, m)
     group = (np.arange(n) % 2)[:, None] != np.arange(m) % 2
     return cost + 30 * group, _weights(rng, n), _weights(rng, m), _reg(rng, -0.5)
 
 
 def negative(rng, n, m):
-    """Costs of either sign: minus a similarity."""
+    """Costs of both signs, such as a negative similarity."""
     return rng.normal(size=(n, m)), _weights(rng, n), _weights(rng, m), _reg(rng)
 
 

@@ -1,4 +1,4 @@
-"""Certified solutions in float64: by Newton's method on the dual, from a large reg down; without JAX."""
+"""Certified solutions in float64, by Newton's method on the dual with a decreasing reg; without JAX."""
 
 from typing import NamedTuple
 
@@ -10,24 +10,24 @@ from fs_jax.ot.testing.families import Case
 
 
 class Reference(NamedTuple):
-    """A solution, and how good it is."""
+    """A solution and its error."""
 
     plan: np.ndarray
     f: np.ndarray
     """Potentials, plan = exp((f + g - cost) / reg); -inf at points without mass."""
     g: np.ndarray
     marginal_error: float
-    """L1 of both marginals, over the mass."""
+    """L1 error of both marginals, relative to the mass."""
 
 
 GOOD = 1e-11
 
 
 def solve_exactly(case: Case) -> Reference | None:
-    """The solution, or None where rounding, exponents as large as cost / reg, leaves more than `GOOD`.
+    """The solution, or None if its marginal error exceeds `GOOD` because exponents of size cost / reg are rounded.
 
-    The dual, max over f, g of Σ a f + Σ b g - reg Σ exp((f + g - C) / reg), is solved for reg's that halve down to the
-    one that is asked for: each time by some of Sinkhorn's iterations in the log domain, and then by damped Newton's.
+    The dual, max over f, g of Σ a f + Σ b g - reg Σ exp((f + g - C) / reg), is solved for a reg that is halved down to
+    the given one: each time by some Sinkhorn iterations in the log domain, and then by a damped Newton method.
 
     Example:
       >>> from fs_jax.ot.testing import case
@@ -94,19 +94,19 @@ def _newton(cost, a, b, reg, f, g):
 
 
 def least_squares(plan, right_rows, right_columns):
-    """The least solution of diag(T 1) x + T y = r, Tᵀ x + diag(Tᵀ 1) y = c: that of Newton's, and of gradients.
+    """The least-norm solution of diag(T 1) x + T y = r, Tᵀ x + diag(Tᵀ 1) y = c, for Newton steps and for gradients.
 
-    Scaled by the roots of the marginals, so that weights of any size are seen.
+    The system is scaled by the square roots of the marginals, so that small weights count too.
     """
     rows, columns = plan.sum(1), plan.sum(0)
     root_rows, root_columns = (np.sqrt(np.where(sums > 0, sums, 1)) for sums in (rows, columns))
     scaled = plan / root_rows[:, None] / root_columns
     left, values, right = scipy.linalg.svd(scaled, full_matrices=True)
-    # In the singular vectors' bases it falls into systems of two: x + s y = p, s x + y = q.
+    # In the bases of singular vectors it consists of 2 x 2 systems: x + s y = p, s x + y = q.
     p, q = left.T @ (right_rows / root_rows), right @ (right_columns / root_columns)
     x, y = p.copy(), q.copy()
     k = len(values)
-    loose = values > 1 - 1e-13  # a constant that can move from f to g
+    loose = values > 1 - 1e-13  # a constant that can move between f and g
     gap = np.where(loose, 1, 1 - values**2)
     x[:k] = np.where(loose, (p[:k] + q[:k]) / 4, (p[:k] - values * q[:k]) / gap)
     y[:k] = np.where(loose, (p[:k] + q[:k]) / 4, (q[:k] - values * p[:k]) / gap)
@@ -114,7 +114,7 @@ def least_squares(plan, right_rows, right_columns):
 
 
 def gradients(case: Case, reference: Reference, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Derivatives of Σ weights · plan by cost, a and b; those by a and b but for a constant."""
+    """Derivatives of Σ weights · plan by cost, a and b; those by a and b are determined up to a constant."""
     plan = reference.plan
     weighted = plan * weights
     x, y = least_squares(plan, weighted.sum(1), weighted.sum(0))

@@ -1,4 +1,4 @@
-"""From a problem that a solver fails to the simplest one that it fails in the same way, and a script that shows it."""
+"""Shrinks a problem that a solver fails to the simplest one that fails in the same way, and writes a script for it."""
 
 import time
 from collections.abc import Iterator
@@ -19,16 +19,19 @@ from fs_jax.ot.testing.solvers import Solver
 
 
 def shrunk(solver: Solver, problem: Case, finding: Finding, *, seconds: float = 60.0) -> Case:
-    """The simplest problem found of which the same check fails.
+    """The simplest problem found for which the same check fails.
 
-    Fewer rows and columns, by halves and one by one; uniform weights; costs with fewer digits; a rounder reg. Each
-    change is kept if the named check still fails.
+    It tries fewer rows and columns, by halves down to one at a time; uniform weights; costs with fewer digits; a
+    rounder reg. Each change is kept if the same check still fails.
 
     Args:
       solver: The solver.
       problem: A problem that it fails.
-      finding: How.
-      seconds: How long to look for simpler ones. (Each shape is compiled for, derivatives too if they are at fault.)
+      finding: The failure.
+      seconds: Time limit of the search. (Each shape is compiled anew, with derivatives if their check failed.)
+
+    Returns:
+      The simplest problem found.
     """
     deadline = time.monotonic() + seconds
 
@@ -48,7 +51,7 @@ def shrunk(solver: Solver, problem: Case, finding: Finding, *, seconds: float = 
     return problem
 
 
-# Checks that need no derivative.
+# Checks without derivatives.
 SOON = frozenset({
     "raises", "shape", "not finite", "negative", "masked", "marginals", "marginal_error", "form", "lost entries",
     "primal_cost", "reg_cost", "potentials", "gave up",
@@ -56,7 +59,7 @@ SOON = frozenset({
 
 
 def _simpler(problem: Case) -> Iterator[Case]:
-    """Simpler problems, the boldest changes first."""
+    """Simpler problems, the largest changes first."""
     n, m = problem.cost.shape
     for axis, size in ((0, n), (1, m)):
         length = size // 2
@@ -93,14 +96,14 @@ def _restricted(problem: Case, kept: np.ndarray, axis: int) -> Case | None:
 
 
 def _rounded(cost: np.ndarray, digits: int) -> np.ndarray:
-    """To so many digits after the largest cost's first."""
+    """The cost rounded to this many digits after the first digit of its largest entry."""
     largest = np.abs(cost).max()
     unit = 10.0 ** float(np.floor(np.log10(largest)) - digits) if largest > 0 else 1.0
     return np.round(cost / unit) * unit
 
 
 def script(solver: Solver, problem: Case, finding: Finding) -> str:
-    """A program of some ten lines that shows the finding with NumPy and the solver alone."""
+    """A program of about ten lines that reproduces the finding with only NumPy and the solver."""
     dtype = solver.claims.dtype
     numbers = {
         name: np.array2string(np.asarray(value, dtype), separator=", ", floatmode="unique", threshold=10**6)
@@ -125,8 +128,8 @@ def _of_the_answer(check: str) -> list[str]:
     lines = ["answer = solve(cost, a, b, reg)", 'plan = np.asarray(answer["plan"], float)']
     if check in ("form", "lost entries"):
         lines += [
-            "rest = np.log(plan) + cost / reg  # a row's number and a column's, if nothing is wrong",
-            'print("of this form but for", abs(rest - rest[:, :1] - rest[:1] + rest[0, 0]).max())',
+            "rest = np.log(plan) + cost / reg  # should be x_i + y_j",
+            'print("deviation from this form", abs(rest - rest[:, :1] - rest[:1] + rest[0, 0]).max())',
         ]
     return [
         *lines,
@@ -167,6 +170,6 @@ def _of_derivatives(solver: Solver, problem: Case, check: str) -> list[str]:
     if (reference := solve_exactly(seen)) is not None:
         wanted, _ = expected_derivatives(seen, reference, weights)[of][name]
         text = np.array2string(wanted, separator=", ", threshold=10**6, precision=6)
-        constant = "" if name == "cost" else ", but for a constant"
+        constant = "" if name == "cost" else ", up to a constant"
         lines += [f'print("of the solution{constant}", np.array({text}))']
     return lines

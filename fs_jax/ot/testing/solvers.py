@@ -1,4 +1,4 @@
-"""Solvers under test: what they are called with, what they claim, and those that are known by name."""
+"""Solvers under test: their signature, their claims, and the built-in ones."""
 
 import dataclasses
 import functools
@@ -9,36 +9,36 @@ from typing import Any, Literal
 from fs_jax.ot import _checks
 
 Solve = Callable[[Any, Any, Any, Any], Mapping[str, Any]]
-"""(cost [n, m], a [n], b [m], reg) -> a mapping with `plan` [n, m] and, where there are, `f` [n], `g` [m],
-`primal_cost`, `reg_cost`, `marginal_error`, `converged`, as `fs_jax.ot.Transport` has them."""
+"""(cost [n, m], a [n], b [m], reg) -> a mapping with `plan` [n, m] and optionally `f` [n], `g` [m], `primal_cost`,
+`reg_cost`, `marginal_error`, `converged`, as in `fs_jax.ot.Transport`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Claims:
-    """What a solver says of itself. What it doesn't claim isn't judged.
+    """What a solver claims to do. Only that is tested.
 
-    A function says it as its attribute `claims`.
+    A function can have its claims as the attribute `claims`.
     """
 
     dtype: Literal["float32", "float64"] = "float64"
-    """What it computes in; its arguments come in it."""
+    """The dtype of the computation and of the arguments."""
     marginal_error: float = 1e-3
-    """It solves until the plan's marginals are off by at most this, in L1 and units of mass, or says that it didn't: by
-    `converged`, or by NaN throughout."""
+    """Largest marginal error of the plan (L1, in units of mass). If it is not reached, the solver must report that, by
+    `converged` or by a plan of NaN."""
     largest_ratio: float = float("inf")
-    """Up to which range of costs over reg, and so to which condition."""
+    """Largest range of costs / reg that the solver supports."""
     zeros: bool = True
     """Whether weights may be zero."""
     gradients: tuple[Literal["cost", "a", "b"], ...] = ()
-    """By what the plan can be differentiated, and `primal_cost` and `reg_cost` if they are given, with `jax.grad`."""
+    """Arguments by which `jax.grad` can differentiate the plan, and `primal_cost` and `reg_cost` if it returns them."""
     second_order: bool = False
-    """Whether also twice, by the cost."""
+    """Whether second derivatives with respect to the cost are supported too."""
     batched: bool = False
-    """Whether it runs under `jax.jit` and `jax.vmap`."""
+    """Whether it works under `jax.jit` and `jax.vmap`."""
 
     @property
     def jax(self) -> bool:
-        """Whether it is one of JAX, as far as can be told."""
+        """Whether the solver uses JAX, judging by its claims."""
         return self.batched or bool(self.gradients)
 
 
@@ -47,18 +47,18 @@ class Solver:
     """A solver under test."""
 
     name: str
-    """`package:function`, or that of one that is built in."""
+    """`package:function`, or the name of a built-in solver."""
     solve: Solve
     claims: Claims = Claims()
     source: str = ""
-    """Lines of Python that define `solve`, for scripts that don't need this package."""
+    """Python code that defines `solve`, for scripts that run without this package."""
 
 
 def load(name: str) -> Solver:
     """A solver by name: one of `BUILT_IN`, or `package.module:function`.
 
     Raises:
-      ValueError: for an unknown name, with the nearest one, or one that can't be imported.
+      ValueError: if the name is unknown (the error suggests the nearest one) or can't be imported.
 
     Example:
       >>> load("fs_jax-stabilized-float32").claims.dtype
@@ -79,7 +79,7 @@ def load(name: str) -> Solver:
 ITERATIONS = 5000
 
 
-# What defines each built-in solver, here and in scripts that run without this package.
+# The code of each built-in solver, used here and in scripts that run without this package.
 _FS_JAX = """\
 from fs_jax.ot import sinkhorn
 def solve(cost, a, b, reg):
@@ -107,7 +107,7 @@ def solve(cost, a, b, reg):
 
 @functools.cache
 def _defined(source: str) -> Solve:
-    """The function that these lines define; it is made, and its library loaded, when it is first called."""
+    """The function that the code defines. It is created, and its library imported, at its first call."""
     names: dict[str, Any] = {}
     exec(source, names)
     return names["solve"]
@@ -120,7 +120,7 @@ def _of_source(name: str, claims: Claims, source: str) -> Solver:
 def _built_in() -> dict[str, Solver]:
     found = []
     dtypes: tuple[tuple[Literal["float32", "float64"], float, float], ...] = (
-        # exp(-x) is zero in float32 from 103, and in float64 from 745: the algorithm to the letter is lost there.
+        # exp(-x) is zero in float32 for x above 103, and in float64 above 745: Algorithm 1 as printed fails there.
         ("float32", 1e-3, 80.0),
         ("float64", 1e-6, 700.0),
     )
@@ -130,12 +130,12 @@ def _built_in() -> dict[str, Solver]:
         implicit = dataclasses.replace(claims, second_order=dtype == "float64")
         for method, grad, of in (
             ("stabilized", "unroll", claims), ("stabilized", "implicit", implicit), ("log", "unroll", claims),
-            ("kernel", "unroll", claims),  # it says itself where a kernel underflows
+            ("kernel", "unroll", claims),  # it reports underflow of the kernel itself
         ):  # fmt: skip
             text = _FS_JAX.format(iterations=ITERATIONS, threshold=threshold, method=method, grad=grad)
             name = f"fs_jax-{'implicit' if grad == 'implicit' else method}-{dtype}"
             found.append(_of_source(name, of, text))
-        # Its threshold is the error of one marginal, ours and the claims' that of both.
+        # Its threshold is the error of one marginal; ours, and that of the claims, is the error of both.
         of_one = {"marginal_error": 2 * threshold}
         for lse_mode, name, of in (
             (True, "log", dataclasses.replace(claims, **of_one)),  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def _built_in() -> dict[str, Solver]:
             text = _OTT.format(iterations=ITERATIONS, threshold=threshold, lse_mode=lse_mode)
             found.append(_of_source(f"ott-{name}-{dtype}", of, text))
     for method, ratio in (("sinkhorn", 700.0), ("sinkhorn_log", float("inf")), ("sinkhorn_stabilized", float("inf"))):
-        # It stops by the L2 error of one marginal, which of 60 points is an eighth of L1's at most.
+        # It stops by the L2 error of one marginal, which can be as small as an eighth of the L1 error for 60 points.
         of = Claims(marginal_error=1e-3, largest_ratio=ratio, zeros=method != "sinkhorn_log")
         text = _POT.format(iterations=ITERATIONS, threshold=1e-4, method=method)
         found.append(_of_source(f"pot-{method}", of, text))
@@ -152,4 +152,4 @@ def _built_in() -> dict[str, Solver]:
 
 
 BUILT_IN = _built_in()
-"""Those of this project, of ott-jax and of POT, by name."""
+"""Solvers of this project, of ott-jax and of POT, by name."""

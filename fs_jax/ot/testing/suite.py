@@ -7,7 +7,7 @@ from fs_jax.ot.testing.families import case
 from fs_jax.ot.testing.shrinking import script, shrunk
 from fs_jax.ot.testing.solvers import load
 
-SECONDS = 10.0  # to shrink one problem: a solver that fails for many is worth no more
+SECONDS = 10.0  # for shrinking one problem; short, since a solver may fail many tests
 
 
 def pytest_generate_tests(metafunc):
@@ -27,11 +27,11 @@ def pytest_generate_tests(metafunc):
     )
 
 
-@pytest.mark.filterwarnings("ignore")  # the answer is judged, not what is said on the way
+@pytest.mark.filterwarnings("ignore")  # only the answer is tested
 def test_solver(solver, problem):
-    """No finding; a failure comes with the simplest problem that fails likewise, as a script."""
+    """There are no findings; a failure prints a script with the simplest problem that fails in the same way."""
     if not is_claimed(solver, problem):
-        pytest.skip("outside of what the solver claims")
+        pytest.skip("not claimed by the solver")
     found = findings(solver, problem, derivatives=problem.number % DERIVATIVES_EVERY == 0)
     wrong = [finding for finding in found if finding.check != GAVE_UP]
     if wrong:
