@@ -19,7 +19,7 @@ def solve(scaled, a, b, start, threshold, options: Options):
     """`Outcome` of the iterations, without a derivative."""
     return _by_platform(
         _has_kernel(scaled, options),
-        lambda *problem: _iterations.walk(options, False)(*problem)[0],
+        lambda *problem: _iterations.make_iterations(options, False)(*problem)[0],
         lambda interpret: partial(_triton.solve, options=options, interpret=interpret),
         (scaled, a, b, start, threshold),
     )

@@ -91,10 +91,10 @@ def _solve_fixed_point(plan, rows, columns, right_rows, right_columns, damping=(
     With x = √r dφ, y = √c dγ and A = diag(r)^-½ T diag(c)^-½, the system is x + A y = p, y + Aᵀ x = q, and so
     (I - A Aᵀ) x = p - A q. The singular values of A are at most 1. The singular vectors of the largest are (√r, √c):
     this direction is the constant that can move between the potentials. It is projected out of the right side, and the
-    matrix is set to 1 on it, since the right side has only rounding errors there, which must not be divided by a
-    singular value that is itself rounding error. The component of x in this direction is known (`_constant`). If the
-    plan is block-diagonal, it has one such constant per block; a ridge as large as the rounding of the products handles
-    those.
+    matrix is set to 1 on it, since the right side has only rounding errors there, which must not be divided by an
+    eigenvalue of I - A Aᵀ that is itself rounding error. The component of x in this direction is known (`_constant`).
+    If the plan is block-diagonal, it has one such constant per block; a ridge as large as the rounding of the products
+    handles those.
 
     The method is conjugate gradients; if the residual is larger than rounding, a dense factorisation; if its residual
     is too large as well, the result is NaN. With columns that are sharded over devices (`axis_name`) there is no

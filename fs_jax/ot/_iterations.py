@@ -118,7 +118,7 @@ class Progress(NamedTuple):
 
 
 @cache
-def walk(options: Options, keep: bool):
+def make_iterations(options: Options, keep: bool):
     """The iterations as a function of (scaled, a, b, start, threshold), where `start` is φ_0.
 
     The function returns the `Outcome`. With `keep` it also returns the stacked runs, and the last reference with its K.

@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
 
 
 @cache
-def walk(num_iters: int):
+def make_iterations(num_iters: int):
     """The iterations as a function of (scaled, rows, columns, start, threshold), with a threshold for gap / reg."""
 
     @in_chunks

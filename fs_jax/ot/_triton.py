@@ -75,7 +75,7 @@ def solve(scaled, a, b, start, threshold, options: Options, interpret: bool) -> 
     failed = (outcome.done < options.num_iters) & ~(judged_error(outcome.plan, a, b, options.dtype) <= threshold)
 
     def plain(scaled, start):
-        return _iterations.walk(options, False)(scaled, a, b, start, threshold)[0]
+        return _iterations.make_iterations(options, False)(scaled, a, b, start, threshold)[0]
 
     return value_if(failed, plain, outcome, scaled, start)
 

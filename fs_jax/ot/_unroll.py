@@ -24,14 +24,14 @@ from fs_jax.ot.result import UNROLL, first_order_only
 @partial(jax.custom_jvp, nondiff_argnums=(5,))
 def solve(scaled, a, b, start, threshold, options: Options):
     """`Outcome` of the iterations. Its potentials have the iterations' derivative; its plan has none."""
-    return _iterations.walk(options, False)(scaled, a, b, start, threshold)[0]
+    return _iterations.make_iterations(options, False)(scaled, a, b, start, threshold)[0]
 
 
 @solve.defjvp
 def _derivative(options, primals, tangents):
     primals = first_order_only(primals, UNROLL)
     scaled, a, b, _, threshold = primals
-    outcome, *path = _iterations.walk(options, True)(*primals)
+    outcome, *path = _iterations.make_iterations(options, True)(*primals)
     run_lengths = lengths(options.num_iters, threshold)
     forward = partial(_forward(options.axis_name), scaled, a, b, path[0], run_lengths)
     back = partial(_back(options.method, options.axis_name), scaled, a, b, *path, run_lengths)

@@ -188,20 +188,20 @@ class Progress(NamedTuple):
 @partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _iterations(scaled, a, b, start, threshold, options):
     """`Outcome` of the proximal steps. Its potentials have the steps' derivative; its plan has none."""
-    return _walk(options, False)(scaled, a, b, start, threshold)[0]
+    return _make_iterations(options, False)(scaled, a, b, start, threshold)[0]
 
 
 @_iterations.defjvp
 def _derivative(options, primals, tangents):
     primals = first_order_only(primals, "ipot")
-    outcome, runs = _walk(options, True)(*primals)
+    outcome, runs = _make_iterations(options, True)(*primals)
     forward, back = (partial(f, *primals[:3], runs) for f in (_forward, _back))
     d_phi, d_gamma = with_transpose(forward, back, tangents[:4])
     return outcome, jax.tree.map(jnp.zeros_like, outcome)._replace(phi=d_phi, gamma=d_gamma)
 
 
 @cache
-def _walk(options, keep):
+def _make_iterations(options, keep):
     """The steps: a function of (scaled, a, b, start, threshold) to the `Outcome`, and with `keep` also to the runs."""
     num_iters, inner_iters, dtype = options
 

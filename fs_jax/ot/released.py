@@ -78,11 +78,11 @@ def _solve(cost, a, b, reg, change, num_iters, dtype):
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _potentials(scaled, change, num_iters):
     """Scaled potentials and the number of iterations done; `change` is scaled too."""
-    phi, gamma, done, *_ = _walk(scaled, change, num_iters)
+    phi, gamma, done, *_ = _iterate(scaled, change, num_iters)
     return phi, gamma, done.astype(scaled.dtype)
 
 
-def _walk(scaled, change, num_iters):
+def _iterate(scaled, change, num_iters):
     """The iterations, with the potentials at the start of each."""
     n, m = scaled.shape
     starts = tuple(jnp.zeros_like(scaled, shape=(num_iters, size)) for size in (n, m))
@@ -104,7 +104,7 @@ def _walk(scaled, change, num_iters):
 
 
 def _forward(scaled, change, num_iters):
-    phi, gamma, done, _, starts = _walk(scaled, change, num_iters)
+    phi, gamma, done, _, starts = _iterate(scaled, change, num_iters)
     return (phi, gamma, done.astype(scaled.dtype)), (scaled, phi, done, starts)
 
 

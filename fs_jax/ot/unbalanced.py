@@ -177,7 +177,7 @@ def _implicit(scaled, rows: Marginal, columns: Marginal, start, limit, num_iters
 
     where "..." is ε (dlog a - dshift) - F dε.
     """
-    return _relaxed.walk(num_iters)(scaled, rows, columns, start, limit)
+    return _relaxed.make_iterations(num_iters)(scaled, rows, columns, start, limit)
 
 
 @_implicit.defjvp

@@ -180,7 +180,7 @@ def _judged(solver: Solver, problem: Case, answer: Mapping[str, np.ndarray]):
 
 
 def _said(converged):
-    return "and says nothing of it" if converged is None else "and says that it has converged"
+    return "and does not report it" if converged is None else "and says that it has converged"
 
 
 def _rounding(problem: Case, eps: float) -> float:
