@@ -156,8 +156,9 @@ def report(solvers, found: Found, arguments: Arguments, workdir: pathlib.Path) -
         f"# {arguments.count:,} transport problems",
         tabulate.tabulate(rows, headers=["solver", "problems", "derivatives", *checks], tablefmt="pipe"),
         "Number of problems for which each check fails, among the problems that a solver claims to solve. *Gave up*: "
-        f"the solver reports it itself. For one problem in {arguments.derivatives_every}, jit and vmap are checked too, "
-        "and derivatives if the claimed marginal error determines them; *derivatives* is the number of these problems.",
+        f"the solver reports it itself. For one problem in {arguments.derivatives_every}, jit and vmap are checked "
+        "too, and derivatives if the claimed marginal error determines them; *derivatives* is the number of these "
+        "problems.",
     ]
     scripts: dict[str, str] = {}
     for solver in solvers:

@@ -61,7 +61,7 @@ def test_links_on_a_page_lead_somewhere(package):
 
 def test_first_example():
     result = run("ot", 0)["result"]
-    np.testing.assert_allclose(result.plan, [[0, 0.5], [0.5, 0]], atol=1e-3)  # each to its own direction
+    np.testing.assert_allclose(result.plan, [[0, 0.5], [0.5, 0]], atol=1e-3)  # each point to that of its direction
 
 
 @pytest.mark.slow
@@ -75,13 +75,13 @@ def test_batch():
     result, alone = names["result"], names["alone"]
     assert (result.status == ot.Status.CONVERGED).all()
     assert len(set(result.num_iters.tolist())) > 1
-    # The same iterations in float32, on sums with zeros among them.
+    # The same iterations in float32, with zeros added to the sums.
     np.testing.assert_allclose(result.primal_cost[0], alone.primal_cost, rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_learned_metric():
-    # 300 steps of Adam come this near; the smallest weight matters least to the plan, and is learned last.
+    # The accuracy after 300 steps of Adam; the smallest weight affects the plan least, and is learned last.
     np.testing.assert_allclose(jnp.exp(run("ot", 3)["learned"]), [2, 0.5, 0.1], atol=0.02)
 
 
@@ -94,7 +94,7 @@ def test_divergence():
 
 
 def test_new_points():
-    np.testing.assert_allclose(run("ot", 5)["mapped"], [[1.2, 0.85]], atol=0.15)  # from 200 points, blurred
+    np.testing.assert_allclose(run("ot", 5)["mapped"], [[1.2, 0.85]], atol=0.15)  # 200 points, entropic blur
 
 
 def test_bounds():
@@ -112,12 +112,12 @@ def test_unbalanced():
     to_outliers = result.plan[:, :, :3].sum((1, 2))
     assert to_outliers[0] < 1e-3
     assert 0.01 < to_outliers[1] < 0.09
-    np.testing.assert_allclose(to_outliers[2], 0.1, rtol=0.01)  # a gap of 1e-3 of a cost of some 5
+    np.testing.assert_allclose(to_outliers[2], 0.1, rtol=0.01)  # a gap of 1e-3, for a cost of about 5
 
 
 def test_sharded_rows():
     names = run("ot", 9)
-    # The same iterations in float32, on sums in another order.
+    # The same iterations in float32, with sums in another order.
     np.testing.assert_allclose(names["value"], names["alone"], rtol=1e-5)
     whole = jax.grad(
         lambda x: ot.sinkhorn(ot.sqeuclidean_cost(x, names["y"]), reg=0.1, num_iters=2000, threshold=1e-3).primal_cost
@@ -133,7 +133,7 @@ def test_warm_starts():
 def test_a_solver_of_ones_own_is_checked():
     found = run("ot", 11)["found"]
     checks = {finding.check for of in found.values() for finding in of}
-    assert checks == {"marginals"}  # fifty iterations aren't enough for all, and it says that they are
+    assert checks == {"marginals"}  # fifty iterations aren't enough for all, but it claims to converge
 
 
 def accuracy(logits_fn, images, labels):
