@@ -242,8 +242,8 @@ def _costs(problem: Case, answer: Mapping[str, np.ndarray], plan: np.ndarray, ep
                 "primal_cost", f"says {told:.8g}; the plan's is {expected:.8g}", abs(told - expected), allowed
             )
     if "reg_cost" in answer:
-        # Logarithms are as exact as the exponents, sums as exact as for the marginals; and the dual, which some give,
-        # is another by what the marginals are off, times the potentials.
+        # Rounding of the logarithms, as of the exponents, and of sums, as for the marginals. Some solvers return the
+        # dual objective, which differs by the marginal error times the potentials.
         ratios = np.log(np.where(there & (plan > 0), plan, 1) / np.where(there, np.outer(a, b), 1))
         expected = np.sum(np.where(there, plan * (cost + reg * ratios) + reg * np.outer(a, b), 0)) - reg * plan.sum()
         potential = 3 * np.abs(cost[there]).max() + reg * (1 + np.abs(np.log(np.outer(a, b)[there])).max())

@@ -85,7 +85,7 @@ from fs_jax.ot import sinkhorn
 def solve(cost, a, b, reg):
     out = sinkhorn(cost, a, b, reg=reg, num_iters={iterations}, threshold={threshold}, method={method!r}, grad={grad!r})
     return dict(out._asdict(), converged=out.converged)"""
-# As its documentation has it, under `jax.jit`: each call would compile its loop anew.
+# Under `jax.jit`, as its documentation recommends: otherwise each call compiles its loop again.
 _OTT = """\
 import jax
 from ott.geometry import geometry
