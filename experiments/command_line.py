@@ -100,11 +100,11 @@ def shown(value: float) -> str:
     """A number as text: 8/255 in place of its 16 digits.
 
     Example:
-      >>> shown(8 / 255), shown(1.0), shown(0.0002)
-      ('8/255', '1.0', '0.0002')
+      >>> shown(8 / 255), shown(1.0), shown(0.0002), shown(4e6)
+      ('8/255', '1.0', '0.0002', '4000000.0')
     """
     fraction = radius(value)
-    return fraction if "/" in fraction and len(str(value)) > len("0.0001") else str(value)
+    return fraction if "/" in fraction and 0 < value < 1 and len(str(value)) > len("0.0001") else str(value)
 
 
 _RULES = ConstructorRegistry()

@@ -1,6 +1,11 @@
-"""Transport problems with certified solutions, in one file for any test suite: `python -m experiments.transport_cases`.
+"""Write transport problems with certified solutions, for tests of any solver: under a minute on two CPU cores.
 
-Writes `cases.npz` and a page that says what is in it and how it is checked, with NumPy alone.
+Writes `cases.npz`, which NumPy can load, and `README.md`, which describes the file and has a program that certifies the
+solutions with NumPy only.
+
+Examples:
+    python -m experiments.transport_cases
+    python -m experiments.transport_cases --results results/transport_cases
 """
 
 import dataclasses
@@ -8,37 +13,38 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import tyro
 
 from experiments import command_line
 
 VERSION = 1
-"""Of the fields and of the problems. Another number: another file."""
+"""Version of the file. It changes with the fields and the problems."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Write transport problems with certified solutions."""
+    """The command line."""
 
-    out: pathlib.Path = pathlib.Path("experiments/results/transport_cases")
+    results: pathlib.Path = pathlib.Path("experiments/results/transport_cases")
     """Folder for cases.npz and README.md."""
 
 
 def main(argv: list[str]) -> int:
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m experiments.transport_cases")
+    prog = "python -m experiments.transport_cases"
+    arguments = command_line.parse(Arguments, argv, prog=prog, **command_line.documented(__doc__))
     from experiments.output import write_files
     from fs_jax._utils.files import local_path
 
-    out = local_path("out", arguments.out)
+    folder = local_path("results", arguments.results)
     arrays = cases()
-    write_files(out, {"README.md": page(arrays)})
-    np.savez_compressed(out / "cases.npz", **arrays)
-    print(f"wrote {len(arrays['names'])} problems, {(out / 'cases.npz').stat().st_size:,} bytes")
+    write_files(folder, {"README.md": page(arrays)})
+    np.savez_compressed(folder / "cases.npz", **arrays)
+    size = (folder / "cases.npz").stat().st_size
+    print(f"Written: {folder / 'cases.npz'}, {len(arrays['names'])} problems, {size:,} bytes; {folder / 'README.md'}")
     return 0
 
 
 def cases() -> dict[str, Any]:
-    """The file's arrays: of each kind of problem the first `PER_KIND` whose solution can be certified."""
+    """The arrays of the file: for each kind, the first `PER_KIND` problems whose solutions can be certified."""
     from fs_jax.ot import testing
     from fs_jax.ot.testing.reference import gradients
 
@@ -67,7 +73,7 @@ def cases() -> dict[str, Any]:
 
 PER_KIND = 6
 LARGEST_ERROR = 1e-6
-"""In an entry's logarithm. Above are those that costs of 1e7 times reg leave few digits, or loose parts."""
+"""Largest error of log plan. It is exceeded for costs of 1e7 times reg, or if parts of the plan hardly connect."""
 
 
 ERRORS = '''\
@@ -80,9 +86,9 @@ def errors(cost, a, b, reg, plan, f, g):
     Q = exp((f + g - cost) / reg) has marginals r, c and is the solution of the problem with these. From it the solution
     is Q exp(x_i + y_j), where x, y minimise the convex function sum(Q exp(x_i + y_j)) - sum(a x) - sum(b y). Its
     gradient at 0 is (r - a, c - b), of norm `off` in the metric of 1 / (r, c); its Hessian there is at least `gap` in
-    that of (r, c), constants between x and y aside, and changes by at most exp(t) where |x_i + y_j| <= t. If
-    2 exp(0.1) off / gap sqrt(1 / min r + 1 / min c) <= 0.1, the minimum has sum(r x^2) + sum(c y^2) at most
-    (exp(0.1) off / gap)^2. All is rounded up: sums of n numbers by n eps, exponents by eps of each of their parts.
+    that of (r, c), up to constants between x and y, and changes by a factor of at most exp(t) where |x_i + y_j| <= t.
+    If 2 exp(0.1) off / gap sqrt(1 / min r + 1 / min c) <= 0.1, the minimum has sum(r x^2) + sum(c y^2) at most
+    (exp(0.1) off / gap)^2. Rounding is added: n eps for sums of n numbers, eps of each term for exponents.
     """
     eps = np.finfo(float).eps
     rows, columns = a > 0, b > 0
@@ -91,7 +97,7 @@ def errors(cost, a, b, reg, plan, f, g):
     exponents = (f[:, None] + g - cost) / reg
     q = np.exp(exponents)
     parts = np.abs(f)[:, None] + np.abs(g) + np.abs(cost)
-    seen = q > 1e-290  # smaller ones have lost digits
+    seen = q > 1e-290  # smaller entries underflow
     rounding = eps * (4 + np.max((parts / reg + np.abs(exponents))[seen])) + eps * sum(cost.shape)
     r, c = q.sum(1), q.sum(0)
     off_rows, off_columns = (np.abs(x - y) + rounding * x + eps * sum(cost.shape) * y for x, y in ((r, a), (c, b)))
@@ -102,7 +108,7 @@ def errors(cost, a, b, reg, plan, f, g):
     if not (gap > 0 and 2 * np.exp(0.1) * off / gap * spread <= 0.1):
         return np.inf, np.inf
     size = 1.01 * np.exp(0.1) * off / gap
-    stored = np.abs(np.log(plan[seen]) - exponents[seen]).max() + rounding  # of the plan from Q
+    stored = np.abs(np.log(plan[seen]) - exponents[seen]).max() + rounding  # error of log plan with respect to log Q
     in_sum = np.exp(0.1) * size * np.sqrt(r.sum() + c.sum()) + 1.01 * stored * r.sum()
     return size * spread + stored, in_sum / a.sum()
 '''
@@ -116,10 +122,10 @@ for name in arrays["names"]:
     fields = ("cost", "a", "b", "reg", "plan", "f", "g")
     cost, a, b, reg, plan, f, g = of = [arrays[f"{name}/{field}"] for field in fields]
     log_plan_error, plan_error = errors(*of)
-    # Up to the last digits of exponentials and of singular values, which another processor rounds otherwise.
+    # Factor 1.5: other processors round exponentials and singular values differently.
     assert log_plan_error <= 1.5 * arrays[f"{name}/log_plan_error"] <= 1.5e-6, name
     assert plan_error <= 1.5 * arrays[f"{name}/plan_error"], name
-    # The gradient by the cost has the form that it must have, and keeps the marginals.
+    # The gradient with respect to the cost has the form below, and its rows and columns sum to zero.
     slope, x, y = (arrays[f"{name}/gradient_{of}"] for of in ("cost", "a", "b"))
     weights = arrays[f"{name}/weights"]
     size = plan * (np.abs(weights) + np.abs(x)[:, None] + np.abs(y)) / reg
@@ -131,37 +137,36 @@ print(f"version {arrays['version']}: {len(arrays['names'])} problems are certifi
 
 
 def page(arrays: dict[str, Any]) -> str:
-    """What is in the file, and the program that checks it."""
+    """The description of the file, and the program that certifies it."""
     largest = max(float(arrays[f"{name}/log_plan_error"]) for name in arrays["names"])
     return f"""\
 # Transport problems with certified solutions
 
 `cases.npz`, version {VERSION}, has {len(arrays["names"])} problems of entropic optimal transport,
 min over plans T with T 1 = a and Tᵀ 1 = b of ⟨T, C⟩ + reg·KL(T | a bᵀ), and their solutions in float64, for tests of
-any solver. `python -m experiments.transport_cases` writes it.
+any solver. It is written by `python -m experiments.transport_cases`.
 
-| array | shape | what |
+| array | shape | meaning |
 | --- | --- | --- |
-| `version` | | {VERSION}; another number would be other fields or problems |
-| `names` | [k] | names of the problems: the kind, and the number that `fs_jax.ot.testing.case` takes |
+| `version` | | {VERSION}; it changes with the fields and the problems |
+| `names` | [k] | names of the problems: the kind, and the number for `fs_jax.ot.testing.case` |
 
-and for each name, `<name>/<field>`:
+For each name, there are arrays `<name>/<field>`:
 
-| field | shape | what |
+| field | shape | meaning |
 | --- | --- | --- |
-| `cost`, `a`, `b`, `reg` | [n, m], [n], [m], | the problem; a weight of zero takes a point out |
+| `cost`, `a`, `b`, `reg` | [n, m], [n], [m], | the problem; points with weight zero have no mass |
 | `plan` | [n, m] | the solution |
-| `f`, `g` | [n], [m] | potentials, up to a constant: plan = exp((f + g - cost) / reg) |
-| `log_plan_error` | | bound on the error of log plan, of entries above 1e-290: at most {largest:.1g} here |
-| `plan_error` | | bound on Σ of plan - solution, in absolute values, over the mass |
+| `f`, `g` | [n], [m] | potentials, up to a constant: plan = exp((f + g - cost) / reg); -inf at points without mass |
+| `log_plan_error` | | bound on the error of log plan, for entries above 1e-290; at most {largest:.1g} |
+| `plan_error` | | bound on Σ abs(plan - solution), relative to the mass |
 | `weights` | [n, m] | W, integers from -2 to 2 |
-| `gradient_cost` | [n, m] | derivative of Σ W · plan by the cost |
-| `gradient_a`, `gradient_b` | [n], [m] | by the weights, but for a constant: the mass is held |
+| `gradient_cost` | [n, m] | derivative of Σ W · plan with respect to the cost |
+| `gradient_a`, `gradient_b` | [n], [m] | derivatives with respect to a and b, up to a constant |
 
-The bounds are proven by the program below, which needs NumPy alone. Where the masses of a and b differ in the last
-digit, b is scaled to that of a. Potentials are -inf at points without mass. Gradients are checked by what characterises
-them: that by the cost is -plan (W - x - y) / reg, where x and y are those by a and b, and its rows and columns sum to
-zero.
+The program below proves the bounds, with NumPy only. If the masses of a and b differ in the last digit, b is scaled to
+the mass of a. The gradient with respect to the cost must be -plan (W - x - y) / reg, where x and y are the gradients
+with respect to a and b, and its rows and columns must sum to zero. This determines all three, up to the constant.
 
 ```python
 {ERRORS}

@@ -1,19 +1,21 @@
-"""Sinkhorn solvers side by side: ours, ott-jax's and POT's, on the same costs, in one process, interleaved.
-
-    python -m experiments.benchmarks.solvers                  # about five minutes on two cores
-    python -m experiments.benchmarks.solvers --largest 1e8    # sizes up to B·n² = 1e8, for a GPU
+"""Time Sinkhorn solvers: ours, ott-jax's and POT's, on the same costs: about five minutes on two CPU cores.
 
 There are two tables. At equal iterations (50, as in a training step): milliseconds for the value ⟨T, C⟩ of all
 problems, and for value and gradient by unrolling, and the seconds to compile each. At equal marginal error (1e-3 in
 L1): milliseconds until every problem has reached it. Costs are uniform on [0, 1], in float32. Each time is the median
-over rounds in which every contender runs once. Errors are relative to the same iterations in float64 in the log domain,
-on the first problems of the batch.
+over rounds in which every solver runs once, in one process. Errors are relative to the same iterations in float64 in
+the log domain, on the first problems of the batch.
 
 ott-jax is used as its documentation recommends for vmap: min_iterations = max_iterations makes its loop a scan. Its
 gradient is computed with an unreachable threshold instead, since the backward pass of the scan (ott-jax 0.6) goes
 through the wrong iterations. POT computes in NumPy, in float64, one problem after the other.
 
 Writes solvers.json, solvers.md and solvers.png to the results folder.
+
+Examples:
+    python -m experiments.benchmarks.solvers
+    python -m experiments.benchmarks.solvers --rounds 1 --largest 1e5 --results results/bench
+    python -m experiments.benchmarks.solvers --largest 1e8    # B n² up to 1e8, for a GPU
 """
 
 import dataclasses
@@ -29,14 +31,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import ot as pot
-import tyro
 from ott.geometry.geometry import Geometry
 from ott.problems.linear.linear_problem import LinearProblem
 from ott.solvers.linear import implicit_differentiation
 from ott.solvers.linear.sinkhorn import Sinkhorn
 
+from experiments import command_line
 from experiments.benchmarks.timing import Name, seconds_in_turn
-from experiments.command_line import run
 from experiments.output import made_on, write_files
 from fs_jax._utils import backend
 from fs_jax.ot import sinkhorn
@@ -52,12 +53,12 @@ POT_PROBLEMS = 64  # largest batch for POT, which solves one problem after the o
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Benchmark of the transport solvers."""
+    """The command line."""
 
-    out: Path = Path("experiments/results/bench_solvers_cpu")
+    results: Path = Path("experiments/results/bench_solvers_cpu")
     """Folder for the results."""
     rounds: int = 5
-    """Number of rounds; times are medians."""
+    """Timed runs of each solver; times are medians."""
     largest: float = 4e6
     """Skip shapes [B, n, n] with more entries than this."""
 
@@ -141,7 +142,7 @@ def batched(
 
 
 def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
-    """A row per contender: times of value and gradient, their errors, and the gradient's memory."""
+    """A row per solver: times of value and gradient, their errors, and the gradient's memory."""
     with jax.enable_x64(True):
         few = jnp.asarray(np.asarray(costs[:4]), jnp.float64)
         exact = jax.jit(jax.vmap(jax.value_and_grad(ours("log")), in_axes=(0, None)))(few, reg)
@@ -187,7 +188,7 @@ def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
 
 
 def equal_error(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
-    """A row per contender: times of value and implicit gradient until the marginal error is below the threshold."""
+    """A row per solver: times of value and implicit gradient until the marginal error is below the threshold."""
     solvers = {"fs_jax stabilized": ours_to_threshold, "ott-jax log": ott_to_threshold}
     programs = {
         (what, name): partial(batched(solver, what == "gradient", True, costs.shape)[0], costs, reg)
@@ -261,14 +262,14 @@ def figure(result: dict, path: Path) -> None:
 
 
 HOW_TO_READ = """\
-Each iteration takes two matrix-vector products. *Products' share* is the time of these one hundred products alone, for
-a given matrix, over the time of the whole value. The rest is the exponentials before and after the iterations, and the
-checks of the scalings' range. If the share is near 1, only faster products would make the value faster. (A share above
-1 is noise, since the two are timed separately.) The backward pass takes as many products again, and the matrix product
-that accumulates the cost's gradient."""
+Each iteration takes two matrix-vector products. *Products' share* is the time of these 100 products alone, with a
+precomputed matrix, over the time of the whole value. The rest is the exponentials before and after the iterations, and
+the range checks. If the share is near 1, only faster products would make the value faster. (A share above 1 is noise,
+since the two are timed separately.) The backward pass takes as many products again, and the matrix product that
+accumulates the cost's gradient."""
 
 
-def write(result: dict, out: Path) -> None:
+def write(result: dict, folder: Path) -> None:
     times = {
         "shape": "[B, n, n]",
         "reg": "τ",
@@ -294,12 +295,13 @@ def write(result: dict, out: Path) -> None:
         f"## Until the marginal error is below {THRESHOLD:g}, with the implicit gradient",
         table(result["equal_error"], times | converged),
     ]
-    write_files(out, {"solvers.json": result, "solvers.md": "\n\n".join(text) + "\n"})
-    figure(result, out / "solvers.png")
+    write_files(folder, {"solvers.json": result, "solvers.md": "\n\n".join(text) + "\n"})
+    figure(result, folder / "solvers.png")
 
 
 def main(arguments: list[str]) -> None:
-    options = tyro.cli(Options, args=arguments)
+    prog = "python -m experiments.benchmarks.solvers"
+    options = command_line.parse(Options, arguments, prog=prog, **command_line.documented(__doc__))
     if options.rounds < 1:
         raise ValueError(f"--rounds: expected at least 1, got {options.rounds}")
     shapes = [(b, n) for b, n in SHAPES if b * n * n <= options.largest]
@@ -322,8 +324,8 @@ def main(arguments: list[str]) -> None:
                 result["equal_error"] += [place | row for row in equal_error(costs, reg, options.rounds)]
             print(table(rows, {k: k for k in rows[0]}), flush=True)
         result["ratios"] = ratios(result["equal_iterations"])
-        write(result, options.out)  # after each shape, so that an interrupted run keeps its results
+        write(result, options.results)  # after each shape, so that an interrupted run keeps its results
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line.run(main)

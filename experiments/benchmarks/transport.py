@@ -1,9 +1,7 @@
-"""Divergence, unbalanced and exact transport, side by side with ott-jax and POT.
-
-    python -m experiments.benchmarks.transport                # about three minutes on two cores
+"""Time divergences, unbalanced and exact transport, beside ott-jax and POT: about three minutes on two CPU cores.
 
 Solves a batch of problems between sets of points in 10 dimensions, with squared distances divided by their mean, in
-float32. Each time is the median over rounds in which every contender runs once, in one process.
+float32. Each time is the median over rounds in which every solver runs once, in one process.
 
 - Divergence: 50 iterations of each of its three problems, and the gradient with respect to the points.
 - Unbalanced: each solver runs until it reports convergence at the given setting. The table has the relative excess of
@@ -18,6 +16,10 @@ KL(T | a bᵀ). POT computes in NumPy: batches with `ot.solve_batch`; unbalanced
 after the other, in float64.
 
 Writes transport.json and transport.md to the results folder.
+
+Examples:
+    python -m experiments.benchmarks.transport
+    python -m experiments.benchmarks.transport --rounds 1 --problems 8 --results results/bench
 """
 
 import dataclasses
@@ -31,7 +33,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import ot as pot
-import tyro
 from ott.geometry.geometry import Geometry
 from ott.geometry.pointcloud import PointCloud
 from ott.problems.linear.linear_problem import LinearProblem
@@ -39,8 +40,8 @@ from ott.solvers.linear.sinkhorn import Sinkhorn
 from ott.tools import sinkhorn_divergence as ott_divergence
 from tabulate import tabulate
 
+from experiments import command_line
 from experiments.benchmarks.timing import seconds_in_turn
-from experiments.command_line import run
 from experiments.output import made_on, write_files
 from fs_jax._utils import backend
 from fs_jax.ot import ipot, round_to_feasible, sinkhorn_divergence, sqeuclidean_cost, unbalanced_sinkhorn
@@ -54,16 +55,16 @@ BETA, STEPS = 0.2, 201
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Benchmark of the divergence, of unbalanced and of exact transport."""
+    """The command line."""
 
-    out: Path = Path("experiments/results/bench_transport_cpu")
+    results: Path = Path("experiments/results/bench_transport_cpu")
     """Folder for the results."""
     rounds: int = 5
-    """Number of rounds; times are medians."""
+    """Timed runs of each solver; times are medians."""
     problems: int = 64
-    """Number of problems in the batch."""
+    """Problems in a batch."""
     points: int = 60
-    """Number of points in each set."""
+    """Points in each set."""
 
 
 def batched(function: Callable, *inputs) -> Callable:
@@ -207,7 +208,8 @@ def milliseconds(programs, rounds):
 
 
 def main(arguments: list[str]) -> None:
-    options = tyro.cli(Options, args=arguments)
+    prog = "python -m experiments.benchmarks.transport"
+    options = command_line.parse(Options, arguments, prog=prog, **command_line.documented(__doc__))
     for name in ("rounds", "problems", "points"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
@@ -236,7 +238,7 @@ def main(arguments: list[str]) -> None:
         f"## Exact: {STEPS} proximal steps, beta in units of the mean cost",
         table(result["exact"]),
     ]
-    write_files(options.out, {"transport.json": result, "transport.md": "\n\n".join(text) + "\n"})
+    write_files(options.results, {"transport.json": result, "transport.md": "\n\n".join(text) + "\n"})
     print("\n\n".join(text))
 
 
@@ -245,4 +247,4 @@ def table(rows):
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line.run(main)

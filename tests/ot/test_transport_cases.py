@@ -12,7 +12,7 @@ from fs_jax.ot import sinkhorn
 from fs_jax.ot.testing import FAMILIES
 from tests.ot.test_testing import ROOT
 
-FOLDER = ROOT / transport_cases.Arguments.out
+FOLDER = ROOT / transport_cases.Arguments.results
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
 
 

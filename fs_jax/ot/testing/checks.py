@@ -1,4 +1,4 @@
-"""Checks of a solver's answer: backward errors first, then the numbers that it reports, then derivatives."""
+"""The checks of an answer: its errors, the numbers that it reports, then derivatives."""
 
 import contextlib
 import functools
@@ -119,7 +119,7 @@ def is_claimed(solver: Solver, problem: Case) -> bool:
 
 
 def as_seen(solver: Solver, problem: Case) -> Case:
-    """The problem with its numbers rounded to the solver's dtype, as the solver receives it."""
+    """The problem rounded to the solver's dtype."""
     dtype = np.dtype(solver.claims.dtype)
 
     def rounded(x):

@@ -27,7 +27,7 @@ def shrunk(solver: Solver, problem: Case, finding: Finding, *, seconds: float = 
     Args:
       solver: The solver.
       problem: A problem that it fails.
-      finding: The failure.
+      finding: The failed check.
       seconds: Time limit of the search. (Each shape is compiled anew, with derivatives if their check failed.)
 
     Returns:

@@ -26,7 +26,7 @@ class Claims:
     """Largest marginal error of the plan (L1, in units of mass). If it is not reached, the solver must report that, by
     `converged` or by a plan of NaN."""
     largest_ratio: float = float("inf")
-    """Largest range of costs / reg that the solver supports."""
+    """Largest |cost| / reg of the problems that it claims to solve."""
     zeros: bool = True
     """Whether weights may be zero."""
     gradients: tuple[Literal["cost", "a", "b"], ...] = ()
@@ -38,7 +38,7 @@ class Claims:
 
     @property
     def jax(self) -> bool:
-        """Whether the solver uses JAX, judging by its claims."""
+        """Whether it uses JAX, judging by its claims."""
         return self.batched or bool(self.gradients)
 
 
