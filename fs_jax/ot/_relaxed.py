@@ -101,32 +101,34 @@ def make_iterations(num_iters: int):
         status = jnp.where(progress.stalled, Status.STALLED, zero + Status.LIMIT)
         phi = jnp.where(rows.weights != 0, state.f + state.du + state.k, MASKED)
         gamma = jnp.where(columns.weights != 0, state.g + state.dv - state.k, MASKED)
-        return Outcome(_plan(state), phi, gamma, gap(scaled, rows, columns, state), done, status)
+        return Outcome(_plan(state), phi, gamma, gap(scaled, rows, columns, state)[0], done, status)
 
     return iterations
 
 
 def _next_progress(scaled, rows, columns, threshold, length, state, progress):
     """Progress after a run. The result's gap is computed by another program: 1% allows for its different rounding."""
-    value = gap(scaled, rows, columns, state)
+    value, floor = gap(scaled, rows, columns, state)
     converged = value <= 0.99 * threshold
     done = progress.done + length.astype(progress.done.dtype)
     since_best = jnp.where(value < progress.best, 0, progress.since_best + 1)
-    eps = jnp.finfo(scaled.dtype).eps
-    # Well above the rounding of the gap, which is a sum of n·m terms as large as log T, and of n + m masses.
-    floor = 64 * eps * (jnp.abs(scaled).max() + sum(scaled.shape)) * _plan(state).sum()
     stalled = ~converged & has_stalled(value, since_best, done // RUN, floor)
     return Progress(done, converged, stalled, jnp.minimum(value, progress.best), since_best)
 
 
 def _start(scaled, rows, columns, start):
-    """The state at φ = start. Its reference makes the largest entry of each row and column of K equal to one."""
+    """The state at φ = start. Its reference makes the largest entry of each row and column of K equal to one.
+
+    The largest start is moved to k. Next to a large constant, φ would lose digits.
+    """
     is_row, is_column = rows.weights != 0, columns.weights != 0
-    phi = jnp.where(is_row, start, MASKED)
+    k = jnp.max(jnp.where(is_row, start, -jnp.inf))
+    k = jnp.where(jnp.isfinite(k), k, 0)
+    phi = jnp.where(is_row, start - k, MASKED)
     g = jnp.where(is_column, -jnp.max(scaled + phi[:, None], 0), MASKED)
     f = jnp.where(is_row, -jnp.max(scaled + g[None, :], 1), MASKED)
     du = jnp.where(is_row, phi - f, 0)
-    state = State(f, g, du, jnp.zeros_like(g), jnp.zeros_like(scaled, shape=()), jnp.exp(_matrix(scaled, f, g)))
+    state = State(f, g, du, jnp.zeros_like(g), k, jnp.exp(_matrix(scaled, f, g)))
     # If the start is far from the reference, the first iteration is done in the log domain.
     return once_if(~_in_range(0.37, state.du), lambda s: _log_run(scaled, rows, columns, 1, s), state)
 
@@ -198,7 +200,7 @@ def _constant(rows, columns, potential_rows, potential_columns):
 
 
 def gap(scaled, rows, columns, state):
-    """An upper bound of (primal - dual) / reg, rounded up, with the dual objective at the state's potentials.
+    """An upper bound of (primal - dual) / reg for the dual objective of the potentials, and the size of its rounding.
 
     With the target marginals of these potentials, x = a exp(-ε_a F) and y = b exp(-ε_b G), any plan P has
 
@@ -212,25 +214,34 @@ def gap(scaled, rows, columns, state):
         KL(P | T) <= |P| H(δ / |P|) + Σ e_i d_j / δ log(e_i d_j / (δ T_ij)) - |P| + |T|
 
     with the binary entropy H. This takes three matrix-vector products. x and y have the same mass, by the choice of k;
-    if both marginals are hard constraints, by assumption.
+    if both marginals are hard constraints, by assumption. The rounding of the dual objective is added: of a sum of
+    terms a (1 - exp(-ε_a F)) / ε_a, likewise for b, |a| |b| and |T|, at potentials that are rounded themselves.
     """
     plan = _plan(state)
     eps = jnp.finfo(plan.dtype).eps
     sides = ((rows, state.f, state.du, state.k, 1), (columns, state.g, state.dv, -state.k, 0))
-    targets, sums, rounding, potentials, gap_of_plan = [], [], [], [], 0
+    targets, sums, errors, potentials, gap_of_plan = [], [], [], [], 0
+    size = rows.weights.sum() * columns.weights.sum() + plan.sum()  # of the dual objective's terms, over reg
     for side, reference, correction, k, axis in sides:
-        exponent = side.damping * (correction - _origin(side, reference) + k)
+        free = correction - _origin(side, reference) + k
+        exponent = side.damping * free
         log_target = jnp.where(side.weights != 0, log_weights(side.weights) - exponent, MASKED)
         total = plan.sum(axis)
         # Worst-case relative error: of a sum of this many positive terms, and of an exponential.
         error = (plan.shape[axis] / 2 + 4 + 4 * jnp.abs(exponent)) * eps
         gap_of_plan += _divided(_kl_upper(total, log_target, error).sum(), side.damping)
-        targets.append(jnp.exp(log_target))
+        target = jnp.exp(log_target)
+        # w (1 - exp(-ε F)) / ε, within a factor of two.
+        far_term = _divided(jnp.abs(side.weights - target), side.damping)
+        term = jnp.where(jnp.abs(exponent) < 1, jnp.abs(free) * side.weights, far_term)
+        parts = jnp.abs(reference + correction) + jnp.abs(log_weights(side.weights)) + jnp.abs(side.shift) + jnp.abs(k)
+        size += jnp.sum(jnp.where(side.weights != 0, term + target * parts, 0))
+        targets.append(target)
         sums.append(total)
-        rounding.append(error)
+        errors.append(error)
         potentials.append(reference + correction)
 
-    (x, y), (error_rows, error_columns) = targets, rounding
+    (x, y), (error_rows, error_columns) = targets, errors
     mass = x.sum()
     y = y * (mass * inverse(y.sum()))
     kept = plan * jnp.minimum(1, x * inverse(sums[0]))[:, None]
@@ -246,7 +257,10 @@ def gap(scaled, rows, columns, state):
     share = jnp.minimum(moved * inverse(mass), 0.5)
     entropy = -share * jnp.log(jnp.where(share > 0, share, 1)) - (1 - share) * jnp.log1p(-share)
     gap_of_rounded = mass * entropy + logs + (sums[0].sum() - mass) + jnp.max(error_rows) * mass
-    return jnp.maximum(jnp.minimum(gap_of_plan, gap_of_rounded), 0)
+    rounding = 4 * eps * size
+    # Well above the rounding of the bound, a sum of n·m terms as large as log T, and of n + m masses.
+    floor = 2 * rounding + 64 * eps * (jnp.abs(scaled).max() + sum(scaled.shape)) * sums[0].sum()
+    return jnp.maximum(jnp.minimum(gap_of_plan, gap_of_rounded), 0) + rounding, floor
 
 
 def _kl_upper(total, log_target, error):
@@ -275,14 +289,18 @@ def _sum_log(mass, potential):
 
 
 def _in_range(power, *corrections):
+    """Whether no scaling is above the limit or below its inverse: there the correction is absorbed, and exact again."""
     limit = jnp.log(largest(corrections[0], power))
-    return within(limit, *corrections)
+    return within(limit, *map(jnp.abs, corrections))
 
 
 def _absorbed(scaled, state):
+    """The same potentials with zero corrections. The largest f is moved to k: next to it, others would lose digits."""
     f, g = state.f + state.du, state.g + state.dv
+    constant = jnp.max(f)
+    f, g = f - constant, g + constant
     zeros = jnp.zeros_like(state.du), jnp.zeros_like(state.dv)
-    return State(f, g, *zeros, state.k, jnp.exp(_matrix(scaled, f, g)))
+    return State(f, g, *zeros, state.k + constant, jnp.exp(_matrix(scaled, f, g)))
 
 
 def _plan(state):

@@ -92,6 +92,8 @@ def bounds(
         (True, 0.0)
     """
     cost, a, b, _ = _checks.problem(cost, a, b)
+    if not isinstance(result, Transport):
+        raise TypeError(f"result: expected a Transport, of a problem whose marginals hold; got {type(result).__name__}")
     if result.plan.shape != cost.shape:
         raise ValueError(
             f"result: expected a plan of the cost's shape, {cost.shape}, got {result.plan.shape}; pass the cost that "

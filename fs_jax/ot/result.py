@@ -18,7 +18,7 @@ from fs_jax.ot import _sharding
 from fs_jax.ot._numerics import MASKED, log_weights
 from fs_jax.ot.problem import Problem
 
-_SECOND = 'sinkhorn with grad="implicit" has second derivatives; with grad="{}" it'
+_SECOND = 'grad="implicit" of sinkhorn and unbalanced_sinkhorn has second derivatives; grad="{}"'
 UNROLL, ENVELOPE = _SECOND.format("unroll"), _SECOND.format("envelope")
 
 

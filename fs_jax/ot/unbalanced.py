@@ -24,14 +24,14 @@ class Unbalanced(NamedTuple):
     Attributes:
         plan: mass moved from row i to column j, [n, m]: exp((f_i + g_j - cost_ij) / reg).
         primal_cost: ⟨plan, cost⟩, the cost of the mass that is moved.
-        reg_cost: the dual objective at these potentials. The minimum lies between it and `reg_cost + gap`, up to the
-            rounding of `reg_cost`, a sum of terms as large as reg·|a|·|b|.
+        reg_cost: the objective at the solution, up to `gap`: it is the dual objective at these potentials.
         f: potential of each row in units of the cost, [n]; a large negative number where a is zero. It includes
             reg·log a, as in `Transport`. With f' = f - reg·log a, the solution has plan 1 = a exp(-f' / ρ_a).
         g: potential of each column, [m]; likewise.
-        gap: upper bound of the difference between the minimum and the dual objective, in units of cost times mass. It
-            also bounds the error of the plan: reg·KL(optimal plan | plan) <= gap. (In half precision, this is the plan
-            before rounding.)
+        gap: upper bound of |minimum - reg_cost|, in units of cost times mass, rounding included. It also bounds the
+            error of the plan: reg·KL(optimal plan | plan) <= gap. The objective of the plan itself may be further from
+            the minimum if ρ is large, since a marginal missed by rounding then costs much. (In half precision, this is
+            the plan before rounding.)
         num_iters: number of iterations done.
         status: a `Status` as an integer: 0 CONVERGED, gap <= threshold; 1 LIMIT; 2 NOT_FINITE; 3 STALLED.
     """

@@ -69,14 +69,12 @@ def test_plan_equals_ott_jaxs(unequal):
 
 @pytest.mark.parametrize("rho", RHOS)
 @pytest.mark.parametrize("num_iters", [10, 30])
-def test_the_minimum_lies_between_reg_cost_and_reg_cost_plus_gap(unequal, rho, num_iters):
+def test_reg_cost_is_the_minimum_up_to_the_gap(unequal, rho, num_iters):
     early = solve(*unequal, 0.02, rho, num_iters=num_iters, threshold=None)
-    solved = solve(*unequal, 0.02, rho, num_iters=20000, threshold=1e-11)
+    solved = solve(*unequal, 0.02, rho, num_iters=20000, threshold=1e-10)
     assert solved.status == Status.CONVERGED
-    rounding = 1e-13 * abs(solved.reg_cost)
-    assert early.reg_cost <= solved.reg_cost + solved.gap + rounding
-    assert solved.reg_cost <= early.reg_cost + early.gap + rounding
-    assert 0.02 * kl(np.asarray(solved.plan), np.asarray(early.plan)) <= early.gap + solved.gap + rounding
+    assert abs(early.reg_cost - solved.reg_cost) <= early.gap + solved.gap
+    assert 0.02 * kl(np.asarray(solved.plan), np.asarray(early.plan)) <= early.gap + solved.gap
 
 
 def test_gap_is_the_difference_of_the_objectives_for_small_rho(unequal):
@@ -123,15 +121,12 @@ def test_converged_is_never_wrong(dtype, num_iters):
     got = jax.tree.map(np.asarray, many(num_iters, *batch))
     *problems, thresholds = (jnp.asarray(x, jnp.float64) for x in batch)
     exact = jax.tree.map(np.asarray, many(1000, *problems, 1e-6 * thresholds))
-    assert np.mean(got.status == Status.CONVERGED) > (0.8 if num_iters > 1 else 0.2)
+    # Some thresholds are below the rounding of float32, others are not met in so few iterations.
+    assert np.mean(got.status == Status.CONVERGED) > (0.6 if num_iters > 1 else 0.1)
     assert not np.any(got.status == Status.NOT_FINITE)
-    mass = np.asarray(problems[1].sum(1) + problems[2].sum(1))
-    size = np.abs(exact.reg_cost) + mass * np.max(np.where(np.abs(exact.f) < 1e29, np.abs(exact.f), 0), 1)
-    rounding = 8 * np.finfo(dtype).eps * size  # of the dual objective, a sum of terms of this size
-    assert np.all(got.reg_cost <= exact.reg_cost + exact.gap + rounding)
-    assert np.all(exact.reg_cost <= got.reg_cost + got.gap + rounding)
-    too_low = exact.reg_cost - got.reg_cost > np.asarray(thresholds) + rounding
-    assert not np.any(too_low & (got.status == Status.CONVERGED))
+    difference = np.abs(exact.reg_cost - got.reg_cost.astype(np.float64))
+    assert np.all(difference <= got.gap + exact.gap)
+    assert not np.any((difference > np.asarray(thresholds) + exact.gap) & (got.status == Status.CONVERGED))
 
 
 def test_target_marginal_that_underflows_counts():
@@ -141,6 +136,17 @@ def test_target_marginal_that_underflows_counts():
         early = solve(scale * cost, np.float32([0.9, 0.1]), np.ones(2, np.float32), 0.002, (np.inf, 0.002), num_iters=1)
         exact = solve(scale * cost.astype(float), np.array([0.9, 0.1]), np.ones(2), 0.002, (np.inf, 0.002))
         assert float(early.reg_cost) + float(early.gap) >= exact.reg_cost * (1 - 1e-6)  # float32's rounding
+
+
+@pytest.mark.parametrize("rho", [np.inf, 100.0, 1.0])
+def test_start_far_from_the_solution_costs_no_digits(unequal, rho):
+    cost, a = unequal[0].astype(np.float32), np.full(6, 1 / 6, np.float32)
+    b = np.full(9, 1 / 9, np.float32)
+    expected = solve(cost, a, b, rho=rho, threshold=1e-4).reg_cost
+    for start in (np.full(6, 1e8), np.full(6, -1e8), np.where(np.arange(6) == 2, 1e6, 0)):
+        result = solve(cost, a, b, rho=rho, threshold=1e-4, init=(start.astype(np.float32), np.zeros(9, np.float32)))
+        assert result.converged
+        np.testing.assert_allclose(result.reg_cost, expected, atol=2e-4)  # two gaps
 
 
 def test_masses_that_differ_have_no_plan_between_hard_marginals(problem):
@@ -242,7 +248,7 @@ def test_second_derivatives_equal_differences_of_the_gradient(unequal):
     first = jax.jit(jax.grad(value))
     expected = (first(1e-3) - first(-1e-3)) / 2e-3  # the gradient's own error is some 1e-8
     for outer in (jax.grad, jax.jacfwd):
-        np.testing.assert_allclose(jax.jit(outer(jax.grad(value)))(0.0), expected, rtol=1e-4)  # h² times the next derivatives
+        np.testing.assert_allclose(jax.jit(outer(jax.grad(value)))(0.0), expected, rtol=1e-4)  # h² times others
 
 
 def test_gradient_at_infinite_rho_is_zero(problem):
