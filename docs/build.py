@@ -1,8 +1,8 @@
 """Build the API documentation with pdoc, in seconds: `python docs/build.py [FOLDER]`, by default to build/docs.
 
 pdoc is the simplest generator that fits: it renders the docstrings as they are (Google style, Markdown, doctests) to
-static pages, without a configuration. The page of a package starts with its README.md. Warnings and broken links are
-errors.
+static pages, without a configuration. The page of a package starts with its README.md. Warnings and links to missing
+pages are errors.
 """
 
 import importlib

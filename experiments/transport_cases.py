@@ -32,12 +32,13 @@ def main(argv: list[str]) -> int:
     prog = "python -m experiments.transport_cases"
     arguments = command_line.parse(Arguments, argv, prog=prog, **command_line.documented(__doc__))
     from experiments.output import write_files
-    from fs_jax._utils.files import local_path
+    from fs_jax._utils.files import local_path, replacing
 
     folder = local_path("results", arguments.results)
     arrays = cases()
     write_files(folder, {"README.md": page(arrays)})
-    np.savez_compressed(folder / "cases.npz", **arrays)
+    with replacing(folder / "cases.npz") as file:
+        np.savez_compressed(file, **arrays)
     size = (folder / "cases.npz").stat().st_size
     print(f"Written: {folder / 'cases.npz'}, {len(arrays['names'])} problems, {size:,} bytes; {folder / 'README.md'}")
     return 0

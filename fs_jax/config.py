@@ -22,7 +22,8 @@ class ModelConfig:
     width: int = 10
     """Widening factor."""
     dtype: DType = "float32"
-    """Precision of the convolutions. Parameters and BatchNorm statistics are at least float32."""
+    """Precision of the convolutions; products of float32 are TF32 on NVIDIA GPUs by default. Parameters and BatchNorm
+    statistics are at least float32."""
 
     def __post_init__(self):
         check_number("depth", self.depth, at_least=10, integer=True)
@@ -76,7 +77,7 @@ class TransportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Configuration of a training run. It determines the final weights: equal configurations give equal weights."""
+    """Configuration of a training run. Equal configurations give equal weights, on one machine with equal versions."""
 
     dataset: str = "cifar10"
     """cifar10, cifar100, svhn_cropped, digits, another name in fs_jax.data.DATASETS, or the path of an .npz file."""

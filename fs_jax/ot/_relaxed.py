@@ -136,7 +136,7 @@ def _start(scaled, rows, columns, start):
 def _run(scaled, rows, columns, length, state):
     """A run by products with K, repeated in the log domain if the scalings leave its range.
 
-    K loses entries below 1e-38 (in float32): at most 1e-10 of a plan whose scalings are at most 2e14.
+    K loses entries below 1e-38 (in float32): at most 4e-10 of the plan's mass each, if the scalings are at most 2e14.
     """
     state = once_if(~_in_range(0.18, state.du, state.dv), lambda s: _absorbed(scaled, s), state)
 

@@ -16,8 +16,9 @@ weight and its inverse. Only the first iteration, whose start is arbitrary, is d
 corrects the rounding errors of the one before, so errors don't accumulate. (Scalings of a constant K would need no
 exponential, but they would need a check of their range and a fallback.)
 
-The backward pass stores φ and γ of each iteration, takes one exponential per entry as well, and accumulates the
-cotangent of s as it goes. All sums are plain sums: there is no matrix product that could run in TF32.
+The backward pass reads φ and γ of each iteration, which the forward pass has stored. It takes one exponential per
+entry as well, and accumulates the cotangent of s as it goes. All sums are plain sums: there is no matrix product that
+could run in TF32.
 
 The kernels are written in Pallas and compiled by Triton. JAX 0.11 deprecated that backend in favour of Mosaic GPU,
 which needs a Hopper GPU and layouts that are multiples of 64 rows. Only `_call` depends on the backend.

@@ -131,8 +131,8 @@ def unbalanced_sinkhorn(
     grad = _checks.choice("grad", grad, GRADS)
     n, m = cost.shape
     f = None if init is None else _checks.potentials(init, n, m, cost.dtype)[0]
-    prices = tuple(price.astype(cost.dtype) for price in prices)
-    return _solve(cost, a, b, reg, prices, threshold, f, Options(num_iters, dtype), grad)
+    rho_a, rho_b = (price.astype(cost.dtype) for price in prices)
+    return _solve(cost, a, b, reg, (rho_a, rho_b), threshold, f, Options(num_iters, dtype), grad)
 
 
 @partial(jax.jit, static_argnames=("options", "grad"))

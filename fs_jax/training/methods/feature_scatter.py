@@ -110,11 +110,10 @@ def feature_scatter(
 def _over_devices(transport, batch_size, axis_name):
     """The cost between natural and attacked logits, and the transport, of one problem over the devices of an axis.
 
-    A device has the rows of its own natural images; or all rows, if they are few or the transport takes no
-    `axis_name`. The result
-    is the same on every device, and the transpose of the gathering sums the devices' gradients. So the gradient with
-    respect to a device's images is multiplied by the number of devices. Its sign is unchanged, and the attack uses only
-    the sign.
+    A device has the rows of its own natural images; or all rows, if they are few, or if no argument of the transport is
+    named `axis_name`. The result is the same on every device, and the transpose of the gathering sums the devices'
+    gradients. So the gradient with respect to a device's images is multiplied by the number of devices. Its sign is
+    unchanged, and the attack uses only the sign.
     """
     if axis_name is None:
         return ot.cosine_cost, transport
