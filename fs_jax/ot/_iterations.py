@@ -386,7 +386,8 @@ def matrix(scaled, f, g):
 
 
 def _is_flushed(points, state, plan):
-    """Whether the entries of K that underflowed would have more mass in the plan than its rounding error."""
+    """Whether entries that underflowed, in K or in the plan's product, would have more mass than its rounding error."""
     entries = jnp.exp((points.scaled + jnp.log(state.u)[:, None]) + jnp.log(state.v)[None, :])
-    lost = total(jnp.sum(jnp.where(state.kernel < jnp.finfo(plan.dtype).tiny, entries, 0)), points.axis_name)
+    is_lost = (state.kernel < jnp.finfo(plan.dtype).tiny) | (plan == 0)
+    lost = total(jnp.sum(jnp.where(is_lost, entries, 0)), points.axis_name)
     return ~(lost <= jnp.finfo(plan.dtype).eps * total(plan.sum(), points.axis_name))

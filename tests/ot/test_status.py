@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fs_jax.ot import Status, ipot, sinkhorn
+from fs_jax.ot.testing import case
 from tests.parameters import exact, mostly_slow
 
 SHAPE = (9, 13)
@@ -172,6 +173,14 @@ def test_partial_underflow_of_the_kernel_is_out_of_range():
     # Underflow without mass is harmless: the plan is diagonal.
     harmless = sinkhorn(np.float32(2 * (1 - np.eye(4))), reg=np.float32(0.01), method="kernel", threshold=1e-3)
     assert harmless.converged
+
+
+def test_underflow_of_the_plans_product_is_out_of_range():
+    problem = case(9529)  # an entry of K is 5e-38, and 0 after its row's scaling of 0.03; its mass is 4e-4
+    cost, a, b, reg = (jnp.asarray(x, jnp.float32) for x in (problem.cost, problem.a, problem.b, problem.reg))
+    options = {"reg": reg, "num_iters": 1000, "threshold": 1e-3 * a.sum()}
+    assert sinkhorn(cost, a, b, **options, method="kernel").status == Status.OUT_OF_RANGE
+    assert sinkhorn(cost, a, b, **options).converged
 
 
 @pytest.mark.usefixtures("standard_promotion")
