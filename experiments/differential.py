@@ -8,8 +8,13 @@ it.
 
 Examples:
     python -m experiments.differential --list
-    python -m experiments.differential --count 200
-    python -m experiments.differential --solvers ott-log-float32 mypackage.module:solve --count 500
+
+A solver is `solve(cost, a, b, reg)` that gives a mapping with `plan`. Ours, ott-jax's and POT's have names. Your own
+package has to be importable: run it in a clone of this project, with PYTHONPATH=path/to/your/project. Writes into the
+workdir `findings.jsonl`, a line for each solver and problem as it goes, from which a later run resumes as long as the
+solver's package and these checks are the same; and in the end `report.md`, `report.json`, `findings.png`, and for each
+kind of finding a script that shows it on the simplest problem. The exit status is 1 if there are findings, other than
+that a solver says that it gave up.
 """
 
 import collections
@@ -30,13 +35,15 @@ class Arguments:
     solvers: tuple[str, ...] = ("fs_jax-stabilized-float32", "fs_jax-stabilized-float64", "fs_jax-implicit-float64")
     """Built-in solvers (see --list), or package.module:function."""
     count: int = 1000
-    """Number of problems; the 15 kinds take turns."""
-    derivatives_every: int = 26
-    """Check derivatives, jit and vmap for one in this many problems. (Multiples of 3 or 5 skip some kinds.)"""
+    """Problems: the first so many, of 15 kinds in turn."""
+    derivatives_every: int = 10
+    """Of how many problems one, drawn at random, has its derivatives, jit and vmap checked too."""
     workdir: pathlib.Path = pathlib.Path("runs/differential")
-    """Folder of the findings and the report: a new one, or the one to resume."""
+    """A new folder, or the one to resume."""
+    fresh: bool = False
+    """Compute all answers again, those of earlier runs too."""
     list: bool = False
-    """List the built-in solvers and the kinds of problems. Run nothing."""
+    """List the built-in solvers with their claims and the kinds of problems, and run nothing."""
 
 
 def main(argv: list[str]) -> int:
@@ -53,9 +60,17 @@ def main(argv: list[str]) -> int:
         return 0
     check_number("count", arguments.count, at_least=1, integer=True)
     check_number("derivatives_every", arguments.derivatives_every, at_least=1, integer=True)
-    solvers = [testing.load(name) for name in arguments.solvers]
+    if not arguments.solvers:
+        raise ValueError("solvers: expected at least one name; got none (--list has those that are built in)")
+    solvers = [testing.load(name) for name in dict.fromkeys(arguments.solvers)]
     workdir = local_path("workdir", arguments.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    others = [path.name for path in workdir.iterdir() if path.name != ".findings.jsonl.lock"]
+    if others and not (workdir / "findings.jsonl").exists():
+        raise ValueError(
+            f"workdir: expected a new or empty folder, or one with findings.jsonl of an earlier run; got {workdir}, "
+            f"which has {min(others)}"
+        )
     lock = locked(workdir / "findings.jsonl")
     try:
         found = run(solvers, arguments, workdir / "findings.jsonl")
@@ -91,15 +106,18 @@ def run(solvers, arguments: Arguments, path: pathlib.Path) -> Found:
 
     found: Found = {solver.name: {} for solver in solvers}
     of_code = {solver.name: code(solver) for solver in solvers}
-    for line in read_jsonl(path) if path.exists() else []:
+    for line in read_jsonl(path) if path.exists() and not arguments.fresh else []:
         if (line["every"], line["of"]) == (arguments.derivatives_every, of_code.get(line["solver"])):
             found[line["solver"]][line["problem"]] = Seen(line["findings"], line["differentiated"])
-    with open(path, "ab") as file, warnings.catch_warnings():
+    earlier = sum(index < arguments.count for of in found.values() for index in of)
+    if earlier:
+        print(f"{earlier:,} answers are from an earlier run of the same code; --fresh computes them again.")
+    with open(path, "wb" if arguments.fresh else "ab") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for solver in solvers:
             left = [index for index in range(arguments.count) if index not in found[solver.name]]
             for index in tqdm(left, solver.name, unit="problem", disable=not left):
-                derivatives = index % arguments.derivatives_every == 0
+                derivatives = testing.has_derivatives_checked(index, arguments.derivatives_every)
                 verdict = testing.judged(solver, testing.case(index), derivatives=derivatives)
                 seen = Seen([list(finding) for finding in verdict.findings], verdict.differentiated)
                 found[solver.name][index] = seen
@@ -113,19 +131,37 @@ def run(solvers, arguments: Arguments, path: pathlib.Path) -> Found:
 
 
 def code(solver) -> str:
-    """Digest of what determines a solver's answers: its source, its claims, and the versions of libraries."""
+    """What verdicts depend on, as far as can be seen: the solver's package, claims, these checks, libraries."""
     import hashlib
     import importlib.metadata
-    import inspect
     import sys
 
+    import fs_jax.ot
+
     texts = [repr(solver.claims), solver.source, sys.version]
-    with contextlib.suppress(OSError, TypeError):
-        texts.append(inspect.getsource(inspect.getmodule(solver.solve) or solver.solve))
-    for library in ("fs_jax", "jax", "ott-jax", "POT", "numpy"):
+    for library in ("jax", "ott-jax", "POT", "numpy", "scipy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             texts.append(f"{library} {importlib.metadata.version(library)}")
+    files = {*pathlib.Path(fs_jax.ot.__file__).parent.rglob("*.py"), *own_files(solver)}
+    texts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+def own_files(solver) -> set[pathlib.Path]:
+    """All files of the solver's top-level package; of a single module, the loaded ones that lie next to it."""
+    import sys
+
+    from fs_jax.ot import testing
+
+    if solver.name in testing.BUILT_IN:
+        return set()
+    top = sys.modules[solver.name.partition(":")[0].partition(".")[0]]
+    if hasattr(top, "__path__"):
+        return {path for folder in top.__path__ for path in pathlib.Path(folder).rglob("*.py")}
+    loaded = {
+        pathlib.Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))
+    }
+    return {path for path in loaded if path.suffix == ".py" and path.parent == pathlib.Path(top.__file__ or "").parent}
 
 
 def report(solvers, found: Found, arguments: Arguments, workdir: pathlib.Path) -> None:
@@ -148,17 +184,22 @@ def report(solvers, found: Found, arguments: Arguments, workdir: pathlib.Path) -
         for solver in solvers
     }
     differentiated = {name: sum(each.differentiated for each in of.values()) for name, of in found.items()}
+    claimed = {solver.name: bool(solver.claims.gradients) for solver in solvers}
     rows = [
-        [name, judged[name], differentiated[name], *(of[check] or "" for check in checks)]
+        [
+            name, judged[name], differentiated[name] if claimed[name] else "none claimed",
+            *(_share(of[check], judged[name]) if check == testing.GAVE_UP else of[check] or "" for check in checks),
+        ]
         for name, of in counts.items()
-    ]
+    ]  # fmt: skip
     parts = [
         f"# {arguments.count:,} transport problems",
         tabulate.tabulate(rows, headers=["solver", "problems", "derivatives", *checks], tablefmt="pipe"),
-        "Number of problems for which each check fails, among the problems that a solver claims to solve. *Gave up*: "
-        f"the solver reports it itself. For one problem in {arguments.derivatives_every}, jit and vmap are checked "
-        "too, and derivatives if the claimed marginal error determines them; *derivatives* is the number of these "
-        "problems.",
+        "How many problems each check fails for, of those that a solver claims to solve. *Gave up*: it says so itself, "
+        "by `converged` or NaN throughout, which isn't a finding. "
+        f"Of one problem in {arguments.derivatives_every} jit, vmap and derivatives are checked too. *Derivatives* "
+        "says of how many the plan was exact enough that errors of a quarter would be found.",
+        "![Problems by how sharp their plan is, and what was found](findings.png)",
     ]
     scripts: dict[str, str] = {}
     for solver in solvers:
@@ -180,13 +221,26 @@ def report(solvers, found: Found, arguments: Arguments, workdir: pathlib.Path) -
     environment = backend.describe()
     parts += [f"On {made_on(environment)}: `python -m experiments.differential --solvers {' '.join(arguments.solvers)} "
               f"--count {arguments.count} --derivatives-every {arguments.derivatives_every}`"]  # fmt: skip
+    remove_scripts(workdir, scripts)
     write_files(workdir / "scripts", scripts)
     data = {"environment": environment, "count": arguments.count, "problems": judged,
-            "differentiated": differentiated, "findings": counts}  # fmt: skip
+            "differentiated": differentiated, "findings": counts, "scripts": list(scripts)}  # fmt: skip
     text = "\n\n".join(parts) + "\n"
     write_files(workdir, {"report.md": text, "report.json": data})
     draw(found, workdir / "findings.png")
     print(text)
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} ({count / total:.0%})" if count else ""
+
+
+def remove_scripts(workdir: pathlib.Path, kept) -> None:
+    """Remove the scripts of an earlier report whose findings are gone."""
+    earlier = workdir / "report.json"
+    for name in json.loads(earlier.read_text(encoding="utf-8")).get("scripts", []) if earlier.exists() else []:
+        if name not in kept:
+            (workdir / "scripts" / name).unlink(missing_ok=True)
 
 
 def draw(found: Found, path: pathlib.Path) -> None:
@@ -196,6 +250,7 @@ def draw(found: Found, path: pathlib.Path) -> None:
     from fs_jax.ot import testing
     from fs_jax.report._canvas import GREY, PALETTE, new_figure, save
 
+    lowest = 1e-4  # of a single row or column, nothing is left of the costs: zero has no place on a logarithmic axis
     with new_figure(figsize=(8.0, 1.2 + 0.42 * len(found))) as figure:
         axes = figure.add_subplot()
         for place, of in enumerate(found.values()):
@@ -204,16 +259,17 @@ def draw(found: Found, path: pathlib.Path) -> None:
                 problem = testing.case(index)
                 kinds = {check for check, *_ in each.findings}
                 which = "none" if not kinds else "gave up" if kinds == {testing.GAVE_UP} else "finding"
-                groups[which].append(max(problem.ratio, 1e-4))
+                groups[which].append(max(problem.ratio, lowest))
             for (which, ratios), colour, size in zip(
                 groups.items(), ("#CCCCCC", GREY, PALETTE[1]), (3, 8, 14), strict=True
             ):
                 jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(ratios))
                 axes.scatter(ratios, place + jitter, s=size, color=colour, lw=0, label=which if place == 0 else None)
         axes.set_xscale("log")
+        axes.set_xticks([lowest, 1e-2, 1, 1e2, 1e4], ["0", "0.01", "1", "100", "10,000"])
         axes.set_yticks(range(len(found)), list(found))
         axes.invert_yaxis()
-        axes.set_xlabel("range of costs over reg")
+        axes.set_xlabel("largest cost / reg, rows' and columns' minima subtracted (0: below 0.0001)")
         figure.legend(loc="outside upper center", ncols=3)
         save(figure, path)
 
@@ -221,9 +277,21 @@ def draw(found: Found, path: pathlib.Path) -> None:
 def listing() -> str:
     from fs_jax.ot import testing
 
-    lines = ["Solvers:", *(f"  {name}" for name in testing.BUILT_IN), "Kinds of problems:"]
+    lines = ["Solvers, and what they claim:"]
+    lines += [f"  {name:28} {_differences(solver.claims)}" for name, solver in testing.BUILT_IN.items()]
+    lines += ["Kinds of problems:"]
     lines += [f"  {name:16} {make.__doc__}" for name, make in testing.FAMILIES.items()]
     return "\n".join(lines)
+
+
+def _differences(claims) -> str:
+    """What it claims, without the defaults."""
+    fields = dataclasses.fields(claims)
+    return ", ".join(
+        f"{field.name}={getattr(claims, field.name)!r}"
+        for field in fields
+        if field.name in ("dtype", "marginal_error") or getattr(claims, field.name) != field.default
+    )
 
 
 if __name__ == "__main__":

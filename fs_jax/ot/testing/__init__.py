@@ -15,6 +15,7 @@ from fs_jax.ot.testing.checks import (
     Verdict,
     as_seen,
     findings,
+    has_derivatives_checked,
     is_claimed,
     judged,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "case",
     "cases",
     "findings",
+    "has_derivatives_checked",
     "is_claimed",
     "judged",
     "load",

@@ -18,7 +18,7 @@ class Case(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Range of the costs, without constants of rows and columns, over reg: it says how sharp the plan is."""
+        """The largest cost over reg, rows' minima and then columns' taken away: how sharp the plan is."""
         there = self.cost[np.ix_(self.a > 0, self.b > 0)]
         centred = there - there.min(1, keepdims=True)
         return float(np.ptp(centred - centred.min(0)) / self.reg)
@@ -34,7 +34,12 @@ def case(number: int) -> Case:
     Example:
       >>> case(3).family, case(3).cost.shape == case(3).a.shape + case(3).b.shape
       ('zeros', True)
+
+    Raises:
+      ValueError: for a negative number.
     """
+    if number < 0:
+        raise ValueError(f"number: expected an integer of at least 0; got {number}")
     names = list(FAMILIES)
     name, rng = names[number % len(names)], np.random.default_rng(number)
     n, m = SHAPES[int(rng.integers(len(SHAPES)))]

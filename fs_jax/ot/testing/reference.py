@@ -119,3 +119,44 @@ def gradients(case: Case, reference: Reference, weights: np.ndarray) -> dict[str
     weighted = plan * weights
     x, y = least_squares(plan, weighted.sum(1), weighted.sum(0))
     return {"cost": -plan * (weights - x[:, None] - y) / case.reg, "a": x, "b": y}
+
+
+def gradients_of_iterations(case: Case, weights: np.ndarray, error: float, limit: int = 2000) -> dict[str, np.ndarray]:
+    """Derivatives of Σ weights · plan through Sinkhorn's iterations, from zero until the plan is as good as `error`.
+
+    They differ from those of the solution, by more than the plan does: the k-th iterate's derivative holds the first
+    iterations' too, weighted by what a step leaves of an error.
+
+    Args:
+      case: The problem.
+      weights: [k, n, m]: derivatives of k sums.
+      error: The plan's marginal error, L1, over the mass, at which the iterations stop.
+      limit: Or after so many iterations.
+
+    Returns:
+      By `cost` [k, n, m], `a` [k, n] and `b` [k, m], zero for points without mass; those by a and b but for a constant.
+    """
+    rows, columns = case.a > 0, case.b > 0
+    present, mass = np.ix_(rows, columns), case.a.sum()
+    cost, a, b = case.cost[present] / case.reg, case.a[rows], case.b[columns]
+    f, log_a, log_b = np.zeros(len(a)), np.log(a), np.log(b)
+    path = []
+    for _ in range(limit):
+        g = log_b - logsumexp(f[:, None] - cost, axis=0)
+        path.append((f, g))
+        f = log_a - logsumexp(g - cost, axis=1)
+        plan = np.exp(f[:, None] + g - cost)
+        if np.abs(plan.sum(0) - b).sum() <= error * mass:
+            break
+    weighted = weights[:, *present] * plan
+    of_f, of_g, of_cost = weighted.sum(2), weighted.sum(1), -weighted
+    of_a, of_b = np.zeros_like(of_f), np.zeros_like(of_g)
+    for before, g in reversed(path):
+        of_rows = np.exp(f[:, None] + g - cost) * (of_f / a)[:, :, None]
+        of_a, of_cost, of_g = of_a + of_f / a, of_cost + of_rows, of_g - of_rows.sum(1)
+        of_columns = np.exp(before[:, None] + g - cost) * (of_g / b)[:, None]
+        of_b, of_cost, of_f = of_b + of_g / b, of_cost + of_columns, -of_columns.sum(2)
+        f, of_g = before, np.zeros_like(of_g)
+    whole = {"cost": np.zeros(weights.shape), "a": np.zeros(weights.shape[:2]), "b": np.zeros(weights.shape[::2])}
+    whole["cost"][:, *present], whole["a"][:, rows], whole["b"][:, columns] = of_cost / case.reg, of_a, of_b
+    return whole

@@ -1,40 +1,62 @@
 """Solvers under test: their signature, their claims, and the built-in ones."""
 
 import dataclasses
+import difflib
 import functools
 import importlib
+import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fs_jax.ot import _checks
 
 Solve = Callable[[Any, Any, Any, Any], Mapping[str, Any]]
-"""(cost [n, m], a [n], b [m], reg) -> a mapping with `plan` [n, m] and optionally `f` [n], `g` [m], `primal_cost`,
-`reg_cost`, `marginal_error`, `converged`, as in `fs_jax.ot.Transport`."""
+"""(cost [n, m], a [n], b [m], reg) -> a mapping with `plan` [n, m] and, where there are, `f` [n], `g` [m],
+`primal_cost`, `reg_cost`, `marginal_error`, `converged`, as `fs_jax.ot.Transport` has them. None is none."""
+
+Dtype = Literal["float32", "float64"]
+Differentiable = Literal["cost", "a", "b"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Claims:
     """What a solver claims to do. Only that is tested.
 
-    A function can have its claims as the attribute `claims`.
+    A function says it as its attribute `claims`.
+
+    Raises:
+      ValueError: for a value that is none of those described.
+
+    Example:
+      >>> def solve(cost, a, b, reg): ...
+      >>> solve.claims = Claims(dtype="float32", gradients=("cost",), batched=True)
     """
 
-    dtype: Literal["float32", "float64"] = "float64"
-    """The dtype of the computation and of the arguments."""
+    dtype: Dtype = "float64"
+    """What it computes in; its arguments come in it."""
     marginal_error: float = 1e-3
     """Largest marginal error of the plan (L1, in units of mass). If it is not reached, the solver must report that, by
     `converged` or by a plan of NaN."""
     largest_ratio: float = float("inf")
-    """Largest |cost| / reg of the problems that it claims to solve."""
+    """The largest max |C| / reg of the problems that it solves: exp(-C / reg) underflows for larger ones."""
     zeros: bool = True
     """Whether weights may be zero."""
-    gradients: tuple[Literal["cost", "a", "b"], ...] = ()
-    """Arguments by which `jax.grad` can differentiate the plan, and `primal_cost` and `reg_cost` if it returns them."""
+    gradients: tuple[Differentiable, ...] = ()
+    """By what the plan can be differentiated, and `primal_cost` and `reg_cost` if they are given, with `jax.grad`."""
     second_order: bool = False
     """Whether second derivatives with respect to the cost are supported too."""
     batched: bool = False
     """Whether it works under `jax.jit` and `jax.vmap`."""
+
+    def __post_init__(self):
+        _checks.choice("claims.dtype", self.dtype, get_args(Dtype))
+        for name in ("marginal_error", "largest_ratio"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or isinstance(value, bool) or not value > 0:
+                raise ValueError(f"claims.{name}: expected a positive number; got {value!r}")
+        names = get_args(Differentiable)
+        if not isinstance(self.gradients, tuple) or not all(name in names for name in self.gradients):
+            raise ValueError(f"claims.gradients: expected a tuple of some of {names}; got {self.gradients!r}")
 
     @property
     def jax(self) -> bool:
@@ -58,22 +80,45 @@ def load(name: str) -> Solver:
     """A solver by name: one of `BUILT_IN`, or `package.module:function`.
 
     Raises:
-      ValueError: if the name is unknown (the error suggests the nearest one) or can't be imported.
+      ValueError: for an unknown name, with the nearest one; for one that can't be imported or called; for claims that
+        aren't `Claims`.
 
     Example:
       >>> load("fs_jax-stabilized-float32").claims.dtype
       'float32'
     """
-    if ":" not in name:
-        return BUILT_IN[_checks.choice("solver", name, tuple(BUILT_IN))]
-    module, function = name.split(":", 1)
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    module, _, function = name.partition(":")
+    if not (module and function):
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
+        colon = [":".join(name.rsplit(".", 1))] if "." in name and ":" not in name else []
+        raise ValueError(
+            f"solver: expected package.module:function, or the name of a built-in solver; got {name!r}"
+            + "".join(f"; did you mean {of!r}?" for of in near or colon)
+            + f" (Built in: {', '.join(BUILT_IN)})"
+        )
     try:
         solve = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
+        advice = ""
+        if isinstance(error, ModuleNotFoundError):
+            advice = (
+                ". If it is in the current folder, use `python -m pytest`, `pythonpath = .` in pytest's settings, "
+                "or PYTHONPATH=."
+            )
         raise ValueError(
-            f"solver: expected package.module:function that can be imported; got {name!r}: {error}"
+            f"solver: expected package.module:function that can be imported; got {name!r}: {error}{advice}"
         ) from None
-    return Solver(name, solve, getattr(solve, "claims", Claims()), f"from {module} import {function} as solve")
+    if not callable(solve):
+        raise ValueError(f"solver: expected a function; got {name!r}, a {type(solve).__name__}")
+    claims = getattr(solve, "claims", Claims())
+    if not isinstance(claims, Claims):
+        raise ValueError(
+            f"solver: expected {function}.claims to be fs_jax.ot.testing.Claims(...); got a {type(claims).__name__}. "
+            "Of a dictionary, make Claims(**dictionary)"
+        )
+    return Solver(name, solve, claims, f"from {module} import {function} as solve")
 
 
 ITERATIONS = 5000

@@ -2,24 +2,21 @@
 
 import pytest
 
-from fs_jax.ot.testing.checks import DERIVATIVES_EVERY, GAVE_UP, as_seen, findings, is_claimed
+from fs_jax.ot.testing.checks import GAVE_UP, as_seen, has_derivatives_checked, is_claimed, judged
 from fs_jax.ot.testing.families import case
 from fs_jax.ot.testing.shrinking import script, shrunk
 from fs_jax.ot.testing.solvers import load
 
 SECONDS = 10.0  # for shrinking one problem; short, since a solver may fail many tests
 
+pytestmark = pytest.mark.ot_solver
+
 
 def pytest_generate_tests(metafunc):
     """A test for each solver and problem."""
     option = metafunc.config.getoption
-    if option("--ot-count") < 1 or option("--ot-seed") < 0:
-        raise pytest.UsageError("expected --ot-count of at least 1 and --ot-seed of at least 0")
     numbers = range(option("--ot-seed"), option("--ot-seed") + option("--ot-count"))
-    try:
-        solvers = [load(name) for name in option("--ot-solver")]
-    except ValueError as error:
-        raise pytest.UsageError(f"--ot-solver: {error}") from None
+    solvers = [load(name) for name in dict.fromkeys(option("--ot-solver"))]
     metafunc.parametrize(
         ("solver", "problem"),
         [(solver, case(number)) for solver in solvers for number in numbers],
@@ -27,13 +24,21 @@ def pytest_generate_tests(metafunc):
     )
 
 
-@pytest.mark.filterwarnings("ignore")  # only the answer is tested
-def test_solver(solver, problem):
-    """There are no findings; a failure prints a script with the simplest problem that fails in the same way."""
+@pytest.mark.filterwarnings("ignore")  # the answer is judged, not what is said on the way
+def test_solver(solver, problem, request, record_property):
+    """No finding; a failure comes with the simplest problem that fails likewise, as a script."""
+    record_property("ot_solver", solver.name)  # for the summary in the end
     if not is_claimed(solver, problem):
-        pytest.skip("not claimed by the solver")
-    found = findings(solver, problem, derivatives=problem.number % DERIVATIVES_EVERY == 0)
+        record_property("ot_problem", "outside")
+        pytest.skip("outside of what the solver claims")
+    derivatives = has_derivatives_checked(problem.number, request.config.getoption("--ot-derivatives-every"))
+    found, differentiated = judged(solver, problem, derivatives=derivatives)
     wrong = [finding for finding in found if finding.check != GAVE_UP]
+    record_property("ot_problem", "wrong" if wrong else GAVE_UP if found else "right")
+    if not solver.claims.gradients:
+        record_property("ot_derivatives", "not claimed")
+    elif derivatives:
+        record_property("ot_derivatives", "checked" if differentiated else "not checked")
     if wrong:
         simplest = shrunk(solver, as_seen(solver, problem), wrong[0], seconds=SECONDS)
         told = "\n".join(f"{finding.check}: {finding.text}" for finding in wrong)
