@@ -94,6 +94,22 @@ def too_good(cost, a, b, reg):
     return {"plan": answer["plan"] * 1.0001, "marginal_error": 0.0}
 
 
+def swapped_weights(cost, a, b, reg):
+    """Takes a for b, and b for a, where there are as many rows as columns."""
+    return right(cost, b, a, reg) if len(a) == len(b) else right(cost, a, b, reg)
+
+
+def dropped_square_mask(cost, a, b, reg):
+    """Drops the mask where there are as many rows as columns."""
+    return dropped_mask(cost, a, b, reg) if len(a) == len(b) else right(cost, a, b, reg)
+
+
+def shifting_in_place(cost, a, b, reg):
+    """Subtracts the smallest cost from the caller's array."""
+    cost -= cost.min()
+    return right(cost, a, b, reg)
+
+
 def words(cost, a, b, reg):
     """Returns a plan of strings."""
     return {"plan": [["none"] * len(b)] * len(a)}
@@ -162,8 +178,34 @@ def constant_in_second_order(cost, a, b, reg):
 constant_in_second_order.claims = Claims(marginal_error=1e-6, gradients=("cost",), second_order=True)
 
 
+def scaled_gradient(cost, a, b, reg, factor=1.0):
+    """The gradient by `a` is multiplied by a factor."""
+    import jax
+
+    from fs_jax.ot import sinkhorn
+
+    a = factor * a + jax.lax.stop_gradient((1 - factor) * a)
+    out = sinkhorn(cost, a, b, reg=reg, num_iters=5000, threshold=1e-10, grad="implicit")
+    return {"plan": out.plan, "converged": out.converged}
+
+
+def half_gradient(cost, a, b, reg):
+    """As if each weight counted half."""
+    return scaled_gradient(cost, a, b, reg, 0.5)
+
+
+half_gradient.claims = Claims(gradients=("cost", "a", "b"), batched=True)
+
+
+def claims_a_dictionary(cost, a, b, reg):
+    """What it claims isn't `Claims`."""
+
+
+claims_a_dictionary.claims = {"dtype": "float32"}
+
 for solver in (
     right, stopped_early, flag_before_the_plan, dropped_mask, flushed_kernel, cost_of_a_shifted_matrix,
-    entropy_of_another_sign, potentials_of_another_gauge, too_good, raising, words,
+    entropy_of_another_sign, potentials_of_another_gauge, too_good, raising, words, swapped_weights,
+    dropped_square_mask, shifting_in_place,
 ):  # fmt: skip
     solver.claims = Claims(marginal_error=1e-6)

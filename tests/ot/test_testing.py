@@ -2,29 +2,37 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import differential
 from fs_jax.ot import sinkhorn
 from fs_jax.ot.testing import (
     FAMILIES,
     GAVE_UP,
+    Case,
+    Claims,
     Finding,
     Solver,
     case,
     cases,
     findings,
+    has_derivatives_checked,
+    judged,
     load,
     script,
     shrunk,
     solve_exactly,
 )
-from fs_jax.ot.testing.reference import gradients
+from fs_jax.ot.testing.reference import gradients, gradients_of_iterations
+from tests.ot import broken_solvers
 
 pytest_plugins = ["pytester"]
 
@@ -40,6 +48,10 @@ BROKEN = {
     "potentials_of_another_gauge": "potentials",
     "too_good": "marginal_error",
     "raising": "raises",
+    "swapped_weights": "marginals",
+    "dropped_square_mask": "masked",
+    "shifting_in_place": "changes its arguments",
+    "half_gradient": "gradient by a",
     "words": "raises",
     "flushed_kernel": "lost entries",
     "constant_potentials": "gradient by cost",
@@ -49,11 +61,17 @@ BROKEN = {
 
 SLOW = (
     "dropped_mask",
+    "dropped_square_mask",
+    "half_gradient",
     "constant_potentials",
     "constant_plan",
     "constant_in_second_order",
     "flushed_kernel",
 )  # some seconds each
+
+
+# What a script prints just before the number that shows the finding.
+SHOWN = {"masked": "without weight:", "marginals": "off by", "changes its arguments": "changed by", "potentials": "by"}
 
 
 def broken(name):
@@ -86,8 +104,8 @@ def test_nothing_is_found_in_our_solvers(name):
 @pytest.mark.parametrize(("name", "check"), [
     pytest.param(*of, marks=pytest.mark.slow if of[0] in SLOW else ()) for of in BROKEN.items()
 ])  # fmt: skip
-def test_defects_are_found_named_shrunk_and_reproduced(name, check, tmp_path):
-    solver, derivatives = broken(name), name.startswith("constant")
+def test_what_is_broken_is_found_named_shrunk_and_shown(name, check, tmp_path):
+    solver, derivatives = broken(name), name.startswith("constant") or name == "half_gradient"
     small = (number for number in range(300) if not derivatives or case(number).cost.size <= 60)
     for number in small:
         of = [f for f in findings(solver, case(number), derivatives=derivatives) if f.check == check]
@@ -95,8 +113,8 @@ def test_defects_are_found_named_shrunk_and_reproduced(name, check, tmp_path):
             break
     assert of, f"{check} isn't found"
     simplest = shrunk(solver, case(number), of[0], seconds=120)  # most take one; a busy machine more
-    # A small kernel loses no entries. For derivatives each shape is compiled, which leaves less time to shrink.
-    assert simplest.cost.size <= (30 if derivatives or name == "flushed_kernel" else 4)
+    # A kernel of which nothing is lost has no finding; shapes are compiled for where derivatives are at fault.
+    assert simplest.cost.size <= (30 if derivatives or name == "flushed_kernel" else 9 if "square" in name else 4)
     again = findings(solver, simplest, derivatives=derivatives)
     assert check in {f.check for f in again}
     text = script(solver, simplest, of[0])
@@ -107,7 +125,47 @@ def test_defects_are_found_named_shrunk_and_reproduced(name, check, tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0 or check == "raises", done.stderr
+    if check in SHOWN:
+        assert float(re.search(rf"{SHOWN[check]} (\S+)", done.stdout)[1]) > 0
     assert check in text.splitlines()[0]
+
+
+def derivatives_of(name, number, factor):
+    """What is found in the derivatives of a solver whose gradient by `a` is multiplied by a factor."""
+
+    def solve(cost, a, b, reg):
+        return broken_solvers.scaled_gradient(cost, a, b, reg, factor)
+
+    claims = Claims(name, gradients=("a",), batched=True)  # it claims 1e-3 only
+    return judged(Solver("scaled", solve, claims), case(number), derivatives=True)
+
+
+def test_a_gradient_that_is_off_by_two_per_cent_is_found_in_an_exact_solution():
+    right, off = (derivatives_of("float64", 62, factor) for factor in (1.0, 1.02))
+    assert (right.findings, right.differentiated, off.differentiated) == ([], True, True)
+    assert [finding.check for finding in off.findings] == ["gradient by a"]
+
+
+def test_gradients_of_iterations_are_those_of_automatic_differentiation(make_problem):
+    cost, a, b = make_problem(4, 5)
+    weights = np.random.default_rng(0).normal(size=(1, 4, 5))
+
+    def value(cost, a, b):
+        return jnp.sum(weights[0] * sinkhorn(cost, a, b, reg=0.3, num_iters=3, method="log").plan)
+
+    got = gradients_of_iterations(Case(cost, a, b, 0.3), weights, error=0.0, limit=3)
+    for name, wanted in zip(("cost", "a", "b"), jax.grad(value, (0, 1, 2))(cost, a, b), strict=True):
+        constant = 0 if name == "cost" else (got[name][0] - wanted).mean()
+        # The same float64 operations in another order.
+        np.testing.assert_allclose(got[name][0] - constant, wanted, atol=1e-12)
+
+
+def test_problems_with_derivatives_are_one_in_each_block_and_of_many_kinds():
+    picked = [number for number in range(600) if has_derivatives_checked(number, 15)]
+    assert [number // 15 for number in picked] == list(range(40))
+    assert len({case(number).family for number in picked}) > 10
+    assert all(min(case(number).cost.shape) > 1 for number in picked)
+    assert all(has_derivatives_checked(number, 1) for number in range(3))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -166,7 +224,20 @@ def test_answers_of_another_shape_are_findings(answer):
     assert [f.check for f in findings(solver, case(17))] == ["shape"]
 
 
-def test_only_claims_are_tested():
+def test_none_is_not_given():
+    def solve(cost, a, b, reg):
+        return {**broken_solvers.right(cost, a, b, reg), "f": None, "converged": None}
+
+    assert findings(Solver("none", solve), case(17)) == []
+
+
+def test_an_error_is_told_with_the_line_of_the_solver():
+    wide = next(problem for problem in cases(range(100)) if problem.cost.shape[0] < problem.cost.shape[1])
+    (finding,) = findings(broken("raising"), wide)
+    assert re.search(r"\(broken_solvers.py, line \d+: raise IndexError\(.index 5", finding.text)
+
+
+def test_what_is_not_claimed_is_not_judged():
     kernel = load("ott-kernel-float32")
     sharp = next(problem for problem in cases(range(100)) if problem.family == "sharp" and problem.cost.size > 100)
     assert sharp.ratio > kernel.claims.largest_ratio
@@ -174,7 +245,12 @@ def test_only_claims_are_tested():
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("fs_jax-stabilised-float32", "solver: expected one of .*did you mean 'fs_jax-stabilized-float32'"),
+    ("fs_jax-stabilised-float32", "or the name of a built-in solver; .*did you mean 'fs_jax-stabilized-float32'"),
+    ("mylib.wrong.raises", "expected package.module:function, .*did you mean 'mylib.wrong:raises'"),
+    ("nosuch", "expected package.module:function, or the name of a built-in solver; got 'nosuch'"),
+    (":", "expected package.module:function, or the name of a built-in solver; got ':'"),
+    ("numpy:pi", "solver: expected a function; got 'numpy:pi', a float"),
+    ("tests.ot.broken_solvers:claims_a_dictionary", r"expected claims_a_dictionary.claims to be .*Claims\(\*\*dict"),
     ("nowhere:solve", "solver: expected package.module:function that can be imported; got 'nowhere:solve'"),
     ("numpy:sinkhorn", "solver: expected package.module:function that can be imported; got 'numpy:sinkhorn'"),
 ])  # fmt: skip
@@ -183,7 +259,23 @@ def test_unknown_solvers_raise(name, message):
         load(name)
 
 
-def test_a_finding_has_its_numbers():
+@pytest.mark.parametrize(("claims", "message"), [
+    ({"gradients": ("plan",)}, r"claims.gradients: expected a tuple of some of .*; got \('plan',\)"),
+    ({"gradients": "a"}, "claims.gradients: expected a tuple"),
+    ({"dtype": "float16"}, "claims.dtype: expected one of 'float32', 'float64', got 'float16'"),
+    ({"marginal_error": -1}, "claims.marginal_error: expected a positive number; got -1"),
+])  # fmt: skip
+def test_claims_that_mean_nothing_are_refused(claims, message):
+    with pytest.raises(ValueError, match=message):
+        Claims(**claims)
+
+
+def test_problems_have_no_negative_numbers():
+    with pytest.raises(ValueError, match="number: expected an integer of at least 0; got -1"):
+        case(-1)
+
+
+def test_a_finding_is_told_with_its_numbers():
     solver = broken("stopped_early")
     number, (first, *_) = next((number, of) for number, of in found(solver, NUMBERS).items() if of)
     assert isinstance(first, Finding)
@@ -213,17 +305,49 @@ def test_pytest_tests_a_solver_and_shows_what_fails(run_pytest, tmp_path):
     )
     wide = [case(number) for number in range(15, 30) if case(number).cost.shape[0] < case(number).cost.shape[1]]
     assert done.parseoutcomes() == {"passed": len(FAMILIES) - len(wide), "failed": len(wide)}
-    assert f"test_solver[tests.ot.broken_solvers:raising-{wide[0].family}-{wide[0].number}]" in text
+    node = f"fs_jax.ot.testing.suite::test_solver[tests.ot.broken_solvers:raising-{wide[0].family}-{wide[0].number}]"
+    assert f"FAILED {node}" in text
+    assert "tests.ot.broken_solvers:raising: problems tested: 15, gave up: 0 (0%), claims no derivatives" in text
     shown = text.split("The simplest problem found:")[1].split("____")[0]
     (tmp_path / "shown.py").write_text(shown, encoding="utf-8")
     done = subprocess.run([sys.executable, tmp_path / "shown.py"], capture_output=True, text=True, encoding="utf-8")
     assert "IndexError: index 5 is out of bounds" in done.stderr
+    done, _ = run_pytest("--ot-solver=tests.ot.broken_solvers:raising", *one_of_each, node)
+    assert done.parseoutcomes() == {"failed": 1}
+
+
+def test_pytest_runs_the_suite_unless_tests_are_named_or_deselected(run_pytest, pytester):
+    solver = "tests.ot.broken_solvers:right"
+    pytester.makeini(f"[pytest]\naddopts = --ot-solver={solver} --ot-count=1 --strict-markers")
+    mine = pytester.makepyfile(test_mine="def test_one(): pass")
+    for options, count in (
+        ((), 2), ((".",), 2), ((mine,), 1), ((f"{mine}::test_one",), 1), (("-m", "not ot_solver"), 1),
+        ((f"--ot-solver={solver}",), 2), (("fs_jax.ot.testing.suite", "--junitxml=results.xml"), 1),
+    ):  # fmt: skip
+        assert run_pytest(*options)[0].parseoutcomes()["passed"] == count, options
+    assert 'testcase classname="fs_jax.ot.testing.suite"' in (pytester.path / "results.xml").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_pytest_finds_a_wrong_gradient_and_says_how_many_were_checked(run_pytest):
+    solver = "--ot-solver=tests.ot.broken_solvers:half_gradient"
+    _, text = run_pytest(solver, "--ot-count=12", "--ot-derivatives-every=6")
+    assert "gradient by a: off by" in text
+    assert re.search(r"problems tested: 12, gave up: .*, derivatives checked: [12] of 2 problems", text)
 
 
 def test_pytest_reports_invalid_options_and_does_nothing_without_a_solver(run_pytest):
     assert run_pytest()[0].ret == pytest.ExitCode.NO_TESTS_COLLECTED
-    assert "--ot-solver: solver: expected package.module:function that can be" in run_pytest("--ot-solver=nowhere:s")[1]
-    assert "expected --ot-count of at least 1" in run_pytest("--ot-solver=numpy:add", "--ot-count=0")[1]
+    for options, message in (
+        (("--ot-solver=nowhere:s",), "--ot-solver: solver: expected package.module:function that can be imported; got "
+         "'nowhere:s': No module named 'nowhere'. If it is in the current folder, use `python -m pytest`"),
+        (("--ot-solver=numpy:add", "--ot-count=0"), "--ot-count: expected at least 1; got 0"),
+        (("--ot-solver=numpy:add", "--ot-seed=-1"), "--ot-seed: expected at least 0; got -1"),
+        (("--ot-count=5",), "--ot-count: expected --ot-solver=package:function too"),
+    ):  # fmt: skip
+        done, text = run_pytest(*options)
+        assert done.ret == pytest.ExitCode.USAGE_ERROR
+        assert message in text
 
 
 def test_the_plugin_is_installed_and_imports_no_library():
@@ -256,3 +380,44 @@ def test_the_command_reports_findings_and_resumes(tmp_path):
     again = (tmp_path / "run" / "findings.jsonl").read_text(encoding="utf-8").splitlines()
     assert (again[:60], len(again)) == (lines, 62)
     assert run("--count", "0").returncode == 2
+
+
+@pytest.mark.slow
+def test_the_command_notices_changed_helpers_and_removes_scripts(tmp_path):
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "solver.py").write_text("from mine.helper import solve\n", encoding="utf-8")
+    helper = "from tests.ot.broken_solvers import right, stopped_early as early\ndef solve(*given): return {}(*given)\n"
+
+    def run(name, *more):
+        (package / "helper.py").write_text(helper.format(name), encoding="utf-8")
+        return subprocess.run(
+            [sys.executable, "-m", "experiments.differential", "--count", "4", "--solvers", "mine.solver:solve",
+             "--workdir", str(tmp_path / "run"), *more],
+            cwd=ROOT, capture_output=True, text=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )  # fmt: skip
+
+    assert run("right").returncode == 0
+    assert run("early").returncode == 1
+    assert len([*(tmp_path / "run" / "scripts").iterdir()]) == 1
+    again = run("right")
+    assert (again.returncode, [*(tmp_path / "run" / "scripts").iterdir()]) == (0, [])
+    assert "4 answers are from an earlier run of the same code" in again.stdout
+    assert "from an earlier run" not in run("right", "--fresh").stdout
+    assert len((tmp_path / "run" / "findings.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+
+
+def test_the_command_refuses_other_folders_and_no_solvers(tmp_path):
+    (tmp_path / "module.py").touch()
+    for arguments, message in (
+        (["--workdir", str(tmp_path)], "workdir: expected a new or empty folder, or one with findings.jsonl"),
+        (["--solvers", "--workdir", str(tmp_path / "new")], "solvers: expected at least one name; got none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            differential.main(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["module.py"]
+
+
+def test_the_command_lists_solvers_with_their_claims():
+    assert re.search(r"ott-log-float32 +dtype='float32', marginal_error=0.002, gradients=", differential.listing())

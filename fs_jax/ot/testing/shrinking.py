@@ -136,7 +136,7 @@ def _of_the_answer(problem: Case, check: str) -> list[str]:
         return [
             "before = cost.copy(), a.copy(), b.copy()",
             "solve(cost, a, b, reg)",
-            'print("changed by", [abs(now - was).max() for now, was in zip((cost, a, b), before)], "in cost, a, b")',
+            'print("changed by", max(abs(now - was).max() for now, was in zip((cost, a, b), before)))',
         ]
     if check == "shape":
         return ["answer = solve(cost, a, b, reg)", "print(answer)"]
