@@ -56,7 +56,7 @@ def _with_derivatives(block: int, every: int) -> int:
 def has_derivatives_checked(number: int, every: int = DERIVATIVES_EVERY) -> bool:
     """Whether a problem is the one of its block of `every` whose derivatives, jit and vmap are checked.
 
-    It is drawn from those with more than one row and column: kinds and sizes come as they come.
+    It is drawn from those with more than one row and column, of whatever kind and size.
 
     Example:
       >>> [number for number in range(40) if has_derivatives_checked(number)]
@@ -398,7 +398,7 @@ def allowed_errors(
     weights, _ = weights_and_direction(problem)
     wanted = expected_derivatives(problem, reference, weights)
     at_plan = expected_derivatives(problem, reference._replace(plan=plan), weights)
-    # In both of these solutions are Σ W · plan for W the costs, and, for `reg_cost`, the potentials.
+    # Derivatives of the costs are such sums' too: W is the cost, and for `reg_cost` f + g.
     there = (problem.a > 0)[:, None] & (problem.b > 0)
     potentials = sum(wanted["reg_cost"][name][0].reshape(shape) for name, shape in (("a", (n, 1)), ("b", (1, m))))
     of_sums = np.stack([np.where(there, of, 0) for of in (weights, problem.cost, potentials)])
@@ -409,9 +409,9 @@ def allowed_errors(
     rows_first = gradients_of_iterations(turned, of_sums.swapaxes(1, 2), error)
     rows_first = {"cost": rows_first["cost"].swapaxes(1, 2), "a": rows_first["b"], "b": rows_first["a"]}
     # Rounded exponents are an error of the plan's entries, and so of the system for the derivatives, relative to rows'
-    # and columns' sums. Scaled by the roots of these sums, the system's smallest value is 1 - σ², σ the second singular
-    # value; unscaled, a small weight's entry is amplified by 1 over its root. (In one by the cost, the plan's entry,
-    # at most the weight, makes up for that.)
+    # and columns' sums. Scaled by the roots of these sums, the system for rows alone has 1 - σ² as its smallest
+    # eigenvalue, σ the second singular value; unscaled, a small weight's entry is amplified by 1 over its root. (In a
+    # derivative by the cost, the plan's entry, at most the weight, makes up for that.)
     rounded = _rounding(problem, eps) / _gap(problem, reference.plan)
     smallest = min(problem.a[problem.a > 0].min(), problem.b[problem.b > 0].min()) / mass
     amplified = {"cost": rounded, "a": rounded / np.sqrt(smallest), "b": rounded / np.sqrt(smallest)}
