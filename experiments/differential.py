@@ -106,13 +106,15 @@ def run(solvers, arguments: Arguments, path: pathlib.Path) -> Found:
 
     found: Found = {solver.name: {} for solver in solvers}
     of_code = {solver.name: code(solver) for solver in solvers}
-    for line in read_jsonl(path) if path.exists() and not arguments.fresh else []:
+    if arguments.fresh:
+        path.unlink(missing_ok=True)
+    for line in read_jsonl(path) if path.exists() else []:
         if (line["every"], line["of"]) == (arguments.derivatives_every, of_code.get(line["solver"])):
             found[line["solver"]][line["problem"]] = Seen(line["findings"], line["differentiated"])
     earlier = sum(index < arguments.count for of in found.values() for index in of)
     if earlier:
         print(f"{earlier:,} answers are from an earlier run of the same code; --fresh computes them again.")
-    with open(path, "wb" if arguments.fresh else "ab") as file, warnings.catch_warnings():
+    with open(path, "ab") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for solver in solvers:
             left = [index for index in range(arguments.count) if index not in found[solver.name]]

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(fs_jax.__file__).parent
 ARROWS = {
     "_utils": set(),
     "ot": set(),
-    "pytest_plugin": set(),
+    "pytest_plugin": {"ot"},
     "config": set(),
     "data": set(),
     "attacks": {"ot"},

@@ -325,7 +325,7 @@ def test_pytest_runs_the_suite_unless_tests_are_named_or_deselected(run_pytest, 
         ((f"--ot-solver={solver}",), 2), (("fs_jax.ot.testing.suite", "--junitxml=results.xml"), 1),
     ):  # fmt: skip
         assert run_pytest(*options)[0].parseoutcomes()["passed"] == count, options
-    assert 'testcase classname="fs_jax.ot.testing.suite"' in (pytester.path / "results.xml").read_text("utf-8")
+    assert 'testcase classname="fs_jax.ot.testing.suite"' in (pytester.path / "results.xml").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def has_derivatives_checked(number: int, every: int = DERIVATIVES_EVERY) -> bool
 
     Example:
       >>> [number for number in range(40) if has_derivatives_checked(number)]
-      [1]
+      [1, 10, 28, 33]
     """
     return number == _with_derivatives(number // every, every)
 

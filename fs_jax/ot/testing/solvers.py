@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 from fs_jax.ot import _checks
 
 Solve = Callable[[Any, Any, Any, Any], Mapping[str, Any]]
-"""(cost [n, m], a [n], b [m], reg) -> a mapping with `plan` [n, m] and, if given, `f` [n], `g` [m], `primal_cost`,
-`reg_cost`, `marginal_error`, `converged`, as `fs_jax.ot.Transport` has them. None counts as not given."""
+"""(cost [n, m], a [n], b [m], reg) -> a mapping with `plan` [n, m] and, where there are, `f` [n], `g` [m],
+`primal_cost`, `reg_cost`, `marginal_error`, `converged`, as `fs_jax.ot.Transport` has them. None is as if not given."""
 
 Dtype = Literal["float32", "float64"]
 Differentiable = Literal["cost", "a", "b"]

@@ -9,8 +9,6 @@ from fs_jax.ot.testing.solvers import load
 
 SECONDS = 10.0  # for shrinking one problem; short, since a solver may fail many tests
 
-pytestmark = pytest.mark.ot_solver
-
 
 def pytest_generate_tests(metafunc):
     """A test for each solver and problem."""
@@ -19,8 +17,13 @@ def pytest_generate_tests(metafunc):
     solvers = [load(name) for name in dict.fromkeys(option("--ot-solver"))]
     metafunc.parametrize(
         ("solver", "problem"),
-        [(solver, case(number)) for solver in solvers for number in numbers],
-        ids=[f"{solver.name}-{case(number).family}-{number}" for solver in solvers for number in numbers],
+        [
+            pytest.param(
+                solver, case(number), marks=pytest.mark.ot_solver, id=f"{solver.name}-{case(number).family}-{number}"
+            )
+            for solver in solvers
+            for number in numbers
+        ],
     )
 
 
