@@ -171,18 +171,19 @@ def _finding(check: str, text: str, error: Any = np.inf, allowed: Any = 0.0) -> 
 
 
 def _raised(check: str, solver: Solver, error: Exception) -> Finding:
-    """The error, and the last line of the solver's own package that it came through."""
-    frames = list(traceback.walk_tb(error.__traceback__))
+    """The error, and the last line of the solver's package, or else of a library, that it came through."""
     package = inspect.unwrap(solver.solve).__module__.partition(".")[0]
-
-    def is_own(frame):
-        module = frame.f_globals.get("__name__", "")
-        return module.partition(".")[0] == package and not module.startswith(__package__)
-
-    frame, number = ([of for of in frames if is_own(of[0])] or frames)[-1]
-    file = frame.f_code.co_filename
-    where = f"{pathlib.Path(file).name}, line {number}: {linecache.getline(file, number).strip()}"
-    return _finding(check, f"{type(error).__name__}: {str(error).strip()[:200]} ({where})")
+    frames = [
+        (frame.f_globals.get("__name__", ""), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    frames = [of for of in frames if not of[0].startswith(__package__)]
+    frames = [of for of in frames if of[0].partition(".")[0] == package] or frames
+    where = ""
+    if frames:
+        _, frame, number = frames[-1]
+        file = frame.f_code.co_filename
+        where = f" ({pathlib.Path(file).name}, line {number}: {linecache.getline(file, number).strip()})"
+    return _finding(check, f"{type(error).__name__}: {str(error).strip()[:200]}{where}")
 
 
 def _changed(solver: Solver, problem: Case, given: tuple):
