@@ -35,7 +35,7 @@ def info(name: str | os.PathLike) -> DataInfo:
       (8, 8, 1)
       >>> info("cifar11")
       Traceback (most recent call last):
-      ValueError: name: expected one of cifar10, ..., FILE.npz; got 'cifar11'. Did you mean 'cifar10'?
+      ValueError: dataset: expected one of cifar10, ..., FILE.npz; got 'cifar11'. Did you mean 'cifar10'?
     """
     name = os.fspath(name)
     if name.endswith(".npz"):

@@ -117,8 +117,8 @@ def unbalanced_sinkhorn(
         >>> x, y = jnp.array([[0.0], [1.0]]), jnp.array([[0.0], [1.0], [9.0]])  # an outlier
         >>> result = unbalanced_sinkhorn(sqeuclidean_cost(x, y), jnp.ones(2), jnp.ones(3), reg=0.1, rho=1.0)
         >>> print(result.plan.round(1))
-        [[0.9 0.  0. ]
-         [0.  0.9 0. ]]
+        [[1. 0. 0.]
+         [0. 1. 0.]]
 
     Source: Chizat et al. (Mathematics of Computation 2018); for the constant between the potentials, Séjourné, Vialard
     and Peyré (AISTATS 2022). The gap is derived in `_relaxed.gap`.

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 import warnings
 
 import jax
@@ -18,12 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.evaluate import Arguments
 from fs_jax import data
 from fs_jax.attacks import REGISTRY, cross_entropy, logit_margin, transfer
 from fs_jax.attacks.chain import Outcome
 from fs_jax.evaluation import Attack, accuracy, evaluate, parse_attack, suite
-from fs_jax.evaluation.suites import SUITES
 
 pytestmark = pytest.mark.usefixtures("small_programs", "one_batch_size")
 
@@ -474,11 +471,6 @@ def test_gradient_free_attacks_work_for_a_network_without_gradients():
         warnings.simplefilter("error")
         result = evaluate(outside, images, labels, attacks, progress=False)
     assert result.summary["worst"]["correct"] == 0
-
-
-def test_the_command_line_has_the_same_suites():
-    offered = typing.get_type_hints(Arguments)["suite"]
-    assert set(typing.get_args(typing.get_args(offered)[0])) == set(SUITES)
 
 
 def test_a_norm_that_cannot_be_measured_raises_an_error():

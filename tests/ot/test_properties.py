@@ -199,7 +199,7 @@ def test_solutions(solver, dtype, data):
 def check_evidence(problem, result, eps):
     """The result's errors, costs and status are true of its plan."""
     cost, a, b = problem[:3]
-    assert all(np.isfinite(leaf).all() for leaf in result)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result))
     assert result.status in (Status.CONVERGED, Status.LIMIT, Status.STALLED)
     # Exact sums of the plan and the weights as the solver sees them, so the upper bound needs no tolerance.
     error = math.fsum(
