@@ -144,5 +144,5 @@ def test_memory_of_the_gradient_grows_by_vectors_only(method):
 
 
 def test_second_derivatives_raise():
-    with pytest.raises(NotImplementedError, match='grad="implicit" of .* has second'):
+    with pytest.raises(NotImplementedError, match=r'grad="implicit" of .* has second'):
         jax.hessian(lambda c: solve(c, "stabilized", 0.1)[0])(COSTS["uniform"])
