@@ -32,7 +32,7 @@ def masked_problem(make_problem):
     return tuple(jnp.asarray(x, jnp.float32) for x in (cost, a / a.sum(), b / b.sum()))
 
 
-@pytest.mark.parametrize("name", mostly_slow(SOLVERS, "unroll, sharp", "implicit", "unbalanced"))
+@pytest.mark.parametrize("name", mostly_slow(SOLVERS, "unroll, sharp"))
 def test_debug_nans_finds_none_in_values_and_gradients(masked_problem, name):
     def value(*problem):
         result = SOLVERS[name](*problem)
@@ -50,7 +50,7 @@ def test_debug_nans_finds_a_nan_in_the_problem(masked_problem):
         jax.block_until_ready(jax.jit(SOLVERS["unroll"])(cost.at[0, 0].set(jnp.nan), a, b))
 
 
-@pytest.mark.parametrize("name", mostly_slow(SOLVERS, "threshold", "unbalanced"))
+@pytest.mark.parametrize("name", mostly_slow(SOLVERS, "unbalanced"))
 def test_a_batch_of_any_size_can_be_exported_and_restored(masked_problem, name):
     def value(*problem):
         result = SOLVERS[name](*problem)

@@ -33,6 +33,7 @@ from fs_jax.ot.testing import (
 )
 from fs_jax.ot.testing.reference import gradients, gradients_of_iterations
 from tests.ot import broken_solvers
+from tests.parameters import mostly_slow
 
 pytest_plugins = ["pytester"]
 
@@ -85,6 +86,7 @@ def found(solver, numbers, derivatives=False):
     }
 
 
+@pytest.mark.slow
 def test_nothing_is_found_in_a_correct_solver():
     assert not any(found(broken("right"), NUMBERS).values())
 
@@ -168,7 +170,7 @@ def test_problems_with_derivatives_are_one_in_each_block_and_of_many_kinds():
     assert all(has_derivatives_checked(number, 1) for number in range(3))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "uniform", "far_column", "zeros"))
 def test_problems_are_valid_and_solved_exactly(family):
     for problem in cases(list(FAMILIES).index(family) + len(FAMILIES) * k for k in range(8)):
         assert problem.family == family
@@ -192,7 +194,7 @@ def test_a_number_determines_its_problem():
     assert one.cost.shape != other.cost.shape or not np.array_equal(one.cost, other.cost)
 
 
-@pytest.mark.parametrize("number", [0, 1, 4, 9])
+@pytest.mark.parametrize("number", mostly_slow([0, 1, 4, 9], 1))
 def test_derivatives_of_the_reference_equal_finite_differences(number):
     problem = next(p for p in cases(range(number, 1000, len(FAMILIES))) if p.cost.size > 4 and p.ratio < 1e3)
     rng = np.random.default_rng(0)
@@ -316,6 +318,7 @@ def test_pytest_tests_a_solver_and_shows_what_fails(run_pytest, tmp_path):
     assert done.parseoutcomes() == {"failed": 1}
 
 
+@pytest.mark.slow
 def test_pytest_runs_the_suite_unless_tests_are_named_or_deselected(run_pytest, pytester):
     solver = "tests.ot.broken_solvers:right"
     pytester.makeini(f"[pytest]\naddopts = --ot-solver={solver} --ot-count=1 --strict-markers")
@@ -336,6 +339,7 @@ def test_pytest_finds_a_wrong_gradient_and_says_how_many_were_checked(run_pytest
     assert re.search(r"problems tested: 12, gave up: .*, derivatives checked: [12] of 2 problems", text)
 
 
+@pytest.mark.slow
 def test_pytest_reports_invalid_options_and_does_nothing_without_a_solver(run_pytest):
     assert run_pytest()[0].ret == pytest.ExitCode.NO_TESTS_COLLECTED
     for options, message in (

@@ -72,6 +72,7 @@ def test_another_solver_is_within_the_bounds(committed):
     assert compared >= 5
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_committed_file(committed):
     written = transport_cases.cases()
     assert transport_cases.page(committed) == PAGE

@@ -67,8 +67,8 @@ def test_plan_equals_ott_jaxs(unequal):
     np.testing.assert_allclose(solve(*unequal, threshold=1e-16).plan, theirs.matrix, atol=1e-7)
 
 
-@pytest.mark.parametrize("rho", RHOS)
-@pytest.mark.parametrize("num_iters", [10, 30])
+@pytest.mark.parametrize("rho", mostly_slow([(rho,) for rho in RHOS], ((1e4, 1e4),), ((np.inf, 0.5),)))
+@pytest.mark.parametrize("num_iters", mostly_slow([10, 30], 10))
 def test_reg_cost_is_the_minimum_up_to_the_gap(unequal, rho, num_iters):
     early = solve(*unequal, 0.02, rho, num_iters=num_iters, threshold=None)
     solved = solve(*unequal, 0.02, rho, num_iters=20000, threshold=1e-10)
@@ -105,7 +105,10 @@ def random_problems():
         yield cost, a, b, reg, rho, scale * min(a.sum(), b.sum()) * 1e-2
 
 
-@pytest.mark.parametrize(("dtype", "num_iters"), [(np.float32, 1), (np.float32, 1000), (np.float64, 1000)])
+@pytest.mark.parametrize(
+    ("dtype", "num_iters"),
+    mostly_slow([(np.float32, 1), (np.float32, 1000), (np.float64, 1000)], (np.float32, 1)),
+)
 def test_converged_is_never_wrong(dtype, num_iters):
     """The gap bounds the distance to the optimum, which is computed in float64."""
     batch = [np.asarray(np.stack(x), dtype) for x in zip(*random_problems(), strict=True)]
@@ -138,7 +141,7 @@ def test_target_marginal_that_underflows_counts():
         assert float(early.reg_cost) + float(early.gap) >= exact.reg_cost * (1 - 1e-6)  # float32's rounding
 
 
-@pytest.mark.parametrize("rho", [np.inf, 100.0, 1.0])
+@pytest.mark.parametrize("rho", mostly_slow([np.inf, 100.0, 1.0], 100.0))
 def test_start_far_from_the_solution_costs_no_digits(unequal, rho):
     cost, a = unequal[0].astype(np.float32), np.full(6, 1 / 6, np.float32)
     b = np.full(9, 1 / 9, np.float32)
@@ -156,7 +159,7 @@ def test_masses_that_differ_have_no_plan_between_hard_marginals(problem):
     assert not almost.converged
 
 
-@pytest.mark.parametrize("threshold", [None, 1e-10])
+@pytest.mark.parametrize("threshold", mostly_slow([None, 1e-10], None))
 def test_infinite_rho_equals_sinkhorn(problem, threshold):
     ours = solve(*problem, rho=np.inf, threshold=threshold)
     balanced = sinkhorn(*problem, reg=0.1, num_iters=2000, threshold=1e-10)
@@ -213,7 +216,7 @@ def arguments_of(unequal):
     return {"cost": jnp.asarray(cost), "a": a, "b": b, "reg": 0.1, "rho": (jnp.asarray(0.7), jnp.asarray(4.0))}
 
 
-@pytest.mark.parametrize("grad", ["implicit", "envelope"])
+@pytest.mark.parametrize("grad", mostly_slow(["implicit", "envelope"], "implicit"))
 def test_derivatives_equal_finite_differences(unequal, grad):
     """With respect to every argument, along random directions, by central differences."""
 
@@ -293,7 +296,7 @@ def test_status(unequal):
     assert unequal_masses.gap == np.inf
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", mostly_slow([jnp.float16, jnp.bfloat16], jnp.bfloat16))
 def test_half_precision_is_computed_in_float32(unequal, dtype):
     half = [jnp.asarray(x, dtype) for x in unequal]
     result = solve(*half, threshold=1e-4)
