@@ -298,6 +298,7 @@ def run_pytest(pytester, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_pytest_tests_a_solver_and_shows_what_fails(run_pytest, tmp_path):
     one_of_each = ("--ot-count", str(len(FAMILIES)), "--ot-seed", "15")
     done, text = run_pytest("--ot-solver=tests.ot.broken_solvers:right", *one_of_each)

@@ -187,6 +187,7 @@ def test_convergence_does_not_slow_down_as_rho_grows(problem):
         assert result.num_iters <= 2 * balanced
 
 
+@pytest.mark.slow
 def test_semi_relaxed_transport_meets_one_marginal(unequal):
     cost, a, b = unequal
     result = solve(cost, a, b, rho=(np.inf, 1.0))
@@ -196,6 +197,7 @@ def test_semi_relaxed_transport_meets_one_marginal(unequal):
     np.testing.assert_allclose(turned.plan.T, result.plan, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_points_without_mass_are_excluded(unequal):
     cost, a, b = unequal
     padded = np.full((8, 10), 1e6), np.zeros(8), np.zeros(10)
@@ -254,6 +256,7 @@ def test_second_derivatives_equal_differences_of_the_gradient(unequal):
         np.testing.assert_allclose(jax.jit(outer(jax.grad(value)))(0.0), expected, rtol=1e-4)  # h² times others
 
 
+@pytest.mark.slow
 def test_gradient_at_infinite_rho_is_zero(problem):
     gradient = jax.grad(lambda rho: solve(*problem, rho=rho).reg_cost)(jnp.inf)
     assert gradient == 0
@@ -264,6 +267,7 @@ def test_second_derivatives_of_envelope_raise(unequal):
         jax.grad(jax.grad(lambda rho: solve(*unequal, rho=rho, grad="envelope").reg_cost))(1.0)
 
 
+@pytest.mark.slow
 def test_each_problem_of_a_batch_stops_by_its_own_gap(unequal):
     rhos = jnp.array([0.1, 1.0, 100.0, 1e5])
     batch = jax.vmap(lambda rho: solve(*unequal, 0.02, rho, threshold=1e-9))(rhos)
@@ -296,7 +300,7 @@ def test_status(unequal):
     assert unequal_masses.gap == np.inf
 
 
-@pytest.mark.parametrize("dtype", mostly_slow([jnp.float16, jnp.bfloat16], jnp.bfloat16))
+@pytest.mark.parametrize("dtype", mostly_slow([jnp.float16, jnp.bfloat16]))
 def test_half_precision_is_computed_in_float32(unequal, dtype):
     half = [jnp.asarray(x, dtype) for x in unequal]
     result = solve(*half, threshold=1e-4)
