@@ -43,7 +43,7 @@ class Arguments:
     """Number of images for PGD-20; the file's images are repeated."""
     autoattack_images: int = 200
     """Number of images for AutoAttack."""
-    leaving_images: int = 50
+    dropping_images: int = 50
     """Number of images for PGD-1000 with 5 restarts, with and without dropping misclassified images."""
     rounds: int = 3
     """How often each PGD-20 is timed; the result is the median."""
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     summary = {
         "pgd": race_pgd(logits_fn, net, images, labels, arguments),
         "autoattack": race_autoattack(logits_fn, net, images, labels, arguments, float(recorded)),
-        "leaving": with_and_without_dropping(logits_fn, images, labels, arguments),
+        "dropping": with_and_without_dropping(logits_fn, images, labels, arguments),
         "arguments": {**dataclasses.asdict(arguments), "reference": arguments.reference.name},
         "environment": {
             **backend.describe(),
@@ -130,7 +130,7 @@ def race_pgd(logits_fn, net, images, labels, arguments: Arguments) -> list[dict]
     programs = {name: functools.partial(recorded, name, run) for name, run in contestants.items()}
     times = seconds_in_turn(programs, arguments.rounds, title="PGD-20")
     return [
-        {"name": name, "seconds": statistics.median(times[name]), "all": times[name], "standing": robust[name]}
+        {"name": name, "seconds": statistics.median(times[name]), "all": times[name], "robust": robust[name]}
         for name in contestants
     ]
 
@@ -241,13 +241,13 @@ def torchattacks_chain(net):
 
 def with_and_without_dropping(logits_fn, images, labels, arguments: Arguments) -> list[dict]:
     """Times of PGD-1000 with 5 restarts, with and without dropping misclassified images."""
-    images, labels = images[: arguments.leaving_images], labels[: arguments.leaving_images]
+    images, labels = images[: arguments.dropping_images], labels[: arguments.dropping_images]
     rows = []
     for name, last_only in (("misclassified images dropped", False), ("no image dropped", True)):
         attack = functools.partial(our_pgd, logits_fn, images, labels, last_only=last_only, num_runs=5)
         spent: list[int] = []
         seconds, robust = timed(functools.partial(attack, num_steps=1000, spent=spent))
-        rows.append({"name": name, "seconds": seconds, "passes": sum(spent), "standing": robust})
+        rows.append({"name": name, "seconds": seconds, "passes": sum(spent), "robust": robust})
     return rows
 
 
@@ -270,7 +270,7 @@ def table(summary, network: str) -> str:
             f"{row['seconds']:.1f}",
             f"{row['seconds'] / loop['seconds']:.2f}",
             f"{row['seconds'] / torchattacks['seconds']:.2f}",
-            f"{100 * row['standing']:.1f}",
+            f"{100 * row['robust']:.1f}",
         ]
         for row in summary["pgd"]
     ]
@@ -288,16 +288,16 @@ def table(summary, network: str) -> str:
         ]
         for row in summary["autoattack"]
     ]
-    most = max(row["seconds"] for row in summary["leaving"])
-    leaving = [
+    most = max(row["seconds"] for row in summary["dropping"])
+    savings = [
         [
             row["name"],
             f"{row['seconds']:.0f}",
             f"{row['seconds'] / most:.2f}",
             f"{row['passes']:,}",
-            f"{100 * row['standing']:.1f}",
+            f"{100 * row['robust']:.1f}",
         ]
-        for row in summary["leaving"]
+        for row in summary["dropping"]
     ]
     parts = [
         f"## PGD-20, {arguments['pgd_images']:,} images",
@@ -308,9 +308,9 @@ def table(summary, network: str) -> str:
         f"## AutoAttack, {arguments['autoattack_images']} images",
         "Timed once each. The record is from another machine with two cores, scaled by the number of images.",
         markdown(autoattack, ["", "seconds", "of torchattacks'", "of the record", *stages]),
-        f"## PGD-1000 with 5 restarts, {arguments['leaving_images']} images",
+        f"## PGD-1000 with 5 restarts, {arguments['dropping_images']} images",
         "All restarts are run on all images. If no image is dropped, the last iterate decides.",
-        markdown(leaving, ["", "seconds", "ratio", "backward passes", "robust, %"]),
+        markdown(savings, ["", "seconds", "ratio", "backward passes", "robust, %"]),
         f"{network}, radius 8/255, ours in batches of {environment['batch_size']}. {made_on(environment)}.",
     ]
     return "\n\n".join(parts) + "\n"
