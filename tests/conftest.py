@@ -49,9 +49,10 @@ NEWEST_ONLY = (
     "test_shapes_and_types_are_as_signatures_say",
 )
 NEWEST_ONLY_FILES = (
-    # programs of NumPy, examples, and a solver made of what other tests try
-    "test_testing.py", "test_transport_cases.py", "test_paper_page.py", "test_pages.py", "test_readme.py",
-    "test_unbalanced.py", "test_export.py",
+    # programs of NumPy, examples, and what is made of solvers that other tests try
+    "test_testing.py", "test_transport_cases.py", "test_paper.py", "test_paper_page.py", "test_pages.py",
+    "test_readme.py", "test_weights.py", "test_unbalanced.py", "test_export.py", "test_sharding.py",
+    "test_divergence.py", "test_bounds.py", "test_extension.py",
 )  # fmt: skip
 
 

@@ -73,6 +73,7 @@ def test_gradient_equals_finite_differences(grad, of):
     np.testing.assert_allclose(slope, differences, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_points_without_mass_are_ignored():
     more, weights = np.concatenate([X, 1e3 * np.ones((2, 2))]), np.concatenate([A, np.zeros(2)])
     np.testing.assert_allclose(value(more, Y, weights, B), value(X, Y), rtol=1e-12)
@@ -87,6 +88,7 @@ def test_vmap_equals_a_loop():
     np.testing.assert_allclose(together, [value(x, Y) for x in sets], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_status_is_the_worst_of_the_three():
     done = sinkhorn_divergence(*costs(X, Y), A, B, reg=REG, num_iters=3000, threshold=1e-10)
     assert done.converged

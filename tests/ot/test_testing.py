@@ -142,6 +142,7 @@ def derivatives_of(name, number, factor):
     return judged(Solver("scaled", solve, claims), case(number), derivatives=True)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_off_by_two_per_cent_is_found_in_an_exact_solution():
     right, off = (derivatives_of("float64", 62, factor) for factor in (1.0, 1.02))
     assert (right.findings, right.differentiated, off.differentiated) == ([], True, True)
