@@ -41,6 +41,12 @@ def test_the_solvers_speed():
     assert f"the same problems: {pot['value_ms'] / ours['value_ms']:.0f} times faster" in row_of("POT")
 
 
+def test_nothing_was_found_in_our_solvers():
+    result = results("differential/fs_jax/report.json")
+    assert f"Of [{result['count']:,} problems]" in TEXT
+    assert all(set(of) <= {"gave up"} for of in result["findings"].values())
+
+
 def test_the_attacks_speed():
     seconds = {row["name"]: row["seconds"] for row in results("bench_attacks/attacks.json")["autoattack"]}
     cached, compiled = (seconds[name] / seconds["torchattacks"] for name in ("ours", "ours, compilation included"))
