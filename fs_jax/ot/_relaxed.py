@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fs_jax.ot._batching import in_chunks
+from fs_jax.ot._iterations import matrix
 from fs_jax.ot._loops import RUN, lengths, once_if
 from fs_jax.ot._numerics import MASKED, inverse, largest, log_sum_exp, log_weights, product, within
 from fs_jax.ot.result import Status, has_stalled
@@ -128,7 +129,7 @@ def _start(scaled, rows, columns, start):
     g = jnp.where(is_column, -jnp.max(scaled + phi[:, None], 0), MASKED)
     f = jnp.where(is_row, -jnp.max(scaled + g[None, :], 1), MASKED)
     du = jnp.where(is_row, phi - f, 0)
-    state = State(f, g, du, jnp.zeros_like(g), k, jnp.exp(_matrix(scaled, f, g)))
+    state = State(f, g, du, jnp.zeros_like(g), k, jnp.exp(matrix(scaled, f, g)))
     # If the start is far from the reference, the first iteration is done in the log domain.
     return once_if(~_in_range(0.37, state.du), lambda s: _log_run(scaled, rows, columns, 1, s), state)
 
@@ -149,17 +150,18 @@ def _run(scaled, rows, columns, length, state):
         return jnp.log(product("ij,j->i", state.kernel, jnp.exp(dv)) + is_absent[0])
 
     end = _iterate(rows, columns, length, state, over_rows, over_columns)
-    start_or_end = jax.tree.map(lambda x, y: jnp.where(_in_range(0.37, end.du, end.dv), y, x), state, end)
-    return once_if(~_in_range(0.37, end.du, end.dv), lambda s: _log_run(scaled, rows, columns, length, s), start_or_end)
+    in_range = _in_range(0.37, end.du, end.dv)
+    start_or_end = jax.tree.map(lambda x, y: jnp.where(in_range, y, x), state, end)
+    return once_if(~in_range, lambda s: _log_run(scaled, rows, columns, length, s), start_or_end)
 
 
 def _log_run(scaled, rows, columns, length, state):
     """The same iterations by sums of exponentials. Then the corrections are absorbed into the reference."""
-    matrix = _matrix(scaled, state.f, state.g)
+    reference = matrix(scaled, state.f, state.g)
     end = _iterate(
         rows, columns, length, state,
-        lambda du: log_sum_exp(matrix + du[:, None], 0),
-        lambda dv: log_sum_exp(matrix + dv[None, :], 1),
+        lambda du: log_sum_exp(reference + du[:, None], 0),
+        lambda dv: log_sum_exp(reference + dv[None, :], 1),
     )  # fmt: skip
     return _absorbed(scaled, end)
 
@@ -241,6 +243,15 @@ def gap(scaled, rows, columns, state):
         errors.append(error)
         potentials.append(reference + correction)
 
+    rounding = 4 * eps * size  # potentials are sums of four parts, each rounded
+    # Well above the rounding of the bound, a sum of n·m terms as large as log T, and of n + m masses.
+    floor = 2 * rounding + 64 * eps * (jnp.abs(scaled).max() + sum(scaled.shape)) * sums[0].sum()
+    gap_of_rounded = _gap_of_rounded(scaled, plan, targets, sums, errors, potentials)
+    return jnp.maximum(jnp.minimum(gap_of_plan, gap_of_rounded), 0) + rounding, floor
+
+
+def _gap_of_rounded(scaled, plan, targets, sums, errors, potentials):
+    """The bound of KL(P | T) for T rounded to the target marginals, by the log-sum inequality of `gap`."""
     (x, y), (error_rows, error_columns) = targets, errors
     mass = x.sum()
     y = y * (mass * inverse(y.sum()))
@@ -256,11 +267,7 @@ def gap(scaled, rows, columns, state):
     logs -= jnp.sum(e * product("ij,j->i", scaled, d)) * inverse(moved)
     share = jnp.minimum(moved * inverse(mass), 0.5)
     entropy = -share * jnp.log(jnp.where(share > 0, share, 1)) - (1 - share) * jnp.log1p(-share)
-    gap_of_rounded = mass * entropy + logs + (sums[0].sum() - mass) + jnp.max(error_rows) * mass
-    rounding = 4 * eps * size
-    # Well above the rounding of the bound, a sum of n·m terms as large as log T, and of n + m masses.
-    floor = 2 * rounding + 64 * eps * (jnp.abs(scaled).max() + sum(scaled.shape)) * sums[0].sum()
-    return jnp.maximum(jnp.minimum(gap_of_plan, gap_of_rounded), 0) + rounding, floor
+    return mass * entropy + logs + (sums[0].sum() - mass) + jnp.max(error_rows) * mass
 
 
 def _kl_upper(total, log_target, error):
@@ -289,7 +296,7 @@ def _sum_log(mass, potential):
 
 
 def _in_range(power, *corrections):
-    """Whether no scaling is above the limit or below its inverse: there the correction is absorbed, and exact again."""
+    """Whether all corrections are small. Scalings above the limit overflow, and large corrections are rounded."""
     limit = jnp.log(largest(corrections[0], power))
     return within(limit, *map(jnp.abs, corrections))
 
@@ -300,12 +307,8 @@ def _absorbed(scaled, state):
     constant = jnp.max(f)
     f, g = f - constant, g + constant
     zeros = jnp.zeros_like(state.du), jnp.zeros_like(state.dv)
-    return State(f, g, *zeros, state.k + constant, jnp.exp(_matrix(scaled, f, g)))
+    return State(f, g, *zeros, state.k + constant, jnp.exp(matrix(scaled, f, g)))
 
 
 def _plan(state):
     return state.kernel * jnp.exp(state.du)[:, None] * jnp.exp(state.dv)[None, :]
-
-
-def _matrix(scaled, f, g):
-    return (scaled + f[:, None]) + g[None, :]

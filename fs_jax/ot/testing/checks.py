@@ -553,6 +553,8 @@ def _second_order(solver: Solver, problem: Case, given, weights, direction):
         yield _raised("second derivative", solver, error)
         return
     size = np.abs(weights).max() * problem.a.sum() * np.abs(direction).max() ** 2 / problem.reg**2
+    # Coarse on purpose: a rule that misses a term is off by a large part of the value. What a plan of the claimed error
+    # and the difference's step leave is well below this.
     allowed = 0.05 * abs(wanted) + 1e-3 * size
     if not abs(got - wanted) <= allowed:
         text = f"{got:.6g} along a direction; differences give {wanted:.6g}"
