@@ -106,6 +106,7 @@ def test_dustbin():
     np.testing.assert_allclose(run("ot", 7)["matched"], [[0, 1], [1, 0], [0, 0]], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_unbalanced():
     result = run("ot", 8)["result"]
     assert result.converged.all()
@@ -115,6 +116,7 @@ def test_unbalanced():
     np.testing.assert_allclose(to_outliers[2], 0.1, rtol=0.01)  # a gap of 1e-3, for a cost of about 5
 
 
+@pytest.mark.slow
 def test_sharded_rows():
     names = run("ot", 9)
     # The same iterations in float32, with sums in another order.
@@ -147,6 +149,7 @@ def test_first_attack():
     assert accuracy(logits_fn, attacked, labels) < accuracy(logits_fn, images, labels) - 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_batch_size")  # which compiles less
 def test_autoattack():
     names = run("attacks", 1)
@@ -177,6 +180,7 @@ def test_first_evaluation():
     assert 0 < result.summary["worst"]["accuracy"] < result.summary["attacks"][0]["accuracy"]
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_file_of_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run("evaluation", 1)

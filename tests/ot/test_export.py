@@ -50,7 +50,7 @@ def test_debug_nans_finds_a_nan_in_the_problem(masked_problem):
         jax.block_until_ready(jax.jit(SOLVERS["unroll"])(cost.at[0, 0].set(jnp.nan), a, b))
 
 
-@pytest.mark.parametrize("name", mostly_slow(SOLVERS, "unbalanced"))
+@pytest.mark.parametrize("name", mostly_slow(SOLVERS, "envelope"))
 def test_a_batch_of_any_size_can_be_exported_and_restored(masked_problem, name):
     def value(*problem):
         result = SOLVERS[name](*problem)
