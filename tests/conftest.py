@@ -151,6 +151,15 @@ def compilations():
     return counted
 
 
+@pytest.fixture(autouse=True)
+def same_environment():
+    """A test that changes the environment would change the processes that later tests start."""
+    own = "PYTEST_CURRENT_TEST"
+    before = {name: value for name, value in os.environ.items() if name != own}
+    yield
+    assert {name: value for name, value in os.environ.items() if name != own} == before
+
+
 @pytest.fixture
 def float64():
     with jax.enable_x64(True):

@@ -2,7 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 IMPLEMENTATION = "threefry2x32"
 """The implementation of all keys for images. (With JAX's "rbg", random numbers depend on the batch.)"""
@@ -39,6 +40,19 @@ def run_keys(keys: Key[Array, "n"], run: Int[Array, "n"]) -> Key[Array, "n"]:
       (3,)
     """
     return jax.vmap(jax.random.fold_in)(keys, run)
+
+
+def random_signs(rng: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """Random signs, -1 or 1 with probability 1/2 each.
+
+    `jax.random.rademacher` compares with a uniform number of JAX's default type, so that 64-bit mode has other signs.
+    These are the same in both modes.
+
+    Example:
+      >>> random_signs(jax.random.key(0), (4,), jnp.float32).tolist()
+      [-1.0, -1.0, 1.0, 1.0]
+    """
+    return jnp.where(jax.random.bernoulli(rng, np.float32(0.5), shape), 1, -1).astype(dtype)
 
 
 def threefry(rng: Key[Array, "..."]) -> Key[Array, "..."]:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
+from fs_jax._utils.keys import random_signs
 from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack, project, random_start
 from fs_jax.attacks.losses import logit_margin
 from fs_jax.attacks.specification import Specification, count
@@ -153,7 +154,7 @@ def estimated_gradient(
     repeated = jnp.repeat(labels, 2 * size)
 
     def direction(key, number):
-        return jax.random.rademacher(jax.random.fold_in(key, number), shape, images.dtype)
+        return random_signs(jax.random.fold_in(key, number), shape, images.dtype)
 
     def add(turn, total):
         numbers = turn * size + chunk

@@ -8,6 +8,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
+from fs_jax._utils.keys import random_signs
 from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack
 from fs_jax.attacks.specification import Specification, count
 from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, judged
@@ -91,7 +92,7 @@ class _Search(NamedTuple):
 
 def _start(logits_fn, keys, images, labels, run, *, epsilon):
     def stripes(key):
-        return jax.random.rademacher(jax.random.fold_in(key, 0), (1, *images.shape[2:]), images.dtype)
+        return random_signs(jax.random.fold_in(key, 0), (1, *images.shape[2:]), images.dtype)
 
     first = _painted(images, jax.vmap(stripes)(keys), epsilon)
     return _Search(keys, first_judged(first, logits_fn(first), labels))
@@ -111,16 +112,17 @@ def _random_square(key, step, num_steps, shape):
     height, width, channels = shape
     row_key, column_key, sign_key = jax.random.split(jax.random.fold_in(key, step + 1), 3)
     shares = SHARE / 2.0 ** np.arange(len(HALVED_AFTER) + 1)
-    sides = np.clip(np.round(np.sqrt(shares * height * width)).astype(int), 1, min(height, width))
+    sides = np.clip(np.round(np.sqrt(shares * height * width)).astype(np.int32), 1, min(height, width))
     side = jnp.asarray(sides)[jnp.sum(step * _OF > np.array(HALVED_AFTER, np.int32) * num_steps)]
 
     def interval(key, length):
         # The last position is included, as in the paper, so that every pixel can be changed.
-        first = jax.random.randint(key, (), 0, length - side + 1)
-        return (jnp.arange(length) >= first) & (jnp.arange(length) < first + side)
+        first = jax.random.randint(key, (), 0, length - side + 1, jnp.int32)  # in 64-bit mode too
+        positions = jnp.arange(length, dtype=jnp.int32)
+        return (positions >= first) & (positions < first + side)
 
     inside = interval(row_key, height)[:, None] & interval(column_key, width)[None]
-    return inside[..., None], jax.random.rademacher(sign_key, (1, 1, channels), jnp.float32)
+    return inside[..., None], random_signs(sign_key, (1, 1, channels), jnp.float32)
 
 
 def _painted(images, signs, epsilon):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
 from fs_jax._utils.keys import image_keys
@@ -75,8 +76,8 @@ def random_crop(rng: Key[Array, ""] | Key[Array, "n"], images: Images, *, paddin
     frame = ((0, 0), (padding, padding), (padding, padding), (0, 0))
 
     def window(key, framed):
-        top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
-        return jax.lax.dynamic_slice(framed, (top, left, 0), images.shape[1:])
+        top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1, jnp.int32)  # in 64-bit mode too
+        return jax.lax.dynamic_slice(framed, (top, left, jnp.int32(0)), images.shape[1:])
 
     return jax.vmap(window)(keys, jnp.pad(images, frame))
 
@@ -101,7 +102,7 @@ def random_flip(rng: Key[Array, ""] | Key[Array, "n"], images: Images) -> Images
       True
     """
     _check_images(images)
-    mirrored = jax.vmap(jax.random.bernoulli)(image_keys(rng, len(images)))
+    mirrored = jax.vmap(lambda key: jax.random.bernoulli(key, np.float32(0.5)))(image_keys(rng, len(images)))
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 

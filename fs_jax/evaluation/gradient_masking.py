@@ -18,7 +18,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Array, Float, Int, Key
 
-from fs_jax._utils.keys import image_keys
+from fs_jax._utils.keys import image_keys, random_signs
 from fs_jax._utils.text import radius
 from fs_jax.attacks import cross_entropy, logit_margin
 from fs_jax.attacks.linf import LogitsFn
@@ -116,7 +116,7 @@ def _planes(logits_fn, images, keys, labels, epsilon, side):
         key, image, label = inputs
         same = jnp.full(len(side), label)
         along = epsilon * jnp.sign(jax.grad(loss)(image[None], label[None]))
-        across = epsilon * jax.random.rademacher(key, image.shape, image.dtype)
+        across = epsilon * random_signs(key, image.shape, image.dtype)
 
         def row(t):
             logits = logits_fn(jnp.clip(image[None] + steps * along + t * across[None], 0, 1))

@@ -41,9 +41,9 @@ class WideResNet(nn.Module):
       mean: Mean of the normalisation: a number, or a tuple with one number per channel. The paper's mean and std of 0.5
         map images to [-1, 1]. Other networks have other values.
       std: Standard deviation of the normalisation, in the same form as `mean`.
-      dtype: Precision of the convolutions. Parameters are float32. BatchNorm, ReLU, features and logits are computed in
-        float32, or in `dtype` if it is wider. float32 convolutions have XLA's default precision: on NVIDIA GPUs, this
-        is TF32 unless `jax_default_matmul_precision` is set.
+      dtype: Precision of the convolutions. Parameters are float32, and BatchNorm, ReLU, features and logits are
+        computed in float32; if `dtype` is wider, all of them have it. float32 convolutions have XLA's default
+        precision: on NVIDIA GPUs, this is TF32 unless `jax_default_matmul_precision` is set.
       axis_name: Mapped axis over which BatchNorm synchronises its moments in training mode, or None.
 
     Returns:
@@ -106,8 +106,9 @@ class WideResNet(nn.Module):
         x = nn.relu(BatchNorm(self.axis_name, name="bn1")(_wide(x), train=train))
         features = jnp.mean(x, axis=(1, 2))
         logits = nn.Dense(
-            self.num_classes, dtype=features.dtype, precision="highest", kernel_init=_dense_init, name="fc"
-        )(features)
+            self.num_classes, dtype=features.dtype, param_dtype=features.dtype, precision="highest",
+            kernel_init=_dense_init, name="fc",
+        )(features)  # fmt: skip
         return logits, features
 
 
@@ -142,7 +143,7 @@ class _Conv(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = (self.size, self.size, x.shape[-1], self.channels)
-        kernel = self.param("kernel", _conv_init, shape)
+        kernel = self.param("kernel", _conv_init, shape, np.promote_types(np.float32, self.dtype))
         return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
 
 
@@ -175,11 +176,11 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"], *, train: bool = False) -> Float[Array, "*batch c"]:
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        shape, dtype = x.shape[-1:], _wide(x).dtype  # not JAX's default, which is float64 in 64-bit mode
+        scale = self.param("scale", nn.initializers.ones, shape, dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
 
         wide = x.astype(np.promote_types(_wide(x).dtype, scale.dtype))
         if train:

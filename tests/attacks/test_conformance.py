@@ -230,6 +230,18 @@ def test_stepwise_attacks_give_the_same_images_for_the_same_key_and_depend_on_it
 
 
 @pytest.mark.usefixtures("float64")
+def test_stepwise_attacks_give_the_same_images_in_64_bit_mode(stepwise, classifier):
+    _, images, labels = classifier
+    keys = jax.random.split(KEY, len(images))
+    attacked, _ = stepwise(keys, images, labels)
+    with jax.enable_x64(True):
+        again, _ = stepwise(keys, images, labels)
+    assert again.dtype == attacked.dtype
+    np.testing.assert_allclose(
+        again, attacked, atol=1e-6
+    )  # the rounding of float32 sums; other signs differ by epsilon
+
+
 def test_stepwise_attacks_without_jit_equal_those_with_it(name, stepwise, classifier):
     logits_fn, images, labels = in_float64(classifier)
     keys = jax.random.split(KEY, len(images))

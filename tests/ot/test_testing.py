@@ -414,7 +414,8 @@ def test_the_command_notices_changed_helpers_and_removes_scripts(tmp_path):
     assert len((tmp_path / "run" / "findings.jsonl").read_text(encoding="utf-8").splitlines()) == 4
 
 
-def test_the_command_refuses_other_folders_and_no_solvers(tmp_path):
+def test_the_command_refuses_other_folders_and_no_solvers(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")  # `main` sets it; later tests' processes must not have it
     (tmp_path / "module.py").touch()
     for arguments, message in (
         (["--workdir", str(tmp_path)], "workdir: expected a new or empty folder, or one with findings.jsonl"),

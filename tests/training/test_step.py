@@ -10,10 +10,13 @@ import optax
 import pytest
 
 from fs_jax import data
+from fs_jax._utils.images import as_float
 from fs_jax.config import ModelConfig, TrainConfig, TransportConfig, preset
+from fs_jax.data.augmentation import augment
 from fs_jax.models import convert
 from fs_jax.training import TrainState, create_state, make_optimizer, smooth_labels, smoothed_cross_entropy, train_step
 from fs_jax.training.configured import learning_rate_schedule
+from fs_jax.training.methods import METHODS
 from tests.conftest import GOLDEN
 
 
@@ -91,6 +94,38 @@ def test_a_few_steps_lower_the_loss(method):
     if method == "feature_scatter":
         assert last["transport_cost"] > 0
         assert last["natural_accuracy"] > 0.2  # 0.1 by chance
+
+
+@pytest.mark.parametrize("method", [pytest.param(x, marks=[] if x == "pgd" else pytest.mark.slow) for x in METHODS])
+def test_training_is_the_same_in_64_bit_mode(method):
+    """A run may be resumed in a process with JAX_ENABLE_X64."""
+    dataset = data.load("digits")
+    config = dataclasses.replace(
+        preset("digits"),
+        model=ModelConfig(10, 1),
+        method=method,
+        train_size=64,
+        batch_size=32,
+        epochs=2,
+        decay_epochs=(1,),
+    )
+    images, labels = dataset.train_images[:64].reshape(2, 32, 8, 8, 1), dataset.train_labels[:64].reshape(2, 32)
+
+    def steps():
+        state = create_state(config, jax.random.key(0), dataset.info)
+        for its_images, its_labels in zip(images, labels, strict=True):
+            cropped = augment(jax.random.key(1), jnp.asarray(its_images), padding=1, flip=True)
+            batch = {"images": as_float(cropped), "labels": jnp.asarray(its_labels)}
+            state, metrics = train_step(state, batch, jax.random.key(2), config=config)
+        return state, metrics
+
+    usual = steps()
+    with jax.enable_x64(True):
+        again = steps()
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(usual), strict=True):
+        assert ours.dtype == theirs.dtype
+        # The rounding of two programs. Other weights, noise or crops give differences of 1e-3 and more.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
