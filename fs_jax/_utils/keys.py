@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 IMPLEMENTATION = "threefry2x32"
@@ -42,7 +43,7 @@ def run_keys(keys: Key[Array, "n"], run: Int[Array, "n"]) -> Key[Array, "n"]:
     return jax.vmap(jax.random.fold_in)(keys, run)
 
 
-def random_signs(rng: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "..."]:
+def random_signs(rng: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:
     """Random signs, -1 or 1 with probability 1/2 each.
 
     `jax.random.rademacher` compares with a uniform number of JAX's default type, so that 64-bit mode has other signs.

@@ -100,6 +100,13 @@ def test_augmentation_does_not_depend_on_the_batch_or_the_number_of_devices():
     np.testing.assert_array_equal(whole, shared.reshape(whole.shape))
 
 
+def test_augmentation_is_the_same_in_64_bit_mode():
+    images = distinct(16, 8, 8, dtype=np.uint8)
+    usual = augment(KEY, images, padding=2, flip=True)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(augment(KEY, images, padding=2, flip=True), usual)
+
+
 def test_augmentation_in_a_loop_under_pmap_is_the_same():
     images = distinct(6, 8, 8)
     function = functools.partial(augmentation.augment, padding=1, flip=True)

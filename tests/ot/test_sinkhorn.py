@@ -266,6 +266,7 @@ def test_history_is_the_error_of_the_plan_at_each_check(make_problem, threshold)
     assert np.isnan(result.errors).any() == (threshold is not None)
 
 
+@pytest.mark.slow
 def test_decreasing_reg_needs_fewer_iterations():
     """For sets of points with even weights. With uneven weights or small thresholds it may need more."""
     points = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 60, 2)))

@@ -242,6 +242,7 @@ def test_derivatives_equal_finite_differences(unequal, grad):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_second_derivatives_equal_differences_of_the_gradient(unequal):
     arguments = arguments_of(unequal)
 

@@ -96,21 +96,22 @@ def test_a_few_steps_lower_the_loss(method):
         assert last["natural_accuracy"] > 0.2  # 0.1 by chance
 
 
-@pytest.mark.parametrize("method", [pytest.param(x, marks=[] if x == "pgd" else pytest.mark.slow) for x in METHODS])
+@pytest.mark.usefixtures("float64")
+def test_weights_are_float32_in_64_bit_mode_too():
+    state = jax.eval_shape(lambda: create_state(preset("digits"), jax.random.key(0)))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_training_is_the_same_in_64_bit_mode(method):
     """A run may be resumed in a process with JAX_ENABLE_X64."""
     dataset = data.load("digits")
-    config = dataclasses.replace(
-        preset("digits"),
-        model=ModelConfig(10, 1),
-        method=method,
-        train_size=64,
-        batch_size=32,
-        epochs=2,
-        decay_epochs=(1,),
-    )
+    short = dict(train_size=64, batch_size=32, epochs=2, decay_epochs=(1,))
+    config = dataclasses.replace(preset("digits"), model=ModelConfig(10, 1), method=method, **short)
     images, labels = dataset.train_images[:64].reshape(2, 32, 8, 8, 1), dataset.train_labels[:64].reshape(2, 32)
 
+    @jax.jit
     def steps():
         state = create_state(config, jax.random.key(0), dataset.info)
         for its_images, its_labels in zip(images, labels, strict=True):
