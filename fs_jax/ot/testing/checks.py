@@ -5,6 +5,7 @@ import functools
 import inspect
 import linecache
 import pathlib
+import re
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -183,7 +184,10 @@ def _raised(check: str, solver: Solver, error: Exception) -> Finding:
         _, frame, number = frames[-1]
         file = frame.f_code.co_filename
         where = f" ({pathlib.Path(file).name}, line {number}: {linecache.getline(file, number).strip()})"
-    return _finding(check, f"{type(error).__name__}: {str(error).strip()[:200]}{where}")
+    text = f"{type(error).__name__}: {str(error).strip()}"
+    if "Traceback (most recent call last):" in text:  # an error in a callback, whose message has its own traceback
+        text = re.findall(r"^[\w.]+: .+", text, re.MULTILINE)[-1]
+    return _finding(check, f"{text[:200]}{where}")
 
 
 def _changed(solver: Solver, problem: Case, given: tuple):
@@ -223,7 +227,7 @@ def _judged(solver: Solver, problem: Case, answer: Mapping[str, np.ndarray]):
         wrong = [_finding("marginals", f"off by {off / mass:.3g} of the mass, {_said(converged)}", off, allowed)]
     wrong += _of_the_form(problem, plan, eps, solver.claims.marginal_error)
     if converged is False and wrong:
-        yield wrong[0]._replace(check=GAVE_UP, text=f"marginals off by {off / mass:.3g} of the mass")
+        yield _finding(GAVE_UP, "; ".join(of.text for of in wrong), wrong[0].error, wrong[0].allowed)
         return
     yield from wrong
     if "marginal_error" in answer and not answer["marginal_error"] >= off * (1 - 1e-3) - sums:
@@ -233,7 +237,9 @@ def _judged(solver: Solver, problem: Case, answer: Mapping[str, np.ndarray]):
 
 
 def _said(converged):
-    return "and does not report it" if converged is None else "and says that it has converged"
+    if converged is None:
+        return "and does not report it"
+    return f"and says that it has {'' if converged else 'not '}converged"
 
 
 def _rounding(problem: Case, eps: float) -> float:
