@@ -1,20 +1,17 @@
 """Check Sinkhorn solvers against certified solutions: for 200 problems, about a minute per solver on two CPU cores.
 
 A solver is a function `solve(cost, a, b, reg)` that returns a mapping with `plan`. Our solvers, ott-jax's and POT's are
-built in. Results are saved at once in the workdir, in `findings.jsonl`, from which an interrupted run resumes. At the
-end, it gets `report.md`, `report.json`, `findings.png`, and for each solver and failed check a script that reproduces
-the failure on the simplest problem found. The exit status is 1 if a check failed; solvers may give up if they report
-it.
+built in. Your own package has to be importable: run this in a clone of this project, with PYTHONPATH=path/to/your/project.
+
+Each result is saved at once in the workdir, in `findings.jsonl`. If interrupted, rerun the command: it resumes. Earlier
+results are reused as long as the solver's package, these checks and the libraries are the same. At the end, the workdir
+gets `report.md`, `report.json`, `findings.png`, and for each solver and failed check a script that reproduces the
+failure on the simplest problem found. The exit status is 1 if a check failed. Solvers may give up if they report it.
 
 Examples:
     python -m experiments.differential --list
-
-A solver is `solve(cost, a, b, reg)` that gives a mapping with `plan`. Ours, ott-jax's and POT's have names. Your own
-package has to be importable: run it in a clone of this project, with PYTHONPATH=path/to/your/project. Writes into the
-workdir `findings.jsonl`, a line for each solver and problem as it goes, from which a later run resumes as long as the
-solver's package and these checks are the same; and in the end `report.md`, `report.json`, `findings.png`, and for each
-kind of finding a script that shows it on the simplest problem. The exit status is 1 if there are findings, other than
-that a solver says that it gave up.
+    python -m experiments.differential --count 200
+    python -m experiments.differential --solvers ott-log-float32 mypackage.module:solve --count 500
 """
 
 import collections
@@ -35,13 +32,13 @@ class Arguments:
     solvers: tuple[str, ...] = ("fs_jax-stabilized-float32", "fs_jax-stabilized-float64", "fs_jax-implicit-float64")
     """Built-in solvers (see --list), or package.module:function."""
     count: int = 1000
-    """Problems: the first so many, of 15 kinds in turn."""
+    """Number of problems, the first ones; the 15 kinds take turns."""
     derivatives_every: int = 10
-    """Of how many problems one, drawn at random, has its derivatives, jit and vmap checked too."""
+    """Check derivatives, jit and vmap for one problem in this many, drawn at random."""
     workdir: pathlib.Path = pathlib.Path("runs/differential")
     """A new folder, or the one to resume."""
     fresh: bool = False
-    """Compute all answers again, those of earlier runs too."""
+    """Remove the results of earlier runs, and compute all of them again."""
     list: bool = False
     """List the built-in solvers with their claims and the kinds of problems, and run nothing."""
 
@@ -49,7 +46,7 @@ class Arguments:
 def main(argv: list[str]) -> int:
     prog = "python -m experiments.differential"
     arguments = command_line.parse(Arguments, argv, prog=prog, **command_line.documented(__doc__))
-    os.environ.setdefault("JAX_ENABLE_X64", "1")  # before JAX is loaded: a solver of float32 gets arrays of float32
+    os.environ.setdefault("JAX_ENABLE_X64", "1")  # before JAX is loaded; float32 solvers still get float32 arrays
 
     from fs_jax._utils.files import local_path, locked
     from fs_jax._utils.validation import check_number
@@ -133,7 +130,7 @@ def run(solvers, arguments: Arguments, path: pathlib.Path) -> Found:
 
 
 def code(solver) -> str:
-    """What verdicts depend on, as far as can be seen: the solver's package, claims, these checks, libraries."""
+    """A hash of what the results depend on: the solver's package, its claims, these checks, and library versions."""
     import hashlib
     import importlib.metadata
     import sys
@@ -197,11 +194,12 @@ def report(solvers, found: Found, arguments: Arguments, workdir: pathlib.Path) -
     parts = [
         f"# {arguments.count:,} transport problems",
         tabulate.tabulate(rows, headers=["solver", "problems", "derivatives", *checks], tablefmt="pipe"),
-        "How many problems each check fails for, of those that a solver claims to solve. *Gave up*: it says so itself, "
-        "by `converged` or NaN throughout, which isn't a finding. "
-        f"Of one problem in {arguments.derivatives_every} jit, vmap and derivatives are checked too. *Derivatives* "
-        "says of how many the plan was exact enough that errors of a quarter would be found.",
-        "![Problems by how sharp their plan is, and what was found](findings.png)",
+        "*Problems*: the number of problems that a solver claims to solve. Each check's column has the number of these "
+        "for which it fails. *Gave up*: the solver reports it, by `converged` or by NaN in all entries. This is not a "
+        f"finding. For one problem in {arguments.derivatives_every}, jit, vmap and derivatives are checked too. "
+        "*Derivatives*: the number of these whose plan is so exact that an error of a quarter in a derivative would be "
+        "found.",
+        "![The ratio of cost to reg of each problem, and whether it has findings](findings.png)",
     ]
     scripts: dict[str, str] = {}
     for solver in solvers:
@@ -252,7 +250,7 @@ def draw(found: Found, path: pathlib.Path) -> None:
     from fs_jax.ot import testing
     from fs_jax.report._canvas import GREY, PALETTE, new_figure, save
 
-    lowest = 1e-4  # of a single row or column, nothing is left of the costs: zero has no place on a logarithmic axis
+    lowest = 1e-4  # in place of 0, which a logarithmic axis cannot show: the ratio of a single row or column
     with new_figure(figsize=(8.0, 1.2 + 0.42 * len(found))) as figure:
         axes = figure.add_subplot()
         for place, of in enumerate(found.values()):
@@ -287,7 +285,7 @@ def listing() -> str:
 
 
 def _differences(claims) -> str:
-    """What it claims, without the defaults."""
+    """The claims that differ from the defaults, and always the dtype and the marginal error."""
     fields = dataclasses.fields(claims)
     return ", ".join(
         f"{field.name}={getattr(claims, field.name)!r}"
