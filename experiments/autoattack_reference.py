@@ -10,7 +10,7 @@ PyTorch and save these arrays with numpy.savez:
   classified correctly;
 - standard/ATTACK_robust: bool [N], whether each image is robust after this stage of AutoAttack's standard version and
   the earlier ones (apgd-ce, apgd-t, fab-t, square);
-- alone/ATTACK_robust: bool, the same for one of these attacks alone, on the first images, as many as the array has;
+- alone/ATTACK_robust: bool [M], the same for one of these attacks alone, on the first M <= N images;
 - paper/ATTACK_robust: bool [N], for the paper's attacks (fgsm, pgd20, pgd100, cw20, cw100, pgd20_5starts);
 - standard/ATTACK_seconds: a number, how long the stage took, for experiments.benchmarks.attacks.
 
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
 
 
 def read(path: pathlib.Path, num_images: int | None) -> dict[str, Any]:
-    """The arrays of the file, for the first images."""
+    """The arrays of the file, cut to the first `num_images` images."""
     import numpy as np
 
     with np.load(path) as file:
@@ -114,7 +114,7 @@ def network(reference):
 
 
 def compared_attacks(reference) -> list[tuple[str, Any]]:
-    """The names of the file's results with our attacks for each; the clean images come first."""
+    """Pairs of an array's name in the file and our attack to compare it with; the clean images come first."""
     from fs_jax.evaluation import Attack, parse_attack
 
     pairs = [("clean_correct", Attack("clean"))]

@@ -1,4 +1,4 @@
-"""The command lines of all scripts: made by tyro from dataclasses, with help, fractions and the nearest name."""
+"""The command lines of all scripts, made by tyro from dataclasses. Numbers may be fractions; errors suggest a name."""
 
 import dataclasses
 import fractions
@@ -144,7 +144,7 @@ def _choice(info):
 
 @_RULES.primitive_rule
 def _optional(info):
-    # X | None is read like X, so that None is not in the help, and errors are those of X alone.
+    # X | None is read like X: None is not in the help, and errors are about X only.
     inner = [kind for kind in get_args(info.type) if kind is not type(None)]
     if get_origin(info.type) not in (Union, types.UnionType) or len(inner) != 1 or len(get_args(info.type)) != 2:
         return None
@@ -161,7 +161,7 @@ def _optional(info):
 
 @_RULES.struct_rule
 def _dataclass(info):
-    # Fields as tyro finds them; but the help has no empty defaults, and no fields with metadata {"internal": True}.
+    # As in tyro, but the help omits empty defaults and fields with metadata {"internal": True}.
     if not dataclasses.is_dataclass(info.type) or info.type in _IN_PROGRESS:
         return None
     _IN_PROGRESS.append(info.type)
@@ -183,7 +183,7 @@ def _dataclass(info):
     return dataclasses.replace(spec, fields=tuple(map(changed, spec.fields)))
 
 
-_IN_PROGRESS: list[type] = []  # for which `_dataclass` asks tyro's own rule
+_IN_PROGRESS: list[type] = []  # dataclasses that tyro's own rule is reading
 
 
 def _ours() -> set[pathlib.Path]:

@@ -34,9 +34,9 @@ def compare(
     """Train and evaluate; write `table.md`, `NAME.json`, `training.png`, `accuracy.png` and `attacks.png`.
 
     Args:
-      runs: For each network, by the name of its folder in `workdir`: its name in the table, and its configuration.
+      runs: The networks: folder in `workdir` -> (name in the table, configuration).
       dataset: The data set of all networks.
-      attacks: The first must be clean; it is run on all test images. The figure of examples shows the last but one.
+      attacks: The first must be clean; it is run on all test images. The figure of examples shows the last attack but one.
       workdir: Folder of the training runs. Existing runs are resumed.
       results: Folder for the table and the figures.
       title: Title of the figure of accuracies.

@@ -71,7 +71,7 @@ class Arguments:
     """Folders of evaluations of parts, made with the same arguments. Their results are copied to --output, a new
     folder, and only missing ones are computed."""
     gradient_free_images: int = 100
-    """Number of images for SPSA and local search in a suite, which take some 100,000 forward passes for each."""
+    """Number of images for SPSA and local search in a suite, which take some 100,000 forward passes per image."""
     spsa_directions: int = 128
     """Directions in each of the 100 steps of SPSA in a suite. The strong attack of its paper has 8192."""
     transfer_from: pathlib.Path | None = None
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
     output = output_folder(arguments)
     backend.enable_compilation_cache()
     model, variables, origin = load_network(
-        cast(pathlib.Path, arguments.workdir or arguments.weights),  # check_arguments has made sure of one
+        cast(pathlib.Path, arguments.workdir or arguments.weights),  # check_arguments has checked that one is given
         checkpoint=arguments.checkpoint,
         mean=arguments.mean,
         std=arguments.std,
@@ -211,7 +211,7 @@ def list_of_attacks() -> str:
 
 
 def check_arguments(arguments: Arguments) -> None:
-    """Check the command line by itself, before anything is read."""
+    """Check the arguments, before any file is read."""
     from fs_jax._utils.validation import check_choice, check_number
     from fs_jax.evaluation.suites import SUITES
 
@@ -229,7 +229,7 @@ def check_arguments(arguments: Arguments) -> None:
         )
     for name in ("mean", "std"):
         if arguments.workdir is not None and getattr(arguments, name) is not None:
-            raise ValueError(f"{name}: expected it with --weights only; a training run has its own.")
+            raise ValueError(f"{name}: expected this option with --weights only; a training run has its own value.")
     if arguments.workdir is not None and not (arguments.dataset or "moved.npz").endswith(".npz"):
         raise ValueError(
             f"dataset: expected, with --workdir, the new path of the training run's .npz file; got {arguments.dataset}."

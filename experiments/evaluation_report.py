@@ -96,7 +96,7 @@ def draw_strength(summary: dict[str, Any], records: list[dict[str, Any]], output
     shown = [*longest.values(), *(attack for attack in whole if "by_step" not in attack)]
     radii = gradient_masking.radius_points(summary, records)
     if shown or radii:
-        # Over the attacks on all images, as for the lines. (The worst case may be of few images, as some attacks are.)
+        # The worst case over the attacks on all images, as for the lines. (The report's may be of fewer images.)
         everywhere = [a["name"] for a in summary["attacks"] if not a["apart"] and a["num_images"] is None]
         at = [record["misclassified_at"] for record in records]
         robust = [all(of_image.get(name, -1) < 0 for name in everywhere) for of_image in at]
@@ -115,7 +115,7 @@ def draw_adversaries(logits_fn, images, labels, adversaries, class_names, epsilo
 
 
 def draw_surfaces(logits_fn, images, labels, records, class_names, epsilon, output):
-    """Draw loss surfaces of the first correctly classified images; return those of 3 x 3 points for more images."""
+    """Draw loss surfaces of the first correctly classified images; return coarse ones, 3 x 3 points, of more images."""
     import jax
 
     from fs_jax import report

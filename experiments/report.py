@@ -127,7 +127,7 @@ def title(results: dict[str, dict[str, Data]]) -> str:
 def so_far(results: dict[str, dict[str, Data]]) -> list[str]:
     """A warning if there are results on digits only."""
     only_digits = datasets(results) == [NAMES["digits"]]
-    return [f"**So far only {NAMES['digits']}; no CIFAR-10 network of ours.**"] if only_digits else []
+    return [f"**So far, this page has results on {NAMES['digits']} only, and none on CIFAR-10.**"] if only_digits else []
 
 
 def datasets(results: dict[str, dict[str, Data]]) -> list[str]:
@@ -149,10 +149,10 @@ networks: the intervals do not include the variation between seeds.
 The verdict on a claim depends on its kind; what is neither *agrees* nor *disagrees* is *undetermined*:
 
 - One row is better than another: agrees if that holds for the whole interval of the difference; disagrees if the
-  opposite does, or if the rows are equal.
-- Rows are stable: agrees if all are equal; disagrees if one differs from the first by more than its interval.
-- PGD and plateaus: judged by the fraction of images that look robust and are not. Disagrees if its whole interval is
-  above 2%; agrees if it is below.
+  opposite holds for the whole interval, or if the rows are equal.
+- Rows are stable: agrees if all are equal to the first; disagrees if the interval of a difference excludes 0.
+- PGD and plateaus: judged by the fraction of images that are robust to PGD-20 but not to a stronger attack. Disagrees
+  if the whole interval of the fraction is above 2%; agrees if no part of it is.
 - Gradient-free attacks: disagrees if the accuracy under a weak attack is higher than under a strong one, and the
   intervals do not overlap. No result agrees, as a stronger attack could exist.
 

@@ -1,12 +1,12 @@
-"""Time attacks: ours, an eager PyTorch loop, and torchattacks, in one process: half an hour on two CPU cores.
+"""Time our attacks, an eager PyTorch loop and torchattacks in one process: half an hour on two CPU cores.
 
 Needs PyTorch and torchattacks: pip install --no-deps torchattacks. (Its requirements are old; the attacks used here
 need PyTorch only.) The reference file (.npz) is a recording of the authors' code on a network. It is not in this
 repository; `python -m experiments.autoattack_reference --help` describes its arrays and how to make one.
 
-- PGD-20, 1,000 images: ours, judged at the last iterate as the others are, and judged at every iterate, so that
-  misclassified images are dropped; an eager PyTorch loop and torchattacks' PGD, each with two batch sizes. Each is run
-  once in a round, after one that isn't counted; times are medians over rounds.
+- PGD-20, 1,000 images: ours, an eager PyTorch loop, and torchattacks' PGD, the last two with two batch sizes each. All
+  are judged at the last iterate. Ours is also timed with every iterate judged, so that misclassified images are
+  dropped. Each is run once per round, after a warm-up round; times are medians over rounds.
 - AutoAttack, 200 images: ours, with and without compilation; torchattacks' APGD, APGDT, FAB and Square with the
   standard version's steps (torchattacks' own AutoAttack makes 10 steps, the authors' 100). Each attack is run on the
   images that the earlier ones didn't misclassify. The seconds of the authors' code are from the file, scaled by the
@@ -145,7 +145,7 @@ def our_pgd(logits_fn, images, labels, *, num_steps, last_only, num_runs=1, spen
     attack = attacks.pgd_steps(
         epsilon=EPSILON, step_size=STEP, num_steps=num_steps, num_runs=num_runs, last_only=last_only
     )
-    # With restarts the paper reports the lowest single run, so all runs are made, also for misclassified images.
+    # With restarts, all runs are made, also for misclassified images: the paper reports the lowest single run.
     reports = attacks.packed(attack, logits_fn, jax.random.key(0), images, labels, every_run=num_runs > 1)
     misclassified = np.zeros(len(labels), bool)
     for report in reports:
@@ -301,13 +301,15 @@ def table(summary, network: str) -> str:
     ]
     parts = [
         f"## PGD-20, {arguments['pgd_images']:,} images",
-        f"Seconds: median of {arguments['rounds']} rounds. Ratios: to the faster batch size of the other. If the last "
-        f"iterate decides, ours takes {ours['seconds'] / loop['seconds']:.2f} of the PyTorch loop's time; if any "
-        f"iterate does, {dropping['seconds'] / loop['seconds']:.2f}.",
-        markdown(pgd, ["", "seconds", "of the loop's", "of torchattacks'", "robust, %"]),
+        f"Seconds: median, number of rounds: {arguments['rounds']}. The ratios divide by the time of the PyTorch loop "
+        "or of torchattacks with its faster batch size. If the last iterate decides, ours takes "
+        f"{ours['seconds'] / loop['seconds']:.2f} of the PyTorch loop's time; if any iterate decides, "
+        f"{dropping['seconds'] / loop['seconds']:.2f}.",
+        markdown(pgd, ["", "seconds", "ratio to the loop", "to torchattacks", "robust, %"]),
         f"## AutoAttack, {arguments['autoattack_images']} images",
-        "Timed once each. The record is from another machine with two cores, scaled by the number of images.",
-        markdown(autoattack, ["", "seconds", "of torchattacks'", "of the record", *stages]),
+        "Timed once each. The time of the authors' code was recorded on another machine with two cores, and is scaled by "
+        "the number of images.",
+        markdown(autoattack, ["", "seconds", "ratio to torchattacks", "to the authors' code", *stages]),
         f"## PGD-1000 with 5 restarts, {arguments['dropping_images']} images",
         "All restarts are run on all images. If no image is dropped, the last iterate decides.",
         markdown(savings, ["", "seconds", "ratio", "backward passes", "robust, %"]),

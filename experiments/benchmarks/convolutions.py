@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         rows.append({"layer": layer, **medians})
     sums = {of: {who: sum(row[of][who] for row in rows) for who in WHO} for of in PASSES}
     # A step has three forward passes (natural, attack, training), two backward passes to the images (attack, training)
-    # and one to the kernels. The first layer has one to the images, as training does not need it there.
+    # and one to the kernels. In the first layer, only the attack needs the backward pass to the images.
     step = {
         who: 3 * sums["forward"][who] + 2 * sums["to the images"][who] - rows[0]["to the images"][who]
         + sums["to the kernel"][who]

@@ -1,4 +1,4 @@
-"""Time divergences, unbalanced and exact transport, beside ott-jax and POT: about three minutes on two CPU cores.
+"""Time divergences, unbalanced and exact transport against ott-jax and POT: about three minutes on two CPU cores.
 
 Solves a batch of problems between sets of points in 10 dimensions, with squared distances divided by their mean, in
 float32. Each time is the median over rounds in which every solver runs once, in one process.
@@ -8,8 +8,8 @@ float32. Each time is the median over rounds in which every solver runs once, in
   the plan's objective over the minimum, which is certified by a duality gap of 1e-9 in float64.
 - Exact: proximal point methods with equal numbers of steps. The table has the relative excess of the cost of the plan,
   rounded to the marginals (`round_to_feasible`), over the exact cost from POT's network simplex. The proximal method of
-  POT 0.9.7 has a wrong sign in the term of the previous plan: its plan is Sinkhorn's at `inner_reg` after an odd number
-  of steps, as here, and the independent coupling after an even number.
+  POT 0.9.7 has a wrong sign in the term of the previous plan. After an odd number of steps, as here, it returns
+  Sinkhorn's plan at `inner_reg`; after an even number, the independent coupling.
 
 The entropic term of ott-jax for an unbalanced plan is KL(T | 1 1ᵀ); its costs are changed so that it becomes
 KL(T | a bᵀ). POT computes in NumPy: batches with `ot.solve_batch`; unbalanced problems and the network simplex one

@@ -54,9 +54,10 @@ def show(data: Data) -> str:
     ]
     return "\n\n".join([
         tabulate.tabulate(text, headers=header, tablefmt="pipe"),
-        "Fractions of the test images, in %. The columns are disjoint: images that are misclassified without an "
-        "attack, images that are misclassified under an attack but not under the attacks before it, and robust images. "
-        "The last columns are images that are robust to PGD-20 but not to PGD-20 on rescaled logits.",
+        "Fractions of the test images, in %. The columns up to *robust* are disjoint: images that are misclassified "
+        "without an attack, images that are misclassified under an attack but not under the attacks before it, and "
+        "robust images. The other columns overlap with these: images that are robust to PGD-20 but not to PGD-20 on "
+        "rescaled logits.",
     ])  # fmt: skip
 
 
@@ -71,8 +72,8 @@ EXPERIMENT = Experiment(
     draw=lost_images,
     reading="PGD-20 is judged at its last iterate, as in the paper; AutoAttack at any iterate. APGD-CE has PGD's loss, "
     "but more steps and adaptive step sizes: for the images that it adds, PGD-20 had too few steps. For the images "
-    "that APGD-T adds, the cross-entropy is the wrong loss. Masked gradients are suggested only by the images that "
-    "Square adds, which does not use gradients, and by those that PGD-20 adds on rescaled logits, from the same start.",
+    "that APGD-T adds, the cross-entropy is the wrong loss. Only two kinds of images suggest masked gradients: those "
+    "that Square adds, since it uses no gradients, and those that PGD-20 adds on rescaled logits, from the same start.",
 )
 
 if __name__ == "__main__":

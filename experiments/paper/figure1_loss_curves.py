@@ -135,7 +135,7 @@ def settings(scale: Scale) -> list:
 
 
 def least_classes(scale: Scale) -> int:
-    """That of APGD-T."""
+    """The smallest number of classes that APGD-T needs."""
     return 4
 
 

@@ -37,7 +37,7 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
     epsilon, rng = scale.config.attack.epsilon, jax.random.key(network.config.seed)
     images, labels = jnp.asarray(as_float(network.images[:IMAGES])), jnp.asarray(network.labels[:IMAGES])
     supervised = attacks.pgd(network.logits_fn, rng, images, labels, epsilon=epsilon, step_size=epsilon / 4)
-    batch = network.config.batch_size  # the batch size of training, for transport problems of the same size
+    batch = network.config.batch_size  # as in training, so that the transport problems have the same size
     scattered = jnp.concatenate([
         attacks.feature_scatter(
             network.logits_fn, jax.random.fold_in(rng, begin), images[begin : begin + batch],

@@ -56,7 +56,7 @@ def better(results: Results, experiment: str, other: str) -> tuple[str, str]:
 
 
 MORE = {"lower": "agrees", "higher": "disagrees", "equal": "disagrees", "undetermined": "undetermined"}
-"""Verdict on the claim that the first row is more robust, by how the other row differs from it."""
+"""Verdict on the claim that the first row is more robust, by whether the other row is lower, higher or equal."""
 
 
 def stable(experiment: str) -> Callable[[Results], tuple[str, str]]:
@@ -191,7 +191,7 @@ def share_of(count: int, total: int) -> Data:
 
 
 def negligible(share: Data) -> str:
-    """The verdict on a claim that a fraction is 0, up to the difference within which rows are equal."""
+    """The verdict on a claim that a fraction is 0. It agrees if the fraction is at most EQUAL points."""
     if 100 * share["low"] > EQUAL:
         return "disagrees"
     return "agrees" if 100 * share["high"] <= EQUAL else "undetermined"

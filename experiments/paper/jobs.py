@@ -75,7 +75,7 @@ def folder_of(workdir: pathlib.Path, scale: Scale, config: TrainConfig) -> pathl
 
 @functools.cache
 def file_hash(dataset: str) -> list[str]:
-    """The hash of a data set that is a file, as its name does not identify its content."""
+    """The hash of a data set given as a file, since the file's name does not identify its content."""
     path = pathlib.Path(dataset)
     return [hashlib.sha256(path.read_bytes()).hexdigest()] if path.suffix == ".npz" and path.exists() else []
 

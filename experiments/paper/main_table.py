@@ -18,8 +18,8 @@ EXPERIMENT = table(
     rows=[dataclasses.replace(FEATURE_SCATTERING, paper=PAPER), STANDARD, PGD_7, TRADES],
     attacks=and_autoattack,
     reading="The columns apgd-ce, apgd-t, fab-t and AutoAttack count the images that are robust to that attack and to "
-    "those before it; AutoAttack's last is Square. The paper's supplement, the source of the numbers in parentheses, "
-    "has none for the other methods; AutoAttack's number is RobustBench's.",
+    "those before it; AutoAttack's last attack is Square. The numbers in parentheses are those of the paper's "
+    "supplement and, for AutoAttack, of RobustBench. The supplement has numbers for feature scattering only.",
 )
 
 if __name__ == "__main__":
