@@ -36,7 +36,7 @@ def compare(
     Args:
       runs: The networks: folder in `workdir` -> (name in the table, configuration).
       dataset: The data set of all networks.
-      attacks: The first must be clean; it is run on all test images. The figure of examples shows the last attack but one.
+      attacks: The first must be clean; it is run on all test images. The examples show the last attack but one.
       workdir: Folder of the training runs. Existing runs are resumed.
       results: Folder for the table and the figures.
       title: Title of the figure of accuracies.

@@ -1,7 +1,8 @@
 """Check Sinkhorn solvers against certified solutions: for 200 problems, about a minute per solver on two CPU cores.
 
 A solver is a function `solve(cost, a, b, reg)` that returns a mapping with `plan`. Our solvers, ott-jax's and POT's are
-built in. Your own package has to be importable: run this in a clone of this project, with PYTHONPATH=path/to/your/project.
+built in. Your own package has to be importable: run this in a clone of this project, with
+PYTHONPATH=path/to/your/project.
 
 Each result is saved at once in the workdir, in `findings.jsonl`. If interrupted, rerun the command: it resumes. Earlier
 results are reused as long as the solver's package, these checks and the libraries are the same. At the end, the workdir

@@ -127,7 +127,8 @@ def title(results: dict[str, dict[str, Data]]) -> str:
 def so_far(results: dict[str, dict[str, Data]]) -> list[str]:
     """A warning if there are results on digits only."""
     only_digits = datasets(results) == [NAMES["digits"]]
-    return [f"**So far, this page has results on {NAMES['digits']} only, and none on CIFAR-10.**"] if only_digits else []
+    text = f"**So far, this page has results on {NAMES['digits']} only, and none on CIFAR-10.**"
+    return [text] if only_digits else []
 
 
 def datasets(results: dict[str, dict[str, Data]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Data sets to read, made here: the published layouts, with a few random images."""
+"""Write small data sets with random images, in the layouts of the published files."""
 
 import io
 import os

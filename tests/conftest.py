@@ -8,18 +8,18 @@ import shutil
 import sys
 import tempfile
 
-# Also of the processes that tests start; before JAX is imported.
+# Set before JAX is imported. Processes that tests start inherit these variables too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What careful users set: nothing here may rest on JAX's promotion of ranks and types. Tests of that promotion itself,
-# and of other libraries that rest on it, ask for the fixture `standard_promotion`.
+# Users may set these, so our code must not rely on JAX's implicit promotion of ranks and types. Tests of promotion
+# itself, and of other libraries that rely on it, use the fixture `standard_promotion`.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
-# Most of the tests' time is compilation, and most of that LLVM's: at a lower level it takes half as long, of random
-# numbers a quarter. What XLA itself makes of a program is the same.
+# Most of the tests' time is compilation, and most of that is LLVM's. At a lower optimization level, compilation takes
+# half as long (for random numbers, a quarter). XLA's own optimizations are the same.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
 
-# Programs that two tests have, or two workers, or processes that tests start, are compiled once. The folder is this
-# run's own: nothing is taken from what another run has compiled, nor written to the user's own cache by the scripts.
+# Tests, workers and the processes that tests start share a compilation cache, so that each program is compiled once.
+# Each test run has a new folder for it: it neither reuses programs of earlier runs nor writes to the user's own cache.
 if "fs_jax-tests-" not in os.environ.get("JAX_COMPILATION_CACHE_DIR", ""):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fs_jax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -41,13 +41,13 @@ disturb.if_asked()
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
-# On the oldest Python these and the examples in docstrings are slow tests: there they are the same programs as other
-# tests', and the newest JAX is what breaks them first.
+# On the oldest Python, these tests and the examples in docstrings are marked slow. Other tests cover the same functions
+# there, and a change of JAX would break these tests with the newest version first.
 NEWEST_ONLY = (
     "test_quickstart_writes_its_table",
     "test_a_resumed_run_equals",
     "test_shapes_and_types_are_as_signatures_say",
-    # programs that take seconds to compile, beside others of the same functions
+    # programs that take seconds to compile; other tests cover the same functions
     "test_a_batch_can_be_differentiated",
     "test_decreasing_reg",
     "test_first_and_second_derivatives_in_both_modes",
@@ -64,14 +64,14 @@ NEWEST_ONLY = (
     "test_warns_if_gradient_free_attacks_find_more",
 )
 NEWEST_ONLY_FILES = (
-    # programs of NumPy, examples, and what is made of solvers that other tests try
+    # NumPy programs, examples, and functions built on solvers that other tests cover
     "test_testing.py", "test_transport_cases.py", "test_paper.py", "test_paper_page.py", "test_pages.py",
     "test_readme.py", "test_weights.py", "test_unbalanced.py", "test_export.py", "test_sharding.py",
     "test_divergence.py", "test_bounds.py", "test_extension.py",
 )  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects slow tests
 def pytest_collection_modifyitems(items):
     if sys.version_info < (3, 12):
         for item in items:
@@ -116,7 +116,7 @@ def recorded_10_1():
 @pytest.fixture(scope="session")
 def digits_state():
     """The digits preset, and the state before its first step."""
-    from fs_jax.training import create_state  # not above: it loads much that most tests don't need
+    from fs_jax.training import create_state  # imported here, since it is slow and most tests don't need it
 
     config = preset("digits")
     return config, create_state(config, jax.random.key(0))
@@ -124,7 +124,7 @@ def digits_state():
 
 @pytest.fixture
 def small_programs():
-    """Where programs take longer to compile than to run: LLVM's lowest level."""
+    """Compile with few optimizations, for tests whose programs take longer to compile than to run."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -139,7 +139,7 @@ def standard_promotion():
 
 @pytest.fixture
 def one_batch_size(monkeypatch):
-    """Attacks compile their step for one size of the batch, not for smaller ones too, which `test_packing` tests."""
+    """Attacks compile their step for one batch size only. (`test_packing` tests that smaller sizes work too.)"""
     from fs_jax.attacks import packing
 
     monkeypatch.setattr(packing, "_SHRINKS", 0)
@@ -161,14 +161,14 @@ def compilations():
         try:
             yield compiled
         finally:
-            count.clear()  # a listener can't be taken back
+            count.clear()  # JAX has no function to remove a listener
 
     return counted
 
 
 @pytest.fixture(autouse=True)
 def same_environment():
-    """A test that sets JAX's variables would change the processes that later tests start."""
+    """Check that no test changes JAX's environment variables, which processes of later tests would inherit."""
 
     def options():
         return {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_", "FS_JAX_"))}

@@ -1,15 +1,16 @@
-"""Rounding as another machine might have it: `DISTURB=SEED python -m pytest`.
+"""Simulate the rounding of other machines: `DISTURB=SEED python -m pytest`.
 
-Float32 sums come out otherwise on another CPU: its libraries add in another order, with other vectors. A test that
-passes by the luck of one machine's rounding is found here by disturbing it on any. Every program that is compiled gets
-the operands of its convolutions, products of matrices and sums multiplied, entry by entry, by 1 - u, 1 or 1 + 2u at
-random, u = 2^-24 in float32 and 2^-53 in float64; and the values of exp, log, tanh and their like. That is a unit in
-the last place, and about the error that a sum in any order has.
+On another CPU, float32 sums are rounded differently, since libraries add in another order and with other vectors. A
+test may pass on one machine only because of how that machine rounds. To find such tests on any machine, this module
+disturbs every compiled program: it multiplies each entry of the operands of convolutions, matrix products and sums by
+1 - u, 1 or 1 + 2u at random, with u = 2^-24 in float32 and 2^-53 in float64. It does the same to the values of exp,
+log, tanh and similar functions. This is a unit in the last place, about as large as the rounding error of a sum.
 
-The factors are drawn from the seed, the program's name, and the operation and its shapes: the same program computes the
-same numbers each time, in another process too, but another batch size, another number of devices or no `jit` may give
-others. What is promised bit for bit must hold even so; all else must be compared with a tolerance, and not where a sign
-or a maximum is in doubt. (A sum that every machine has exactly, of small integers say, is disturbed as well.)
+The factors depend on the seed, the program's name, the operation and its shapes. So the same program computes the same
+numbers each time, also in another process; with another batch size, another number of devices or without `jit`, numbers
+may differ. Results that are promised to be equal bit for bit must be equal here too. Tests must compare all others with
+a tolerance, and avoid cases where rounding decides a sign or a maximum. (Sums that are exact on every machine, such as
+those of small integers, are disturbed as well.)
 """
 
 import os
@@ -28,14 +29,14 @@ FUNCTIONS = (
 
 
 def factors(aval, *key):
-    """Factors of 1, or a unit in the last place beside it, for an array; the same for the same key."""
+    """An array of random factors: 1, or one of the two floats next to 1. The same key gives the same factors."""
     rng = np.random.default_rng(zlib.crc32(repr((*key, aval.shape)).encode()))
     unit = np.finfo(aval.dtype).eps
     return np.array([1 - unit / 2, 1, 1 + unit], aval.dtype)[rng.integers(3, size=aval.shape)]
 
 
 def disturb(seed):
-    """From now on, disturb every program that is compiled for a CPU."""
+    """Disturb every program that is compiled for a CPU after this call."""
 
     def register(name, of_operands):
         primitive = getattr(primitives, name)
@@ -66,6 +67,6 @@ def disturb(seed):
 
 
 def if_asked():
-    """Disturb, if the environment variable DISTURB has a seed."""
+    """Call `disturb` if the environment variable DISTURB is set to a seed."""
     if "DISTURB" in os.environ:
         disturb(int(os.environ["DISTURB"]))

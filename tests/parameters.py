@@ -1,16 +1,16 @@
-"""Parameters and marks of tests: what takes long to compile, and what rests on exact sums."""
+"""Marks for tests that rely on exact sums, and for parameters whose programs take long to compile."""
 
 import os
 
 import pytest
 
-# Sums without rounding, or so rounded that they are exact in any order (see `fs_jax.ot.result`), are so on any machine,
-# but not where `tests.disturb` changes their operands.
-exact = pytest.mark.skipif("DISTURB" in os.environ, reason="rests on sums that every machine has exactly")
+# Some sums are exact on any machine, because their terms are rounded so that no order of adding them rounds again (see
+# `fs_jax.ot.result`). They are not exact if `tests.disturb` changes their operands.
+exact = pytest.mark.skipif("DISTURB" in os.environ, reason="relies on sums that are exact on every machine")
 
 
 def mostly_slow(values, *quick):
-    """All values for `pytest.mark.parametrize`, those that are not `quick` marked slow."""
+    """All values for `pytest.mark.parametrize`; those that are not in `quick` are marked slow."""
     values = list(values)
     assert all(value in values for value in quick), f"expected some of {values}, got {quick}"
     marks = [() if value in quick else pytest.mark.slow for value in values]

@@ -1,7 +1,7 @@
-"""Calls what is public with shapes and types checked at run time, in a process of its own.
+"""Call the public functions with shapes and types checked at run time. `test_shapes` runs this in a subprocess.
 
-jaxtyping's hook checks the signatures of all of `fs_jax`, private ones too. It is no part of the other tests: there
-it would answer bad input before our own checks do.
+jaxtyping's import hook checks the signatures of all functions of `fs_jax`, including private ones. Other tests do not
+use it, because it would raise its own errors for bad input before our checks do.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 
-checker = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int will do for a float
+checker = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int is accepted as a float
 
 
 def main():
@@ -31,7 +31,7 @@ def main():
     ot.sqeuclidean_cost(x, y), ot.euclidean_cost(x, y)
     cost = ot.cosine_cost(x, y)
 
-    def trace(function, *arguments):  # which is checked, and nothing compiled
+    def trace(function, *arguments):  # checks the signatures without compiling
         jax.jit(function).trace(*arguments)
 
     for grad in ("unroll", "implicit", "envelope", "none"):

@@ -68,6 +68,6 @@ def test_errors_name_the_argument_the_expected_and_the_given_value(make, error, 
         make()
 
 
-def test_numbers_of_steps():
+def test_steps_follow_from_train_size_holdout_and_batch_size():
     config = TrainConfig(train_size=1000, holdout=100, batch_size=60, epochs=2)
     assert (config.steps_per_epoch, config.total_steps) == (15, 30)

@@ -42,7 +42,7 @@ def numbers(process):
     return {name: np.array(array) for name, array in json.loads(out).items()}
 
 
-@pytest.mark.slow  # it tests a tool for tests
+@pytest.mark.slow  # it tests only `tests.disturb`
 def test_disturbances_are_about_a_unit_in_the_last_place_and_reproducible():
     alone, disturbed, again, other = map(numbers, [start(), start(1), start(1), start(2)])
     for name, exact in alone.items():
@@ -52,6 +52,6 @@ def test_disturbances_are_about_a_unit_in_the_last_place_and_reproducible():
         assert relative.max() < 1e-6, name
         np.testing.assert_array_equal(disturbed[name], again[name], err_msg=name)
         assert (disturbed[name] != other[name]).any(), name
-    # The same numbers in another program, or among fewer, may be rounded otherwise.
+    # In another program or with another shape, the same operation has other factors.
     assert (disturbed["product"] != disturbed["product_again"]).any()
     assert (disturbed["product"][:32, :32] != disturbed["half"]).any()

@@ -1,4 +1,4 @@
-"""The scripts, as they are typed: what they write, and what they say to a typo."""
+"""The scripts as run from the command line: the files that they write, and their errors for invalid options."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(
     with np.load(folder / "adversarial.npz") as saved:
         assert saved["images"].shape == (8, 8, 8, 1)
         assert list(saved["robust"]) == [record["robust"] for record in result["records"]]
-    # With another radius that is another evaluation; the first is left as it is.
+    # Another radius would be another evaluation: an error, and the records are not changed.
     records = (folder / "records.jsonl").read_bytes()
     status, _, err = evaluate_here(monkeypatch, capsys, *words, "--epsilon", "0.06")
     assert status == 2
@@ -91,7 +91,7 @@ def test_quickstart_writes_its_table_and_figures_and_evaluate_works_on_its_runs(
     assert (folder / "records.jsonl").read_bytes() == records
 
 
-def test_the_comparison_counts_images_that_only_one_breaks():
+def test_the_comparison_counts_images_that_only_one_side_breaks():
     no = np.array([False] * 5)
     reference = {
         "labels": np.zeros(5, int),
@@ -178,7 +178,7 @@ def test_every_suite_runs_on_weights_from_a_file(tmp_path):
     assert accuracies["square"] <= accuracies["fab-t"] <= accuracies["apgd-t"] <= accuracies["apgd-ce"]
     assert result["robustbench"]["autoattack_acc"] == str(round(100 * accuracies["square"], 2))
     assert len(result["masking"]) == 7
-    # The suites by themselves found the same.
+    # Each suite alone gives the same accuracies.
     for suite in ("paper", "autoattack", "gradient-free"):
         alone = json.loads((tmp_path / suite / "result.json").read_text(encoding="utf-8"))
         assert {a["name"]: a["accuracy"] for a in alone["attacks"]}.items() <= accuracies.items()
@@ -208,7 +208,7 @@ def test_shards_merge_into_the_whole(tmp_path, monkeypatch, capsys):
     for one, other in zip(merged["records"], whole["records"], strict=True):
         assert one["misclassified_at"] == other["misclassified_at"]
     images = [np.load(tmp_path / name / "adversarial.npz")["images"] for name in ("whole", "merged")]
-    # Batches of other sizes round otherwise, and a sign may turn with that: in few pixels, if any.
+    # Batches of another size may be rounded differently, which can flip a gradient's sign in a few pixels.
     assert np.mean(np.abs(images[0] - images[1]) > 1e-6) < 0.01
 
 
@@ -246,7 +246,7 @@ def test_numbers_may_be_fractions_and_help_ends_with_examples(capsys):
     assert printed.rstrip().splitlines()[-1].strip().startswith("python -m experiments.evaluate")
 
 
-def test_fields_that_training_sets_are_no_options(capsys):
+def test_fields_that_training_sets_are_not_options(capsys):
     with pytest.raises(SystemExit):
         train.main(["digits", "--help"])
     printed = capsys.readouterr().out
@@ -326,7 +326,7 @@ def test_fields_that_training_sets_are_no_options(capsys):
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, tuple) else "",
 )
-def test_what_is_wrong_is_said_before_anything_is_written(monkeypatch, capsys, words, message):
+def test_invalid_options_raise_an_error_before_anything_is_written(monkeypatch, capsys, words, message):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", list(words))
@@ -338,8 +338,8 @@ def test_what_is_wrong_is_said_before_anything_is_written(monkeypatch, capsys, w
     assert not (ROOT / "x").exists()
 
 
-def test_import_is_quick_and_loads_nothing_heavy():
-    # Rooms load when they are used.
+def test_importing_fs_jax_does_not_import_jax_flax_or_numpy():
+    # Subpackages are imported on first use.
     code = "import sys, fs_jax; assert not {'jax', 'flax', 'numpy'} & sys.modules.keys(); fs_jax.models.WideResNet"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

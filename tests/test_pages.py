@@ -53,7 +53,7 @@ def test_every_page_and_every_example_is_tested():
 
 
 @pytest.mark.parametrize("package", EXAMPLES)
-def test_links_on_a_page_lead_somewhere(package):
+def test_links_on_a_page_point_to_existing_files(package):
     page = (ROOT / package / "README.md").read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page):
         assert (ROOT / package / link).exists(), link
@@ -61,7 +61,7 @@ def test_links_on_a_page_lead_somewhere(package):
 
 def test_first_example():
     result = run("ot", 0)["result"]
-    np.testing.assert_allclose(result.plan, [[0, 0.5], [0.5, 0]], atol=1e-3)  # each point to that of its direction
+    np.testing.assert_allclose(result.plan, [[0, 0.5], [0.5, 0]], atol=1e-3)  # matched by direction
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_divergence():
 
 
 def test_new_points():
-    np.testing.assert_allclose(run("ot", 5)["mapped"], [[1.2, 0.85]], atol=0.15)  # 200 points, entropic blur
+    np.testing.assert_allclose(run("ot", 5)["mapped"], [[1.2, 0.85]], atol=0.15)  # 200 points, blurred by the entropy
 
 
 def test_bounds():
@@ -132,7 +132,7 @@ def test_warm_starts():
     assert max(others) < first / 2
 
 
-def test_a_solver_of_ones_own_is_checked():
+def test_your_own_solver_is_checked():
     found = run("ot", 11)["found"]
     checks = {finding.check for of in found.values() for finding in of}
     assert checks == {"marginals"}  # fifty iterations aren't enough for all, but it claims to converge

@@ -147,7 +147,7 @@ def test_claims_of_more_robustness_are_decided_by_the_strongest_attack(about, ex
 
 @pytest.mark.parametrize(("points", "half", "expected"), [
     ((0.1, 0.2), 1.0, "agrees"), ((0.1, 1.2), 1.0, "undetermined"), ((0.1, 5.0), 1.0, "disagrees"),
-    ((0.0, 1.1), 1.0, "undetermined"),  # a single row would differ; of two rows, one can by chance
+    ((0.0, 1.1), 1.0, "undetermined"),  # not enough with two rows: one of them can differ by chance
 ])  # fmt: skip
 def test_stable_means_that_all_rows_are_equal(points, half, expected):
     rows = {f"τ = {n}": row(points=each, half=half) for n, each in enumerate(points)}

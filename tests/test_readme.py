@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TEXT = " ".join(README.split())  # where lines are broken does not matter
+TEXT = " ".join(README.split())  # line breaks do not matter
 
 
 def results(path):
@@ -23,15 +23,15 @@ def row_of(library):
     return row
 
 
-def test_the_readme_is_short():
+def test_the_readme_has_at_most_150_lines():
     assert len(README.splitlines()) <= 150
 
 
-def test_the_quickstarts_table():
+def test_the_quickstart_table_is_the_committed_one():
     assert (RESULTS / "quickstart" / "table.md").read_text(encoding="utf-8").strip() in README
 
 
-def test_the_solvers_speed():
+def test_the_speeds_of_the_solvers_are_the_measured_ones():
     rows = results("bench_solvers_cpu/solvers.json")["equal_iterations"]
     times = {row["solver"]: row for row in rows if (row["shape"], row["reg"]) == ("[64, 60, 60]", 0.01)}
     ours, ott, pot = times["fs_jax stabilized"], times["ott-jax log"], times["POT"]
@@ -41,13 +41,13 @@ def test_the_solvers_speed():
     assert f"the same problems: {pot['value_ms'] / ours['value_ms']:.0f} times faster" in row_of("POT")
 
 
-def test_nothing_was_found_in_our_solvers():
+def test_the_committed_report_has_no_findings_in_our_solvers():
     result = results("differential/fs_jax/report.json")
     assert f"Of [{result['count']:,} problems]" in TEXT
     assert all(set(of) <= {"gave up"} for of in result["findings"].values())
 
 
-def test_the_attacks_speed():
+def test_the_speeds_of_the_attacks_are_the_measured_ones():
     seconds = {row["name"]: row["seconds"] for row in results("bench_attacks/attacks.json")["autoattack"]}
     cached, compiled = (seconds[name] / seconds["torchattacks"] for name in ("ours", "ours, compilation included"))
     assert f"{cached:.2f} of its time, {compiled:.2f} with compilation" in row_of("torchattacks")
@@ -55,7 +55,7 @@ def test_the_attacks_speed():
     assert f"{seconds['ours']:.0f} s against {theirs:.0f} s recorded on another machine" in row_of("AutoAttack")
 
 
-def test_the_agreement_with_autoattack():
+def test_the_agreement_with_autoattack_is_the_measured_one():
     tables = sorted((RESULTS / "autoattack_reference").glob("*/table.md"))
     agreements = {re.search(r"in the end ([\d.]+%) of the images", of.read_text(encoding="utf-8"))[1] for of in tables}
     (agreement,) = agreements
@@ -64,7 +64,7 @@ def test_the_agreement_with_autoattack():
     assert f"agrees with the authors' AutoAttack on {agreement} of the images" in TEXT
 
 
-def test_what_the_defense_is_worth():
+def test_the_robust_accuracies_are_the_measured_ones():
     rows = results("paper/digits/main_table.json")["rows"]  # Square is the last attack of AutoAttack
 
     def percent(row, attack):
@@ -84,12 +84,12 @@ def test_the_examples_run(monkeypatch, tmp_path):
     exec(blocks[1], names := {})
     assert names["gradients"].shape == (64, 60, 10)
     assert np.isfinite(names["values"]).all()
-    # Labels that the network does not give: images that are misclassified at once, so that AutoAttack is quick.
+    # The network never predicts these labels, so that all images are misclassified at once and AutoAttack is quick.
     network = {"logits_fn": lambda x: x.reshape(len(x), -1) @ jnp.zeros((16, 5)) + jnp.arange(5.0)[None]}
     exec(blocks[0], names := {**network, "images": images, "labels": np.zeros(2, int)})
     assert names["result"].summary["worst"]["correct"] == 0
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README))))
-def test_links_lead_somewhere(link):
+def test_links_point_to_existing_files(link):
     assert (ROOT / link).exists()

@@ -25,7 +25,7 @@ def net(recorded):
     return net
 
 
-def test_logits_and_features(net, recorded):
+def test_logits_and_features_equal_the_recorded_ones(net, recorded):
     logits, features = net.eval()(recorded["x_nchw"])
     # float64 in both; only the order of sums can differ.
     torch.testing.assert_close(logits, recorded["eval_logits"], atol=1e-12, rtol=0)
@@ -33,7 +33,7 @@ def test_logits_and_features(net, recorded):
 
 
 @pytest.mark.parametrize("step", [peer.feature_scatter_step, peer.minimal_step])
-def test_two_training_steps(net, recorded, step):
+def test_two_training_steps_equal_the_recorded_ones(net, recorded, step):
     optimizer = peer.make_optimizer(net)
     for k in (0, 1):
         result = step(net, optimizer, recorded["x_nchw"], recorded["labels"].long(), recorded[f"fs{k}_noise_nchw"])
@@ -48,7 +48,7 @@ def test_two_training_steps(net, recorded, step):
 
 
 @pytest.mark.parametrize("reg", [0.01, 0.05, 0.5])
-def test_the_released_sinkhorn(reg):
+def test_the_released_sinkhorn_equals_the_recorded_one(reg):
     with np.load(GOLDEN / "ot_n7.npz") as arrays:
         cost = torch.tensor(arrays["cost"])
         plan = peer.released_sinkhorn(cost, reg)

@@ -307,8 +307,8 @@ def table(summary, network: str) -> str:
         f"{dropping['seconds'] / loop['seconds']:.2f}.",
         markdown(pgd, ["", "seconds", "ratio to the loop", "to torchattacks", "robust, %"]),
         f"## AutoAttack, {arguments['autoattack_images']} images",
-        "Timed once each. The time of the authors' code was recorded on another machine with two cores, and is scaled by "
-        "the number of images.",
+        "Timed once each. The time of the authors' code was recorded on another machine with two cores, and is scaled "
+        "by the number of images.",
         markdown(autoattack, ["", "seconds", "ratio to torchattacks", "to the authors' code", *stages]),
         f"## PGD-1000 with 5 restarts, {arguments['dropping_images']} images",
         "All restarts are run on all images. If no image is dropped, the last iterate decides.",

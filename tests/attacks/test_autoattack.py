@@ -77,8 +77,8 @@ def test_an_image_is_broken_by_the_first_attack_that_breaks_it_alone(problem, re
     for attack in attacks.autoattack_attacks(epsilon=EPSILON, num_classes=5)[1:]:
         steps = attack.steps(5)
         keys = attack.keys(KEY, jnp.arange(COUNT), steps.num_runs)
-        for look in attacks.packed(steps, logits_fn, keys, images, labels, batch_size=1):
-            for job in look.finished:
+        for report in attacks.packed(steps, logits_fn, keys, images, labels, batch_size=1):
+            for job in report.finished:
                 if job.misclassified and not expected[job.image]:
                     expected[job.image] = attack.name
     assert record.broken_by == expected

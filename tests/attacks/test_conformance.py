@@ -98,7 +98,8 @@ def test_no_gradient_flows_through(program, classifier):
         assert not jnp.any(gradient)
 
 
-# Without `jit` each part of an attack is compiled separately, in each call. So only one scattering is quick.
+# Without `jit`, each part of an attack is compiled separately, in each call. So most variants of scattering are slow
+# tests.
 @pytest.mark.parametrize(
     "attack",
     [

@@ -96,8 +96,9 @@ def states_after(attack, num_steps, logits_fn, images, labels, run):
     return advance(keys, runs)
 
 
-# On a linear boundary at distance 1 the first step, from the image, goes to 1.05, and back to 0.9 * 1.05 = 0.945. From
-# there its own projection is at distance 0.055, the image's at 1. The second step ends closest of all.
+# For a linear boundary at distance 1, the first step goes from the image to 1.05, and back to 0.9 * 1.05 = 0.945. The
+# second step starts there: the projection of the iterate is 0.055 away, that of the image 1. Of all steps, the second
+# one ends closest to the image.
 _ALPHA = 0.055 / 1.055
 CLOSEST = (1 - _ALPHA) * (0.945 + 1.05 * 0.055) + _ALPHA * 1.05
 
@@ -105,7 +106,7 @@ CLOSEST = (1 - _ALPHA) * (0.945 + 1.05 * 0.055) + _ALPHA * 1.05
 def test_finds_the_smallest_perturbation_of_a_linear_network(linear):
     logits_fn, images, labels, smallest = linear
     state = states_after(fab_steps(epsilon=0.1), 10, logits_fn, images, labels, run=0)
-    # The gap of the logits is at least 0.1, with an error of 1e-6.
+    # Differences of logits are at least 0.1, with a rounding error of 1e-6.
     np.testing.assert_allclose(state.distance, CLOSEST * smallest, rtol=1e-4)
 
 
@@ -146,12 +147,12 @@ def test_the_weight_of_the_image_in_a_step_is_at_most_a_tenth(linear):
     value, normal = map(np.asarray, jax.jit(lambda x: (lead(x), jax.grad(lambda x: jnp.sum(lead(x)))(x)))(images))
     move = -np.sign(value)[:, None, None, None] * np.sign(normal)
     move *= (np.abs(value) / np.abs(normal).sum((1, 2, 3)))[:, None, None, None]
-    # As far from the boundary as the image, so the weight would be a half without its limit.
+    # An iterate that is as far from the boundary as the image: without the limit, the weight would be a half.
     flat, aside = normal.reshape(8, 16), np.zeros((8, 16), np.float32)
     aside[:, 0], aside[:, 1] = flat[:, 1], -flat[:, 0]
     aside = aside.reshape(images.shape) * np.float32(0.05) / np.abs(aside).max(1)[:, None, None, None]
     state = jax.jit(lambda x: attack.step(logits_fn, start._replace(iterate=x), images, labels))(images + aside)
-    # Across the boundary, so it moves back to 0.9. The error of the projection is that of float32's sums, 1e-6.
+    # The step crosses the boundary, so it is moved back to 0.9. The projection has the error of float32 sums, 1e-6.
     np.testing.assert_allclose(state.iterate - images, 0.9 * (1.05 * move + 0.9 * aside), atol=1e-5)
 
 

@@ -217,9 +217,9 @@ def test_no_program_keeps_the_function_alive(call, kind):
 def test_an_abandoned_generator_keeps_nothing_alive():
     w = weights()
     alive = weakref.ref(w)
-    looks = attacks.packed(attacks.pgd_steps(num_steps=50), lambda x: linear(w, x), KEY, np.asarray(IMAGES), LABELS)
-    next(looks)
-    del looks, w
+    reports = attacks.packed(attacks.pgd_steps(num_steps=50), lambda x: linear(w, x), KEY, np.asarray(IMAGES), LABELS)
+    next(reports)
+    del reports, w
     gc.collect()
     assert alive() is None
 

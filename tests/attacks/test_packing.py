@@ -27,8 +27,8 @@ def problem(classifier):
 def finished(problem, attack=ATTACK, rng=KEY, **settings):
     """All jobs by image and run, and the progress reports."""
     logits_fn, images, labels = problem
-    looks = list(attacks.packed(attack, logits_fn, rng, images, labels, **settings))
-    return {(job.image, job.run): job for look in looks for job in look.finished}, looks
+    reports = list(attacks.packed(attack, logits_fn, rng, images, labels, **settings))
+    return {(job.image, job.run): job for report in reports for job in report.finished}, reports
 
 
 def assert_same_results(one, other):
@@ -84,26 +84,26 @@ def test_missing_jobs_can_be_done_later(problem, in_batches_of_4):
 
 
 def test_passes_are_those_of_the_steps_made_and_of_few_empty_slots(problem, in_batches_of_4):
-    jobs, looks = in_batches_of_4
+    jobs, reports = in_batches_of_4
     needed = sum(1 + job.step for job in jobs.values())
-    spent = sum(look.forward for look in looks)
-    assert spent == sum(look.backward for look in looks)
+    spent = sum(report.forward for report in reports)
+    assert spent == sum(report.backward for report in reports)
     assert needed <= spent <= 1.1 * needed
     # As if no image were dropped: all runs of all images, all steps.
     assert spent < 0.9 * COUNT * 3 * (1 + ATTACK.num_steps)
 
 
-def test_looks_count_running_and_waiting_jobs(in_batches_of_4):
-    _, looks = in_batches_of_4
-    assert all(look.running <= 4 for look in looks)
-    assert (looks[-1].running, looks[-1].waiting) == (0, 0)
+def test_reports_count_running_and_waiting_jobs(in_batches_of_4):
+    _, reports = in_batches_of_4
+    assert all(report.running <= 4 for report in reports)
+    assert (reports[-1].running, reports[-1].waiting) == (0, 0)
 
 
 def test_last_only_judges_the_last_iterate_as_the_plain_function_does(problem):
     logits_fn, images, labels = problem
     settings = {"epsilon": 0.05, "step_size": 0.01, "num_steps": 9}
     keys = jax.random.split(KEY, COUNT)
-    jobs, looks = finished(problem, attacks.pgd_steps(**settings, last_only=True), keys, batch_size=COUNT)
+    jobs, reports = finished(problem, attacks.pgd_steps(**settings, last_only=True), keys, batch_size=COUNT)
     starts = attacks.random_start(jax.vmap(jax.random.fold_in, (0, None))(keys, 0), images, 0.05)
     plain = attacks.pgd(logits_fn, KEY, jnp.asarray(images), jnp.asarray(labels), start=starts, **settings)
     for image in range(COUNT):
@@ -111,7 +111,7 @@ def test_last_only_judges_the_last_iterate_as_the_plain_function_does(problem):
         assert jobs[image, 0].step == 9
     margins = attacks.logit_margin(logits_fn(plain), labels)
     np.testing.assert_allclose([jobs[image, 0].margin for image in range(COUNT)], margins, atol=1e-5)
-    assert sum(look.backward for look in looks) == COUNT * 9
+    assert sum(report.backward for report in reports) == COUNT * 9
 
 
 def test_uint8_images_are_scaled(problem):

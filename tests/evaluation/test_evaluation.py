@@ -191,7 +191,7 @@ LONG = Attack("pgd", 0.01, num_steps=6_000, restarts=2, any_iterate=True)
 CHAIN = [Attack("clean"), LONG, Attack("apgd-t", 0.01, after=("clean", LONG.name))]
 KILLED = """
 import pathlib, sys
-import tests.conftest  # its settings, so that this process computes as the tests do
+import tests.conftest  # its settings, so that this process rounds as the tests do
 from tests.evaluation.test_evaluation import CHAIN, records_of
 records_of(pathlib.Path(sys.argv[1]), CHAIN[:2])
 """
@@ -215,7 +215,7 @@ def records_of(journal, attacks):
 def assert_same_records(ours, theirs):
     """Integers are equal; margins, of size 1 to 10, are equal up to rounding of float32's sums.
 
-    Which images share a batch, and its size, depends on what was missing, and so may how their products are rounded.
+    A resumed run attacks only the missing images, so its batches differ, and products may be rounded differently.
     """
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
@@ -252,7 +252,7 @@ def test_an_evaluation_resumed_from_a_truncated_journal_gives_the_same_numbers(t
     path = tmp_path / "records.jsonl"
     chain = [Attack("clean"), Attack("apgd-t", 0.01, num_steps=20, targets=3, after=("clean",))]
     whole = records_of(path, chain)
-    # Among the targets of the attack.
+    # The cut is between two targets of the attack.
     text = path.read_bytes()
     cut = text[: (text.index(b"apgd-t") + len(text)) // 2]
     path.write_bytes(cut)
@@ -355,7 +355,7 @@ def test_numbers_do_not_depend_on_the_implementation_of_keys(network):
         assert margins() == before
 
 
-def test_suites():
+def test_suites_have_the_published_attacks_and_settings():
     assert [attack.name for attack in suite("paper")] == [
         "clean", "fgsm", "pgd-20", "pgd-100", "cw-20", "cw-100", "pgd-500x5", "pgd-1000x5", "cw-500x5", "cw-1000x5",
     ]  # fmt: skip
@@ -385,7 +385,7 @@ def test_intervals_are_wilsons():
     assert accuracy(np.zeros(5, bool))["low"] == 0
 
 
-def test_words_for_attacks():
+def test_words_are_parsed_into_attacks():
     assert parse_attack("pgd-100", epsilon=0.1) == Attack("pgd", 0.1, step_size=0.025, num_steps=100)
     assert parse_attack("cw-7", step_size=0.01, restarts=5) == Attack("cw", step_size=0.01, num_steps=7, restarts=5)
     assert parse_attack("cw-7x5") == parse_attack("cw-7", restarts=5)

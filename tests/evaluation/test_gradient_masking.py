@@ -80,7 +80,7 @@ def test_a_network_without_gradient_masking_passes_all_checks():
         (GAP, {"square": 17}, "all attacks together 42.5%: PGD-20 alone overstates this network by 7.5"),
     ],
 )  # fmt: skip
-def test_each_sign_is_found(check, changed, said):
+def test_each_check_says_no_for_its_sign_of_masking(check, changed, said):
     losses = changed.get("losses", RISING)
     checks = gradient_masking.checklist(*honest(**{k: v for k, v in changed.items() if k != "losses"}), losses)
     assert checks[check].verdict == "no"
@@ -88,7 +88,7 @@ def test_each_sign_is_found(check, changed, said):
 
 
 def test_differences_of_a_few_images_are_chance():
-    # 4 lost and none won: by chance, this happens in 1 of 16 cases.
+    # PGD-100 misses 4 images that PGD-20 finds, and finds no others: by chance, this happens in 1 of 16 cases.
     assert verdicts(**{"pgd-100": 24})[STEPS] == "yes"
     assert verdicts(**{"pgd-100": 25})[STEPS] == "no"
 

@@ -1,4 +1,4 @@
-"""A correct solver, and solvers that are each broken in one way, which the tool has to find and to name."""
+"""A correct solver, and solvers that are each broken in one way. The checks have to find the defect and name it."""
 
 import numpy as np
 from scipy.special import logsumexp
@@ -190,7 +190,7 @@ def scaled_gradient(cost, a, b, reg, factor=1.0):
 
 
 def half_gradient(cost, a, b, reg):
-    """As if each weight counted half."""
+    """The gradient with respect to `a` is half of the right one."""
     return scaled_gradient(cost, a, b, reg, 0.5)
 
 
@@ -198,7 +198,7 @@ half_gradient.claims = Claims(gradients=("cost", "a", "b"), batched=True)
 
 
 def claims_a_dictionary(cost, a, b, reg):
-    """What it claims isn't `Claims`."""
+    """Its `claims` are a dictionary instead of `Claims`."""
 
 
 claims_a_dictionary.claims = {"dtype": "float32"}

@@ -38,7 +38,7 @@ def test_value_equals_ott_jaxs():
         epsilon=REG, a=jnp.asarray(A), b=jnp.asarray(B),
         solve_kwargs={"threshold": 1e-12, "max_iterations": 5000},
     )  # fmt: skip
-    # At a marginal error of 1e-12, costs agree to second order of that; 1e-9 is the rounding of ott-jax's sums.
+    # The marginal error is 1e-12, and errors of costs are of second order in it; 1e-9 is rounding in ott-jax.
     np.testing.assert_allclose(value(X, Y), theirs, rtol=1e-8)
 
 

@@ -152,7 +152,7 @@ def test_zero_weights_exclude_points(make_problem):
         assert np.isfinite(leaf).all()
 
 
-def test_dtypes(problem):
+def test_the_plan_has_the_dtype_of_the_cost(problem):
     assert ipot(jnp.bfloat16(problem[0]), beta=0.5).plan.dtype == jnp.bfloat16
     assert ipot(problem[0], beta=0.5).plan.dtype == jnp.float64
 

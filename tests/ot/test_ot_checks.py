@@ -125,7 +125,7 @@ def test_unequal_masses_never_converge_under_jit():
     assert result.marginal_error > 0.09
 
 
-def test_for_names_of_other_libraries_ours_are_suggested():
+def test_names_of_other_libraries_raise_with_our_names():
     for options, answer in [
         ({"epsilon": 0.1}, r"sinkhorn: .* got epsilon, which is called reg here"),
         ({"reg": 0.1, "max_iterations": 10}, "got max_iterations, which is called num_iters here"),

@@ -100,10 +100,10 @@ def test_values_and_gradients_are_those_of_the_whole_problem(points, name, way, 
             of_rows, of_all, result = value(options, arguments, (of_plan, of_f, of_g), AXIS)
             if way == "shard_map":
                 return jax.lax.psum(of_rows, AXIS) + of_all, result
-            return of_rows + of_all / devices, result  # JAX differentiates the sum over devices
+            return of_rows + of_all / devices, result  # JAX differentiates the sum of this over the devices
 
         (_, result), gradients = jax.value_and_grad(objective, argnums=range(5), has_aux=True)(*arguments)
-        if way != "shard_map":  # which sums the gradients of replicated arguments itself
+        if way != "shard_map":  # shard_map sums the gradients of replicated arguments itself
             gradients = [x if s == P(AXIS) else jax.lax.psum(x, AXIS) for x, s in zip(gradients, specs, strict=True)]
         return result, tuple(gradients)
 
@@ -111,14 +111,15 @@ def test_values_and_gradients_are_those_of_the_whole_problem(points, name, way, 
     in_specs = (*specs, P(AXIS), P(AXIS), P())
     result, gradients = over_devices(on_each, way, devices, in_specs, (RESULT, specs))(*arguments, *functionals)
     assert (result.status, result.num_iters) == (expected.status, expected.num_iters)
-    # The same sums in another order, 1e-16 each; errors of gradients grow over the iterations, as do potentials / reg.
+    # The same sums in another order, with errors of 1e-16. Those of gradients and of potentials / reg add up over the
+    # iterations.
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13), result, expected)
     for got, of_whole in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(got, of_whole, atol=1e-11 * max(1, np.abs(of_whole).max()))
 
 
 @pytest.mark.parametrize("way", mostly_slow(WAYS, "pmap"))
-def test_gradient_of_each_devices_value_is_that_of_gathered_rows(points, way):
+def test_gradient_of_sharded_rows_equals_that_of_gathered_rows(points, way):
     (x, y, *_), _ = points
 
     def gathered(x):
@@ -131,8 +132,9 @@ def test_gradient_of_each_devices_value_is_that_of_gathered_rows(points, way):
         return jax.grad(gathered)(x), jax.grad(sharded)(x)
 
     of_gathered, of_sharded = over_devices(gradients, way, 4, (P(AXIS),), (P(AXIS), P(AXIS)))(x)
-    # With its check, `shard_map` knows that the sharded cost is one number; the gathered one is a number on each of the
-    # four devices. 50 iterations at cost / reg of hundreds: some 1e3 of float64's 1e-16, and sums in another order.
+    # JAX differentiates the sum of the values of all devices. With its check, `shard_map` knows that the sharded cost
+    # is the same on all devices and counts it once; the gathered cost counts four times. Rounding: 50 iterations with
+    # cost / reg in the hundreds amplify float64's 1e-16 about a thousandfold.
     np.testing.assert_allclose(of_sharded * (4 if way == "shard_map" else 1), of_gathered, rtol=1e-9, atol=1e-12)
 
 
@@ -173,7 +175,7 @@ def test_a_nan_on_one_device_gives_all_devices_its_status(solve32, problem32, wh
 
 
 @pytest.mark.parametrize("differs", ["b", "reg", "threshold"])
-def test_different_copies_are_reported(problem32, differs):
+def test_copies_that_differ_between_devices_are_reported(problem32, differs):
     cost, a, b = problem32
 
     def solve(cost, a, b):
@@ -244,7 +246,7 @@ def test_rows_over_several_axes_and_problems_over_another(make_problem):
         result = solve("q", costs[0])
         return result.primal_cost[None], result.plan[None], result.num_iters[None]
 
-    assert expected[0].num_iters != expected[1].num_iters  # so they can't share sums
+    assert expected[0].num_iters != expected[1].num_iters  # so they can't share their sums over devices
     for of_all, of_each in zip(
         each(costs), zip(*[(r.primal_cost, r.plan, r.num_iters) for r in expected], strict=True), strict=True
     ):
@@ -300,8 +302,8 @@ def test_no_device_holds_the_whole_matrix(name):
     (mapped,) = (
         p for e in part.jaxpr.eqns for leaf in jax.tree.leaves(list(e.params.values())) for p in programs(leaf)
     )
-    # A device's rows, raveled into one vector with the potentials, as in the derivative rules. (The vectors of 60
-    # iterations are smaller.)
+    # The largest array is a device's rows, raveled into one vector with the potentials by the derivative rules. (The
+    # vectors of 60 iterations are smaller.)
     assert largest_array(mapped) <= size * size // 4 + 4 * size
 
 

@@ -373,7 +373,7 @@ def test_half_precision_is_carried_through_a_scan(problem, dtype):
     np.testing.assert_allclose(np.float32(costs), problem[0][2].mean(), rtol=1e-2)
 
 
-def test_one_by_one():
+def test_one_point_on_each_side():
     result = sinkhorn([[3.0]], reg=0.1, threshold=1e-6)
     np.testing.assert_allclose(result.plan, [[1.0]], rtol=1e-14)
     assert result.status == Status.CONVERGED

@@ -57,7 +57,8 @@ def test_converged_means_that_the_plan_meets_the_threshold(solver):
     assert (result.num_iters[status == Status.LIMIT] == (300 if solver == "ipot" else 1000)).all()
     if solver != "kernel":
         assert finite.all()
-        assert result.converged.sum() > 0.4 * len(cost)  # some can't: 1e-7 is rounding, and slow ones reach the limit
+        # Not all can converge: thresholds of 1e-7 are below rounding, and slow problems reach num_iters.
+        assert result.converged.sum() > 0.4 * len(cost)
 
 
 @pytest.mark.parametrize("method", mostly_slow(["stabilized", "log"], "stabilized"))

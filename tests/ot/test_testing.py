@@ -106,7 +106,7 @@ def test_nothing_is_found_in_our_solvers(name):
 @pytest.mark.parametrize(("name", "check"), [
     pytest.param(*of, marks=pytest.mark.slow if of[0] in SLOW else ()) for of in BROKEN.items()
 ])  # fmt: skip
-def test_what_is_broken_is_found_named_shrunk_and_shown(name, check, tmp_path):
+def test_a_defect_is_found_named_and_reproduced_by_a_script_on_a_simple_problem(name, check, tmp_path):
     solver, derivatives = broken(name), name.startswith("constant") or name == "half_gradient"
     small = (number for number in range(300) if not derivatives or case(number).cost.size <= 60)
     for number in small:
@@ -114,8 +114,8 @@ def test_what_is_broken_is_found_named_shrunk_and_shown(name, check, tmp_path):
         if of:
             break
     assert of, f"{check} isn't found"
-    simplest = shrunk(solver, case(number), of[0], seconds=120)  # most take one; a busy machine more
-    # A kernel of which nothing is lost has no finding; shapes are compiled for where derivatives are at fault.
+    simplest = shrunk(solver, case(number), of[0], seconds=120)  # most take one second, but more on a busy machine
+    # A small kernel has no underflow, and for errors in derivatives, shrinking is limited since each shape is compiled.
     assert simplest.cost.size <= (30 if derivatives or name == "flushed_kernel" else 9 if "square" in name else 4)
     again = findings(solver, simplest, derivatives=derivatives)
     assert check in {f.check for f in again}
@@ -133,7 +133,7 @@ def test_what_is_broken_is_found_named_shrunk_and_shown(name, check, tmp_path):
 
 
 def derivatives_of(name, number, factor):
-    """What is found in the derivatives of a solver whose gradient by `a` is multiplied by a factor."""
+    """The verdict on a solver whose gradient with respect to `a` is multiplied by a factor."""
 
     def solve(cost, a, b, reg):
         return broken_solvers.scaled_gradient(cost, a, b, reg, factor)
@@ -227,20 +227,20 @@ def test_answers_of_another_shape_are_findings(answer):
     assert [f.check for f in findings(solver, case(17))] == ["shape"]
 
 
-def test_none_is_not_given():
+def test_outputs_of_none_are_ignored():
     def solve(cost, a, b, reg):
         return {**broken_solvers.right(cost, a, b, reg), "f": None, "converged": None}
 
     assert findings(Solver("none", solve), case(17)) == []
 
 
-def test_an_error_is_told_with_the_line_of_the_solver():
+def test_an_exception_is_reported_with_its_line_in_the_solver():
     wide = next(problem for problem in cases(range(100)) if problem.cost.shape[0] < problem.cost.shape[1])
     (finding,) = findings(broken("raising"), wide)
     assert re.search(r"\(broken_solvers.py, line \d+: raise IndexError\(.index 5", finding.text)
 
 
-def test_what_is_not_claimed_is_not_judged():
+def test_problems_outside_the_claims_are_not_checked():
     kernel = load("ott-kernel-float32")
     sharp = next(problem for problem in cases(range(100)) if problem.family == "sharp" and problem.cost.size > 100)
     assert sharp.ratio > kernel.claims.largest_ratio
@@ -268,17 +268,17 @@ def test_unknown_solvers_raise(name, message):
     ({"dtype": "float16"}, "claims.dtype: expected one of 'float32', 'float64', got 'float16'"),
     ({"marginal_error": -1}, "claims.marginal_error: expected a positive number; got -1"),
 ])  # fmt: skip
-def test_claims_that_mean_nothing_are_refused(claims, message):
+def test_invalid_claims_raise(claims, message):
     with pytest.raises(ValueError, match=message):
         Claims(**claims)
 
 
-def test_problems_have_no_negative_numbers():
+def test_negative_problem_numbers_raise():
     with pytest.raises(ValueError, match="number: expected an integer of at least 0; got -1"):
         case(-1)
 
 
-def test_a_finding_is_told_with_its_numbers():
+def test_a_finding_has_the_error_and_the_allowed_error():
     solver = broken("stopped_early")
     number, (first, *_) = next((number, of) for number, of in found(solver, NUMBERS).items() if of)
     assert isinstance(first, Finding)
@@ -414,7 +414,7 @@ def test_the_command_notices_changed_helpers_and_removes_scripts(tmp_path):
     assert len((tmp_path / "run" / "findings.jsonl").read_text(encoding="utf-8").splitlines()) == 4
 
 
-def test_the_command_refuses_other_folders_and_no_solvers(tmp_path, monkeypatch):
+def test_the_command_raises_for_other_folders_and_without_solvers(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_ENABLE_X64", "1")  # `main` sets it; later tests' processes must not have it
     (tmp_path / "module.py").touch()
     for arguments, message in (

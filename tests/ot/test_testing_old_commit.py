@@ -1,4 +1,4 @@
-"""In the solvers of an old commit, the tool finds defects that were found by other means and have since been fixed."""
+"""The checks find known defects in the solvers of an old commit. They were found by other means, and are now fixed."""
 
 import subprocess
 import sys
@@ -56,19 +56,19 @@ def first(solver, families, check, numbers=range(1500), **options):
 
 
 @pytest.mark.parametrize("families", [("uniform", "training", "points", "shifted", "sharp"), ("far_row",)])
-def test_converged_is_wrong(old, families):
+def test_converged_that_is_wrong_is_found(old, families):
     of = first(old("stabilized"), families, "marginals")
     assert "says that it has converged" in of.text
 
 
-def test_a_kernel_underflows_partly(old):
+def test_a_partial_underflow_of_the_kernel_is_found(old):
     # The error exceeds the total mass, since the plan is recomputed from costs whose kernel entries were flushed.
     of = first(old("kernel"), ("blocks",), "marginals")
     assert of.error > 1
     assert "says that it has converged" in of.text
 
 
-def test_second_derivatives_are_wrong(old):
+def test_second_derivatives_that_are_wrong_are_found(old):
     of = first(
         old("stabilized", "implicit", "float64", 1e-6, gradients=("cost",), second_order=True), ("blocks", "far_row"),
         "second derivative", (117, 130), derivatives=True,
@@ -77,6 +77,6 @@ def test_second_derivatives_are_wrong(old):
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_a_single_weight_vector_has_no_derivative(old, name):
+def test_an_error_in_the_derivative_by_one_weight_vector_is_found(old, name):
     solver = old("stabilized", "implicit", "float64", 1e-6, gradients=(name,))
     assert "TypeError" in first(solver, ("blocks",), f"gradient by {name}", (117,), derivatives=True).text

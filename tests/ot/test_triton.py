@@ -97,7 +97,7 @@ def test_each_problem_of_a_batch_stops_on_its_own():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
-def test_arbitrary_init():
+def test_results_from_random_initial_potentials():
     # Random initial potentials, and points with almost no mass: the first sums are e^±5000, later ones 1e-25.
     cost, a, b = draw((6, 9), 2)
     a[:, 1], b[:, 1] = 1e-12, 1e-13

@@ -254,7 +254,7 @@ def test_second_derivatives_equal_differences_of_the_gradient(unequal):
     first = jax.jit(jax.grad(value))
     expected = (first(1e-3) - first(-1e-3)) / 2e-3  # the gradient's own error is some 1e-8
     for outer in (jax.grad, jax.jacfwd):
-        np.testing.assert_allclose(jax.jit(outer(jax.grad(value)))(0.0), expected, rtol=1e-4)  # h² times others
+        np.testing.assert_allclose(jax.jit(outer(jax.grad(value)))(0.0), expected, rtol=1e-4)  # of the order of step²
 
 
 @pytest.mark.slow
@@ -288,7 +288,7 @@ def test_init_from_a_similar_problem_saves_iterations(unequal):
     assert warm.num_iters < cold.num_iters
 
 
-def test_status(unequal):
+def test_status_says_why_the_solver_stopped(unequal):
     few = solve(*unequal, 0.002, num_iters=5)
     assert (few.status, few.num_iters) == (Status.LIMIT, 5)
     single = [x.astype(np.float32) for x in unequal]

@@ -115,7 +115,7 @@ def always_sharded(monkeypatch):
 
 
 @pytest.mark.usefixtures("float64", "always_sharded")
-def test_sharded_transport_gives_a_devices_images_the_gradient_of_the_gathered_one():
+def test_gradient_of_a_sharded_transport_equals_that_of_a_gathered_one():
     rng = np.random.default_rng(0)
     natural, attacked, weights = rng.normal(size=(16, 5)), rng.normal(size=(16, 5)), rng.normal(size=(5, 5))
     sharded = functools.partial(ot.sinkhorn, reg=0.01, num_iters=50)
@@ -125,10 +125,11 @@ def test_sharded_transport_gives_a_devices_images_the_gradient_of_the_gathered_o
         return jax.grad(lambda x: solve(cost(natural, jnp.tanh(x @ weights))).primal_cost)(attacked)
 
     whole = gradient(sharded, None, natural, attacked)
-    for transport in (sharded, lambda cost: sharded(cost)):  # of the second it is not known that it takes rows alone
+    for transport in (sharded, lambda cost: sharded(cost)):  # the second has no axis_name argument
         on_each = jax.pmap(functools.partial(gradient, transport, AXIS), AXIS)
         parts = on_each(natural.reshape(4, 4, 5), attacked.reshape(4, 4, 5))
-        # Of the sum of four copies. 50 iterations at cost / reg of hundreds: some 1e3 of float64's 1e-16.
+        # The sharded gradient is that of the sum of four copies, one per device. Rounding: 50 iterations with cost /
+        # reg in the hundreds amplify float64's 1e-16 about a thousandfold.
         np.testing.assert_allclose(parts.reshape(16, 5), 4 * whole, rtol=1e-9, atol=1e-12)
 
 
@@ -136,7 +137,7 @@ def test_sharded_transport_gives_a_devices_images_the_gradient_of_the_gathered_o
     ("transport", "images_per_device", "gathers"),
     [(ot.sinkhorn, 65, False), (ot.sinkhorn, 64, True), (lambda cost, reg: ot.sinkhorn(cost, reg=reg), 65, True)],
 )
-def test_no_device_has_the_transport_of_a_large_batch(transport, images_per_device, gathers):
+def test_no_device_holds_the_cost_matrix_of_a_large_batch(transport, images_per_device, gathers):
     images = jnp.zeros((4, images_per_device, 3, 1, 1))
 
     def on_each(keys, images):
