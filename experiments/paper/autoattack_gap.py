@@ -71,8 +71,8 @@ EXPERIMENT = Experiment(
     show=show,
     draw=lost_images,
     reading="PGD-20 is judged at its last iterate, as in the paper; AutoAttack at any iterate. APGD-CE has PGD's loss, "
-    "but more steps and adaptive step sizes: for the images that it adds, PGD-20 had too few steps. For the images "
-    "that APGD-T adds, the cross-entropy is the wrong loss. Only two kinds of images suggest masked gradients: those "
+    "but more steps and adaptive step sizes: the images that it adds show what PGD-20's budget misses. The images that "
+    "APGD-T adds show what another loss, with targets, finds. Only two kinds of images suggest masked gradients: those "
     "that Square adds, since it uses no gradients, and those that PGD-20 adds on rescaled logits, from the same start.",
 )
 
