@@ -43,7 +43,7 @@ def test_the_speeds_of_the_solvers_are_the_measured_ones():
 
 def test_the_committed_report_has_no_findings_in_our_solvers():
     result = results("differential/fs_jax/report.json")
-    assert f"Of [{result['count']:,} problems]" in TEXT
+    assert f"On [{result['count']:,} problems]" in TEXT
     assert all(set(of) <= {"gave up"} for of in result["findings"].values())
 
 

@@ -63,7 +63,7 @@ def batch_size(platform: str) -> int:
 
 
 def platform_of(arrays: PyTree) -> str:
-    """The platform that programs of these arrays run on: that of the arrays, or else of the default device.
+    """The platform of these arrays, on which programs with them run; without any, that of the default device.
 
     Example:
       >>> platform_of([]) in ("cpu", "gpu", "tpu")

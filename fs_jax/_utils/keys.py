@@ -34,7 +34,7 @@ def image_keys(rng: Key[Array, ""] | Key[Array, "n"], count: int) -> Key[Array, 
 
 
 def run_keys(keys: Key[Array, "n"], run: Int[Array, "n"]) -> Key[Array, "n"]:
-    """The keys of a run of each image: `fold_in(key, run)`.
+    """The key of each image for its run: `fold_in(key, run)`.
 
     Example:
       >>> run_keys(jax.random.split(jax.random.key(0), 3), jnp.array([0, 0, 1])).shape
@@ -46,7 +46,7 @@ def run_keys(keys: Key[Array, "n"], run: Int[Array, "n"]) -> Key[Array, "n"]:
 def random_signs(rng: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:
     """Random signs, -1 or 1 with probability 1/2 each.
 
-    `jax.random.rademacher` compares with a uniform number of JAX's default type, so that 64-bit mode has other signs.
+    `jax.random.rademacher` draws uniform numbers of JAX's default type, so its signs are different in 64-bit mode.
     These are the same in both modes.
 
     Example:

@@ -1,4 +1,4 @@
-"""Checks of arguments; errors say argument, expected and got."""
+"""Checks of arguments. Errors name the argument, what was expected, and what was given."""
 
 import difflib
 import math
@@ -26,7 +26,7 @@ def check_number(
     below: float | None = None,
     integer: bool = False,
 ) -> None:
-    """Raise an error with argument, expected and got unless `value` is a finite number in the range."""
+    """Raise an error that says what was expected and given, unless `value` is a finite number in the range."""
     words = ["an integer" if integer else "a finite number"]
     words += [f"above {above}"] if above is not None else []
     words += [f"of at least {at_least}"] if at_least is not None else []

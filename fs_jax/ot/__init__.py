@@ -4,9 +4,9 @@
     result = sinkhorn(cost, reg=0.01)         # a Transport: plan, costs, potentials, marginal error, status
     result.primal_cost                        # ⟨plan, cost⟩, differentiable
 
-The package depends on JAX only, and on nothing else in this project. Read the modules in this order: costs, problem,
-sinkhorn, ipot and released, result. The modules divergence, extension and bounds build on results. The iterations and
-their derivatives are in the private modules.
+The package depends on JAX and jaxtyping only, and on nothing else in this project. Read the modules in this order:
+costs, problem, sinkhorn, ipot and released, result. The modules divergence, extension and bounds build on results. The
+iterations and their derivatives are in the private modules.
 """
 
 from fs_jax.ot.bounds import Bounds, bounds, round_to_feasible

@@ -13,7 +13,7 @@ CACHE = 2**20  # bytes
 def in_chunks(function: Callable) -> Callable:
     """Wraps a function of one problem so that `vmap` processes a batch in chunks. Its first argument is the matrix.
 
-    On a CPU a chunk has as many problems as have matrices that fit in the cache. On other platforms it is the batch.
+    On a CPU, the matrices of a chunk fit in the cache together. On other platforms, the chunk is the whole batch.
     """
     chunked = custom_vmap(function)
 

@@ -40,7 +40,7 @@ def unroll(scaled, a, b, start, threshold, options: Options):
 
 def _has_kernel(scaled, options):
     fits = scaled.dtype == jnp.float32 and max(scaled.shape) <= _triton.LARGEST
-    fits = fits and options.axis_name is None and not options.history  # it needs all rows
+    fits = fits and options.axis_name is None and not options.history  # it needs all rows, and records no history
     return fits and options.fused and options.method == "stabilized" and _triton.IS_AVAILABLE
 
 

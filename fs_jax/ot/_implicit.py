@@ -33,7 +33,7 @@ def _derivative(options, primals, tangents):
     outcome = solve(*primals, options)
     plan = live_plan(lax.stop_gradient(outcome.plan), scaled, outcome.phi, outcome.gamma)
     d_plan = plan * d_scaled
-    # This device's part of the columns' equations: their sum over devices is the equation.
+    # This device's part of the columns' right side: the sum of the parts over devices is the right side.
     right_columns = _sharding.part(d_b, options.axis_name) - d_plan.sum(0)
     d_phi, d_gamma = solve_symmetric(plan, d_a - d_plan.sum(1), right_columns, axis_name=options.axis_name)
     d_outcome = jax.tree.map(jnp.zeros_like, outcome)._replace(phi=d_phi, gamma=d_gamma)
@@ -71,8 +71,8 @@ def solve_symmetric(plan, right_rows, right_columns, damping=(0, 0), axis_name=N
 def _solve_sharded(plan, rows, columns, mass, right_rows, right_columns, axis_name):
     """The solution of `_solve_fixed_point`, but eliminating the rows: all devices solve the same system [m].
 
-    As there, the rows absorb the difference between the total masses of the right sides, and the mean of dφ, weighted
-    by the rows' masses, is zero.
+    As in that solution, the rows absorb the difference between the total masses of the right sides, and the mean of dφ,
+    weighted by the rows' masses, is zero.
     """
     present_a, present_b = rows > 0, columns > 0
     right_mass = jnp.sum(jnp.where(present_a, right_rows, 0))

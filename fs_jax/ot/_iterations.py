@@ -229,8 +229,8 @@ def _start_stabilized(points, phi):
     phi = jnp.where(present_a, phi, MASKED)
     g = jnp.where(present_b, -maximum(jnp.max(s + phi[:, None], 0), points.axis_name), MASKED)
     f = jnp.where(present_a, -jnp.max(s + g[None, :], 1), MASKED)
-    # A row whose start is far below the others (by a factor e⁸⁷ in float32) counts for nothing in the first update, but
-    # its scaling must not be zero.
+    # A row whose start is far below the others (by a factor e⁸⁷ in float32) has no effect on the first update, but
+    # its scaling must not be zero, since its logarithm is taken.
     u = jnp.maximum(jnp.exp(phi - f), jnp.finfo(f.dtype).tiny)
     return _absorb(points, f, g)._replace(u=jnp.where(present_a, u, 0))
 
@@ -307,7 +307,7 @@ def _stabilized_run(points, limit, path_length, length, state, counts):
     """A kernel run that first absorbs scalings that have grown, and is repeated in the log domain if they leave range.
 
     K flushes entries below 1e-38 (in float32) to zero. The mass that the plan loses per entry is at most u·v times
-    that, which is 1e-10 if neither is above 2e14. The change of the potentials in an iteration never grows from one
+    that, which is 4e-10 if neither is above 2e14. The change of the potentials in an iteration never grows from one
     iteration to the next, so a scaling that leaves the range within a run is still out of range at its end.
     """
     grown = ~on_all_devices(within(largest(points.scaled, 0.18), state.u, state.v), points.axis_name) & ~counts.stopped

@@ -208,16 +208,16 @@ def gap(scaled, rows, columns, state):
 
         (primal(P) - dual) / reg = KL(P | T) + KL(P 1 | x) / ε_a + KL(Pᵀ 1 | y) / ε_b
 
-    The bound is the smaller value of two plans. For P = T the first term is zero. For T rounded to the marginals x and
-    y the other two are zero; this plan is the better one if ρ is large. The rounded plan is Q + e dᵀ / δ: Q <= T is T
-    with rows and columns of too much mass scaled down, e and d are the mass that its rows and columns lack, and δ is
-    the sum of either. By the log-sum inequality
+    The bound is the smaller of its values for two plans. For P = T the first term is zero. For T rounded to the
+    marginals x and y the other two are zero; this plan is the better one if ρ is large. The rounded plan is Q + e dᵀ /
+    δ: Q <= T is T with rows and columns of too much mass scaled down, e and d are the mass that its rows and columns
+    lack, and δ is the sum of either. By the log-sum inequality
 
         KL(P | T) <= |P| H(δ / |P|) + Σ e_i d_j / δ log(e_i d_j / (δ T_ij)) - |P| + |T|
 
     with the binary entropy H. This takes three matrix-vector products. x and y have the same mass, by the choice of k;
-    if both marginals are hard constraints, by assumption. The rounding of the dual objective is added: of a sum of
-    terms a (1 - exp(-ε_a F)) / ε_a, likewise for b, |a| |b| and |T|, at potentials that are rounded themselves.
+    if both marginals are hard constraints, by assumption. The rounding error of the dual objective is added. It is that
+    of a sum of the terms a (1 - exp(-ε_a F)) / ε_a, the same terms for b, |a| |b| and |T|, at rounded potentials.
     """
     plan = _plan(state)
     eps = jnp.finfo(plan.dtype).eps
@@ -244,7 +244,7 @@ def gap(scaled, rows, columns, state):
         potentials.append(reference + correction)
 
     rounding = 4 * eps * size  # potentials are sums of four parts, each rounded
-    # Well above the rounding of the bound, a sum of n·m terms as large as log T, and of n + m masses.
+    # Well above the rounding of the bound, which sums n·m terms as large as log T and n + m masses.
     floor = 2 * rounding + 64 * eps * (jnp.abs(scaled).max() + sum(scaled.shape)) * sums[0].sum()
     gap_of_rounded = _gap_of_rounded(scaled, plan, targets, sums, errors, potentials)
     return jnp.maximum(jnp.minimum(gap_of_plan, gap_of_rounded), 0) + rounding, floor

@@ -153,7 +153,7 @@ def _back_kernel(points, run, length, carry):
     new, (xs, ys) = lax.fori_loop(0, length, iteration, (cotangents, (xs, ys)))
     new = jax.tree.map(lambda x, y: jnp.where(run.is_log, x, y), cotangents, new)
     left, right = jnp.concatenate([xs, run.u[:-1]]), jnp.concatenate([run.v, ys])
-    left = lax.optimization_barrier(left.T)  # kept, since it makes XLA's product of thin matrices twice as fast
+    left = lax.optimization_barrier(left.T)  # the stored transpose makes XLA's product of thin matrices twice as fast
     return new, c_scaled - reference[0] * product("it,tj->ij", left, right), reference
 
 

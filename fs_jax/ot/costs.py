@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from fs_jax.ot import _checks
 
-_FEW = 8  # up to so many dimensions, taking all differences is as fast as a matrix product, which is padded
+_FEW = 8  # up to this many dimensions, taking all differences is as fast as a matrix product, which is padded
 
 
 def cosine_cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:

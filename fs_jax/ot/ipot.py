@@ -280,7 +280,7 @@ def _run(points, inner_iters, path_length, length, before, state):
     """A run of steps, which computes only the deviation of log T from log_plan + k drift.
 
     The drift is zero where a converged plan has mass, so little is added to log T, with little rounding error. In the
-    first run the drift doesn't include the initial δ and σ: a constant of 1e6 in a column would cost it its digits.
+    first run the drift doesn't include the initial δ and σ: with a constant of 1e6 in a column, it would lose digits.
     """
     delta, sigma = (jnp.where(before > 0, v, 0) for v in (state.delta, state.sigma))
     drift = points.scaled + (delta[:, None] + sigma[None, :])

@@ -25,7 +25,7 @@ UNROLL, ENVELOPE = _SECOND.format("unroll"), _SECOND.format("envelope")
 class Status(enum.IntEnum):
     """The meaning of `Transport.status`, which is an integer array so that `jit` can return it.
 
-    In an `Unbalanced`, it is the duality gap that has met the threshold, or not.
+    In an `Unbalanced`, the duality gap takes the place of the marginal error.
     """
 
     CONVERGED = 0  # the marginal error of the returned plan is at most the threshold
@@ -155,7 +155,8 @@ def has_stalled(error, since_best, num_checks, floor):
     """Whether the error no longer decreases, after `num_checks` checks of which the last `since_best` set no new best.
 
     Rounding errors vary randomly from check to check. A new best is then rare, and becomes rarer with the number of
-    checks. An error above the floor never counts as stalled, since convergence may just be slow. NaN always does.
+    checks. An error above the floor never counts as stalled, since convergence may just be slow. NaN always counts as
+    stalled.
     """
     return ((error <= floor) & (since_best > 20 + num_checks // 2)) | jnp.isnan(error)
 

@@ -30,7 +30,7 @@ class Unbalanced(NamedTuple):
         g: potential of each column, [m]; likewise.
         gap: upper bound of |minimum - reg_cost|, in units of cost times mass, rounding included. It also bounds the
             error of the plan: reg·KL(optimal plan | plan) <= gap. The objective of the plan itself may be further from
-            the minimum if ρ is large, since a marginal missed by rounding then costs much. (In half precision, this is
+            the minimum if ρ is large, since a rounding error in a marginal then costs much. (In half precision, this is
             the plan before rounding.)
         num_iters: number of iterations done.
         status: a `Status` as an integer: 0 CONVERGED, gap <= threshold; 1 LIMIT; 2 NOT_FINITE; 3 STALLED.
