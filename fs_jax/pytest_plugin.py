@@ -20,7 +20,7 @@ def pytest_addoption(parser):
     options.addoption(
         "--ot-solver", action="append", default=[], metavar="PACKAGE:FUNCTION",
         help="also test this solver, solve(cost, a, b, reg) -> {'plan': ...}, against certified solutions, unless the "
-        "command names files or tests; can be repeated. What it claims is its attribute `claims`.",
+        "command names files or tests; can be repeated. Its attribute `claims` says what it claims.",
     )  # fmt: skip
     options.addoption("--ot-count", type=int, help="how many problems, of 15 kinds in turn (150)")
     options.addoption("--ot-seed", type=int, help="number of the first problem (0)")
@@ -45,7 +45,7 @@ def pytest_configure(config):
         if value is not None and value < least:
             raise pytest.UsageError(f"--ot-{name}: expected at least {least}; got {value}")
         setattr(config.option, destination, default if value is None else value)
-    # The names that failures are reported with.
+    # Failures are reported under the suite's module name; that name is accepted as an argument too.
     config.args[:] = [str(_SUITE) + arg.removeprefix(_NAME) if arg.startswith(_NAME) else arg for arg in config.args]
     if given and all(os.path.isdir(arg) for arg in config.args):
         config.args.append(str(_SUITE))
@@ -72,7 +72,7 @@ def pytest_pycollect_makemodule(module_path, parent):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How much of each solver was tested."""
+    """Report how many problems and derivatives of each solver were tested."""
     seen = collections.defaultdict(collections.Counter)
     for reports in terminalreporter.stats.values():
         for report in reports:

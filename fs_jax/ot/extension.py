@@ -24,7 +24,7 @@ def potential_at(
     Args:
         cost: cost from each new point to each point of the second set, [k, m].
         g: potentials of the second set, from a solver's result. Points without mass are ignored.
-        reg: the `reg` of the solver that g is from. (For `ipot`, pass beta over the result's `num_iters`.)
+        reg: the `reg` that the solver was called with. (For `ipot`, pass beta over the result's `num_iters`.)
 
     Returns:
         The potential of each new point in units of the cost, [k].
@@ -58,7 +58,7 @@ def barycentric_map(
         cost: cost from each point to each point of the second set, [k, m].
         g: potentials of the second set, from a solver's result.
         y: the points of the second set, or other values to average, such as one-hot labels, [m, d].
-        reg: the `reg` of the solver that g is from.
+        reg: the `reg` that the solver was called with.
 
     Returns:
         The mean target of each point, [k, d].

@@ -4,8 +4,9 @@
     for case in cases(range(1000)):
         print(findings(solver, case))           # a list of what is wrong with its answer, usually empty
 
-It needs NumPy and SciPy, and JAX only if the solver does. Read the modules in this order: solvers, families, reference,
-checks, shrinking. `python -m experiments.differential` tests solvers on thousands of problems.
+The checks compute with NumPy and SciPy. Only those of derivatives, `jit` and `vmap` run JAX. Read the modules in this
+order: solvers, families, reference, checks, shrinking. `python -m experiments.differential` tests solvers on thousands
+of problems.
 """
 
 from fs_jax.ot.testing.checks import (

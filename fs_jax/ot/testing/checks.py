@@ -1,4 +1,4 @@
-"""The checks of an answer: its errors, the numbers that it reports, then derivatives."""
+"""The checks of an answer: the plan, the numbers that the solver reports with it, then derivatives."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ class Finding(NamedTuple):
     """A defect of an answer."""
 
     check: str
-    """Name of the check that failed. Findings are counted by it, and shrinking preserves it."""
+    """Name of the check that failed. Findings are counted by it; a shrunk problem fails the same check."""
     text: str
     error: float
     """The error, as the check measures it."""
@@ -30,7 +30,7 @@ class Finding(NamedTuple):
 
 
 DERIVATIVES_EVERY = 10
-"""Of how many problems one has its derivatives checked, if nothing else is said."""
+"""By default, derivatives are checked on one problem in this many."""
 
 
 GAVE_UP = "gave up"
@@ -42,22 +42,22 @@ class Verdict(NamedTuple):
 
     findings: list[Finding]
     differentiated: bool
-    """Whether its derivatives were checked: the rest is right, and so exact that an error of a quarter in a derivative
-    of the plan would be found."""
+    """Whether derivatives were checked and could have failed: the other checks passed, and the plan is accurate enough
+    that a relative error of 25% in one of its derivatives would be found."""
 
 
 @functools.lru_cache(maxsize=64)
 def _with_derivatives(block: int, every: int) -> int:
     numbers = range(block * every, (block + 1) * every)
     drawn = np.random.default_rng([every, block]).permutation(numbers)
-    # Of a single row or column, marginals alone are the plan: its derivatives show little.
+    # With a single row or column, the marginals determine the plan, so its derivatives test little.
     return int(next((number for number in drawn if min(case(int(number)).cost.shape) > 1), drawn[0]))
 
 
 def has_derivatives_checked(number: int, every: int = DERIVATIVES_EVERY) -> bool:
     """Whether a problem is the one of its block of `every` whose derivatives, jit and vmap are checked.
 
-    It is drawn from those with more than one row and column, of whatever kind and size.
+    It is drawn from the block's problems with more than one row and column, if there are any.
 
     Example:
       >>> [number for number in range(40) if has_derivatives_checked(number)]
@@ -100,7 +100,7 @@ def judged(solver: Solver, problem: Case, *, derivatives: bool = False, only: st
                 return Verdict([_finding("shape", what)], False)
             names = [name for name in _shapes(seen) if answer.get(name) is not None]
             answer = {name: np.asarray(answer[name], float) for name in names}
-        except Exception as error:  # whatever it raises is the finding
+        except Exception as error:  # any error is a finding
             return Verdict([_raised("raises", solver, error)], False)
         for name, shape in _shapes(seen).items():
             if name in answer and answer[name].shape != shape:
@@ -157,12 +157,12 @@ def as_seen(solver: Solver, problem: Case) -> Case:
 
 
 def balanced(problem: Case) -> Case:
-    """The problem with equal masses, which rounding has made differ: one that has an exact solution."""
+    """The problem with equal total masses, so that it has an exact solution; rounding has made them differ."""
     return problem._replace(b=problem.b * (float(problem.a.sum()) / float(problem.b.sum())))
 
 
 def arguments(solver: Solver, problem: Case) -> tuple:
-    """Cost, a, b and reg in the solver's dtype: copies, which it may change without changing the problem."""
+    """Cost, a, b and reg in the solver's dtype. They are copies, so that a solver cannot change the problem."""
     dtype = np.dtype(solver.claims.dtype)
     return (*(np.array(x, dtype) for x in problem[:3]), dtype.type(problem.reg))
 
@@ -172,7 +172,7 @@ def _finding(check: str, text: str, error: Any = np.inf, allowed: Any = 0.0) -> 
 
 
 def _raised(check: str, solver: Solver, error: Exception) -> Finding:
-    """The error, and the last line of the solver's package, or else of a library, that it came through."""
+    """The error, with the last line of its traceback in the solver's package, or else in a library."""
     package = inspect.unwrap(solver.solve).__module__.partition(".")[0]
     frames = [
         (frame.f_globals.get("__name__", ""), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)
@@ -197,7 +197,7 @@ def _changed(solver: Solver, problem: Case, given: tuple):
         if not np.array_equal(now, before)
     ]
     if names:
-        yield _finding("changes its arguments", f"{', '.join(names)}: the caller's arrays are others after the call")
+        yield _finding("changes its arguments", f"{', '.join(names)}: the caller's arrays were changed by the call")
 
 
 def _judged(solver: Solver, problem: Case, answer: Mapping[str, np.ndarray]):
@@ -216,7 +216,7 @@ def _judged(solver: Solver, problem: Case, answer: Mapping[str, np.ndarray]):
         yield _finding("negative", f"smallest entry {plan.min():.3g}", -plan.min())
     absent = (a == 0)[:, None] | (b == 0)
     if plan[absent].sum() > 0:
-        yield _finding("masked", f"mass {plan[absent].sum():.3g} at points without", plan[absent].sum())
+        yield _finding("masked", f"mass {plan[absent].sum():.3g} at points without weight", plan[absent].sum())
 
     # Rounding of sums of n and of m numbers, plus the difference of the total masses, due to rounding of the weights.
     sums = 2 * (sum(cost.shape) + 8) * eps * mass + abs(a.sum() - b.sum())
@@ -343,7 +343,10 @@ def _differentiated(
     allowed: Mapping[str, Mapping[str, "Allowed"]],
     only: str | None,
 ):
-    """Derivatives of Σ W · plan and of both costs against the solution's; second ones against differences of these."""
+    """Compares derivatives of Σ W · plan and of the costs with the solution's.
+
+    Second derivatives are compared with differences of first derivatives of solutions.
+    """
     import jax.numpy as jnp
 
     names = ("plan", *(name for name in COSTS if name in answer))
@@ -364,14 +367,14 @@ def _differentiated(
             if not off <= total:
                 what = f"gradient by {name}" if of == "plan" else f"gradient of {of} by {name}"
                 yield _finding(what, f"off by {off:.3g}, of {largest:.3g} at most", off, total)
-    # A second derivative amplifies what is left of errors once more.
+    # A second derivative amplifies the error of the plan once more, so it is checked only if first ones are accurate.
     by_cost = allowed["plan"]["cost"]
     if solver.claims.second_order and only in (None, "second derivative") and by_cost.total <= 0.02 * by_cost.largest:
         yield from _second_order(solver, problem, given, weights, direction)
 
 
 def _comparable(problem: Case, name: str, derivative: np.ndarray) -> np.ndarray:
-    """A derivative where there is mass; by weights, which move with their mass held, without its mean."""
+    """A derivative at points with mass. By weights, whose sum is held fixed, its mean is subtracted."""
     if name == "cost":
         return np.where((problem.a > 0)[:, None] & (problem.b > 0), derivative, 0)
     there = getattr(problem, name) > 0
@@ -386,26 +389,28 @@ class Allowed(NamedTuple):
     rounding: float
     """What rounding may change in an entry."""
     total: float
-    """This, and what the error of the plan leaves."""
+    """`rounding`, and what the marginal error of the plan may change."""
 
 
 def allowed_errors(
     solver: Solver, problem: Case, reference: Reference, plan: np.ndarray
 ) -> dict[str, dict[str, Allowed]]:
-    """For each of `expected_derivatives`: what the marginal error that the plan has reached, and rounding, allow.
+    """The allowed error of each of `expected_derivatives`, given the marginal error of the plan and rounding.
 
-    A solver differentiates what it did, not the solution. Either it differentiates the conditions for a solution, at
-    its plan: then the derivative is that of a problem which has the plan's marginals. Or it differentiates iterations:
-    then the derivative is about that of Sinkhorn's iterations, columns first or rows first, that reach the same error.
-    Both are computed. Four times the larger difference from the solution's derivative is allowed, since other
-    iterations start elsewhere, or stop some steps earlier. (Measured, of ours from problems 0 to 250: at most twice.)
+    A solver that has not converged exactly has other derivatives than the solution. If it differentiates the optimality
+    conditions at its plan, they are the derivatives of a problem with the plan's marginals. If it differentiates its
+    iterations, they are about those of Sinkhorn iterations, columns first or rows first, that reach the same error. All
+    three are computed. Four times the largest difference from the solution's derivative is allowed, since a solver's
+    iterations may start elsewhere or stop some steps earlier. (The errors of our own solvers on problems 0 to 250 are
+    at most twice the difference.)
     """
     eps = float(np.finfo(solver.claims.dtype).eps)
     mass, (n, m) = problem.a.sum(), problem.cost.shape
     weights, _ = weights_and_direction(problem)
     wanted = expected_derivatives(problem, reference, weights)
     at_plan = expected_derivatives(problem, reference._replace(plan=plan), weights)
-    # Derivatives of the costs are such sums' too: W is the cost, and for `reg_cost` f + g.
+    # Derivatives of the costs are derivatives of such sums too: W is C for `primal_cost`, and the sum of the potentials
+    # for `reg_cost`.
     there = (problem.a > 0)[:, None] & (problem.b > 0)
     potentials = sum(wanted["reg_cost"][name][0].reshape(shape) for name, shape in (("a", (n, 1)), ("b", (1, m))))
     of_sums = np.stack([np.where(there, of, 0) for of in (weights, problem.cost, potentials)])
@@ -415,10 +420,11 @@ def allowed_errors(
     turned = Case(problem.cost.T, problem.b, problem.a, problem.reg)
     rows_first = gradients_of_iterations(turned, of_sums.swapaxes(1, 2), error)
     rows_first = {"cost": rows_first["cost"].swapaxes(1, 2), "a": rows_first["b"], "b": rows_first["a"]}
-    # Rounded exponents are an error of the plan's entries, and so of the system for the derivatives, relative to rows'
-    # and columns' sums. Scaled by the roots of these sums, the system for rows alone has 1 - σ² as its smallest
-    # eigenvalue, σ the second singular value; unscaled, a small weight's entry is amplified by 1 over its root. (In a
-    # derivative by the cost, the plan's entry, at most the weight, makes up for that.)
+    # Rounded exponents give the plan's entries a relative error. The linear system for the derivatives, scaled by the
+    # square roots of the row and column sums, then has an error of the same size. With the columns eliminated, its
+    # smallest eigenvalue is 1 - σ², where σ is the second singular value of the scaled plan. Scaling back amplifies the
+    # entry of a small weight by 1 / √weight. (A derivative by the cost isn't amplified: it is multiplied by the plan's
+    # entry, which is at most the weight.)
     rounded = _rounding(problem, eps) / _gap(problem, reference.plan)
     smallest = min(problem.a[problem.a > 0].min(), problem.b[problem.b > 0].min()) / mass
     amplified = {"cost": rounded, "a": rounded / np.sqrt(smallest), "b": rounded / np.sqrt(smallest)}
@@ -438,14 +444,14 @@ def allowed_errors(
 
 
 def _gap(problem: Case, plan: np.ndarray) -> float:
-    """1 - σ², σ the second singular value of the plan scaled by its marginals; tiny where parts hardly meet."""
+    """1 - σ², σ the second singular value of the plan scaled by its marginals; tiny for a block-diagonal plan."""
     present = plan[np.ix_(problem.a > 0, problem.b > 0)]
     values = np.linalg.svd(present / np.sqrt(np.outer(present.sum(1), present.sum(0))), compute_uv=False)
     return max(1 - float(values[1]) ** 2, 1e-16) if len(values) > 1 else 1.0
 
 
 def _tells(solver: Solver, allowed: Mapping[str, Mapping[str, Allowed]], part: float) -> bool:
-    """Whether an error of this part of it would be found in one of the claimed derivatives of the plan."""
+    """Whether a relative error of `part` would be found in at least one of the claimed derivatives of the plan."""
     claimed = [allowed["plan"][name] for name in solver.claims.gradients]
     return any(of.total <= part * of.largest for of in claimed)
 
@@ -476,7 +482,7 @@ def expected_derivatives(problem: Case, reference: Reference, weights: np.ndarra
 
 
 def _gradients(solver: Solver, given, names, place: int) -> dict[str, np.ndarray]:
-    """Gradients of Σ W · plan and of the costs by one argument: one program, with factors that select the value."""
+    """Gradients of Σ W · plan and of the costs by one argument. One program: factors select the value."""
     import jax.numpy as jnp
 
     found = {}
@@ -484,7 +490,8 @@ def _gradients(solver: Solver, given, names, place: int) -> dict[str, np.ndarray
         gradient = _program(solver, f"gradient {place}")
         try:
             got = gradient(*given, dict(zip(names, which, strict=True)))
-        except Exception:  # as NaN, it may be another's of the three: in this one alone it is its own
+        # An error or a NaN may come from another of the values, even with a factor of zero: compute this one alone.
+        except Exception:
             got = np.nan
         if not np.isfinite(got).all():
             got = gradient(*given, {of: jnp.ones_like(which[0])})
@@ -536,7 +543,7 @@ def weights_and_direction(problem: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def expected_second_derivative(problem: Case, weights, direction) -> float | None:
-    """Second derivative of Σ W · plan along a direction, by a difference of certified gradients; None without these."""
+    """Second derivative of Σ W · plan along a direction, from certified gradients; None if they can't be certified."""
     step = 1e-3 * problem.reg
     around = []
     for sign in (1, -1):
@@ -559,8 +566,8 @@ def _second_order(solver: Solver, problem: Case, given, weights, direction):
         yield _raised("second derivative", solver, error)
         return
     size = np.abs(weights).max() * problem.a.sum() * np.abs(direction).max() ** 2 / problem.reg**2
-    # Coarse on purpose: a rule that misses a term is off by a large part of the value. What a plan of the claimed error
-    # and the difference's step leave is well below this.
+    # Coarse on purpose: a rule that misses a term is off by a large part of the value. The errors that come from the
+    # marginal error of the plan and from the step of the difference are well below this.
     allowed = 0.05 * abs(wanted) + 1e-3 * size
     if not abs(got - wanted) <= allowed:
         text = f"{got:.6g} along a direction; differences give {wanted:.6g}"

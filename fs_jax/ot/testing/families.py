@@ -18,7 +18,7 @@ class Case(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """The largest cost over reg, rows' minima and then columns' taken away: how sharp the plan is."""
+        """The largest centred cost (minima of rows, then of columns, subtracted) over reg: how sharp the plan is."""
         there = self.cost[np.ix_(self.a > 0, self.b > 0)]
         centred = there - there.min(1, keepdims=True)
         return float(np.ptp(centred - centred.min(0)) / self.reg)
@@ -29,7 +29,7 @@ SHAPES = ((1, 1), (1, 5), (4, 1), (2, 3), (6, 9), (13, 13), (30, 20), (60, 60))
 
 
 def case(number: int) -> Case:
-    """The problem of a number. Kinds take turns; shape and entries are drawn with the number as the seed.
+    """The problem with this number. Kinds take turns; shape and entries are drawn with the number as the seed.
 
     Example:
       >>> case(3).family, case(3).cost.shape == case(3).a.shape + case(3).b.shape

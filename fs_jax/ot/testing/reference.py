@@ -122,19 +122,20 @@ def gradients(case: Case, reference: Reference, weights: np.ndarray) -> dict[str
 
 
 def gradients_of_iterations(case: Case, weights: np.ndarray, error: float, limit: int = 2000) -> dict[str, np.ndarray]:
-    """Derivatives of Σ weights · plan through Sinkhorn's iterations, from zero until the plan is as good as `error`.
+    """Derivatives of Σ weights · plan through Sinkhorn iterations from zero, until the plan's error is at most `error`.
 
-    They converge to the solution's, with the plan but somewhat later: after k iterations a plan is off by about σ²ᵏ,
-    its derivative by k σ²ᵏ, where σ² is what an iteration leaves of an error.
+    They converge to the solution's derivatives somewhat later than the plan does. If an iteration multiplies errors by
+    σ², the plan is off by about σ²ᵏ after k iterations, and its derivative by k σ²ᵏ.
 
     Args:
       case: The problem.
       weights: [k, n, m]: derivatives of k sums.
-      error: The plan's marginal error, L1, over the mass, at which the iterations stop.
-      limit: Or after so many iterations.
+      error: The iterations stop when the plan's L1 marginal error over the mass is at most this.
+      limit: Largest number of iterations.
 
     Returns:
-      By `cost` [k, n, m], `a` [k, n] and `b` [k, m], zero for points without mass; those by a and b but for a constant.
+      Derivatives by `cost` [k, n, m], `a` [k, n] and `b` [k, m], zero for points without mass. Those by a and b are
+      determined up to a constant.
     """
     rows, columns = case.a > 0, case.b > 0
     present, mass = np.ix_(rows, columns), case.a.sum()

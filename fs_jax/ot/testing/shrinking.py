@@ -1,4 +1,4 @@
-"""Shrinks a problem that a solver fails to the simplest one that fails in the same way, and writes a script for it."""
+"""Shrinks a problem on which a solver fails, as long as it fails in the same way, and writes a script for it."""
 
 import time
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ from fs_jax.ot.testing.solvers import Solver
 def shrunk(solver: Solver, problem: Case, finding: Finding, *, seconds: float = 60.0) -> Case:
     """The simplest problem found for which the same check fails.
 
-    Fewer rows and columns, by halves and one by one, together and alone; uniform weights; costs with fewer digits; a
-    rounder reg. Each change is kept if the named check still fails.
+    It tries fewer rows and columns, by halves and one by one, together and separately; uniform weights; costs with
+    fewer digits; a rounder reg. A change is kept if the check still fails.
 
     Args:
       solver: The solver.
-      problem: A problem that it fails.
+      problem: A problem on which it fails.
       finding: The failed check.
       seconds: Time limit of the search. (Each shape is compiled anew, with derivatives if their check failed.)
 
@@ -62,7 +62,7 @@ SOON = frozenset({
 def _simpler(problem: Case) -> Iterator[Case]:
     """Simpler problems, the largest changes first."""
     n, m = problem.cost.shape
-    # Together first, as long as there are as many columns as rows: some solvers fail only then.
+    # For a square matrix, rows and columns together first: some solvers fail only on square problems.
     for axes, size in (((0, 1), n if n == m else 0), ((0,), n), ((1,), m)):
         length = size // 2
         while length >= 1:
@@ -160,8 +160,8 @@ _SHOWN = {
     "negative": ['print("smallest entry:", plan.min())'],
     "masked": ['print("mass at points without weight:", plan[(a == 0)[:, None] | (b == 0)].sum())'],
     "form": [
-        "rest = np.log(plan) + cost / reg  # a row's number and a column's, if nothing is wrong",
-        'print("of this form but for", abs(rest - rest[:, :1] - rest[:1] + rest[0, 0]).max())',
+        "rest = np.log(plan) + cost / reg  # x_i + y_j, if the plan has the form diag(u) exp(-C / reg) diag(v)",
+        'print("largest deviation from this form:", abs(rest - rest[:, :1] - rest[:1] + rest[0, 0]).max())',
     ],
     "primal_cost": ['print("primal_cost of the plan:", (plan * cost).sum())'],
     "reg_cost": [
@@ -175,7 +175,7 @@ _SHOWN = {
         'print("exp((f + g - C) / reg) is off by", off)',
     ],
 }
-"""By check: lines that print what it measures."""
+"""For each check, the lines of the script that print what it measures."""
 
 
 def _of_derivatives(solver: Solver, problem: Case, check: str) -> list[str]:

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 from fs_jax.ot import _checks
 
 Solve = Callable[[Any, Any, Any, Any], Mapping[str, Any]]
-"""(cost [n, m], a [n], b [m], reg) -> a mapping with `plan` [n, m] and, where there are, `f` [n], `g` [m],
-`primal_cost`, `reg_cost`, `marginal_error`, `converged`, as `fs_jax.ot.Transport` has them. None is as if not given."""
+"""(cost [n, m], a [n], b [m], reg) -> a mapping with `plan` [n, m] and optionally `f` [n], `g` [m], `primal_cost`,
+`reg_cost`, `marginal_error` and `converged`, as in `fs_jax.ot.Transport`. A value of None counts as missing."""
 
 Dtype = Literal["float32", "float64"]
 Differentiable = Literal["cost", "a", "b"]
@@ -22,10 +22,10 @@ Differentiable = Literal["cost", "a", "b"]
 class Claims:
     """What a solver claims to do. Only that is tested.
 
-    A function says it as its attribute `claims`.
+    Set it as the attribute `claims` of the function.
 
     Raises:
-      ValueError: for a value that is none of those described.
+      ValueError: for an invalid value.
 
     Example:
       >>> def solve(cost, a, b, reg): ...
@@ -33,16 +33,16 @@ class Claims:
     """
 
     dtype: Dtype = "float64"
-    """What it computes in; its arguments come in it."""
+    """The dtype of the computation, and of the arguments that it gets."""
     marginal_error: float = 1e-3
     """Largest marginal error of the plan (L1, in units of mass). If it is not reached, the solver must report that, by
     `converged` or by a plan of NaN."""
     largest_ratio: float = float("inf")
-    """The largest max |C| / reg of the problems that it solves: exp(-C / reg) underflows for larger ones."""
+    """The largest max |C| / reg of the problems that it solves. (For larger ones, exp(-C / reg) may underflow.)"""
     zeros: bool = True
     """Whether weights may be zero."""
     gradients: tuple[Differentiable, ...] = ()
-    """By what the plan can be differentiated, and `primal_cost` and `reg_cost` if they are given, with `jax.grad`."""
+    """The arguments by which `jax.grad` can differentiate the plan, and the costs if the solver returns them."""
     second_order: bool = False
     """Whether second derivatives with respect to the cost are supported too."""
     batched: bool = False
@@ -80,8 +80,8 @@ def load(name: str) -> Solver:
     """A solver by name: one of `BUILT_IN`, or `package.module:function`.
 
     Raises:
-      ValueError: for an unknown name, with the nearest one; for one that can't be imported or called; for claims that
-        aren't `Claims`.
+      ValueError: for an unknown name, with the nearest one; for a function that can't be imported or called; for
+        claims that aren't `Claims`.
 
     Example:
       >>> load("fs_jax-stabilized-float32").claims.dtype
@@ -116,7 +116,7 @@ def load(name: str) -> Solver:
     if not isinstance(claims, Claims):
         raise ValueError(
             f"solver: expected {function}.claims to be fs_jax.ot.testing.Claims(...); got a {type(claims).__name__}. "
-            "Of a dictionary, make Claims(**dictionary)"
+            "For a dictionary, use Claims(**dictionary)"
         )
     return Solver(name, solve, claims, f"from {module} import {function} as solve")
 
@@ -175,12 +175,12 @@ def _built_in() -> dict[str, Solver]:
         implicit = dataclasses.replace(claims, second_order=dtype == "float64")
         for method, grad, of in (
             ("stabilized", "unroll", claims), ("stabilized", "implicit", implicit), ("log", "unroll", claims),
-            ("kernel", "unroll", claims),  # it reports underflow of the kernel itself
+            ("kernel", "unroll", claims),  # no largest ratio: it reports when the kernel underflows
         ):  # fmt: skip
             text = _FS_JAX.format(iterations=ITERATIONS, threshold=threshold, method=method, grad=grad)
             name = f"fs_jax-{'implicit' if grad == 'implicit' else method}-{dtype}"
             found.append(_of_source(name, of, text))
-        # Its threshold is the error of one marginal; ours, and that of the claims, is the error of both.
+        # ott-jax's threshold is the error of one marginal; ours, and that of the claims, is the error of both.
         of_one = {"marginal_error": 2 * threshold}
         for lse_mode, name, of in (
             (True, "log", dataclasses.replace(claims, **of_one)),  # type: ignore[arg-type]
@@ -189,7 +189,7 @@ def _built_in() -> dict[str, Solver]:
             text = _OTT.format(iterations=ITERATIONS, threshold=threshold, lse_mode=lse_mode)
             found.append(_of_source(f"ott-{name}-{dtype}", of, text))
     for method, ratio in (("sinkhorn", 700.0), ("sinkhorn_log", float("inf")), ("sinkhorn_stabilized", float("inf"))):
-        # It stops by the L2 error of one marginal, which can be as small as an eighth of the L1 error for 60 points.
+        # POT stops by the L2 error of one marginal, which can be as small as an eighth of the L1 error for 60 points.
         of = Claims(marginal_error=1e-3, largest_ratio=ratio, zeros=method != "sinkhorn_log")
         text = _POT.format(iterations=ITERATIONS, threshold=1e-4, method=method)
         found.append(_of_source(f"pot-{method}", of, text))

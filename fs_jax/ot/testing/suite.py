@@ -27,13 +27,13 @@ def pytest_generate_tests(metafunc):
     )
 
 
-@pytest.mark.filterwarnings("ignore")  # the answer is judged, not what is said on the way
+@pytest.mark.filterwarnings("ignore")  # the answer is checked; warnings of the solver are not findings
 def test_solver(solver, problem, request, record_property):
-    """No finding; a failure comes with the simplest problem that fails likewise, as a script."""
-    record_property("ot_solver", solver.name)  # for the summary in the end
+    """No finding on this problem. A failure prints a script with the simplest problem that fails in the same way."""
+    record_property("ot_solver", solver.name)  # for the summary at the end
     if not is_claimed(solver, problem):
         record_property("ot_problem", "outside")
-        pytest.skip("outside of what the solver claims")
+        pytest.skip("the solver does not claim to solve this problem")
     derivatives = has_derivatives_checked(problem.number, request.config.getoption("--ot-derivatives-every"))
     found, differentiated = judged(solver, problem, derivatives=derivatives)
     wrong = [finding for finding in found if finding.check != GAVE_UP]
