@@ -52,8 +52,8 @@ def apgd(
       loss: L: the cross-entropy "ce", the difference of logits ratio "dlr" (at least 3 classes), or "targeted" (APGD-T,
         at least 4 classes): `targeted_dlr`, with another target in each run. Targets are the wrong classes in order of
         decreasing logits at the clean image.
-      num_runs: Number of random starts, 1 by default. With "targeted" the number of targets, 9 by default and at most
-        the number of wrong classes.
+      num_runs: Number of random starts, 1 by default. With "targeted" it is the number of targets, 9 by default and at
+        most the number of wrong classes.
 
     Returns:
       Images [N, H, W, C] in the ball: the misclassified iterates, or else those of the lowest margin. No gradient flows
@@ -99,8 +99,8 @@ def apgd_steps(
       epsilon: Radius, in units of [0, 1].
       num_steps: Steps of each run.
       loss: "ce", "dlr" or "targeted".
-      num_runs: Number of random starts, 1 by default; with "targeted" of targets, 9 by default, which must be less than
-        the number of classes.
+      num_runs: Number of random starts, 1 by default. With "targeted" it is the number of targets, 9 by default, which
+        must be less than the number of classes.
       num_draws: For a randomised network, which takes images and a key for each, `logits_fn(images, keys)`: average the
         gradients of this number of draws (expectation over transformation), and the logits that choose the best
         iterate. A run then makes all its steps, and `packed` judges the best iterate with one more draw.

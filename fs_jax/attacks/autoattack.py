@@ -26,8 +26,8 @@ VERSIONS: dict[str, dict[str, dict[str, Any]]] = {
         "apgd-t": {},
         "fab-t": {},
     },
-    # For randomised networks: each gradient is the mean of 20 draws. One draw judges the best iterate of each run, so
-    # that more runs also find more misclassified draws by chance.
+    # For randomised networks: each gradient is the mean of 20 draws. One draw judges the best iterate of each run:
+    # with more runs, more images are misclassified by chance.
     "rand": {"apgd-ce": {"num_draws": 20}, "apgd-dlr": {"restarts": 1, "num_draws": 20}},
 }
 """The authors' versions: their attacks in order, with the settings that differ from the attack's defaults."""
@@ -39,7 +39,7 @@ def autoattack_attacks(
     """The attacks of a version, in order: first the clean images, then each attack after all earlier ones.
 
     Args:
-      version: A key of `VERSIONS`; or a list of words such as "apgd-ce" or "pgd-20", or of `Attack`s with this radius.
+      version: A key of `VERSIONS`; or a list of names such as "apgd-ce" or "pgd-20", or of `Attack`s with this radius.
       epsilon: Radius, in units of [0, 1].
       num_classes: Number of classes of the network.
 
@@ -65,7 +65,7 @@ def _chain(version, epsilon) -> list[Attack]:
         chosen = [parse_attack(attack, epsilon) if isinstance(attack, str) else attack for attack in version]
     if wrong := [attack for attack in chosen if not isinstance(attack, Attack)]:
         raise TypeError(
-            f"version: expected words and Attacks; got {wrong[0]!r}. If it is a Specification, write Attack(it)."
+            f"version: expected names and Attacks; got {wrong[0]!r}. If it is a Specification, write Attack(it)."
         )
     chosen = chosen[1:] if chosen and chosen[0].specification.name == "clean" else chosen  # it is added below
     names = [attack.name for attack in chosen]
@@ -84,7 +84,7 @@ class AttackRecord(NamedTuple):
     """The result of `autoattack`."""
 
     images: Float[np.ndarray, "n h w c"]
-    """The misclassified adversary of each image; for robust images, the one with the lowest margin."""
+    """For each image, the misclassified adversarial image; for robust images, that of the lowest margin."""
     robust: Bool[np.ndarray, "n"]
     """Whether an image is robust to all attacks."""
     stages: dict[str, float]
@@ -130,12 +130,12 @@ def autoattack(
       labels: True classes [N].
       epsilon: Radius, in units of [0, 1].
       version: "standard"; "plus", which adds restarts, APGD-DLR and untargeted FAB; "rand", for randomised networks
-        (`VERSIONS` has their attacks); or a list of words and `Attack`s, as in `evaluate`.
+        (`VERSIONS` has their attacks); or a list of names and `Attack`s, as in `evaluate`.
       batch_size: The largest batch; by default 32 on a CPU, else 256.
       progress: Show a progress bar for each attack.
 
     Returns:
-      The robust images, the adversaries, the attack that found each, and the number of passes.
+      Which images are robust, the adversarial images, the attack that found each, and the number of passes.
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,

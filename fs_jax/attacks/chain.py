@@ -113,7 +113,9 @@ def check_chain(
         if missing := set(attack.after) - set(names[:place]):
             raise ValueError(f"{attack.name}: expected to come after {', '.join(sorted(missing))}; got {names}.")
         if attack.images is not None and attack.images.shape != images.shape:
-            raise ValueError(f"{attack.name}: expected adversaries of shape {images.shape}; got {attack.images.shape}.")
+            raise ValueError(
+                f"{attack.name}: expected adversarial images of shape {images.shape}; got {attack.images.shape}."
+            )
     if attack_list and len({randomised(attack) for attack in attack_list}) > 1:
         raise ValueError(
             "attacks: expected num_draws for all of them (a randomised network) or for none; got it for "
@@ -161,8 +163,8 @@ def run_chain(
       log: Log that outcomes are added to. Outcomes that it already has aren't computed again.
       first: Index of the first image in its split.
       batch_size: The largest batch; by default 32 on a CPU, else 256.
-      worst_images: Array that each image's adversary of the lowest margin is written to, over the attacks of the worst
-        case: [N, H, W, C], or [k, H, W, C] for the first k images only.
+      worst_images: Array [N, H, W, C], or [k, H, W, C] for the first k images only. Each image's adversarial image of
+        the lowest margin, over the attacks of the worst case, is written to it.
       progress: Show a progress bar for each attack.
 
     Returns:
@@ -259,7 +261,10 @@ def _outcome(attack, job, images, first):
 
 
 def _even(batch_size, count):
-    """A batch size slightly below this one that divides the count: if all images end together, one size is compiled."""
+    """A batch size of this or slightly less that divides the count; this one if there is none.
+
+    If all images end together, all batches are then full, and only one size is compiled.
+    """
     return next((size for size in range(batch_size, batch_size // 2, -1) if count % size == 0), batch_size)
 
 
@@ -267,10 +272,10 @@ def _missing(attack, stepwise, attacked, done, first) -> Iterator[list[tuple[int
     """The jobs that are missing, for `packed`."""
     if attack.specification.every_run:
         missing = [[(i, r) for i in attacked if (first + i, r) not in done] for r in range(stepwise.num_runs)]
-        # If only the last iterate counts, all images end together: then one random start after another.
+        # If only the last iterate counts, all images end together, so random starts are run one after another.
         yield from [[job for of_run in missing for job in of_run]] if attack.any_iterate else missing
         return
-    # For each image its first missing run; the next ones follow while it is robust.
+    # For each image its first missing run; `packed` adds the next runs while the image is robust.
     last = {outcome.index - first: outcome for _, outcome in sorted(done.items())}
     begin = {i: last[i].run + 1 if i in last else 0 for i in attacked}
     if jobs := [
@@ -298,18 +303,18 @@ def _passes(stepwise, outcomes):
 
 
 class _Worst:
-    """The adversary of the lowest margin of each image."""
+    """For each image, the adversarial image of the lowest margin."""
 
     def __init__(self, images, total):
         self._images, self._margins = images, np.full(total, np.inf)
 
     def record_margins(self, margins):
-        """Record margins of adversaries that the array already has, as (position, margin)."""
+        """Record margins of adversarial images that are already in the array, as (position, margin)."""
         for place, margin in margins:
             self._margins[place] = min(self._margins[place], margin)
 
     def update(self, place, margin, adversarial):
-        """Write this adversary if its margin is lower than that of the array's."""
+        """Write this adversarial image if its margin is lower than that of the one in the array."""
         if self._images is not None and place < len(self._images) and margin < self._margins[place]:
             self._images[place], self._margins[place] = adversarial, margin
 

@@ -55,8 +55,8 @@ def fab(
       epsilon: Radius, in units of [0, 1].
       num_steps: Steps of each run, at least 1.
       targeted: Use one target class in each run, in place of the nearest of all boundaries.
-      num_runs: Runs of each image, 5 by default. If targeted the number of targets, 9 by default and at most the number
-        of wrong classes.
+      num_runs: Runs of each image, 5 by default. If targeted, it is the number of targets, 9 by default and at most the
+        number of wrong classes.
 
     Returns:
       Images [N, H, W, C] in the ball: the misclassified iterates, or else those of the lowest margin. No gradient flows
@@ -104,10 +104,10 @@ def fab_steps(
       epsilon: Radius, in units of [0, 1].
       num_steps: Steps of each run.
       targeted: Use one target class in each run.
-      num_runs: Runs of each image, 5 by default; if targeted the number of targets, 9 by default, which must be less
-        than the number of classes.
-      num_classes: Classes of the network. An untargeted step takes one backward pass for each wrong class; `passes`
-        depends on it, and nothing else.
+      num_runs: Runs of each image, 5 by default. If targeted, it is the number of targets, 9 by default, which must be
+        less than the number of classes.
+      num_classes: Classes of the network. Only `passes` depends on it: an untargeted step takes one backward pass for
+        each wrong class.
 
     Returns:
       The attack, for `stepwise.run` and `packing.packed`.

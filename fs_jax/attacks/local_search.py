@@ -30,7 +30,7 @@ def local_search(
     num_steps: int = 150,
     chunk_size: int = 32,
 ) -> Float[Array, "n h w c"]:
-    """LocSearchAdv: greedy search over single pixels, with forward passes alone. As published, it has no radius.
+    """LocSearchAdv: greedy search over single pixels, with forward passes only. As published, it has no radius.
 
     Pixels have values v = x - 1/2 in [-1/2, 1/2]. The first candidates are a random 10% of the pixels, at most 128. A
     round sets each candidate alone, in all channels, to 10 sign(v), and computes the probability of the true class. The
@@ -38,8 +38,8 @@ def local_search(
     below -1/2. The candidates of the next round are all pixels within 5 rows and 5 columns of these 5.
 
     Changes may be as large as 1, so a success says nothing about a radius: don't compare it with attacks that have one.
-    With `epsilon` below 1 each round ends with the projection on that ball. This variant is ours; it can be compared,
-    and it is weaker.
+    With `epsilon` below 1, each round ends with a projection on the ball of this radius. This variant is ours. It is
+    weaker, but can be compared with other attacks at the same radius.
 
     Args:
       logits_fn: Network, from images to logits [N, classes]; inference mode. In its inputs, one pixel may be outside

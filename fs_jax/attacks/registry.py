@@ -55,8 +55,8 @@ class Attack:
       epsilon: Radius, in units of [0, 1]. An attack with a fixed radius (0 for the clean images) ignores it.
       after: Names of earlier attacks. Images that they misclassified are skipped, and count as misclassified.
       num_images: Attack only this many images, the first ones of the split; by default all.
-      apart: Exclude the attack from the worst case and report it separately, as one at another radius. This is always
-        so for an attack without a radius.
+      apart: Exclude the attack from the worst case and report it separately, for example because it has another radius.
+        Attacks without a radius are always excluded.
       label: Name in records and tables; by default the kind with its steps and restarts.
       images: Adversarial images made elsewhere, [N, H, W, C] in [0, 1], used in place of the images (see `transfer`).
       settings: Settings of the attack, as its `Specification` lists them; the others keep their defaults.
@@ -74,7 +74,7 @@ class Attack:
     settings: Mapping[str, Any]
     """All settings, with the values in use."""
     given: Mapping[str, Any] = dataclasses.field(compare=False, repr=False)
-    """The settings that were given; `replace` computes the defaults of the others again, as they may depend on the
+    """The settings that the caller gave. `replace` computes the defaults of the others again, as they may depend on the
     radius."""
     after: tuple[str, ...]
     num_images: int | None
@@ -200,15 +200,16 @@ class Attack:
 
 
 def parse_attack(text: str, epsilon: float = 8 / 255, **settings: Any) -> Attack:
-    """The attack that a word names: `cw-100x5` is the kind "cw" with 100 steps and 5 restarts.
+    """The attack with this name: `cw-100x5` is the kind "cw" with 100 steps and 5 restarts.
 
     Args:
       text: A name in `REGISTRY`, followed by steps and restarts for attacks that have them in their names.
       epsilon: Radius, in units of [0, 1].
-      settings: More settings; attacks ignore those that they don't have. (AutoAttack's keep their own `restarts`.)
+      settings: More settings; those that the attack doesn't have are ignored. (AutoAttack's attacks ignore `restarts`
+        too.)
 
     Raises:
-      ValueError: for an unknown word, with the nearest known one.
+      ValueError: for an unknown name, with the nearest known one.
 
     Example:
       >>> parse_attack("cw-100").settings["num_steps"], parse_attack("fgsm", restarts=3).name
@@ -221,11 +222,11 @@ def parse_attack(text: str, epsilon: float = 8 / 255, **settings: Any) -> Attack
         *(["num_steps"] if specification.steps_in_name else []), *(["restarts"] if specification.every_run else [])
     }  # fmt: skip
     if not fits:
-        # Listed with 20 steps, so that the nearest word to a typo such as pdg-20 is found.
-        words = [name + ("-20" if other.steps_in_name else "") for name, other in REGISTRY.items()]
-        check_choice("attack", text, words)
+        # Listed with 20 steps, so that the nearest name to a typo such as pdg-20 is found.
+        names = [name + ("-20" if other.steps_in_name else "") for name, other in REGISTRY.items()]
+        check_choice("attack", text, names)
     specification = cast(Specification, specification)  # check_choice has refused None
     free = {name: value for name, value in settings.items() if name in specification.settings}
-    if not specification.every_run:  # AutoAttack's attacks have their own number of restarts
+    if not specification.every_run:  # AutoAttack's attacks keep their default number of restarts
         free.pop("restarts", None)
     return Attack(specification, epsilon, **{**free, **named})

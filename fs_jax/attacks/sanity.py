@@ -170,7 +170,7 @@ def _logits(network, images):
 
 
 def masking_warnings(stages: Sequence[Stage]) -> list[str]:
-    """Warn if gradient-free attacks broke images that all attacks with gradients, APGD among them, had tried in vain.
+    """Warn if gradient-free attacks broke images that all attacks with gradients, including APGD, failed to break.
 
     The threshold is the authors' 0.2% of the images, and at least 3 images, as one or two may be chance. Attacks that
     are excluded from the worst case don't count.

@@ -126,7 +126,8 @@ def estimated_gradient(
     """Estimate the gradient of each image's margin by differences along directions of random signs.
 
     The mean over directions v, uniform in {-1, 1}^d, of (m(x + delta v) - m(x - delta v)) / (2 delta) * v. For a linear
-    m with gradient g its expectation is g, and the variance of its entry j, of K directions, (||g||^2 - g_j^2) / K.
+    m with gradient g, the expectation of the estimate is g. With K directions, the variance of its entry j is
+    (||g||^2 - g_j^2) / K.
 
     Args:
       logits_fn: Network, from images to logits.

@@ -1,4 +1,4 @@
-"""Square: random search with forward passes alone; each proposal changes one square of the image."""
+"""Square: random search with forward passes only; each proposal changes one square of the image."""
 
 from typing import NamedTuple
 
@@ -13,9 +13,9 @@ from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack
 from fs_jax.attacks.specification import Specification, count
 from fs_jax.attacks.stepwise import Progress, Stepwise, adversaries, first_judged, judged
 
-# The square's share of the image starts at 0.8 and is halved after these queries of 5,000; with another number of
-# queries, at the same fractions of it. (This is the released AutoAttack's schedule. The paper's is for 10,000 queries,
-# and also halves at 10, 50, ...)
+# The square's share of the image starts at 0.8. It is halved after these queries if there are 5,000; with another
+# number of queries, after the same fractions of it. (This is the schedule of the released AutoAttack. That of
+# Square's paper also begins with 10, 50 and 200, but is for 10,000 queries.)
 SHARE = 0.8
 HALVED_AFTER, _OF = (10, 50, 200, 500, 1000, 2000, 4000), 5000
 
@@ -46,7 +46,8 @@ def square(
       num_steps: Queries after the start, at least 1.
 
     Returns:
-      Images [N, H, W, C] in the ball: misclassified, else of the lowest margin found. No gradient flows through.
+      Images [N, H, W, C] in the ball: the misclassified iterates, or else those of the lowest margin. No gradient flows
+        through them.
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,

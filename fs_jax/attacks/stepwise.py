@@ -1,4 +1,4 @@
-"""Attacks split into a start and equal steps, where each image is independent: images at different steps share a batch.
+"""Attacks split into a start and equal steps. Images are independent, so a batch can have images at different steps.
 
 Such an attack is a `Stepwise`. `run` runs it on one batch, as one program; `fs_jax.attacks.packing` runs it on any
 number of images, and replaces finished images in the batch by new ones.
@@ -49,7 +49,7 @@ class Stepwise(NamedTuple):
     num_runs: int = 1
     """Runs of each image, 0, 1, ...: a run is one random start, or one target."""
     passes: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
-    """(forward, backward) passes of one image: of a run without its steps (its start, for example), and of a step."""
+    """(forward, backward) passes of one image: for a run without its steps (usually its start), and for one step."""
     breadth: int = 1
     """How many variants of an image go through the network at a time."""
     draws: bool = False
@@ -195,7 +195,8 @@ def adversaries(
       rng: A key, of which image i uses `fold_in(rng, i)`; or one key for each image.
       images: Images [N, H, W, C] in [0, 1].
       labels: True classes [N].
-      uses_gradients: Whether the attack differentiates the network. It then calls it with images of this shape only.
+      uses_gradients: Whether the attack differentiates the network. If so, it must call it with images of this
+        shape only.
 
     Returns:
       Images [N, H, W, C].

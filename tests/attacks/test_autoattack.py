@@ -214,7 +214,7 @@ def test_versions_are_as_published():
         (
             {"version": [attacks.REGISTRY["square"]]},
             TypeError,
-            "version: expected words and Attacks; got Specification",
+            "version: expected names and Attacks; got Specification",
         ),
         ({"version": [attacks.Attack("square", 0.1)]}, ValueError, "version: expected attacks of radius 0.045 on all"),
         (

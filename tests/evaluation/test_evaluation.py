@@ -182,7 +182,7 @@ def test_adversaries_of_another_network_are_judged_by_this_one(network):
     clean, transferred = result.summary["attacks"]
     assert own.summary["worst"]["accuracy"] < transferred["accuracy"] < clean["accuracy"]
     assert result.summary["worst"]["accuracy"] == clean["accuracy"]  # transfer is excluded
-    with pytest.raises(ValueError, match=r"transfer: expected adversaries of shape \(49, 8, 8, 1\)"):
+    with pytest.raises(ValueError, match=r"transfer: expected adversarial images of shape \(49, 8, 8, 1\)"):
         evaluate(network, IMAGES[1:], LABELS[1:], [CLEAN, attack], progress=False)
 
 
