@@ -10,7 +10,7 @@ from fs_jax._utils.validation import check_choice, check_number
 Scope = Literal["device", "global"]
 DType = Literal["float32", "bfloat16", "float64"]
 
-_INTERNAL = {"internal": True}  # fields that training sets, which are no options of the command line
+_INTERNAL = {"internal": True}  # fields that training sets; they are not options of the command line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +210,7 @@ def differences(ours: TrainConfig, theirs: TrainConfig) -> dict[str, tuple[Any, 
     return {name: (first[name], second[name]) for name in first if first[name] != second[name]}
 
 
-# Measured accuracies and times: experiments/results/cifar10_short for the second, the quickstart for the third.
+# The results of the second were measured in experiments/results/cifar10_short, those of the third in quickstart.
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "cifar10_wrn28_10": (
         "The paper's network and schedule on CIFAR-10, for a GPU or TPU.",

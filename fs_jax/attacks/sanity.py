@@ -1,4 +1,4 @@
-"""Warnings that an evaluation may mislead, from the network's logits and from results of attacks: those of AutoAttack.
+"""AutoAttack's warnings that an evaluation may mislead, from the network's logits and from results of attacks.
 
 `autoattack` and `fs_jax.evaluation.evaluate` give them. The longer checklist, which follows a suite, is
 `fs_jax.evaluation.gradient_masking`.

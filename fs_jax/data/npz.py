@@ -56,7 +56,7 @@ def _reading(path: str | os.PathLike, key: str) -> Iterator[None]:
 
 
 def npz_info(path: str) -> DataInfo:
-    """Describe a data set. Only the header of the images and the labels are read, so this is fast for large files."""
+    """Describe a data set. Of the images, only the header is read, so this is fast for large files."""
     with _open_npz(path) as data:
         archive = cast(zipfile.ZipFile, data.zip)  # None only after closing
         with _reading(path, "train_images"), archive.open("train_images.npy") as member:
@@ -145,7 +145,7 @@ def cached(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
     arrays = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Any, because savez also has a flag among its keywords, whose name none of these arrays has.
+        # Any, because a type checker would also match the arrays with savez's flag `allow_pickle`.
         members: dict[str, Any] = {**arrays, "sha256": np.array(sha256(arrays))}
         with replacing(path) as file:
             np.savez(file, **members)

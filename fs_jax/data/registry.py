@@ -21,7 +21,7 @@ def info(name: str | os.PathLike) -> DataInfo:
     """Describe a data set without reading its images.
 
     Args:
-      name: A name or path, as in `load`. Of an `.npz` file, only the header of the images and the labels are read.
+      name: A name or path, as in `load`. For an `.npz` file, the labels and the header of the images are read.
 
     Returns:
       The data set's `DataInfo`.

@@ -120,7 +120,8 @@ def _read_tfrecord(path: os.PathLike) -> Iterator[bytes]:
     """The records of a TFRecord file.
 
     A record is stored as its length (uint64), the CRC of the length, the data, and the CRC of the data. A CRC is the
-    CRC-32C, rotated right by 15 bits, plus a constant. (The checksum in a PNG does not cover the label.)
+    CRC-32C, rotated right by 15 bits, plus a constant. Both are checked, since the checksum in a PNG does not cover the
+    label.
     """
     from google_crc32c import value as crc32c
 

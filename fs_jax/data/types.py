@@ -46,7 +46,7 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Bundled:
-    """A source of data sets: one that a library contains."""
+    """A source of data sets: a data set that comes with a library."""
 
     info: DataInfo
     """Description of the data set."""

@@ -76,10 +76,10 @@ def evaluate(
         images and a key for each.
       images: Images [N, H, W, C]: uint8, or floating point in [0, 1].
       labels: True classes [N].
-      attacks: Words such as "clean", "pgd-20", "cw-100x5", "square" (see `fs_jax.attacks.REGISTRY`), each starting from
+      attacks: Names such as "clean", "pgd-20", "cw-100x5", "square" (see `fs_jax.attacks.REGISTRY`), each starting from
         the clean images; or `Attack`s with your own settings and order; or a `suite`.
-      epsilon: Radius of the attacks that are given as words, in units of [0, 1]; 8/255 by default. `Attack`s have their
-        own radius, which must be the same one, except for those excluded from the worst case (`apart=True`).
+      epsilon: Radius of the attacks that are given as names, in units of [0, 1]; 8/255 by default. `Attack`s have their
+        own radius. It must be the same for all attacks that aren't excluded from the worst case (`apart=True`).
       seed: Seed of all random numbers. The result for an image depends on it, the attack and the image's index.
       first: Index of the first image in its split, if only a part of the split is given.
       batch_size: The largest batch; by default 32 on a CPU, else 256.
@@ -90,9 +90,9 @@ def evaluate(
         outcomes are copied to `journal`, which must be a new file, and aren't computed again.
       about: More facts about the evaluation, as plain data, written to the journal. Resuming with other facts raises an
         error.
-      worst_images: Array that each image's adversary of the lowest margin is written to: [N, H, W, C], or [k, H, W, C]
-        for the first k images only. It may be a memory-mapped file. When you resume, pass the array with the
-        adversaries found so far, as outcomes in the journal aren't computed again.
+      worst_images: Array [N, H, W, C], or [k, H, W, C] for the first k images only. Each image's adversarial image of
+        the lowest margin is written to it. It may be a memory-mapped file. When you resume, pass the array with the
+        adversarial images found so far, as outcomes in the journal aren't computed again.
       progress: Show a progress bar for each attack.
 
     Returns:
@@ -239,7 +239,7 @@ def check_evaluation(
 
 
 def _probe(network, images, draws):
-    """Logits of the first images, as networks with equal arrays may differ; None for a randomised network."""
+    """Logits of the first images, to tell apart networks with equal arrays; None for a randomised network."""
     if draws:
         return None
     return np.asarray(network.compiled(_logits)(as_float(images[:4])), np.float64).tolist()

@@ -29,7 +29,8 @@ from fs_jax.evaluation.statistics import accuracy
 RADII = tuple(level / 255 for level in (1, 2, 4, 6, 8, 12, 16))
 SWEEP, UNBOUNDED = "pgd-20 at ", "pgd-100 at radius 1"
 
-# Points: a little more than AutoAttack's accuracy is below PGD-20's for networks of PGD training (Croce & Hein, 2020).
+# In points: for networks of PGD training, AutoAttack's accuracy is a little less than this below PGD-20's (Croce &
+# Hein, 2020).
 _USUAL_GAP = 5
 _RISING = 0.95  # the share of images for which the loss has to rise along the gradient
 
@@ -48,7 +49,7 @@ class Check(NamedTuple):
 def radius_attacks(num_images: int, epsilon: float) -> list[Attack]:
     """PGD-20 at the radii of the sweep, which include this one, and PGD-100 with a ball that contains every image.
 
-    Any iterate decides, and they attack those of the first images that are classified correctly.
+    Any iterate decides. They attack the first images, except those that are misclassified without an attack.
 
     Example:
       >>> [attack.name for attack in radius_attacks(100, 0.1)][-3:]

@@ -112,7 +112,7 @@ class Journal(Log):
         return lines
 
     def take_over(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines from `part`, which are of an evaluation of other images."""
+        """Add lines from `part`, which are from an evaluation of other images."""
         new = []
         for line in lines:
             if line.get("attack") in self._settings and "settings" in line:

@@ -202,7 +202,7 @@ def check_same_config(ours: TrainConfig, theirs: TrainConfig, where: str) -> Non
 def _manager(directory: pathlib.Path, max_to_keep: int, read_only: bool) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=None if read_only else max_to_keep,
-        save_interval_steps=0 if read_only else 1,  # the values that Orbax would choose, with a warning
+        save_interval_steps=0 if read_only else 1,  # without it, Orbax chooses the same values and warns
         create=not read_only,
         read_only=read_only,
         cleanup_tmp_directories=not read_only,  # incomplete checkpoints of a killed process

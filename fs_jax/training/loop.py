@@ -186,7 +186,7 @@ def train(
                     saver.monitor(unreplicate(state))
                     if on_epoch is not None:
                         on_epoch(epoch + 1, unreplicate(state).evaluated(method))
-                # After the best one: if the process is killed in between, both are repeated.
+                # The best checkpoint is saved first: if the process is killed in between, both are saved again.
                 if ends_epoch or stopping or saver.seconds() >= 60 * checkpoint_minutes:
                     saver.save(unreplicate(state))
         state = unreplicate(state)

@@ -19,8 +19,8 @@ Scope = Literal["device", "global"]
 _paper_transport = functools.partial(ot.sinkhorn, reg=0.01, num_iters=50)
 
 
-# Up to this number of images each device solves the whole problem: on a GPU one kernel does all iterations, while
-# iterations over sharded rows wait for the other devices.
+# Up to this number of images, each device solves the whole problem: on a GPU, one kernel does all its iterations,
+# whereas with sharded rows the devices wait for each other in every iteration.
 MOST_GATHERED = 256
 
 
