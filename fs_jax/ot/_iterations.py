@@ -307,8 +307,9 @@ def _stabilized_run(points, limit, path_length, length, state, counts):
     """A kernel run that first absorbs scalings that have grown, and is repeated in the log domain if they leave range.
 
     K flushes entries below 1e-38 (in float32) to zero. The mass that the plan loses per entry is at most u·v times
-    that, which is 4e-10 if neither is above 2e14. The change of the potentials in an iteration never grows from one
-    iteration to the next, so a scaling that leaves the range within a run is still out of range at its end.
+    that, which is 4e-10 if neither is above 2e14. Only the scalings at the end of the run are checked. A scaling may
+    leave the range within the run and return, but the plan is computed from the last scalings, and each iteration
+    corrects errors of the one before.
     """
     grown = ~on_all_devices(within(largest(points.scaled, 0.18), state.u, state.v), points.axis_name) & ~counts.stopped
     state = once_if(grown, lambda state: _absorb(points, *potentials_of(points, state)), state)
