@@ -125,8 +125,6 @@ def evaluate(
     attack_list = [parse_attack(attack, radius) if isinstance(attack, str) else attack for attack in attacks]
     check_evaluation(logits_fn, images, labels, attack_list, epsilon=epsilon)
     check_number("first", first, at_least=0, integer=True)
-    if taken := (about or {}).keys() & {"schema", "images", "first", "seed", "precision", "prng", "weights", "data"}:
-        raise ValueError(f"about: expected names that the summary doesn't use; got {', '.join(sorted(taken))}.")
     check_choice("precision", precision, ("float32", "default"))
     if parts and (journal is None or os.path.exists(journal)):
         raise ValueError(f"journal: expected a new file that parts are merged into; got {journal}.")
@@ -146,6 +144,8 @@ def evaluate(
             "weights": fingerprint(network.arrays),
             "data": fingerprint([images, labels]),
         }
+        if taken := (about or {}).keys() & {*evaluated, "logits"}:
+            raise ValueError(f"about: expected names that the journal doesn't use; got {', '.join(sorted(taken))}.")
         if journal is not None:
             header = {**evaluated, "logits": _probe(network, images, draws), **(about or {})}
         draws_from = rng if draws else None

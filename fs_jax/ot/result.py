@@ -147,7 +147,7 @@ def judged_error(plan, a, b, dtype, axis_name=None):
 
 
 def rounding_floor(shape, mass, dtype):
-    """A marginal error that can be due to rounding alone: a few units in the last place, growing with √(n + m)."""
+    """A marginal error that can be due to rounding alone: 8 + √(n + m) units in the last place of the mass."""
     return (8 + math.sqrt(sum(shape))) * float(jnp.finfo(dtype).eps) * mass
 
 

@@ -287,6 +287,13 @@ def test_resuming_another_evaluation_raises_an_error(network, tmp_path, change, 
         evaluate(**{**arguments, **change}, progress=False)
 
 
+def test_facts_cannot_replace_what_the_journal_compares(network, tmp_path):
+    for name in ("logits", "seed"):
+        with pytest.raises(ValueError, match=f"about: expected names that the journal doesn't use; got {name}"):
+            evaluate(network, IMAGES, LABELS, ["clean"], journal=tmp_path / "journal.jsonl", about={name: 0})
+    assert not list(tmp_path.iterdir())
+
+
 def test_resuming_without_an_attack_of_the_journal_raises_an_error(tmp_path):
     # Their adversaries are among the worst images.
     path = tmp_path / "records.jsonl"
