@@ -53,7 +53,7 @@ class Finished(NamedTuple):
     """The image in the ball with this margin."""
 
 
-class Look(NamedTuple):
+class Report(NamedTuple):
     """A progress report of `packed`."""
 
     finished: list[Finished]
@@ -78,7 +78,7 @@ def packed(
     batch_size: int | None = None,
     every_run: bool = False,
     jobs: Sequence[tuple[int, int]] | None = None,
-) -> Iterator[Look]:
+) -> Iterator[Report]:
     """Run a stepwise attack on any number of images; yields results as they come, every few seconds or sooner.
 
     Misclassified images are dropped at once and the rest compacted, without recompiling. Memory is bounded by the batch
@@ -99,7 +99,7 @@ def packed(
         still to be made; its later runs follow. To resume, pass the missing jobs and the same `rng`.
 
     Yields:
-      A `Look`: the jobs that finished, the numbers of jobs that are running and waiting, and the passes computed.
+      A `Report`: the jobs that finished, the numbers of jobs that are running and waiting, and the passes computed.
 
     Raises:
       ValueError: if the network's output isn't logits [N, classes].
@@ -198,7 +198,7 @@ def _looks(attack, batch, waiting, batch_size, every_run):
         limit = min(2 * limit, attack.num_steps) if seconds < _SECONDS else max(limit // 2, 1)
         if not every_run:
             waiting += [(d.image, d.run + 1) for d in finished if not d.misclassified and d.run + 1 < attack.num_runs]
-        yield Look(finished, batch.running, len(waiting), *batch.take_passes())
+        yield Report(finished, batch.running, len(waiting), *batch.take_passes())
 
 
 def _best_size(sizes: list[int], running: int, waiting: int) -> int:

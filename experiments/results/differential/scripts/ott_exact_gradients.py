@@ -1,4 +1,4 @@
-"""ott-jax with another default, a solver to test (see findings.md): `ridge_kernel` of 1 in implicit gradients."""
+"""ott-jax with other options for implicit gradients, as a solver to test: a ridge, and tolerances near rounding."""
 
 import jax
 from ott.geometry import geometry
@@ -7,7 +7,7 @@ from ott.solvers.linear import implicit_differentiation, sinkhorn
 
 from fs_jax.ot.testing import BUILT_IN
 
-IMPLICIT_DIFF = implicit_differentiation.ImplicitDiff(solver_kwargs={"ridge_kernel": 1.0})
+IMPLICIT_DIFF = implicit_differentiation.ImplicitDiff(solver_kwargs={"ridge_kernel": 1.0, "rtol": 1e-14, "atol": 1e-14})
 
 
 @jax.jit
