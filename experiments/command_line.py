@@ -64,7 +64,7 @@ def parse(arguments: Callable[..., T], argv: Sequence[str], *, examples: str = "
       Radius(epsilon=0.2)
     """
     try:
-        return tyro.cli(arguments, args=argv, registry=_RULES, config=(tyro.conf.FlagCreatePairsOff,), **options)
+        return tyro.cli(arguments, args=argv, registry=_RULES, **options)
     except SystemExit as stopped:
         if not stopped.code and examples:  # status 0: this was --help
             print(f"\nexamples:\n{examples}")

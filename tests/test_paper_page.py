@@ -12,6 +12,8 @@ from experiments.paper import findings, jobs, writing
 from experiments.paper.scales import scale_of
 from tests.paper_results import finish
 
+ROOT = pathlib.Path(__file__).parents[1]
+
 
 def results_of(tmp_path, *names):
     """Files of these tables, as if they had been run at scale digits."""
@@ -37,6 +39,11 @@ def test_the_page_has_all_results_and_the_html_is_self_contained(tmp_path):
     assert (
         not {name for name in re.findall(r"url\(#([^)]+)\)", page)} & shared
     )  # no figure uses the clip path of another
+
+
+def test_the_committed_page_is_what_the_code_writes():
+    folder = ROOT / "experiments" / "results" / "paper"
+    assert report.page(report.read(folder)) == (folder / "report.md").read_text(encoding="utf-8")
 
 
 def test_without_results_there_is_an_error(tmp_path):

@@ -41,10 +41,15 @@ def test_the_speeds_of_the_solvers_are_the_measured_ones():
     assert f"the same problems: {pot['value_ms'] / ours['value_ms']:.0f} times faster" in row_of("POT")
 
 
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+
+
 def test_the_committed_report_has_no_findings_in_our_solvers():
     result = results("differential/fs_jax/report.json")
     assert f"On [{result['count']:,} problems]" in TEXT
     assert all(set(of) <= {"gave up"} for of in result["findings"].values())
+    causes = re.findall(r"^\*\*", (RESULTS / "differential" / "findings.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert f"[{NUMBERS[len(causes)]} causes of errors]" in TEXT
 
 
 def test_the_speeds_of_the_attacks_are_the_measured_ones():

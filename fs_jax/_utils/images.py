@@ -11,13 +11,17 @@ Images = UInt8[np.ndarray | jax.Array, "..."] | Float[np.ndarray | jax.Array, ".
 
 
 def as_float(images: Images) -> Float[np.ndarray | jax.Array, "..."]:
-    """Images in [0, 1]: uint8 is divided by 255, in float32; others are returned unchanged. NumPy arrays stay NumPy.
+    """Images in [0, 1]: uint8 is divided by 255, in float32; float64 becomes float32, unless JAX is in 64-bit mode.
+
+    NumPy arrays stay NumPy.
 
     Example:
       >>> as_float(np.array([0, 255], np.uint8)).tolist()
       [0.0, 1.0]
     """
-    return images.astype(jnp.float32) / np.float32(255) if images.dtype == np.uint8 else images
+    if images.dtype == np.uint8:
+        return images.astype(jnp.float32) / np.float32(255)
+    return images.astype(jax.dtypes.canonicalize_dtype(images.dtype))
 
 
 def check_images(images: Images, *, uint8_too: bool = False) -> None:

@@ -7,7 +7,7 @@ from fs_jax.attacks.linf import project, random_start
 from fs_jax.attacks.local_search import local_search, local_search_steps
 from fs_jax.attacks.losses import cross_entropy, cw_margin, dlr, logit_margin, targeted_dlr
 from fs_jax.attacks.mi_fgsm import mi_fgsm, mi_fgsm_steps
-from fs_jax.attacks.packing import Finished, Report, packed
+from fs_jax.attacks.packing import Finished, PackedReport, packed
 from fs_jax.attacks.pgd import cw, fgsm, pgd, pgd_steps
 from fs_jax.attacks.registry import REGISTRY, Attack, parse_attack
 from fs_jax.attacks.sanity import sanity_warnings
@@ -23,8 +23,8 @@ __all__ = [
     "Attack",
     "AttackRecord",
     "Finished",
+    "PackedReport",
     "Progress",
-    "Report",
     "Scatter",
     "Setting",
     "Specification",

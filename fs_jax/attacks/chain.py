@@ -231,19 +231,19 @@ def _run(
         for jobs in _missing(attack, stepwise, attacked, done, first):
             began = time.monotonic()
             size = _even(batch_size, len(jobs)) if not attack.any_iterate or not stepwise.num_steps else batch_size
-            looks = packed(
+            reports = packed(
                 stepwise, network, keys, given, labels, batch_size=size, every_run=attack.specification.every_run,
                 jobs=jobs,
             )  # fmt: skip
-            for look in looks:
-                for job in look.finished:
+            for report in reports:
+                for job in report.finished:
                     if worst is not None:
                         worst.update(job.image, job.margin, job.adversarial)
-                outcomes = [_outcome(attack, job, images, first) for job in look.finished]
+                outcomes = [_outcome(attack, job, images, first) for job in report.finished]
                 now = time.monotonic()
                 log.append(attack.name, outcomes, seconds=now - began)
                 began = now
-                bar.show(look.forward, outcomes)
+                bar.show(report.forward, outcomes)
 
 
 def _outcome(attack, job, images, first):
@@ -261,7 +261,7 @@ def _outcome(attack, job, images, first):
 
 
 def _even(batch_size, count):
-    """A batch size of this or slightly less that divides the count; this one if there is none.
+    """A batch size of this or less, down to half of it, that divides the count; this one if there is none.
 
     If all images end together, all batches are then full, and only one size is compiled.
     """

@@ -53,7 +53,7 @@ class Finished(NamedTuple):
     """The image in the ball with this margin."""
 
 
-class Report(NamedTuple):
+class PackedReport(NamedTuple):
     """A progress report of `packed`."""
 
     finished: list[Finished]
@@ -78,7 +78,7 @@ def packed(
     batch_size: int | None = None,
     every_run: bool = False,
     jobs: Sequence[tuple[int, int]] | None = None,
-) -> Iterator[Report]:
+) -> Iterator[PackedReport]:
     """Run a stepwise attack on any number of images; yields results as they come, every few seconds or sooner.
 
     Misclassified images are dropped at once and the rest compacted, without recompiling. Memory is bounded by the batch
@@ -99,7 +99,7 @@ def packed(
         still to be made; its later runs follow. To resume, pass the missing jobs and the same `rng`.
 
     Yields:
-      A `Report`: the jobs that finished, the numbers of jobs that are running and waiting, and the passes computed.
+      A `PackedReport`: jobs that finished, numbers of jobs that are running and waiting, and passes computed.
 
     Raises:
       ValueError: if the network's output isn't logits [N, classes].
@@ -109,8 +109,8 @@ def packed(
       >>> from fs_jax.attacks import pgd_steps
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
       >>> images = np.linspace(0.4, 0.8, 5, dtype=np.float32).reshape(5, 1, 1, 1)  # class 0 is for bright images
-      >>> looks = list(packed(pgd_steps(), logits_fn, jax.random.key(0), images, np.zeros(5, int), batch_size=2))
-      >>> {done.image: done.misclassified for look in looks for done in look.finished}
+      >>> reports = list(packed(pgd_steps(), logits_fn, jax.random.key(0), images, np.zeros(5, int), batch_size=2))
+      >>> {done.image: done.misclassified for report in reports for done in report.finished}
       {0: True, 1: True, 2: False, 3: False, 4: False}
     """
     images, labels = np.asarray(images), np.asarray(labels)
@@ -126,7 +126,7 @@ def packed(
     if jobs is None:
         jobs = [(i, r) for r in range(attack.num_runs if every_run else 1) for i in range(len(labels))]
     waiting = collections.deque((int(image), int(run)) for image, run in jobs)
-    yield from _looks(attack, _Batch(attack, network, keys, images, labels), waiting, batch_size, every_run)
+    yield from _reports(attack, _Batch(attack, network, keys, images, labels), waiting, batch_size, every_run)
 
 
 def bound(
@@ -177,7 +177,7 @@ def _keys_of_runs(rng, count, num_runs):
     return jax.vmap(lambda run: run_keys(keys, jnp.full(count, run)), out_axes=1)(jnp.arange(num_runs))
 
 
-def _looks(attack, batch, waiting, batch_size, every_run):
+def _reports(attack, batch, waiting, batch_size, every_run):
     sizes = sorted({max(1, batch_size >> halvings) for halvings in range(_SHRINKS + 1)})
     smallest = sizes[0]
     limit = 4  # most images are misclassified within few steps
@@ -198,7 +198,7 @@ def _looks(attack, batch, waiting, batch_size, every_run):
         limit = min(2 * limit, attack.num_steps) if seconds < _SECONDS else max(limit // 2, 1)
         if not every_run:
             waiting += [(d.image, d.run + 1) for d in finished if not d.misclassified and d.run + 1 < attack.num_runs]
-        yield Report(finished, batch.running, len(waiting), *batch.take_passes())
+        yield PackedReport(finished, batch.running, len(waiting), *batch.take_passes())
 
 
 def _best_size(sizes: list[int], running: int, waiting: int) -> int:

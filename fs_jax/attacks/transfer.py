@@ -68,7 +68,7 @@ def transfer(
     images = np.asarray(images)
     adversaries = np.array(as_float(images))
     keys = attack.keys(rng, first + np.arange(len(labels)), 1)
-    for look in packed(stepwise, source_logits_fn, keys, images, labels, batch_size=batch_size, every_run=True):
-        for job in look.finished:
+    for report in packed(stepwise, source_logits_fn, keys, images, labels, batch_size=batch_size, every_run=True):
+        for job in report.finished:
             adversaries[job.image] = job.adversarial
     return attack.replace(images=adversaries)

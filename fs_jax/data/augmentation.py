@@ -102,6 +102,7 @@ def random_flip(rng: Key[Array, ""] | Key[Array, "n"], images: Images) -> Images
       True
     """
     _check_images(images)
+    # With bernoulli's default, a number of JAX's default type, 64-bit mode has other flips.
     mirrored = jax.vmap(lambda key: jax.random.bernoulli(key, np.float32(0.5)))(image_keys(rng, len(images)))
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 

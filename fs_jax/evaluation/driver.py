@@ -25,6 +25,7 @@ from fs_jax.evaluation.statistics import accuracy
 from fs_jax.evaluation.suites import SUITES
 
 Precision = Literal["float32", "default"]
+_COMPARED = {"schema", "images", "first", "seed", "precision", "prng", "weights", "data", "logits"}  # by the journal
 
 
 class Evaluation(NamedTuple):
@@ -125,6 +126,8 @@ def evaluate(
     attack_list = [parse_attack(attack, radius) if isinstance(attack, str) else attack for attack in attacks]
     check_evaluation(logits_fn, images, labels, attack_list, epsilon=epsilon)
     check_number("first", first, at_least=0, integer=True)
+    if taken := (about or {}).keys() & _COMPARED:
+        raise ValueError(f"about: expected names that the journal doesn't use; got {', '.join(sorted(taken))}.")
     check_choice("precision", precision, ("float32", "default"))
     if parts and (journal is None or os.path.exists(journal)):
         raise ValueError(f"journal: expected a new file that parts are merged into; got {journal}.")
@@ -144,8 +147,6 @@ def evaluate(
             "weights": fingerprint(network.arrays),
             "data": fingerprint([images, labels]),
         }
-        if taken := (about or {}).keys() & {*evaluated, "logits"}:
-            raise ValueError(f"about: expected names that the journal doesn't use; got {', '.join(sorted(taken))}.")
         if journal is not None:
             header = {**evaluated, "logits": _probe(network, images, draws), **(about or {})}
         draws_from = rng if draws else None

@@ -102,8 +102,9 @@ def loss_surface(
       >>> margins[0, 1].round(2).tolist()  # along s, which lowers the margin of class 0
       [0.2, 0.0, -0.2]
     """
-    side, keys = jnp.linspace(-1, 1, size), image_keys(rng, len(images))
-    losses, margins = on_network(_planes, logits_fn, jnp.asarray(images), keys, labels, epsilon, side)
+    images, keys = jnp.asarray(images), image_keys(rng, len(images))
+    side = jnp.linspace(-1, 1, size, dtype=images.dtype)
+    losses, margins = on_network(_planes, logits_fn, images, keys, labels, epsilon, side)
     return np.asarray(losses), np.asarray(margins)
 
 

@@ -92,7 +92,7 @@ class WideResNet(nn.Module):
         for name, value in (("mean", self.mean), ("std", self.std)):
             if np.size(value) not in (1, images.shape[-1]):
                 raise ValueError(f"{name}: expected one number, or {images.shape[-1]}, one per channel; got {value}.")
-        dtype = images.dtype if jnp.issubdtype(images.dtype, jnp.floating) else jnp.result_type(float)
+        dtype = images.dtype if jnp.issubdtype(images.dtype, jnp.floating) else jnp.float32
         mean, std = (_per_channel(jnp.asarray(value, dtype), images.ndim) for value in (self.mean, self.std))
         normalised = (images.astype(dtype) - mean) / std
         x = _Conv(16, 3, 1, self.dtype, name="conv1")(normalised)

@@ -104,8 +104,10 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
     decays = {epoch * config.steps_per_epoch: config.decay_factor for epoch in config.decay_epochs}
     constant_pieces = optax.piecewise_constant_schedule(config.learning_rate, decays)
 
-    # A step of float32 gives a rate of float32, the same in 64-bit mode. (It is exact up to 16 million steps.)
-    return lambda step: constant_pieces(jnp.asarray(step, jnp.float32))
+    # The step's dtype is the rate's. With JAX's default, float32 weights would have another rate in 64-bit mode.
+    # (float32 has integers up to 16 million.)
+    dtype = jnp.promote_types(jnp.float32, config.model.dtype)
+    return lambda step: constant_pieces(jnp.asarray(step, dtype))
 
 
 def make_method(config: TrainConfig) -> Method:

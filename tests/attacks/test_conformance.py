@@ -13,6 +13,7 @@ import pytest
 from jax.tree_util import Partial
 
 from fs_jax import attacks
+from fs_jax._utils.keys import random_signs
 from fs_jax.attacks.specification import Specification, count
 from fs_jax.attacks.stepwise import adversaries, first_judged, judged
 from fs_jax.evaluation import evaluate
@@ -230,7 +231,6 @@ def test_stepwise_attacks_give_the_same_images_for_the_same_key_and_depend_on_it
     assert (one != other).any() or name in STARTS_AT_THE_IMAGE
 
 
-@pytest.mark.usefixtures("float64")
 def test_stepwise_attacks_give_the_same_images_in_64_bit_mode(stepwise, classifier):
     _, images, labels = classifier
     keys = jax.random.split(KEY, len(images))
@@ -238,11 +238,17 @@ def test_stepwise_attacks_give_the_same_images_in_64_bit_mode(stepwise, classifi
     with jax.enable_x64(True):
         again, _ = stepwise(keys, images, labels)
     assert again.dtype == attacked.dtype
-    np.testing.assert_allclose(
-        again, attacked, atol=1e-6
-    )  # the rounding of float32 sums; other signs differ by epsilon
+    # The rounding of float32 sums. Other random numbers would give differences of epsilon.
+    np.testing.assert_allclose(again, attacked, atol=1e-6)
 
 
+def test_random_signs_are_the_same_in_64_bit_mode():
+    signs = random_signs(KEY, (100,), jnp.float32)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(random_signs(KEY, (100,), jnp.float32), signs)
+
+
+@pytest.mark.usefixtures("float64")
 def test_stepwise_attacks_without_jit_equal_those_with_it(name, stepwise, classifier):
     logits_fn, images, labels = in_float64(classifier)
     keys = jax.random.split(KEY, len(images))

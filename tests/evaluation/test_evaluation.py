@@ -287,6 +287,16 @@ def test_resuming_another_evaluation_raises_an_error(network, tmp_path, change, 
         evaluate(**{**arguments, **change}, progress=False)
 
 
+def test_images_of_float64_give_the_results_of_float32(network):
+    wide = IMAGES[:20] / 255  # NumPy's default
+    assert wide.dtype == np.float64
+    results = [
+        evaluate(network, images, LABELS[:20], ["clean", "pgd-5"], epsilon=0.1, progress=False)
+        for images in (wide, wide.astype(np.float32))
+    ]
+    assert results[0].records == results[1].records
+
+
 def test_facts_cannot_replace_what_the_journal_compares(network, tmp_path):
     for name in ("logits", "seed"):
         with pytest.raises(ValueError, match=f"about: expected names that the journal doesn't use; got {name}"):

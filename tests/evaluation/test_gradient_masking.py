@@ -157,3 +157,7 @@ def test_loss_surfaces_equal_the_loss_at_their_points():
             np.testing.assert_allclose(losses[i, 2, column], jnp.log1p(jnp.exp(other - own)), atol=1e-6)
     # The random signs are another direction: the first column differs from the middle one.
     assert not np.allclose(losses[:, 0, 2], losses[:, 2, 2])
+    with jax.enable_x64(True):
+        again, _ = gradient_masking.loss_surface(logits_fn, jax.random.key(0), images, labels, epsilon=0.05, size=5)
+    assert again.dtype == losses.dtype
+    np.testing.assert_allclose(again, losses, atol=1e-6)  # float32

@@ -122,6 +122,21 @@ def raising(cost, a, b, reg):
     return right(cost, a, b, reg)
 
 
+def raising_in_a_callback(cost, a, b, reg):
+    """Raises an error whose message has the traceback of another one, as JAX does for errors in callbacks."""
+    raise RuntimeError("INTERNAL: failed: Traceback (most recent call last):\n  File x\nOSError: no disk\nNote: wait")
+
+
+def narrow(cost, a, b, reg):
+    """Computes in float32, although it claims nothing."""
+    return {"plan": np.asarray(right(cost, a, b, reg)["plan"], np.float32)}
+
+
+def admitting(cost, a, b, reg):
+    """Stops early, and reports it."""
+    return {**stopped_early(cost, a, b, reg), "converged": False}
+
+
 def constant_potentials(cost, a, b, reg):
     """Differentiates the plan as if the potentials were constants."""
     import jax

@@ -49,6 +49,8 @@ BROKEN = {
     "potentials_of_another_gauge": "potentials",
     "too_good": "marginal_error",
     "raising": "raises",
+    "raising_in_a_callback": "raises",
+    "narrow": "dtype",
     "swapped_weights": "marginals",
     "dropped_square_mask": "masked",
     "shifting_in_place": "changes its arguments",
@@ -130,6 +132,18 @@ def test_a_defect_is_found_named_and_reproduced_by_a_script_on_a_simple_problem(
     if check in SHOWN:
         assert float(re.search(rf"{SHOWN[check]} (\S+)", done.stdout)[1]) > 0
     assert check in text.splitlines()[0]
+
+
+def test_findings_name_the_cause_and_what_to_do():
+    (raised,) = findings(broken("raising_in_a_callback"), case(0))
+    assert raised.text.startswith("OSError: no disk (broken_solvers.py")
+    (narrow,) = findings(broken("narrow"), case(0))
+    assert narrow.text == (
+        'expected a plan of float64; got float32. For a solver of float32, set solve.claims = Claims(dtype="float32").'
+    )
+    (admitted,) = findings(broken("admitting"), case(0))
+    assert admitted.check == GAVE_UP
+    assert re.fullmatch("marginals: .*|off by .* of the mass, and says that it has not converged", admitted.text)
 
 
 def derivatives_of(name, number, factor):

@@ -97,8 +97,10 @@ def test_a_few_steps_lower_the_loss(method):
 
 
 @pytest.mark.usefixtures("float64")
-def test_weights_are_float32_in_64_bit_mode_too():
-    state = jax.eval_shape(lambda: create_state(preset("digits"), jax.random.key(0)))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_float32_in_64_bit_mode_too(dtype):
+    config = dataclasses.replace(preset("digits"), model=ModelConfig(10, 1, dtype))
+    state = jax.eval_shape(lambda: create_state(config, jax.random.key(0)))
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
 
 

@@ -33,6 +33,8 @@ DERIVATIVES_EVERY = 10
 """By default, derivatives are checked on one problem in this many."""
 
 
+_FLOAT32 = 'For a solver of float32, set solve.claims = Claims(dtype="float32").'
+
 GAVE_UP = "gave up"
 """Not a defect by itself: the solver reports that it hasn't solved the problem, by `converged` or a plan of NaN."""
 
@@ -99,6 +101,10 @@ def judged(solver: Solver, problem: Case, *, derivatives: bool = False, only: st
                 what = f"expected a mapping with plan; got {type(answer).__name__}"
                 return Verdict([_finding("shape", what)], False)
             names = [name for name in _shapes(seen) if answer.get(name) is not None]
+            if "plan" in names and (narrow := _narrower(answer["plan"], solver)):
+                return Verdict(
+                    [_finding("dtype", f"expected a plan of {solver.claims.dtype}; got {narrow}. {_FLOAT32}")], False
+                )
             answer = {name: np.asarray(answer[name], float) for name in names}
         except Exception as error:  # any error is a finding
             return Verdict([_raised("raises", solver, error)], False)
@@ -185,9 +191,18 @@ def _raised(check: str, solver: Solver, error: Exception) -> Finding:
         file = frame.f_code.co_filename
         where = f" ({pathlib.Path(file).name}, line {number}: {linecache.getline(file, number).strip()})"
     text = f"{type(error).__name__}: {str(error).strip()}"
-    if "Traceback (most recent call last):" in text:  # an error in a callback, whose message has its own traceback
-        text = re.findall(r"^[\w.]+: .+", text, re.MULTILINE)[-1]
-    return _finding(check, f"{text[:200]}{where}")
+    _, traced, inner = text.rpartition("Traceback (most recent call last):")
+    if traced and (cause := re.search(r"^[\w.]+: .+", inner, re.MULTILINE)):  # an error in a callback
+        text = cause[0]
+    hint = f" {_FLOAT32}" if isinstance(error, TypeError) and solver.claims.dtype == "float64" else ""
+    return _finding(check, f"{' '.join(text.split())[:200]}{where}{hint}")
+
+
+def _narrower(plan: Any, solver: Solver) -> str | None:
+    """The plan's dtype, if it is narrower than the claimed one."""
+    dtype = np.asarray(plan).dtype
+    is_narrower = dtype.kind == "f" and dtype.itemsize < np.dtype(solver.claims.dtype).itemsize
+    return dtype.name if is_narrower else None
 
 
 def _changed(solver: Solver, problem: Case, given: tuple):

@@ -54,8 +54,8 @@ def shrunk(solver: Solver, problem: Case, finding: Finding, *, seconds: float = 
 
 # Checks without derivatives.
 SOON = frozenset({
-    "raises", "shape", "changes its arguments", "not finite", "negative", "masked", "marginals", "marginal_error",
-    "form", "lost entries", "primal_cost", "reg_cost", "potentials", "gave up",
+    "raises", "shape", "dtype", "changes its arguments", "not finite", "negative", "masked", "marginals",
+    "marginal_error", "form", "lost entries", "primal_cost", "reg_cost", "potentials", "gave up",
 })  # fmt: skip
 
 
@@ -115,9 +115,10 @@ def script(solver: Solver, problem: Case, finding: Finding) -> str:
     told = next((of.text for of in again if of.check == finding.check), finding.text)
     lines = [
         f"# {solver.name}: {finding.check}: {told}",
+        *(_X64 if dtype == "float64" and solver.source.startswith("from ") and not solver.claims.jax else []),
         "import numpy as np",
         *(["import jax"] if solver.claims.jax and (dtype == "float64" or finding.check not in SOON) else []),
-        *(['jax.config.update("jax_enable_x64", True)'] if dtype == "float64" and solver.claims.jax else []),
+        *(['jax.config.update("jax_enable_X64", True)'] if dtype == "float64" and solver.claims.jax else []),
         solver.source,
         *(f"{name} = np.array({text}, np.{dtype})" for name, text in numbers.items()),
         f"reg = np.{dtype}({problem.reg!r})",
@@ -130,6 +131,10 @@ def script(solver: Solver, problem: Case, finding: Finding) -> str:
     return "\n".join(lines) + "\n"
 
 
+# The solver's module may import JAX. Otherwise this has no effect.
+_X64 = ["import os", 'os.environ.setdefault("JAX_ENABLE_X64", "1")']
+
+
 def _of_the_answer(problem: Case, check: str) -> list[str]:
     """Lines that call the solver, and print what shows the finding."""
     if check == "changes its arguments":
@@ -138,7 +143,7 @@ def _of_the_answer(problem: Case, check: str) -> list[str]:
             "solve(cost, a, b, reg)",
             'print("changed by", max(abs(now - was).max() for now, was in zip((cost, a, b), before)))',
         ]
-    if check == "shape":
+    if check in ("shape", "dtype"):
         return ["answer = solve(cost, a, b, reg)", "print(answer)"]
     lines = ["answer = solve(cost, a, b, reg)", 'plan = np.asarray(answer["plan"], float)', *_SHOWN.get(check, ())]
     if check == "lost entries" and (reference := solve_exactly(balanced(problem))) is not None:
