@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Key
 
@@ -106,7 +107,7 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
 
     # The step's dtype is the rate's. With JAX's default, float32 weights would have another rate in 64-bit mode.
     # (float32 has integers up to 16 million.)
-    dtype = jnp.promote_types(jnp.float32, config.model.dtype)
+    dtype = np.promote_types(np.float32, jnp.dtype(config.model.dtype))
     return lambda step: constant_pieces(jnp.asarray(step, dtype))
 
 

@@ -20,7 +20,7 @@ for name, tolerance in (("ott-log-float64", 1e-14), ("ott-log-float32", 1e-4)):
     module = types.ModuleType("ott_exact_gradients")
     exec(source, module.__dict__)
     solver = Solver(name, module.solve, built_in.claims, source)
-    found = collections.Counter()
+    found: collections.Counter[tuple[str, str]] = collections.Counter()
     for number in filter(lambda number: has_derivatives_checked(number, 100), range(10000)):
         problem = case(number)
         wrong = [of for of in findings(solver, problem, derivatives=True) if of.check.startswith("gradient")]

@@ -1,4 +1,4 @@
-"""ott-jax: implicit gradients of small numbers are inexact, since the linear solver has an absolute tolerance of 1e-6."""
+"""ott-jax: implicit gradients of small numbers are inexact, since the linear solver stops at a residual of 1e-6."""
 
 import jax
 import jax.numpy as jnp
