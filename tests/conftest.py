@@ -49,6 +49,10 @@ NEWEST_ONLY = (
     "test_shapes_and_types_are_as_signatures_say",
     # programs that take seconds to compile; other tests cover the same functions
     "test_a_batch_can_be_differentiated",
+    "test_a_finished_run_is_not_changed",
+    "test_another_configuration_cannot_resume_a_run",
+    "test_other_data_cannot_resume_a_run",
+    "test_the_best_checkpoint_is_the_best_monitored_epoch",
     "test_decreasing_reg_has_the_same_solution_and_gradient",
     "test_decreasing_reg_in_a_batch_of_different_regs",
     "test_first_and_second_derivatives_in_both_modes",
@@ -59,6 +63,8 @@ NEWEST_ONLY = (
     "test_penultimate_features_can_be_scattered",
     "test_rounding_does_not_grow_with_the_number_of_steps",
     "test_runs_out_of_range_are_repeated_in_the_log_domain",
+    "test_shard_map_with_replicated_weights",
+    "test_gradient_of_a_sharded_transport_equals_that_of_a_gathered_one",
     "test_second_derivatives_at_equal_points_are_those_of_the_formula",
     "test_threshold_stops_each_problem_of_a_batch",
     "test_unrolled_derivatives",
@@ -68,7 +74,8 @@ NEWEST_ONLY_FILES = (
     # NumPy programs, examples, and functions built on solvers that other tests cover
     "test_testing.py", "test_transport_cases.py", "test_paper.py", "test_paper_page.py", "test_pages.py",
     "test_readme.py", "test_weights.py", "test_unbalanced.py", "test_export.py", "test_sharding.py",
-    "test_divergence.py", "test_bounds.py", "test_extension.py",
+    "test_divergence.py", "test_bounds.py", "test_extension.py", "test_network.py", "test_packing.py",
+    "test_autoattack.py",
 )  # fmt: skip
 
 

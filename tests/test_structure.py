@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 import fs_jax
+from tests.conftest import NEWEST_ONLY, NEWEST_ONLY_FILES
 
 ROOT = pathlib.Path(fs_jax.__file__).parent
 
@@ -78,3 +79,10 @@ def test_text_has_an_encoding(folder):
             call.lineno for call in calls if opens_text(call) and "encoding" not in [word.arg for word in call.keywords]
         ]
         assert silent == [], path
+
+
+def test_tests_that_the_oldest_python_skips_exist():
+    files = list(pathlib.Path(__file__).parent.rglob("test_*.py"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    assert not [name for name in NEWEST_ONLY if f"def {name}" not in text]
+    assert set(NEWEST_ONLY_FILES) <= {path.name for path in files}

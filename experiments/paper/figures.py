@@ -163,7 +163,7 @@ def transfer_matrix(data: Data, path: pathlib.Path) -> None:
     rows = data["rows"]
     sources = list(next(iter(rows.values())))
     values = 100 * np.array([[of["accuracy"] for of in row.values()] for row in rows.values()])
-    with new_figure(figsize=(2.6 + 0.85 * len(sources), 2.2 + 0.55 * len(rows))) as figure:
+    with new_figure(figsize=(3.0 + 0.95 * len(sources), 2.2 + 0.55 * len(rows))) as figure:
         axes = figure.add_subplot()
         shown = axes.imshow(values, cmap="viridis", vmin=0, vmax=100)
         for row, column in np.ndindex(values.shape):

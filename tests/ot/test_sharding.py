@@ -80,7 +80,7 @@ def value(options, arguments, functionals, axis_name=None):
     ("name", "way", "devices"),
     mostly_slow(
         itertools.product(CASES, WAYS, (2, 4)),
-        ("unroll", "pmap", 4), ("implicit", "shard_map", 4),
+        ("implicit", "shard_map", 4),
     ),
 )  # fmt: skip
 def test_values_and_gradients_are_those_of_the_whole_problem(points, name, way, devices):

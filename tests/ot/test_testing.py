@@ -100,7 +100,7 @@ def test_nothing_is_found_in_a_correct_solver():
 @pytest.mark.slow
 def test_nothing_is_found_in_our_solvers(name):
     assert not any(found(load(name), NUMBERS).values())
-    one_shape = [number for number in range(60) if case(number).cost.shape == (6, 9)]  # compiled once
+    one_shape = [number for number in range(120) if case(number).cost.shape == (6, 9)]  # compiled once
     assert len({case(number).family for number in one_shape}) > 5
     assert not any(found(load(name), one_shape, derivatives=True).values())
 
@@ -144,6 +144,14 @@ def test_findings_name_the_cause_and_what_to_do():
     (admitted,) = findings(broken("admitting"), case(0))
     assert admitted.check == GAVE_UP
     assert re.fullmatch("marginals: .*|off by .* of the mass, and says that it has not converged", admitted.text)
+
+
+def test_scripts_compute_in_the_claimed_dtype():
+    finding = Finding("marginals", "", 1.0, 0.0)
+    of_jax = script(load("fs_jax-log-float64"), case(0), finding)
+    assert 'jax.config.update("jax_enable_x64", True)' in of_jax
+    assert 'os.environ.setdefault("JAX_ENABLE_X64", "1")' in script(broken("right"), case(0), finding)
+    compile(of_jax, "script", "exec")
 
 
 def derivatives_of(name, number, factor):

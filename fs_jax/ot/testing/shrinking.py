@@ -118,7 +118,7 @@ def script(solver: Solver, problem: Case, finding: Finding) -> str:
         *(_X64 if dtype == "float64" and solver.source.startswith("from ") and not solver.claims.jax else []),
         "import numpy as np",
         *(["import jax"] if solver.claims.jax and (dtype == "float64" or finding.check not in SOON) else []),
-        *(['jax.config.update("jax_enable_X64", True)'] if dtype == "float64" and solver.claims.jax else []),
+        *(['jax.config.update("jax_enable_x64", True)'] if dtype == "float64" and solver.claims.jax else []),
         solver.source,
         *(f"{name} = np.array({text}, np.{dtype})" for name, text in numbers.items()),
         f"reg = np.{dtype}({problem.reg!r})",
