@@ -1,7 +1,7 @@
 """Write the page of results: `python -m experiments.report`.
 
-Collects `experiments/results/paper` into `report.md`, with PNG figures, and `report.html`, a single file that needs no
-network. No experiment is run; figures are drawn from the JSON files.
+Collects `experiments/results/paper` into `report.md`, which shows the PNG figures there, and `report.html`, a single
+file that can be read offline. No experiment is run; the figures in `report.html` are drawn from the JSON files.
 """
 
 import dataclasses
@@ -50,7 +50,8 @@ WORDS = {
     "logits x 0.1": "PGD-20 on the cross-entropy of the logits times 0.1 (or 10). This changes the gradients, not the "
     "classification",
     "SPSA": "a gradient-free attack: descent with gradients estimated along random directions",
-    "local search": "a gradient-free attack: a greedy search over single pixels, projected on the ball after a round",
+    "local search": "a gradient-free attack: a greedy search over single pixels; each round ends with a projection on "
+    "the ball",
     "PGD-7": "adversarial training with PGD: 7 gradient steps on the cross-entropy per training step",
     "TRADES": "adversarial training on the clean cross-entropy plus the divergence between clean and attacked outputs",
     "equal passes": "PGD-7 is trained for fewer epochs, so that its training takes as many passes through the network "
@@ -142,23 +143,27 @@ def datasets(results: dict[str, dict[str, Data]]) -> list[str]:
 
 
 HOW_CERTAIN = """\
-Claims of the paper, checked on our networks. Each scale states the size, data and training of its networks. The
-findings about the *parts of the method* and about *its evaluation* hold at that scale; the accuracies are not those of
-the released network. Intervals are 95% intervals over test images. Differences are on the same images, for these
-networks: the intervals do not include the variation between seeds.
+These are claims of the paper, checked on our networks. Each scale states the size, data and training of its networks.
+A finding holds at its scale only, and the accuracies are not those of the released network. Intervals are 95% intervals
+over test images, and differences are between networks on the same images. Neither includes the variation between
+seeds.
 
 The verdict on a claim depends on its kind; what is neither *agrees* nor *disagrees* is *undetermined*:
 
-- One row is better than another: agrees if that holds for the whole interval of the difference; disagrees if the
-  opposite holds for the whole interval, or if the rows are equal.
-- Rows are stable: agrees if all are equal to the first; disagrees if the interval of a difference excludes 0.
-- PGD and plateaus: judged by the fraction of images that are robust to PGD-20 but not to a stronger attack. Disagrees
-  if the whole interval of the fraction is above 2%; agrees if no part of it is.
-- Gradient-free attacks: disagrees if the accuracy under a weak attack is higher than under a strong one, and the
-  intervals do not overlap. No result agrees, as a stronger attack could exist.
+- One row is better than another: agrees if the other row is *lower*; disagrees if it is *higher* or *equal*.
+- Rows are stable: agrees if all are *equal* to the first; otherwise disagrees if the interval of a difference excludes
+  0. With several rows, these intervals are widened, so that they hold jointly.
+- Accuracy under PGD, or a plateau of the loss, shows robustness: judged by the fraction of images that are robust to
+  PGD-20 but not to a stronger attack. Disagrees if the whole interval of the fraction is above 2%; agrees if no part of
+  it is.
+- Accuracy under gradient-free attacks shows robustness: disagrees if a strong gradient-free attack finds clearly more
+  than a weak one (the intervals do not overlap). It never agrees, since a still stronger attack could exist.
+- Clusters hold under attack: agrees if the standard network loses more of their purity, disagrees if it loses less,
+  and the interval of the difference excludes 0.
 
-Rows are *equal* if the whole interval of their difference is within ±2 points. A scale *detects* effects of a size if
-a true difference of that size is usually found *higher* or *lower*; smaller differences are often undetermined."""
+Rows are *equal* if the whole interval of their difference is within ±2 points. Otherwise, a row is *higher* or *lower*
+if the interval excludes 0. A scale *detects* effects of a size if it usually finds a true difference of that size;
+smaller differences are often undetermined."""
 
 
 def headline(data: Data) -> str:

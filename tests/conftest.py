@@ -41,8 +41,8 @@ disturb.if_asked()
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
-# On the oldest Python, these tests and the examples in docstrings are marked slow. Other tests cover the same functions
-# there, and a change of JAX would break these tests with the newest version first.
+# On the oldest Python, these tests and the examples in docstrings are marked slow, to save time. Other tests cover the
+# same functions there. A new JAX release breaks these tests on newer Pythons first, where they are not marked slow.
 NEWEST_ONLY = (
     "test_quickstart_writes_its_table",
     "test_a_resumed_run_equals",

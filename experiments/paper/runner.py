@@ -113,7 +113,7 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
 
 
 def description(names: Sequence[str] | None) -> str:
-    """The first sentence of --help: the title of a single experiment."""
+    """The description for --help. For a single experiment, it includes the title."""
     what = "all tables and figures" if names is None else f'"{experiment(names[0]).title}"'
     return f"Train, attack and measure networks for {what}: minutes at scale trial, hours at scale digits."
 

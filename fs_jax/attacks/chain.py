@@ -156,7 +156,7 @@ def run_chain(
 
     Args:
       logits_fn: Network, from images to logits [N, classes]; for a randomised network, from images and a key for each.
-      rng: A key. Image i uses the key of its index, `first + i`, of the attack and of the run.
+      rng: A key. The key of each run on image i is derived from it, the attack, the index `first + i`, and the run.
       images: Images [N, H, W, C]: uint8, or floating point in [0, 1].
       labels: True classes [N].
       attack_list: The attacks.
@@ -261,7 +261,7 @@ def _outcome(attack, job, images, first):
 
 
 def _even(batch_size, count):
-    """A batch size of this or less, down to half of it, that divides the count; this one if there is none.
+    """The largest divisor of `count` that is at most `batch_size` and above half of it; else `batch_size`.
 
     If all images end together, all batches are then full, and only one size is compiled.
     """

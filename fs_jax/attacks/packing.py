@@ -33,7 +33,8 @@ _CONFIRMATION = 2**31 - 1
 """Folded into a run's key for its last draw; no step has this number."""
 
 _SECONDS = 2
-"""How often the host checks the device, within a factor of 2; earlier if slots can be refilled or the batch shrunk."""
+"""Target time, in seconds, between two returns to the host. They come sooner if slots can be refilled or the batch can
+shrink."""
 
 
 class Finished(NamedTuple):
@@ -47,8 +48,8 @@ class Finished(NamedTuple):
     """The step at which the image was misclassified, 0 for the start; otherwise the number of steps of the run. (With a
     randomised network, an image is judged at the end of the run.)"""
     margin: float
-    """Lowest z_y - max_{i != y} z_i found; above 0 if the image is still classified correctly. With a randomised
-    network, the margin of one new draw, for the iterate of the lowest mean margin."""
+    """Lowest z_y - max_{i != y} z_i found; above 0 if the image is still classified correctly. For a randomised
+    network, the iterate with the lowest mean margin is evaluated once more with a new key; this is its margin."""
     adversarial: Float[np.ndarray, "h w c"]
     """The image in the ball with this margin."""
 
@@ -86,8 +87,8 @@ def packed(
 
     Args:
       attack: The attack, such as `pgd_steps(...)` or `apgd_steps(...)`.
-      logits_fn: Network, from images to logits [N, classes]: any function. A second call compiles nothing, neither with
-        this function nor with one that computes the same from other weights.
+      logits_fn: Network: any function from images to logits [N, classes]. A second call with this function, or with the
+        same function of other weights, compiles nothing.
       rng: A key, of which image i uses `fold_in(rng, i)`; or one key for each image, of which run r uses
         `fold_in(key, r)`; or one key for each image and run.
       images: Images [N, H, W, C] on the host: uint8, or floating point in [0, 1].

@@ -77,8 +77,8 @@ def evaluate(
         images and a key for each.
       images: Images [N, H, W, C]: uint8, or floating point in [0, 1].
       labels: True classes [N].
-      attacks: Names such as "clean", "pgd-20", "cw-100x5", "square" (see `fs_jax.attacks.REGISTRY`), each starting from
-        the clean images; or `Attack`s with your own settings and order; or a `suite`.
+      attacks: Names such as "clean", "pgd-20", "cw-100x5", "square" (see `fs_jax.attacks.REGISTRY`), each run on all
+        images; or `Attack`s with your own settings, which may skip misclassified images (`after`); or a `suite`.
       epsilon: Radius of the attacks that are given as names, in units of [0, 1]; 8/255 by default. `Attack`s have their
         own radius. It must be the same for all attacks that aren't excluded from the worst case (`apart=True`).
       seed: Seed of all random numbers. The result for an image depends on it, the attack and the image's index.

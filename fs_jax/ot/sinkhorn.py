@@ -67,10 +67,10 @@ def sinkhorn(
         grad: how to differentiate.
             "unroll" differentiates through the iterations (first derivatives, forward and reverse mode).
             "implicit" differentiates the fixed point (derivatives of any order). The iterations must have converged,
-            otherwise the gradient is wrong (see `status`). Its relative error is about 16 units in the last place
-            divided by the gap between the two largest singular values of the plan scaled to unit marginals, so use
-            float64 if `reg` is very small. Since a constant can move between f and g, their derivatives are defined
-            with the mean of f held fixed.
+            otherwise the gradient is wrong (see `status`). If `reg` is very small, use float64: the relative error of
+            the gradient is about 16 units in the last place, divided by the gap between the two largest singular values
+            of the plan scaled to unit marginals. The potentials are determined up to a constant; their derivatives
+            hold the mean of f fixed.
             "envelope" holds plan and potentials fixed: the gradient of `primal_cost` is the plan, and that of
             `reg_cost` is exact at convergence (first derivatives).
             "none" gives zero gradients.
@@ -90,9 +90,9 @@ def sinkhorn(
             other arguments are the same on all devices. In the result, `plan` and `f` hold this device's rows, and
             everything else is the same on all devices. Iterations, stopping and derivatives are those of the whole
             problem, but no device stores more than its rows; each iteration sums one vector [m] over devices.
-            Gradients are as for `jax.lax.psum`: they are gradients of the sum of all devices' values. Under
-            `shard_map` with `check_vma` (the default), a value that is the same on all devices counts once. ("implicit"
-            can't fall back on a dense factorisation here: its gradient is NaN if conjugate gradients don't converge.)
+            As with `jax.lax.psum`, JAX differentiates the sum of all devices' values; under `shard_map` with
+            `check_vma` (the default), a value that is the same on all devices counts once. With "implicit", the
+            gradient is NaN if conjugate gradients don't converge, as there is no dense solver to fall back on.
 
     Returns:
         A `Transport`.
@@ -144,7 +144,7 @@ def _solve(cost, a, b, reg, reg_start, threshold, f, options, grad):
     problem, (reg_start, threshold) = problem._replace(b=same[0], reg=same[1]), same[2:]
     done = 0
     if reg_start is not None:
-        problem = problem._replace(reg=jnp.where(reg_start > 0, problem.reg, jnp.nan))  # NaN is an invalid start
+        problem = problem._replace(reg=jnp.where(reg_start > 0, problem.reg, jnp.nan))  # invalid start: NOT_FINITE
         f, done = _decreasing(*lax.stop_gradient((problem, reg_start, f)), options)
     start = ((0 if f is None else f) - problem.rows) / problem.reg
     # A constant can move from f to g. The largest start is subtracted here and added to the result again, since float32

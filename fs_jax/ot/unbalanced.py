@@ -29,9 +29,9 @@ class Unbalanced(NamedTuple):
             reg·log a, as in `Transport`. With f' = f - reg·log a, the solution has plan 1 = a exp(-f' / ρ_a).
         g: potential of each column, [m]; likewise.
         gap: upper bound of |minimum - reg_cost|, in units of cost times mass, rounding included. It also bounds the
-            error of the plan: reg·KL(optimal plan | plan) <= gap. The objective of the plan itself may be further from
-            the minimum if ρ is large, since a rounding error in a marginal then costs much. (In half precision, this is
-            the plan before rounding.)
+            error of the plan: reg·KL(optimal plan | plan) <= gap. (In half precision, this holds for the plan before it
+            is rounded.) The objective evaluated at the plan may be further from the minimum if ρ is large, since a
+            rounding error in a marginal is then expensive.
         num_iters: number of iterations done.
         status: a `Status` as an integer: 0 CONVERGED, gap <= threshold; 1 LIMIT; 2 NOT_FINITE; 3 STALLED.
     """
@@ -170,12 +170,13 @@ def _marginals(problem: Problem, inverse_rho):
 def _implicit(scaled, rows: Marginal, columns: Marginal, start, limit, num_iters: int) -> _relaxed.Outcome:
     """`Outcome` of the iterations, whose potentials have the derivative of the solution.
 
-    Differentiating T 1 = a exp(-ε_a F) = x, and the same for the columns, with φ = F + log a - shift gives
+    Let T = exp(φ_i + γ_j + s_ij) with s = `scaled`, φ = F + log a - shift, and let ε_a = reg / ρ_a be the damping of
+    the rows; likewise G and ε_b for the columns. Differentiating T 1 = a exp(-ε_a F) = x and Tᵀ 1 = y gives
 
         [(1 + ε_a) diag(x)   T                 ] [dφ]   [x (dlog a + ...) - (T∘ds) 1 ]
         [Tᵀ                  (1 + ε_b) diag(y) ] [dγ] = [y (dlog b + ...) - (T∘ds)ᵀ 1]
 
-    where "..." is ε (dlog a - dshift) - F dε.
+    where "..." is ε_a (dlog a - dshift) - F dε_a for the rows, and likewise for the columns.
     """
     return _relaxed.make_iterations(num_iters)(scaled, rows, columns, start, limit)
 

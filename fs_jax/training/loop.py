@@ -100,9 +100,9 @@ def train(
       steps_per_dispatch: Training steps per dispatch, which run on the devices without the host. By default as many as
         take ten seconds, at most 25. A stop waits for the current dispatch.
       monitor_images: Largest number of monitored images; 0 for no monitoring.
-      on_epoch: Called as `on_epoch(epochs_done, variables)` before the first epoch, and after each epoch before its
-        checkpoint. `variables` are those to evaluate, on the host. After a kill, it is called again for a repeated
-        epoch.
+      on_epoch: Called as `on_epoch(epochs_done, variables)` before the first epoch and after each epoch. `variables`
+        are those to evaluate, on the host. It is called before the epoch's state is saved in `checkpoints/`, so after a
+        kill it may be called again for the same epoch.
       progress: Show a progress bar.
 
     Returns:
@@ -186,7 +186,7 @@ def train(
                     saver.monitor(unreplicate(state))
                     if on_epoch is not None:
                         on_epoch(epoch + 1, unreplicate(state).evaluated(method))
-                # The best checkpoint is saved first: if the process is killed in between, both are saved again.
+                # The best checkpoint is already saved. After a kill in between, the last steps are repeated.
                 if ends_epoch or stopping or saver.seconds() >= 60 * checkpoint_minutes:
                     saver.save(unreplicate(state))
         state = unreplicate(state)

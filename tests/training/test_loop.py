@@ -40,7 +40,7 @@ WORDS = [
     "--method", "pgd", "--attack.num-steps", "1",
 ]  # fmt: skip
 ROOT = pathlib.Path(__file__).parents[2]
-# `python -m experiments.train`, which rounds as this process does.
+# The same as `python -m experiments.train`, but with the simulated rounding of this process, if any (`tests.disturb`).
 MODULE = """
 import runpy
 from tests import disturb

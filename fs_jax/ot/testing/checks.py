@@ -389,7 +389,7 @@ def _differentiated(
 
 
 def _comparable(problem: Case, name: str, derivative: np.ndarray) -> np.ndarray:
-    """A derivative at points with mass. By weights, whose sum is held fixed, its mean is subtracted."""
+    """The derivative, 0 at points without mass. By a or b, minus its mean: their sum is fixed, so it has no effect."""
     if name == "cost":
         return np.where((problem.a > 0)[:, None] & (problem.b > 0), derivative, 0)
     there = getattr(problem, name) > 0
@@ -497,7 +497,10 @@ def expected_derivatives(problem: Case, reference: Reference, weights: np.ndarra
 
 
 def _gradients(solver: Solver, given, names, place: int) -> dict[str, np.ndarray]:
-    """Gradients of Σ W · plan and of the costs by one argument. One program: factors select the value."""
+    """Gradients of Σ W · plan and of the costs by one argument, each from the same program, to compile only once.
+
+    The program differentiates a weighted sum of these values; a weight of one selects a value.
+    """
     import jax.numpy as jnp
 
     found = {}
