@@ -163,8 +163,8 @@ def run_chain(
       log: Log that outcomes are added to. Outcomes that it already has aren't computed again.
       first: Index of the first image in its split.
       batch_size: The largest batch; by default 32 on a CPU, else 256.
-      worst_images: Array [N, H, W, C], or [k, H, W, C] for the first k images only. Each image's adversarial image of
-        the lowest margin, over the attacks of the worst case, is written to it.
+      worst_images: Array [N, H, W, C], or [k, H, W, C] for the first k images only. For each image, the adversarial
+        example with the lowest margin, over all attacks of the worst case, is written to it.
       progress: Show a progress bar for each attack.
 
     Returns:

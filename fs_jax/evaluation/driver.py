@@ -91,9 +91,9 @@ def evaluate(
         outcomes are copied to `journal`, which must be a new file, and aren't computed again.
       about: More facts about the evaluation, as plain data, written to the journal. Resuming with other facts raises an
         error.
-      worst_images: Array [N, H, W, C], or [k, H, W, C] for the first k images only. Each image's adversarial image of
-        the lowest margin is written to it. It may be a memory-mapped file. When you resume, pass the array with the
-        adversarial images found so far, as outcomes in the journal aren't computed again.
+      worst_images: Array [N, H, W, C], or [k, H, W, C] for the first k images only. For each image, the adversarial
+        example with the lowest margin is written to it. It may be a memory-mapped file. When you resume, pass the
+        array with the adversarial images found so far, as outcomes in the journal aren't computed again.
       progress: Show a progress bar for each attack.
 
     Returns:
