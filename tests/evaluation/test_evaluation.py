@@ -21,6 +21,7 @@ from fs_jax import data
 from fs_jax.attacks import REGISTRY, cross_entropy, logit_margin, transfer
 from fs_jax.attacks.chain import Outcome
 from fs_jax.evaluation import Attack, accuracy, evaluate, parse_attack, suite
+from fs_jax.evaluation.journal import Journal
 
 pytestmark = pytest.mark.usefixtures("small_programs", "one_batch_size")
 
@@ -298,10 +299,14 @@ def test_images_of_float64_give_the_results_of_float32(network):
 
 
 def test_facts_cannot_replace_what_the_journal_compares(network, tmp_path):
-    for name in ("logits", "seed"):
+    path = tmp_path / "journal.jsonl"
+    evaluate(network, IMAGES, LABELS, ["clean"], journal=path, about={"mine": 0}, progress=False)
+    names = Journal.header(path).keys() - {"mine"}
+    assert {"logits", "seed"} <= names
+    for name in names:
         with pytest.raises(ValueError, match=f"about: expected names that the journal doesn't use; got {name}"):
-            evaluate(network, IMAGES, LABELS, ["clean"], journal=tmp_path / "journal.jsonl", about={name: 0})
-    assert not list(tmp_path.iterdir())
+            evaluate(network, IMAGES, LABELS, ["clean"], journal=tmp_path / "other", about={name: 0})
+    assert not (tmp_path / "other").exists()
 
 
 def test_resuming_without_an_attack_of_the_journal_raises_an_error(tmp_path):

@@ -143,7 +143,7 @@ def test_findings_name_the_cause_and_what_to_do():
     )
     (admitted,) = findings(broken("admitting"), case(0))
     assert admitted.check == GAVE_UP
-    assert re.fullmatch("marginals: .*|off by .* of the mass, and says that it has not converged", admitted.text)
+    assert re.match("off by .* of the mass, and says that it has not converged", admitted.text)
 
 
 def test_scripts_compute_in_the_claimed_dtype():
