@@ -13,7 +13,7 @@ import tempfile
 
 from experiments import command_line
 from experiments.output import made_on, write_files
-from experiments.paper import findings, writing
+from experiments.paper import findings, summary, writing
 from experiments.paper.experiment import Data
 from experiments.paper.jobs import EXPERIMENTS, experiment
 from experiments.paper.scales import SCALES
@@ -40,26 +40,34 @@ paper reports 70.5% accuracy on CIFAR-10 under PGD-20 and 60.6% under CW-100. Un
 2020, the released network has [36.64%](https://robustbench.github.io)."""
 
 WORDS = {
-    "WRN-10-1": "a wide residual network with 10 layers and width 1; the paper's is WRN-28-10",
+    "scale": "data set, network, length of training and number of attacked images of a group of results",
+    "WRN-10-1": "a wide residual network with 10 layers and 1 times the usual width; the paper's is WRN-28-10",
     "fold": "a fifth of the images. Each fold is the test set of a network that is trained on the other four",
-    "radius": "the largest change of each pixel; pixels are in [0, 1]",
-    "FGSM, PGD-20, CW-100": "attacks with 1, 20 and 100 gradient steps on a loss: the cross-entropy or, for CW, the "
-    "margin between the true class and the next one",
-    "AutoAttack": "four attacks in turn, each on the images that are robust to the ones before: APGD-CE, APGD-T, FAB-T "
-    "and, without gradients, Square. Robust accuracy counts the images that are robust to all four",
+    "radius": "the largest change of each pixel (L∞); pixels are in [0, 1]",
+    "pass": "a computation with the network: forward, or backward to its input or to its weights",
+    "FGSM, PGD-20, CW-100": "white-box attacks with 1, 20 and 100 gradient steps on a loss: the cross-entropy or, for "
+    "CW (Carlini & Wagner), the margin between the true class and the next one; x5: from 5 random starts",
+    "AutoAttack": "four attacks in turn, each on the images that are robust to the ones before: APGD-CE (PGD with "
+    "adaptive steps), APGD-T (towards each of 9 classes), FAB-T (the nearest decision boundary) and, without "
+    "gradients, Square. Robust accuracy counts the images that are robust to all four",
+    "DLR": "APGD-T's loss: the margin divided by a difference of logits, which does not depend on their scale",
     "logits x 0.1": "PGD-20 on the cross-entropy of the logits times 0.1 (or 10). This changes the gradients, not the "
     "classification",
+    "masked gradients": "gradients that are zero or misleading, so that attacks by gradients find less than there is",
     "SPSA": "a gradient-free attack: descent with gradients estimated along random directions",
     "local search": "a gradient-free attack: a greedy search over single pixels; each round ends with a projection on "
     "the ball",
+    "standard": "training on clean images",
     "PGD-7": "adversarial training with PGD: 7 gradient steps on the cross-entropy per training step",
     "TRADES": "adversarial training on the clean cross-entropy plus the divergence between clean and attacked outputs",
     "equal passes": "PGD-7 is trained for fewer epochs, so that its training takes as many passes through the network "
     "as that of feature scattering",
-    "transport plan": "the matching between the outputs for the natural and for the perturbed batch; *identity* "
-    "matches each image with itself, *independent* with all images equally",
+    "transport plan": "the matching between the outputs (logits) for the natural and for the perturbed batch, with the "
+    "cosine distance as cost; *identity* matches each image with itself, *independent* with all images equally",
+    "Sinkhorn, IPOT": "two algorithms for the transport plan: with an entropy term, and by proximal steps without one",
     "τ, β": "the entropic weight of Sinkhorn's algorithm, the proximal weight of IPOT; larger values blur the plan",
-    "Δ": "label smoothing: the true class has the probability 1 - Δ; the rest is shared equally by the other classes",
+    "Δ": "label smoothing: the true class has the probability 1 - Δ; the rest is shared equally by the other classes. "
+    "The paper's method has Δ = 0.5, standard, PGD-7 and TRADES have none",
 }
 
 
@@ -99,13 +107,15 @@ def page(results: dict[str, dict[str, Data]]) -> str:
     import tabulate
 
     words = tabulate.tabulate(WORDS.items(), headers=["term", "meaning"], tablefmt="pipe")
-    parts = [f"# {title(results)}", *so_far(results), METHOD, words, "## Findings", HOW_CERTAIN]
+    in_short = summary.summary({headline(next(iter(of.values()))): best(of) for of in results.values()})
+    parts = [f"# {title(results)}", *so_far(results), METHOD, "## In short", in_short, IN_SHORT_ENDS]
+    parts += ["## Terms", words, "## Findings", HOW_CERTAIN]
     for of in results.values():
         first = next(iter(of.values()))
         design = (
             SCALES[first["scale"]].summary if first["dataset"] is None else f"The settings of scale {first['scale']}."
         )
-        parts += [f"### {headline(first)}", design, claims(of)]
+        parts += [f"### {headline(first)}", f"{design} {training(first['config'])}", claims(of)]
     for scale, of in results.items():
         parts += [f"## Results: {headline(next(iter(of.values())))}"]
         for name, data in of.items():
@@ -142,28 +152,35 @@ def datasets(results: dict[str, dict[str, Data]]) -> list[str]:
     return list(dict.fromkeys(dataset_name(next(iter(of.values()))) for of in results.values()))
 
 
+IN_SHORT_ENDS = """\
+The intervals are 95% intervals over test images. The networks of a row are trained once, with one seed unless its table
+says otherwise, so differences of one or two points can be due to the seed. Networks, images and radius are smaller than
+the paper's: compare the order of the rows with the paper's, not the numbers."""
+
 HOW_CERTAIN = """\
 These are claims of the paper, checked on our networks. Each scale states the size, data and training of its networks.
 A finding holds at its scale only, and the accuracies are not those of the released network. Intervals are 95% intervals
 over test images, and differences are between networks on the same images. Neither includes the variation between
 seeds.
 
-The verdict on a claim depends on its kind; what is neither *agrees* nor *disagrees* is *undetermined*:
+The wording of the claims is ours. The verdict depends on the kind of claim:
 
-- One row is better than another: agrees if the other row is *lower*; disagrees if it is *higher* or *equal*.
-- Rows are stable: agrees if all are *equal* to the first; otherwise disagrees if the interval of a difference excludes
-  0. With several rows, these intervals are widened, so that they hold jointly.
-- Accuracy under PGD, or a plateau of the loss, shows robustness: judged by the fraction of images that are robust to
-  PGD-20 but not to a stronger attack. Disagrees if the whole interval of the fraction is above 2%; agrees if no part of
-  it is.
-- Accuracy under gradient-free attacks shows robustness: disagrees if a strong gradient-free attack finds clearly more
-  than a weak one (the intervals do not overlap). It never agrees, since a still stronger attack could exist.
-- Clusters hold under attack: agrees if the standard network loses more of their purity, disagrees if it loses less,
-  and the interval of the difference excludes 0.
+| claim | agrees if | disagrees if |
+| :-- | :-- | :-- |
+| the method is better than another row | the other row is *lower* | the other row is *higher* or *equal* |
+| rows are stable | all rows are *equal* to the first | the interval of a difference excludes 0, widened so that all \
+intervals hold together |
+| PGD, or a plateau of the loss, shows robustness | at most 2% of the images are robust to PGD-20 but not to a \
+stronger attack (the whole interval) | more than 2% are (the whole interval) |
+| gradient-free attacks show robustness | never, since a stronger attack could exist | SPSA with strong settings finds \
+more than with weak ones (the intervals do not overlap) |
+| clusters hold under attack | the standard network loses more of their purity | it loses less (the interval of \
+the difference excludes 0) |
 
-Rows are *equal* if the whole interval of their difference is within ±2 points. Otherwise, a row is *higher* or *lower*
-if the interval excludes 0. A scale *detects* effects of a size if it usually finds a true difference of that size;
-smaller differences are often undetermined."""
+Otherwise it is *undetermined*: the results do not suffice for a verdict. Rows are *equal* if the whole interval of
+their difference is within ±2 points; otherwise, a row is *higher* or *lower* than the first if the interval excludes 0.
+With intervals of nearly ±2, as on digits, rows are rarely *equal*, so *undetermined* says little about a claim. A scale
+*detects* effects of a size if it usually finds a true difference of that size."""
 
 
 def headline(data: Data) -> str:
@@ -187,16 +204,30 @@ def dataset_name(data: Data) -> str:
 NAMES = {"digits": "scikit-learn's digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
 
 
+def training(config: Data) -> str:
+    """The training of all rows, in a sentence."""
+    decays = " and ".join(map(str, config["decay_epochs"]))
+    return (
+        f"Training, where a row does not change it: SGD with batches of {config['batch_size']}, momentum "
+        f"{config['momentum']:g}, weight decay {config['weight_decay']:g} and a learning rate of "
+        f"{config['learning_rate']:g}, which is multiplied by {config['decay_factor']:g} after epochs {decays} of "
+        f"{config['epochs']}; random starts in the attacks."
+    )
+
+
 def claims(of: dict[str, Data]) -> str:
     """The paper's claims, with the verdicts of these results."""
-    # For an experiment with several files, use the one with the most seeds.
-    best = {data["experiment"]: data for data in sorted(of.values(), key=lambda data: len(data["seeds"]))}
-    found = findings.findings(best)
+    found = findings.findings(best(of))
     if not found:
         return "These results are not sufficient to check a claim of the paper."
     return "\n".join(
         f"- *{each.claim}* **{each.verdict.capitalize()} at this scale.** {each.evidence}" for each in found
     )
+
+
+def best(of: dict[str, Data]) -> dict[str, Data]:
+    """The results by experiment. For an experiment with several files, the one with the most seeds."""
+    return {data["experiment"]: data for data in sorted(of.values(), key=lambda data: len(data["seeds"]))}
 
 
 def overview(results: dict[str, dict[str, Data]]) -> str:

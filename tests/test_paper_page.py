@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from experiments import report
-from experiments.paper import findings, jobs, writing
+from experiments.paper import findings, jobs, summary, writing
 from experiments.paper.scales import scale_of
 from tests.paper_results import finish
 
@@ -83,7 +83,8 @@ def table(reference, **rows):
 
 
 def gap(lost):
-    return {"total": 1000, "parts": {"misclassified": 0.1, "PGD-20": 0.2, "loss": lost, "robust": 0.7 - lost}}
+    parts = {"misclassified": 0.1, "PGD-20": 0.2, "loss": lost, "no gradient (Square)": 0.0, "robust": 0.7 - lost}
+    return {"total": 1000, "parts": parts}
 
 
 def network(*, lost=5, purity=(0.9, 0.9)):
@@ -101,14 +102,22 @@ def whole(**changes):
     plan = {"diagonal": 0.97, "identity_signs": 0.99}
     return {
         "main_table": table("feature scattering", **{"PGD-7": row()}),
-        "equal_passes": table("feature scattering", **{"PGD-7, equal passes": row()}),
+        "equal_passes": table(
+            "feature scattering",
+            **{"PGD-7, equal passes": row(), "feature scattering, Δ = 0": row(), "identity plan": row()},
+        ),
         "autoattack_gap": {"networks": {"feature scattering": gap(0.2), "PGD-7": gap(0.01)}},
-        "matching": table("Sinkhorn, τ = 0.01", **{"identity plan": row()}),
+        "matching": table("Sinkhorn, τ = 0.01", **{"identity plan": row(), "independent plan": row()}),
         "mechanism": {"points": [{"plans": {"Sinkhorn, τ = 0.01": plan}}]},
-        "table2_label_smoothing": table("Δ = 0.5", **{"Δ = 0": row()}),
+        "table2_label_smoothing": table("Δ = 0.5", **{"Δ = 0.3": row(), "Δ = 0.7": row()}),
         "table3_sinkhorn_tau": table("τ = 0.01", **{"τ = 0.5": row()}),
         "table4_ipot_beta": table("β = 1", **{"β = 0.5": row()}),
-        "ablation": table("transport, 1 step, Δ = 0.5", **{"transport, 1 step, Δ = 0": row()}),
+        "ablation": table(
+            "transport, 1 step, Δ = 0.5",
+            **dict.fromkeys(
+                ("transport, 1 step, Δ = 0", *(f"cross-entropy, 1 step, Δ = {d}" for d in ("0", "0.5"))), row()
+            ),
+        ),
         "gradient_free": table("feature scattering"),
         "figure1_loss_curves": {"networks": {"feature scattering": network()}},
         "figure2_embeddings": {"networks": {"feature scattering": network(), "standard": network()}},
@@ -144,12 +153,47 @@ def test_without_results_there_is_no_finding():
 ])  # fmt: skip
 @pytest.mark.parametrize(("about", "experiment", "label"), [
     ("more robust than adversarial", "main_table", "PGD-7"), ("One step", "equal_passes", "PGD-7, equal passes"),
-    ("matching by optimal transport", "matching", "identity plan"), ("smoothing", "ablation", "transport, 1 step, Δ = "
-        "0"),
+    ("without labels", "ablation", "cross-entropy, 1 step, Δ = 0.5"),
+    ("matching by optimal transport", "matching", "identity plan"),
+    ("smoothing", "equal_passes", "feature scattering, Δ = 0"),
 ])  # fmt: skip
 def test_claims_of_more_robustness_are_decided_by_the_strongest_attack(about, experiment, label, difference, expected):
-    changed = table(whole()[experiment]["reference"], **{label: row(verdict=difference)})
-    assert verdict(about, whole(**{experiment: changed})) == expected
+    strongest = "apgd-t alone" if experiment == "ablation" else "square"
+    results = whole()
+    results[experiment]["rows"][label] = {**row(), strongest: row(verdict=difference)[strongest]}
+    assert verdict(about, results) == expected
+
+
+def test_a_scale_with_few_experiments_has_the_findings_that_its_tables_allow():
+    few = {name: whole()[name] for name in ("equal_passes", "figure1_loss_curves")}
+    found = [each.claim for each in findings.findings(few)]
+    for about in ("One step", "matching by optimal transport", "smoothing", "plateau"):
+        assert sum(about in claim for claim in found) == 1
+    assert len(found) == 4
+
+
+def test_the_summary_has_a_column_for_each_scale():
+    digits, small = whole(), whole()
+    small["main_table"]["rows"]["PGD-7"]["square"]["accuracy"] = 0.25
+    small["ablation"]["rows"]["transport, 1 step, Δ = 0"] = row(points=-3.0, verdict="lower")
+    del small["matching"], small["equal_passes"]
+    text = summary.summary({"digits": digits, "small": small})
+    lines = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in text.split("\n")
+        if "|" in line
+    }
+    assert lines["PGD-7, as many epochs, with 2.8 times the passes"] == ["50.0 [48.0, 52.0]", "25.0 [48.0, 52.0]"]
+    assert lines["PGD-7, as many passes as feature scattering"] == ["50.0 [48.0, 52.0]", ""]
+    assert lines["no label smoothing"] == ["+0.0 ±1.0", "-3.0 ±1.0"]
+    assert "IPOT instead of Sinkhorn's algorithm" not in lines
+    assert lines["The matching by optimal transport makes the method work."] == ["disagrees", ""]
+
+
+def test_the_rows_of_the_summary_are_rows_of_the_tables():
+    labels = {name: [row.label for row in jobs.experiment(name).rows] for name in jobs.EXPERIMENTS}
+    assert set(summary.TRAINING) <= {*labels["main_table"], *labels["equal_passes"]}
+    assert set(summary.CHANGES) <= set(labels["ablation"])
 
 
 @pytest.mark.parametrize(("points", "half", "expected"), [
@@ -173,7 +217,8 @@ def test_gradient_free_attacks_prove_nothing_if_weak_ones_miss_what_strong_ones_
     results = whole(gradient_free={"reference": "feature scattering", "rows": {"feature scattering": changed}})
     (found,) = (each for each in findings.findings(results) if "gradient-free" in each.claim)
     assert found.verdict == expected
-    assert ("spsa, 1 step: 90%; square alone: 50%), so a high number proves nothing" in found.evidence) == (weak == 0.9)
+    assert ("so a high number proves nothing" in found.evidence) == (weak == 0.9)
+    assert f"spsa, 1 step {100 * weak:.1f}%" in found.evidence
 
 
 @pytest.mark.parametrize(("lost", "expected"), [(20, "disagrees"), (1, "undetermined")])

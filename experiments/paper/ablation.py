@@ -44,10 +44,14 @@ EXPERIMENT = table(
     rows=[*GRID, *NOISE, *ONE_FACTOR, *map(at_equal_passes, [*SEVEN_STEPS, PGD_7])],
     attacks=apgd_t,
     draw=pgd_against_apgd_t,
-    reading="The first row is the paper's method. All rows have the same number of training steps, except those at "
-    "equal passes: a training step with a 7-step attack takes three times as many passes as one with a 1-step attack. "
-    "A single step has the size of the radius, each of 7 steps a quarter of it. APGD-T replaces AutoAttack here, "
-    "because it determines AutoAttack's accuracy up to a few images (see autoattack_gap).",
+    reading="The first row is the paper's method. *transport*, *identity* and *cross-entropy* are the losses of the "
+    "training's attack: the transport cost, that with the identity plan, and the supervised loss. *noise* is training "
+    "on images with random noise, *penultimate features* takes the transport between the features before the last "
+    "layer, and *loss on clean and attacked images* is the mean of the losses on both. *cross-entropy, 7 steps, Δ = 0* "
+    "is PGD-7. All rows have the same number of training steps, except those at equal passes: a training step with a "
+    "7-step attack takes about three times as many passes as one with a 1-step attack. A single step has the size of "
+    "the radius, each of 7 steps a quarter of it. APGD-T, run alone, replaces AutoAttack here, because it determines "
+    "AutoAttack's accuracy up to a few images (see *From PGD-20 to AutoAttack*).",
 )
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def show(data: Data) -> str:
         for label, of in data["networks"].items()
     ]
     return "\n\n".join([
-        tabulate.tabulate(text, headers=header, tablefmt="pipe"),
+        tabulate.tabulate(text, headers=header, tablefmt="pipe", disable_numparse=True),
         "Fractions of the test images, in %. The columns up to *robust* are disjoint: images that are misclassified "
         "without an attack, images that are misclassified under an attack but not under the attacks before it, and "
         "robust images. The other columns overlap with these: images that are robust to PGD-20 but not to PGD-20 on "
@@ -70,10 +70,11 @@ EXPERIMENT = Experiment(
     collect=collect,
     show=show,
     draw=lost_images,
-    reading="PGD-20 is judged at its last iterate, as in the paper; AutoAttack at any iterate. APGD-CE has PGD's loss, "
-    "but more steps and adaptive step sizes: the images that it adds show what PGD-20's budget misses. The images that "
-    "APGD-T adds show what another loss, with targets, finds. Only two kinds of images suggest masked gradients: those "
-    "that Square adds, since it uses no gradients, and those that PGD-20 adds on rescaled logits, from the same start.",
+    reading="PGD-20 is judged at its last iterate, as in the paper, and counts as the first attack here; AutoAttack is "
+    "judged at any iterate. APGD-CE has PGD's loss, but more steps and adaptive step sizes: the images that it adds "
+    "show what PGD-20's budget misses. The images that APGD-T adds show what another loss, with targets, finds. Only "
+    "two kinds of images suggest masked gradients: those that Square adds, since it uses no gradients, and those that "
+    "PGD-20 adds on rescaled logits, from the same start.",
 )
 
 if __name__ == "__main__":

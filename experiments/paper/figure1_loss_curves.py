@@ -119,10 +119,11 @@ def show(data: Data) -> str:
     text = [[label, *of["outcomes"].values()] for label, of in data["networks"].items()]
     return "\n\n".join([
         tabulate.tabulate(text, headers=header, tablefmt="pipe"),
-        f"Number of images with each outcome, of {NUM_IMAGES} random test images (all, if there are fewer), for PGD-20 "
-        f"from one random start. The figure shows up to {SHOWN} images per outcome: mean and standard deviation over "
-        f"{STARTS} other random starts. The margin is the logit of the true class minus the largest other logit; an "
-        "image with a negative margin is misclassified.",
+        f"Number of images with each outcome, of {NUM_IMAGES} random test images (all, if there are fewer), for "
+        f"PGD-20 from one random start. The figure shows the first {SHOWN} images with each outcome: mean and "
+        f"standard deviation over {STARTS} other random starts, so that an image can end on the other side of 0. The "
+        "margin is the logit of the true class minus the largest other logit; an image with a negative margin is "
+        "misclassified.",
     ])  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The figures of the paper's experiments, drawn from their data to a .png or .svg file."""
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -9,60 +10,75 @@ from fs_jax.report._canvas import DASHED, GREY, PALETTE, colour_of, figure_path,
 
 
 def pgd_against_apgd_t(data: Data, path: pathlib.Path) -> None:
-    """Plot the accuracy of each row under APGD-T against its accuracy under PGD-20."""
+    """The accuracy of each row under APGD-T against that under PGD-20, and both by row, with the same markers."""
     rows = data["rows"]
-    weak, strong = ([100 * row[name]["accuracy"] for row in rows.values()] for name in ("pgd-20", "apgd-t alone"))
-    errors = [
-        np.array([[100 * (row[name]["accuracy"] - row[name]["low"]) for row in rows.values()],
-                  [100 * (row[name]["high"] - row[name]["accuracy"]) for row in rows.values()]])
-        for name in ("pgd-20", "apgd-t alone")
-    ]  # fmt: skip
-    # Rows with the same first word have the same colour and different markers; single rows are black.
+    # Rows with the same first word have the same colour; others are black. Filled: with label smoothing.
     beginnings = [label.split(",")[0] for label in rows]
     families = [name for name in dict.fromkeys(beginnings) if beginnings.count(name) > 1]
-    members = [name if name in families else "" for name in beginnings]
-    with new_figure(figsize=(9.6, 5.6)) as figure:
-        axes = figure.add_subplot()
-        limit = max(*weak, *strong) + 8
-        axes.plot([0, limit], [0, limit], color=GREY, linestyle=DASHED, linewidth=1)
-        axes.annotate("equal", (limit, limit), (-14, -24), textcoords="offset points", color=GREY, ha="right")
-        for index, (label, x, y) in enumerate(zip(rows, weak, strong, strict=True)):
-            colour = PALETTE[families.index(members[index])] if members[index] else "black"
-            axes.errorbar(
-                x, y, xerr=errors[0][:, [index]], yerr=errors[1][:, [index]], color=colour, label=label,
-                fmt="osD^vPX*"[members[:index].count(members[index]) % 8], markersize=6, elinewidth=0.5,
-                markerfacecolor="white" if label.endswith("Δ = 0") else colour,
-            )  # fmt: skip
-        axes.set_xlim(0, limit)
-        axes.set_ylim(0, limit)
-        axes.set_box_aspect(1)
-        axes.set_xlabel("accuracy under PGD-20 (%)")
-        axes.set_ylabel("accuracy under APGD-T (%)")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=7.5)
+    singles = [label for label, beginning in zip(rows, beginnings, strict=True) if beginning not in families]
+    with new_figure(figsize=(11.0, max(4.6, 0.8 + 0.235 * len(rows)))) as figure:
+        against, by_row = figure.subplots(1, 2, width_ratios=(1, 1))
+        for place, (label, beginning, row) in enumerate(zip(rows, beginnings, rows.values(), strict=True)):
+            colour = PALETTE[families.index(beginning)] if beginning in families else "black"
+            marker = "PX*^vD"[singles.index(label) % 6] if label in singles else marker_of(label)
+            style = {
+                "color": colour,
+                "markersize": 6,
+                "markerfacecolor": "white" if label.endswith("Δ = 0") else colour,
+            }
+            weak, strong = (100 * row[name]["accuracy"] for name in ("pgd-20", "apgd-t alone"))
+            errors = [
+                [[100 * (of["accuracy"] - of["low"])], [100 * (of["high"] - of["accuracy"])]]
+                for of in (row["pgd-20"], row["apgd-t alone"])
+            ]
+            against.errorbar(weak, strong, *errors[::-1], fmt=marker, elinewidth=0.5, **style)
+            by_row.plot([strong, weak], [place, place], color=colour, linewidth=0.8)
+            by_row.plot(weak, place, "|", color=colour, markersize=9)
+            by_row.plot(strong, place, marker, **style)
+        begin, end = (
+            min(against.get_xlim()[0], against.get_ylim()[0]),
+            max(against.get_xlim()[1], against.get_ylim()[1]),
+        )
+        against.plot([begin, end], [begin, end], color=GREY, linestyle=DASHED, linewidth=1, zorder=0)
+        against.annotate("equal", (begin, begin), (12, 4), textcoords="offset points", color=GREY)
+        against.set(xlim=(begin, end), ylim=(begin, end), xlabel="accuracy under PGD-20 (%)")
+        against.set_ylabel("accuracy under APGD-T (%)")
+        against.set_box_aspect(1)
+        by_row.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        by_row.invert_yaxis()
+        by_row.grid(visible=False, axis="y")
+        by_row.set_xlabel("accuracy under APGD-T (marker) and PGD-20 (|), in %")
         save(figure, figure_path(path))
 
 
+def marker_of(label: str) -> str:
+    """A circle for one attack step, a diamond for seven, a triangle for seven at equal passes."""
+    if "equal passes" in label:
+        return "v"
+    return "D" if "7 steps" in label else "o"
+
+
 def lost_images(data: Data, path: pathlib.Path) -> None:
-    """A bar for each network: the images that are misclassified under each attack in turn, and the robust ones."""
+    """A bar for each network: the images that are misclassified under each attack in turn; the rest are robust."""
     networks = data["networks"]
-    parts = list(next(iter(networks.values()))["parts"])
-    in_order = ("#D9D9D9", PALETTE[4], PALETTE[5], PALETTE[1], PALETTE[3], PALETTE[6], PALETTE[2])
+    parts = [part for part in next(iter(networks.values()))["parts"] if part != "robust"]
+    in_order = ("#D9D9D9", PALETTE[4], PALETTE[5], PALETTE[1], PALETTE[3], PALETTE[6])
     colours = dict(zip(parts, in_order, strict=True))
-    with new_figure(figsize=(8.2, 1.2 + 0.42 * len(networks))) as figure:
+    end = 100 * max(1 - of["parts"]["robust"] for of in networks.values())
+    with new_figure(figsize=(8.2, 1.3 + 0.42 * len(networks))) as figure:
         axes = figure.add_subplot()
         for place, of in enumerate(networks.values()):
             begin = 0.0
-            for part, share in of["parts"].items():
-                width = 100 * share
+            for part in parts:
+                width = 100 * of["parts"][part]
                 axes.barh(place, width, 0.72, begin, color=colours[part], label=part if place == 0 else None)
-                if width >= 4:
-                    dark = colours[part] == PALETTE[6]
-                    axes.text(begin + width / 2, place, f"{width:.1f}", ha="center", va="center", fontsize=7.5,
-                              color="white" if dark else "black")  # fmt: skip
+                if width >= 0.035 * end:
+                    axes.text(begin + width / 2, place, f"{width:.1f}", ha="center", va="center", fontsize=7.5)
                 begin += width
+            axes.text(begin + 0.01 * end, place, f"robust: {100 * of['parts']['robust']:.1f}", va="center", fontsize=8)
         axes.set_yticks(range(len(networks)), list(networks))
         axes.invert_yaxis()
-        axes.set_xlim(0, 100)
+        axes.set_xlim(0, 1.16 * end)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("test images (%)")
         figure.legend(loc="outside upper center", ncols=legend_columns(colours, 8.2), fontsize=8)
@@ -82,7 +98,7 @@ def loss_curves(data: Data, path: pathlib.Path) -> None:
     """Cross-entropy over the steps of PGD, mean and standard deviation over starts; margins for PGD on two losses."""
     networks = data["networks"]
     colours = dict(zip(OUTCOME_LABELS, (PALETTE[0], PALETTE[1], GREY), strict=False))
-    panels = ("cross-entropy (nats)", "margin, PGD on cross-entropy", "margin, PGD on DLR")
+    titles = ("PGD on the cross-entropy: loss", "PGD on the cross-entropy: margin", "PGD on DLR: margin")
     with new_figure(figsize=(10.5, 3.1 * len(networks) + 0.4)) as figure:
         grid = figure.subplots(len(networks), 3, squeeze=False)
         for (label, of), axes_of_row in zip(networks.items(), grid, strict=True):
@@ -92,11 +108,15 @@ def loss_curves(data: Data, path: pathlib.Path) -> None:
                     colour = colours[image["outcome"]]
                     axes.plot(mean, color=colour, linewidth=1.2)
                     axes.fill_between(range(len(mean)), mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
-            for axes, panel in zip(axes_of_row, panels, strict=True):
-                axes.set_title(f"{label}: {panel}", fontsize=9)
+            for axes, unit in zip(
+                axes_of_row, ("cross-entropy (nats)", "margin (logits)", "margin (logits)"), strict=True
+            ):
+                axes.set_ylabel(f"{label}\n{unit}" if axes is axes_of_row[0] else unit)
                 axes.set_xlabel("PGD step")
             for axes in axes_of_row[1:]:
                 axes.axhline(0, color="black", linewidth=0.8)
+        for axes, title in zip(grid[0], titles, strict=True):
+            axes.set_title(title, fontsize=9)
         handles = [
             grid[0, 0].plot([], [], color=colour, label=OUTCOME_LABELS[name])[0] for name, colour in colours.items()
         ]
@@ -118,11 +138,16 @@ def embeddings(data: Data, path: pathlib.Path) -> None:
                 for each, name in enumerate(names):
                     axes.scatter(*points[labels == each].T, s=5, color=class_colour(each, len(names)), label=name, lw=0)
                 purity = of["purity"][which]
-                axes.set_title(f"network: {label}, images: {which}\npurity {100 * purity['mean']:.0f} %", fontsize=9)
+                images = {"feature scattering": "scattering attack"}.get(which, which)
+                axes.set_title(f"{images}: purity {100 * purity['mean']:.0f}%", fontsize=9)
                 axes.set(xticks=[], yticks=[])
                 axes.grid(visible=False)
+            axes_of_row[0].set_ylabel(f"network: {label}")
         handles, texts = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, texts, loc="outside lower center", ncols=min(10, len(names)), markerscale=2.5)
+        figure.legend(
+            handles, texts, loc="outside lower center", ncols=min(10, len(names)), markerscale=2.5, handletextpad=0.1,
+            title="true class",
+        )  # fmt: skip
         save(figure, figure_path(path))
 
 
@@ -147,15 +172,21 @@ def plans_over_training(data: Data, path: pathlib.Path) -> None:
         for axes, (name, title) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
             for index, label in enumerate(labels):
                 values = [100 * point["plans"][label][name] for point in points]
-                in_legend = label if name == "diagonal" else None
-                axes.plot(
-                    epochs, values, color=colour_of(index, len(labels)), label=in_legend, marker=".", linewidth=1.2
-                )
+                style = {"color": colour_of(index, len(labels)), "linestyle": line_of(label), "marker": "."}
+                axes.plot(epochs, values, label=label if name == "diagonal" else None, linewidth=1.3, **style)
+            if name != "diagonal":
+                axes.axhline(50, color=GREY, linewidth=0.8)
+                axes.annotate("by chance", (epochs[-1], 50), (0, -3), textcoords="offset points", va="top", ha="right")
             axes.set_title(title, fontsize=9)
-            axes.set_xlabel("epoch")
+            axes.set_xlabel("epoch (0: before training)")
             axes.set_ylim(-2, 102)
         figure.legend(loc="outside upper center", ncols=legend_columns(dict.fromkeys(labels), 11.0))
         save(figure, figure_path(path))
+
+
+def line_of(label: str) -> Any:
+    """Solid for our Sinkhorn, dashed for IPOT, dotted for others, since the curves of equal plans coincide."""
+    return "-" if label.startswith("Sinkhorn") else DASHED if label.startswith("IPOT") else ":"
 
 
 def transfer_matrix(data: Data, path: pathlib.Path) -> None:
@@ -165,13 +196,22 @@ def transfer_matrix(data: Data, path: pathlib.Path) -> None:
     values = 100 * np.array([[of["accuracy"] for of in row.values()] for row in rows.values()])
     with new_figure(figsize=(3.0 + 0.95 * len(sources), 2.2 + 0.55 * len(rows))) as figure:
         axes = figure.add_subplot()
-        shown = axes.imshow(values, cmap="viridis", vmin=0, vmax=100)
+        darkest = 10 * np.floor(values.min() / 10)
+        shown = axes.imshow(values, cmap="viridis", vmin=darkest, vmax=100)
         for row, column in np.ndindex(values.shape):
             value = values[row, column]
-            axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="black" if value > 60 else "white")
+            axes.text(
+                column,
+                row,
+                f"{value:.1f}",
+                ha="center",
+                va="center",
+                color="black" if value > (darkest + 120) / 2 else "white",
+            )
         axes.set_xticks(range(len(sources)), [name.replace(", ", ",\n") for name in sources], fontsize=8)
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set_xlabel("adversarial examples of")
+        axes.set_ylabel("accuracy of")
         axes.grid(visible=False)
         figure.colorbar(shown, label="accuracy (%)")
         save(figure, figure_path(path))

@@ -138,7 +138,9 @@ def show(data: Data) -> str:
         tabulate.tabulate(text, headers=["transport", *columns.values()], tablefmt="pipe", disable_numparse=True),
         f"At the end of training (epoch {last['epoch']}), means over {BATCHES} batches of training images with noise. "
         "The network is trained with the paper's method, and each transport is solved for the same logits. Gradients "
-        "are those of the transport cost with respect to the images; the attack moves along their signs.",
+        "are those of the transport cost with respect to the images; the attack moves along their signs, of which "
+        "50% are equal by chance. The last column has those of the cross-entropy with the true labels: a supervised "
+        "attack.",
     ])  # fmt: skip
 
 
@@ -163,7 +165,7 @@ EXPERIMENT = Experiment(
     draw=plans_over_training,
     pooled=False,
     reading="A plan with almost all of its mass on the diagonal matches each image with itself. The attack is then "
-    "that of the identity plan: it moves each image away from its own natural features.",
+    "that of the identity plan: it moves each image away from its own natural outputs.",
 )
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ EXPERIMENT = table(
         ),
     ],
     attacks=six_attacks,
-    reading="The paper calls label smoothing necessary but has no row without it. At Δ = 0.9 the labels are uniform.",
+    reading="The first row is the paper's method. The paper calls label smoothing necessary but has no row without it. "
+    "At Δ = 0.9 the labels are uniform.",
 )
 
 if __name__ == "__main__":

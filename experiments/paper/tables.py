@@ -28,15 +28,26 @@ EQUAL = 2.0  # points: two rows are equal if the interval of their difference is
 
 def table(
     *, name: str, title: str, source: str, rows: Sequence[Row], attacks: Attacks, reading: str = "",
-    draw: Callable[[Data, pathlib.Path], Any] | None = None, collect: Collect | None = None,
-    show: Callable[[Data], str] | None = None,
+    columns: Sequence[str] = (), draw: Callable[[Data, pathlib.Path], Any] | None = None,
+    collect: Collect | None = None, show: Callable[[Data, Sequence[str]], str] | None = None,
 ) -> Experiment:  # fmt: skip
-    """An experiment that is a table, with one row per way to train and one column per attack."""
+    """An experiment that is a table, with one row per way to train and one column per attack.
+
+    The Markdown has the attacks in `columns` only, by default all; CSV and LaTeX have all.
+    """
     return Experiment(
         name=name, title=title, source=source, rows=rows, reading=reading, draw=draw,
-        measurement=attacked(attacks), collect=collect or collected, show=show or shown,
-        other_files=lambda data: {".csv": as_csv(data), ".tex": f"{formatted(data, 'latex_booktabs')}\n"},
+        measurement=attacked(attacks), collect=collect or collected,
+        show=lambda data: (show or shown)(data, columns or all_attacks(data)),
+        other_files=lambda data: {
+            ".csv": as_csv(data), ".tex": f"{formatted(data, all_attacks(data), 'latex_booktabs')}\n",
+        },
     )  # fmt: skip
+
+
+def all_attacks(data: Data) -> list[str]:
+    """The names of the attacks."""
+    return list(next(iter(data["rows"].values())))
 
 
 def collected(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data:
@@ -118,38 +129,43 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Data:
     return {"points": mean, "half": half, "verdict": verdict}
 
 
-def shown(data: Data) -> str:
+def shown(data: Data, columns: Sequence[str]) -> str:
     """The table of accuracies, followed by the table of differences."""
     rows, reference = data["rows"], data["reference"]
-    first = next(iter(rows.values()))
-    counts = [numbers["total"] for numbers in first.values()]
-    images = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-    about = (
-        f"Accuracy in % on {images} test images, with 95% intervals over images; in parentheses, the paper's accuracy "
-        "on CIFAR-10 at 8/255."
-    )
-    parts = [formatted(data, "pipe"), about]
-    if spread := seed_spread(first):
+    parts = [about(data, columns), formatted(data, columns, "pipe")]
+    if spread := spread_over_networks(data, columns):
         parts += [spread]
     text = [
         [label, *(f"{d['points']:+.1f} ±{d['half']:.1f} {d['verdict']}" for d in found)]
         for label, row in rows.items()
-        if (found := differences(row))
+        if (found := differences(row, columns))
     ]
     if text:
         parts += [
-            f"Difference of each row from *{reference}*, in percentage points, on the same images, with 95% intervals "
-            f"over images, for these networks. *Equal*: the interval is within ±{EQUAL:g}. *Higher*, *lower*: it is "
-            "not, and excludes 0. *Undetermined*: neither.",
-            tabulate.tabulate(text, headers=["", *map(heading, first)], tablefmt="pipe"),
+            f"Difference from *{reference}* in points, on the same images, before rounding, with 95% intervals over "
+            f"images. *Equal*: the interval is within ±{EQUAL:g}. *Higher*, *lower*: it is not, and excludes 0.",
+            tabulate.tabulate(text, headers=["", *map(heading, columns)], tablefmt="pipe"),
         ]
     return "\n\n".join(parts)
 
 
-def formatted(data: Data, style: str) -> str:
+def about(data: Data, columns: Sequence[str]) -> str:
+    """The sentences above the table: units, number of images, what is in parentheses, and the columns left out."""
+    rows = data["rows"]
+    totals = [next(iter(rows.values()))[name]["total"] for name in columns]
+    most = max(totals, key=totals.count)
+    others = "; ".join(f"{heading(name)}: {n:,}" for name, n in zip(columns, totals, strict=True) if n != most)
+    text = f"Accuracy in % on {most:,} test images{f' ({others})' if others else ''}, with 95% intervals over images"
+    if any(row[name]["paper"] is not None for row in rows.values() for name in columns):
+        text += "; in parentheses, the paper's accuracy on CIFAR-10 at 8/255"
+    left_out = [heading(name) for name in all_attacks(data) if name not in columns]
+    return f"{text}. The CSV file also has {'; '.join(left_out)}." if left_out else f"{text}."
+
+
+def formatted(data: Data, columns: Sequence[str], style: str) -> str:
     """The accuracies, in a table format of tabulate."""
-    text = [[label, *map(cell, numbers.values())] for label, numbers in data["rows"].items()]
-    return tabulate.tabulate(text, headers=["", *map(heading, next(iter(data["rows"].values())))], tablefmt=style)
+    text = [[label, *(cell(numbers[name]) for name in columns)] for label, numbers in data["rows"].items()]
+    return tabulate.tabulate(text, headers=["", *map(heading, columns)], tablefmt=style)
 
 
 def heading(attack: str) -> str:
@@ -162,19 +178,21 @@ def cell(numbers: Data) -> str:
     return text if numbers["paper"] is None else f"{text} ({numbers['paper']:.1f})"
 
 
-def differences(row: Data) -> list[Data]:
+def differences(row: Data, columns: Sequence[str]) -> list[Data]:
     """Differences from the first row; empty for the first row itself, or if the first row is not finished."""
-    return [numbers["difference"] for numbers in row.values() if numbers["difference"] is not None]
+    return [row[name]["difference"] for name in columns if row[name]["difference"] is not None]
 
 
-def seed_spread(row: Data) -> str | None:
-    """Standard deviation over networks that differ only in their fold or seed."""
-    several = {name: numbers["by_network"] for name, numbers in row.items() if len(numbers["by_network"]) > 1}
-    if not several:
+def spread_over_networks(data: Data, columns: Sequence[str]) -> str | None:
+    """Standard deviation of the first row's accuracies over its networks, one for each fold and seed."""
+    row = next(iter(data["rows"].values()))
+    spread = {heading(name): np.std(row[name]["by_network"], ddof=1) for name in columns if row[name]["by_network"][1:]}
+    if not spread:
         return None
-    spread = "; ".join(f"{heading(name)} {100 * np.std(values, ddof=1):.1f}" for name, values in several.items())
-    count = len(next(iter(several.values())))
-    return f"Standard deviation over the first row's {count} networks (folds or seeds), in points: {spread}."
+    folds, seeds = len(data["images"]["datasets"]), len(data["seeds"])
+    networks = " x ".join(f"{count} {name}" for count, name in ((folds, "folds"), (seeds, "seeds")) if count > 1)
+    text = "; ".join(f"{name} {100 * value:.1f}" for name, value in spread.items())
+    return f"Standard deviation of the first row over {networks}, in points: {text}."
 
 
 def as_csv(data: Data) -> str:

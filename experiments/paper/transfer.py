@@ -78,8 +78,15 @@ def show(data: Data) -> str:
     rows = data["rows"]
     first = next(iter(rows.values()))
     text = [[target, *map(cell, row.values())] for target, row in rows.items()]
+    stronger = [target for target, row in rows.items() if min(row, key=lambda of: row[of]["accuracy"]) != ITSELF]
+    conclusion = (
+        f"Transferred examples are stronger than the network's own for {', '.join(stronger)}."
+        if stronger
+        else "All networks have their lowest accuracy on their own examples, so that nothing suggests masked gradients."
+    )
     return "\n\n".join([
         tabulate.tabulate(text, headers=["", *first], tablefmt="pipe"),
+        conclusion,
         f"Accuracy in % of the networks in the rows, on {first[ITSELF]['total']:,} adversarial examples that PGD-20 "
         "makes for the networks in the columns, with 95% intervals. The random starts differ from those of other "
         "tables.",
@@ -100,7 +107,7 @@ EXPERIMENT = Experiment(
     show=show,
     draw=transfer_matrix,
     reading="If another network's adversarial examples are stronger than a network's own, its gradients are "
-    "misleading.",
+    "misleading. The column *itself* is the white-box attack.",
 )
 
 if __name__ == "__main__":

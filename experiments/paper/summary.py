@@ -1,0 +1,91 @@
+"""The most important numbers of all scales, in three tables at the beginning of the page."""
+
+from collections.abc import Callable, Mapping
+
+import tabulate
+
+from experiments.paper.experiment import Data
+from experiments.paper.findings import Results, findings
+from experiments.paper.tables import cell
+
+TRAINING = {
+    "standard": "standard training",
+    "feature scattering": "feature scattering, the paper's method",
+    "feature scattering, Δ = 0": "feature scattering without label smoothing",
+    "PGD-7, equal passes": "PGD-7, as many passes as feature scattering",
+    "PGD-7": "PGD-7, as many epochs, with 2.8 times the passes",
+    "TRADES": "TRADES, as many epochs, with 4.5 times the passes",
+}
+"""Rows of main_table and equal_passes."""
+
+CHANGES = {
+    "noise, Δ = 0.5": "random noise instead of the attack",
+    "independent plan": "independent plan instead of the transport",
+    "identity, 1 step, Δ = 0.5": "identity plan instead of the transport",
+    "IPOT, β = 1": "IPOT instead of Sinkhorn's algorithm",
+    "transport, 1 step, Δ = 0": "no label smoothing",
+    "cross-entropy, 1 step, Δ = 0.5": "cross-entropy instead of the transport cost",
+    "cross-entropy, 1 step, Δ = 0": "cross-entropy, and no label smoothing",
+    "transport, 7 steps, Δ = 0.5": "seven attack steps, with 3 times the passes",
+    "cross-entropy, 7 steps, Δ = 0": "all three: this is PGD-7",
+}
+"""Rows of the ablation, which change the paper's method."""
+
+
+def summary(scales: Mapping[str, Results]) -> str:
+    """Accuracies, effects of the method's parts, and verdicts, with a column for each scale.
+
+    Args:
+      scales: Results by the headline of their scale, each by the name of the experiment.
+    """
+    parts = [
+        ("**What is it worth?** Accuracy under AutoAttack, in %, by training:", table(scales, TRAINING, robust)),
+        (
+            "**Which part does the work?** Change of the accuracy under APGD-T, the strongest of AutoAttack's attacks "
+            "here, in points, if parts of the method are replaced:",
+            table(scales, CHANGES, change),
+        ),
+        (
+            "**Which claims of the paper hold?** The section *Findings* has the evidence:",
+            table(scales, claims(scales), verdict),
+        ),
+    ]
+    return "\n\n".join(f"{text}\n\n{found}" for text, found in parts if found)
+
+
+def table(scales: Mapping[str, Results], rows: Mapping[str, str], value: Callable[[Results, str], str]) -> str:
+    """A table of `value(results, key)`, without the rows that no scale has; empty if no row remains."""
+    text = [[name, *(value(results, key) for results in scales.values())] for key, name in rows.items()]
+    text = [row for row in text if any(row[1:])]
+    return tabulate.tabulate(text, headers=["", *scales], tablefmt="pipe", disable_numparse=True) if text else ""
+
+
+def robust(results: Results, label: str) -> str:
+    """Accuracy of a row under AutoAttack."""
+    for name in ("main_table", "equal_passes"):
+        row = rows_of(results, name).get(label)
+        if row is not None:
+            return cell({**row["square"], "paper": None})
+    return ""
+
+
+def change(results: Results, label: str) -> str:
+    """Difference of a row of the ablation from the paper's method, under APGD-T."""
+    row = rows_of(results, "ablation").get(label)
+    difference = None if row is None else row["apgd-t alone"]["difference"]
+    return "" if difference is None else f"{difference['points']:+.1f} ±{difference['half']:.1f}"
+
+
+def claims(scales: Mapping[str, Results]) -> dict[str, str]:
+    """The claims that some scale's results can check."""
+    return {each.claim: each.claim for results in scales.values() for each in findings(results)}
+
+
+def verdict(results: Results, claim: str) -> str:
+    """The verdict on a claim."""
+    return next((each.verdict for each in findings(results) if each.claim == claim), "")
+
+
+def rows_of(results: Results, name: str) -> Mapping[str, Data]:
+    """The rows of a table, if there are results of it."""
+    return results.get(name, {}).get("rows", {})
