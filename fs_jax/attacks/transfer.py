@@ -62,6 +62,7 @@ def transfer(
     check_images(images, uint8_too=True)
     check_labels(labels, images)
     check_number("epsilon", epsilon, at_least=0, at_most=1)
+    check_number("seed", seed, at_least=0, at_most=2**32 - 1, integer=True)  # the same in 64-bit mode
     rng = jax.random.key(seed, impl=IMPLEMENTATION)
     attack = Attack(TRANSFER, epsilon, apart=True, source=source)
     stepwise = pgd_steps(epsilon=epsilon, step_size=epsilon / 4, last_only=True)

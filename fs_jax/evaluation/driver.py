@@ -126,6 +126,7 @@ def evaluate(
     attack_list = [parse_attack(attack, radius) if isinstance(attack, str) else attack for attack in attacks]
     check_evaluation(logits_fn, images, labels, attack_list, epsilon=epsilon)
     check_number("first", first, at_least=0, integer=True)
+    check_number("seed", seed, at_least=0, at_most=2**32 - 1, integer=True)  # the same in 64-bit mode
     if taken := (about or {}).keys() & _COMPARED:
         raise ValueError(f"about: expected names that the journal doesn't use; got {', '.join(sorted(taken))}.")
     check_choice("precision", precision, ("float32", "default"))

@@ -495,6 +495,14 @@ def test_gradient_free_attacks_work_for_a_network_without_gradients():
     assert result.summary["worst"]["correct"] == 0
 
 
+@pytest.mark.parametrize("seed", [-5, 2**32])
+def test_a_seed_whose_key_depends_on_the_64_bit_mode_raises_an_error(seed, network):
+    for run in (lambda: evaluate(network, IMAGES, LABELS, ["clean"], seed=seed),
+                lambda: transfer(network, IMAGES, LABELS, epsilon=0.1, seed=seed)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"seed: expected an integer of at least 0.*; got {seed}"):
+            run()
+
+
 def test_a_norm_that_cannot_be_measured_raises_an_error():
     with pytest.raises(ValueError, match="norm: expected 'linf' or None; got 'l2'"):
         dataclasses.replace(REGISTRY["pgd"], norm="l2")
