@@ -50,7 +50,7 @@ RESCALED = (0.1, 10.0)
 def rescaled_pgd(scale: Scale, factor: float) -> Any:
     """PGD-20 on the cross-entropy of logits times a factor, which does not change the classification.
 
-    A very confident network has cross-entropy gradients that are rounded to zero. For a very unconfident one, all
+    The cross-entropy gradients of a very confident network can underflow to zero. For a very unconfident one, all
     classes contribute almost equally to the gradient. Rescaled logits then lead to adversarial examples that PGD-20
     misses.
     """
