@@ -40,7 +40,7 @@ paper reports 70.5% accuracy on CIFAR-10 under PGD-20 and 60.6% under CW-100. Un
 2020, the released network has [36.64%](https://robustbench.github.io)."""
 
 WORDS = {
-    "scale": "data set, network, length of training and number of attacked images of a group of results",
+    "scale": "data set, network, length of training, radius and number of attacked images of a group of results",
     "WRN-10-1": "a wide residual network with 10 layers and 1 times the usual width; the paper's is WRN-28-10",
     "fold": "a fifth of the images. Each fold is the test set of a network that is trained on the other four",
     "radius": "the largest change of each pixel (L∞); pixels are in [0, 1]",
@@ -53,7 +53,7 @@ WORDS = {
     "DLR": "APGD-T's loss: the margin divided by a difference of logits, which does not depend on their scale",
     "logits x 0.1": "PGD-20 on the cross-entropy of the logits times 0.1 (or 10). This changes the gradients, not the "
     "classification",
-    "masked gradients": "gradients that are zero or misleading, so that attacks by gradients find less than there is",
+    "masked gradients": "gradients that are zero or misleading, so that attacks by gradients miss adversarial examples",
     "SPSA": "a gradient-free attack: descent with gradients estimated along random directions",
     "local search": "a gradient-free attack: a greedy search over single pixels; each round ends with a projection on "
     "the ball",
@@ -67,7 +67,7 @@ WORDS = {
     "Sinkhorn, IPOT": "two algorithms for the transport plan: with an entropy term, and by proximal steps without one",
     "τ, β": "the entropic weight of Sinkhorn's algorithm, the proximal weight of IPOT; larger values blur the plan",
     "Δ": "label smoothing: the true class has the probability 1 - Δ; the rest is shared equally by the other classes. "
-    "The paper's method has Δ = 0.5, standard, PGD-7 and TRADES have none",
+    "The paper's method has Δ = 0.5; standard, PGD-7 and TRADES have none",
 }
 
 
@@ -107,8 +107,9 @@ def page(results: dict[str, dict[str, Data]]) -> str:
     import tabulate
 
     words = tabulate.tabulate(WORDS.items(), headers=["term", "meaning"], tablefmt="pipe")
-    in_short = summary.summary({headline(next(iter(of.values()))): best(of) for of in results.values()})
-    parts = [f"# {title(results)}", *so_far(results), METHOD, "## In short", in_short, IN_SHORT_ENDS]
+    parts = [f"# {title(results)}", *so_far(results), METHOD]
+    if in_short := summary.summary({headline(next(iter(of.values()))): best(of) for of in results.values()}):
+        parts += ["## In short", in_short, IN_SHORT_ENDS]
     parts += ["## Terms", words, "## Findings", HOW_CERTAIN]
     for of in results.values():
         first = next(iter(of.values()))
@@ -153,9 +154,9 @@ def datasets(results: dict[str, dict[str, Data]]) -> list[str]:
 
 
 IN_SHORT_ENDS = """\
-The intervals are 95% intervals over test images. The networks of a row are trained once, with one seed unless its table
-says otherwise, so differences of one or two points can be due to the seed. Networks, images and radius are smaller than
-the paper's: compare the order of the rows with the paper's, not the numbers."""
+The intervals are 95% intervals over test images. They do not include the variation between seeds: each network is
+trained once, unless its table names more seeds. At the scales `digits`, `small` and `medium`, networks, images and
+radius differ from the paper's: compare the order of the rows with the paper's, not the numbers."""
 
 HOW_CERTAIN = """\
 These are claims of the paper, checked on our networks. Each scale states the size, data and training of its networks.
@@ -168,10 +169,12 @@ The wording of the claims is ours. The verdict depends on the kind of claim:
 | claim | agrees if | disagrees if |
 | :-- | :-- | :-- |
 | the method is better than another row | the other row is *lower* | the other row is *higher* or *equal* |
-| rows are stable | all rows are *equal* to the first | the interval of a difference excludes 0, widened so that all \
-intervals hold together |
-| PGD, or a plateau of the loss, shows robustness | at most 2% of the images are robust to PGD-20 but not to a \
-stronger attack (the whole interval) | more than 2% are (the whole interval) |
+| rows are stable | all simultaneous 95% intervals of the differences (Bonferroni) are within ±2 points | one of them \
+excludes 0, and not all are within ±2 |
+| PGD shows robustness | of all images, at most 2% are robust to PGD-20 but not to AutoAttack (the whole interval) | \
+more than 2% are (the whole interval) |
+| a plateau of the loss shows robustness | of the images that are robust to PGD-20, at most 2% are not robust to \
+APGD-T (the whole interval) | more than 2% are not (the whole interval) |
 | gradient-free attacks show robustness | never, since a stronger attack could exist | SPSA with strong settings finds \
 more than with weak ones (the intervals do not overlap) |
 | clusters hold under attack | the standard network loses more of their purity | it loses less (the interval of \
@@ -184,15 +187,16 @@ With intervals of nearly ±2, as on digits, rows are rarely *equal*, so *undeter
 
 
 def headline(data: Data) -> str:
-    """Data set, resolution and radius of a scale.
+    """Data set, resolution, radius and scale.
 
     Example:
       >>> config = {"dataset": "digits", "attack": {"epsilon": 0.1}}
-      >>> headline({"config": config, "pixels": [8, 8]})
-      "scikit-learn's digits, 8 x 8, radius 0.1"
+      >>> headline({"config": config, "pixels": [8, 8], "scale": "digits"})
+      "scikit-learn's digits, 8 x 8, radius 0.1 (scale digits)"
     """
     size = " x ".join(map(str, data["pixels"]))
-    return f"{dataset_name(data)}, {size}, radius {radius(data['config']['attack']['epsilon'])}"
+    epsilon = radius(data["config"]["attack"]["epsilon"])
+    return f"{dataset_name(data)}, {size}, radius {epsilon} (scale {data['scale']})"
 
 
 def dataset_name(data: Data) -> str:
@@ -206,12 +210,11 @@ NAMES = {"digits": "scikit-learn's digits", "cifar10": "CIFAR-10", "cifar100": "
 
 def training(config: Data) -> str:
     """The training of all rows, in a sentence."""
-    decays = " and ".join(map(str, config["decay_epochs"]))
+    decays = "".join(f", times {config['decay_factor']:g} after epoch {epoch}" for epoch in config["decay_epochs"])
     return (
-        f"Training, where a row does not change it: SGD with batches of {config['batch_size']}, momentum "
-        f"{config['momentum']:g}, weight decay {config['weight_decay']:g} and a learning rate of "
-        f"{config['learning_rate']:g}, which is multiplied by {config['decay_factor']:g} after epochs {decays} of "
-        f"{config['epochs']}; random starts in the attacks."
+        f"Training, where a row does not change it: {config['epochs']} epochs of SGD with batches of "
+        f"{config['batch_size']}, momentum {config['momentum']:g}, weight decay {config['weight_decay']:g} and "
+        f"learning rate {config['learning_rate']:g}{decays}; random starts in the attacks."
     )
 
 

@@ -193,6 +193,52 @@ def test_the_gap_is_the_sum_over_the_attacks(tmp_path):
     assert path.with_suffix(".png").stat().st_size > 1000
 
 
+def test_strong_attacks_have_the_paper_s_numbers_beside_the_strongest_restart(tmp_path):
+    experiment, scale = jobs.experiment("table1_strong_attacks"), SCALES["trial"]
+    finish("table1_strong_attacks", "trial", tmp_path)
+    (config,) = jobs.configurations(experiment, scale, experiment.rows[0], [0])
+    path = jobs.result_file(jobs.folder_of(tmp_path, scale, config), scale, "table1_strong_attacks")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for attack in result["attacks"]:
+        attack |= {"total": 20, "lowest_single_run": None if attack["name"] == "clean" else 0.8}
+    path.write_text(json.dumps(result), encoding="utf-8")
+    text = writing.write(experiment, scale, [0], tmp_path, tmp_path / "r").read_text(encoding="utf-8")
+    assert "| lowest of 5 restarts | | 80.0 (64.5) | 80.0 (64.2) | 80.0 (56.8) |" in " ".join(text.split())
+    assert "| worst case over 5 restarts | 100.0 [83.9, 100.0] | 75.0 [53.1, 88.8] |" in " ".join(text.split())
+    assert "on these images" not in text
+    finish("main_table", "trial", tmp_path)  # 2 of its 20 images are the strong attacks'
+    text = writing.write(experiment, scale, [0], tmp_path, tmp_path / "r").read_text(encoding="utf-8")
+    assert "on these images: pgd-20 100.0, cw-100 100.0, AutoAttack 100.0." in text
+
+
+def test_a_table_says_how_many_images_each_column_has_and_what_is_left_out():
+    numbers = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "paper": None}
+    few, many = ({**numbers, "total": total, "by_network": [0.5, 0.7]} for total in (100, 1797))
+    data = {"rows": {"mine": {"clean": many, "spsa": few, "square": few, "pgd-20": few}}, "seeds": [0, 1]}
+    text = tables.about(data, ["clean", "spsa", "square"])
+    assert text == (
+        "Accuracy in % on 100 test images (clean: 1,797), with 95% intervals over images. The CSV file also has pgd-20."
+    )
+    assert tables.about(data, ["clean"]).startswith("Accuracy in % on 1,797 test images, with")
+    data["rows"]["mine"]["clean"]["paper"] = 90.0
+    assert "in parentheses" in tables.about(data, ["clean"])
+    folds = {"images": {"datasets": ["one"]}}
+    assert "over 2 seeds, in points: clean 14.1." in tables.spread_over_networks({**data, **folds}, ["clean"])
+    data["seeds"], folds = [0], {"images": {"datasets": ["one", "two"]}}
+    assert "over 2 folds, in points" in tables.spread_over_networks({**data, **folds}, ["clean"])
+
+
+@pytest.mark.parametrize(
+    ("other", "text"), [(0.4, "stronger than the network's own for mine:"), (0.49, "No transferred")]
+)
+def test_transferred_attacks_are_stronger_if_the_intervals_do_not_overlap(other, text):
+    own, transferred = (
+        {"accuracy": of, "low": of - 0.02, "high": of + 0.02, "total": 100, "paper": None} for of in (0.5, other)
+    )
+    assert text in jobs.experiment("transfer").show({"rows": {"mine": {"itself": own, "theirs": transferred}}})
+    assert "transferred examples are" not in jobs.experiment("transfer").show({"rows": {"mine": {"itself": own}}})
+
+
 ALL = ("β = 0.5", "β = 1")
 
 

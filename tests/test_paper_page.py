@@ -66,12 +66,13 @@ def test_the_title_names_the_data_sets(tmp_path):
     writing.write(jobs.experiment("table4_ipot_beta"), small, [0], tmp_path / "runs", folder / "small")
     both = report.page(report.read(folder))
     assert both.startswith("# Feature scattering: the paper's claims, checked on CIFAR-10 and scikit-learn's digits\n")
+    assert re.search(r"\(scale small\) *\| scikit-learn's digits, 8 x 8, radius 0.1 \(scale digits\)", both)
     assert "none on CIFAR-10" not in both
 
 
 def row(*, points=0.0, half=1.0, verdict="equal", accuracy=0.5):
     numbers = {
-        "accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02, "total": 100,
+        "accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02, "total": 100, "paper": 60.0,
         "difference": {"points": points, "half": half, "verdict": verdict},
     }  # fmt: skip
     names = ("clean", "pgd-20", "square", "apgd-t alone", "spsa", "spsa, 1 step", "square alone")
@@ -87,11 +88,11 @@ def gap(lost):
     return {"total": 1000, "parts": parts}
 
 
-def network(*, lost=5, purity=(0.9, 0.9)):
+def network(*, lost=5, robust=45, purity=(0.9, 0.9)):
     clean, attacked = ({"mean": mean, "half": 0.02} for mean in purity)
     loss = {"mean": [1.0] + [2.0] * 100}
     return {
-        "outcomes": {"survives PGD-20, falls to APGD-T": lost, "robust": 50 - lost},
+        "outcomes": {"survives PGD-20, falls to APGD-T": lost, "robust": robust},
         "curves": [{"loss": loss}],
         "purity": {"clean": clean, "supervised attack": attacked, "feature scattering": clean},
     }
@@ -142,10 +143,25 @@ def test_every_claim_is_checked():
 
 def test_without_results_there_is_no_finding():
     assert findings.findings({}) == []
-    without = whole(matching={"reference": "Sinkhorn, τ = 0.01", "rows": {"identity plan": {
-        name: {**of, "difference": None} for name, of in row().items()
-    }}})  # fmt: skip
-    assert len(findings.findings(without)) == len(findings.CLAIMS) - 1
+    alone = {
+        "reference": "β = 1",
+        "rows": {"β = 0.5": {name: {**of, "difference": None} for name, of in row().items()}},
+    }
+    assert len(findings.findings(whole(table4_ipot_beta=alone))) == len(findings.CLAIMS) - 1
+
+
+def test_a_row_that_does_not_decide_a_verdict_can_be_missing():
+    results = whole()
+    for name, label in (
+        ("equal_passes", "feature scattering, Δ = 0"), ("ablation", "transport, 1 step, Δ = 0"),
+        ("table2_label_smoothing", "Δ = 0.3"), ("matching", "identity plan"), ("matching", "independent plan"),
+    ):  # fmt: skip
+        del results[name]["rows"][label]
+    del results["autoattack_gap"]["networks"]["PGD-7"]
+    results["figure1_loss_curves"]["networks"]["PGD-7, equal passes"] = network(lost=0, robust=0)
+    missing = {claim for claim, _check in findings.CLAIMS} - {each.claim for each in findings.findings(results)}
+    assert [claim for claim in missing if "smoothing" not in claim] == []
+    assert "For other networks" not in str(findings.findings(results))
 
 
 @pytest.mark.parametrize(("difference", "expected"), [
@@ -188,6 +204,7 @@ def test_the_summary_has_a_column_for_each_scale():
     assert lines["no label smoothing"] == ["+0.0 ±1.0", "-3.0 ±1.0"]
     assert "IPOT instead of Sinkhorn's algorithm" not in lines
     assert lines["The matching by optimal transport makes the method work."] == ["disagrees", ""]
+    assert summary.summary({"digits": {}}) == ""
 
 
 def test_the_rows_of_the_summary_are_rows_of_the_tables():
@@ -213,7 +230,7 @@ def test_pgd_measures_robustness_if_autoattack_agrees(lost, expected):
 
 @pytest.mark.parametrize(("weak", "expected"), [(0.9, "disagrees"), (0.52, "undetermined")])
 def test_gradient_free_attacks_prove_nothing_if_weak_ones_miss_what_strong_ones_find(weak, expected):
-    changed = {**row(), "spsa, 1 step": row(accuracy=weak)["clean"]}
+    changed = {**row(), "spsa, 1 step": row(accuracy=weak)["clean"], "square alone": row(accuracy=0.1)["clean"]}
     results = whole(gradient_free={"reference": "feature scattering", "rows": {"feature scattering": changed}})
     (found,) = (each for each in findings.findings(results) if "gradient-free" in each.claim)
     assert found.verdict == expected
@@ -223,7 +240,7 @@ def test_gradient_free_attacks_prove_nothing_if_weak_ones_miss_what_strong_ones_
 
 @pytest.mark.parametrize(("lost", "expected"), [(20, "disagrees"), (1, "undetermined")])
 def test_plateaus_are_evidence_if_all_images_with_one_are_robust(lost, expected):
-    networks = {"feature scattering": network(lost=lost)}
+    networks = {"feature scattering": network(lost=lost, robust=50 - lost)}
     assert verdict("plateau", whole(figure1_loss_curves={"networks": networks})) == expected
 
 

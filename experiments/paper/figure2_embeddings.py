@@ -14,7 +14,7 @@ from experiments.paper.experiment import (
     Measurement,
     Network,
 )
-from experiments.paper.figures import embeddings
+from experiments.paper.figures import IMAGE_LABELS, embeddings
 from experiments.paper.runner import main
 from experiments.paper.scales import Scale
 from fs_jax.config import TrainConfig
@@ -88,7 +88,7 @@ def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) 
 
 def show(data: Data) -> str:
     first = next(iter(data["networks"].values()))
-    header = ["", *first["purity"]]
+    header = ["", *(IMAGE_LABELS.get(name, name) for name in first["purity"])]
     text = [
         [label, *(f"{100 * p['mean']:.1f} ±{100 * p['half']:.1f}" for p in of["purity"].values())]
         for label, of in data["networks"].items()
@@ -97,9 +97,9 @@ def show(data: Data) -> str:
         tabulate.tabulate(text, headers=header, tablefmt="pipe"),
         f"Purity: the fraction of an image's {NEIGHBOURS} nearest neighbours that have its class, in %, with 95% "
         "intervals over images. Neighbours are images of the same column, in the space of penultimate features. The "
-        "supervised attack is PGD-20; feature scattering, as a column, is the attack of the paper's training. The "
-        f"figure is a joint t-SNE of {len(first['labels'])} images, clean and attacked, for each network; the JSON "
-        f"file has those of {len(SEEDS)} random seeds.",
+        "supervised attack is PGD-20, the scattering attack that of the paper's training. The figure is a joint "
+        f"t-SNE of {len(first['purity'])} x {len(first['labels'])} images for each network; the JSON file has those "
+        f"of {len(SEEDS)} random seeds.",
     ])  # fmt: skip
 
 

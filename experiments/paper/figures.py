@@ -12,37 +12,32 @@ from fs_jax.report._canvas import DASHED, GREY, PALETTE, colour_of, figure_path,
 def pgd_against_apgd_t(data: Data, path: pathlib.Path) -> None:
     """The accuracy of each row under APGD-T against that under PGD-20, and both by row, with the same markers."""
     rows = data["rows"]
-    # Rows with the same first word have the same colour; others are black. Filled: with label smoothing.
+    # Rows with the same first word have the same colour; others are black. Open markers: without label smoothing.
     beginnings = [label.split(",")[0] for label in rows]
     families = [name for name in dict.fromkeys(beginnings) if beginnings.count(name) > 1]
     singles = [label for label, beginning in zip(rows, beginnings, strict=True) if beginning not in families]
     with new_figure(figsize=(11.0, max(4.6, 0.8 + 0.235 * len(rows)))) as figure:
-        against, by_row = figure.subplots(1, 2, width_ratios=(1, 1))
+        against, by_row = figure.subplots(1, 2)
         for place, (label, beginning, row) in enumerate(zip(rows, beginnings, rows.values(), strict=True)):
             colour = PALETTE[families.index(beginning)] if beginning in families else "black"
-            marker = "PX*^vD"[singles.index(label) % 6] if label in singles else marker_of(label)
-            style = {
-                "color": colour,
-                "markersize": 6,
-                "markerfacecolor": "white" if label.endswith("Δ = 0") else colour,
-            }
+            marker = "PX*^sp"[singles.index(label) % 6] if label in singles else marker_of(label)
+            style = {"color": colour, "markersize": 6, "markerfacecolor": colour}
+            if label.endswith("Δ = 0") or label.startswith("PGD-7"):
+                style["markerfacecolor"] = "white"
             weak, strong = (100 * row[name]["accuracy"] for name in ("pgd-20", "apgd-t alone"))
-            errors = [
+            of_weak, of_strong = (
                 [[100 * (of["accuracy"] - of["low"])], [100 * (of["high"] - of["accuracy"])]]
                 for of in (row["pgd-20"], row["apgd-t alone"])
-            ]
-            against.errorbar(weak, strong, *errors[::-1], fmt=marker, elinewidth=0.5, **style)
+            )
+            against.errorbar(weak, strong, yerr=of_strong, xerr=of_weak, fmt=marker, elinewidth=0.5, **style)
             by_row.plot([strong, weak], [place, place], color=colour, linewidth=0.8)
             by_row.plot(weak, place, "|", color=colour, markersize=9)
             by_row.plot(strong, place, marker, **style)
-        begin, end = (
-            min(against.get_xlim()[0], against.get_ylim()[0]),
-            max(against.get_xlim()[1], against.get_ylim()[1]),
-        )
-        against.plot([begin, end], [begin, end], color=GREY, linestyle=DASHED, linewidth=1, zorder=0)
-        against.annotate("equal", (begin, begin), (12, 4), textcoords="offset points", color=GREY)
-        against.set(xlim=(begin, end), ylim=(begin, end), xlabel="accuracy under PGD-20 (%)")
-        against.set_ylabel("accuracy under APGD-T (%)")
+        (left, right), (bottom, top) = against.get_xlim(), against.get_ylim()
+        ends = min(left, bottom), max(right, top)
+        against.plot(ends, ends, color=GREY, linestyle=DASHED, linewidth=1, zorder=0)
+        against.annotate("equal", (ends[0], ends[0]), (12, 4), textcoords="offset points", color=GREY)
+        against.set(xlim=ends, ylim=ends, xlabel="accuracy under PGD-20 (%)", ylabel="accuracy under APGD-T (%)")
         against.set_box_aspect(1)
         by_row.set_yticks(range(len(rows)), list(rows), fontsize=8)
         by_row.invert_yaxis()
@@ -62,9 +57,9 @@ def lost_images(data: Data, path: pathlib.Path) -> None:
     """A bar for each network: the images that are misclassified under each attack in turn; the rest are robust."""
     networks = data["networks"]
     parts = [part for part in next(iter(networks.values()))["parts"] if part != "robust"]
-    in_order = ("#D9D9D9", PALETTE[4], PALETTE[5], PALETTE[1], PALETTE[3], PALETTE[6])
+    in_order = ("#D9D9D9", PALETTE[4], PALETTE[5], PALETTE[1], PALETTE[3], PALETTE[2])
     colours = dict(zip(parts, in_order, strict=True))
-    end = 100 * max(1 - of["parts"]["robust"] for of in networks.values())
+    end = max(1.0, *(100 * (1 - of["parts"]["robust"]) for of in networks.values()))
     with new_figure(figsize=(8.2, 1.3 + 0.42 * len(networks))) as figure:
         axes = figure.add_subplot()
         for place, of in enumerate(networks.values()):
@@ -124,6 +119,10 @@ def loss_curves(data: Data, path: pathlib.Path) -> None:
         save(figure, figure_path(path))
 
 
+# Labels of images in the results of figure 2.
+IMAGE_LABELS = {"feature scattering": "scattering attack"}
+
+
 def embeddings(data: Data, path: pathlib.Path) -> None:
     """t-SNE of features: one row per network, one column per set of images, one colour per true class."""
     networks = data["networks"]
@@ -138,8 +137,7 @@ def embeddings(data: Data, path: pathlib.Path) -> None:
                 for each, name in enumerate(names):
                     axes.scatter(*points[labels == each].T, s=5, color=class_colour(each, len(names)), label=name, lw=0)
                 purity = of["purity"][which]
-                images = {"feature scattering": "scattering attack"}.get(which, which)
-                axes.set_title(f"{images}: purity {100 * purity['mean']:.0f}%", fontsize=9)
+                axes.set_title(f"{IMAGE_LABELS.get(which, which)}: purity {100 * purity['mean']:.0f}%", fontsize=9)
                 axes.set(xticks=[], yticks=[])
                 axes.grid(visible=False)
             axes_of_row[0].set_ylabel(f"network: {label}")
@@ -206,7 +204,7 @@ def transfer_matrix(data: Data, path: pathlib.Path) -> None:
                 f"{value:.1f}",
                 ha="center",
                 va="center",
-                color="black" if value > (darkest + 120) / 2 else "white",
+                color="black" if value > darkest + 0.6 * (100 - darkest) else "white",
             )
         axes.set_xticks(range(len(sources)), [name.replace(", ", ",\n") for name in sources], fontsize=8)
         axes.set_yticks(range(len(rows)), list(rows))

@@ -1,12 +1,12 @@
 """The most important numbers of all scales, in three tables at the beginning of the page."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import tabulate
 
 from experiments.paper.experiment import Data
-from experiments.paper.findings import Results, findings
-from experiments.paper.tables import cell
+from experiments.paper.findings import CLAIMS, Results, findings
+from experiments.paper.tables import interval
 
 TRAINING = {
     "standard": "standard training",
@@ -24,38 +24,46 @@ CHANGES = {
     "identity, 1 step, Δ = 0.5": "identity plan instead of the transport",
     "IPOT, β = 1": "IPOT instead of Sinkhorn's algorithm",
     "transport, 1 step, Δ = 0": "no label smoothing",
-    "cross-entropy, 1 step, Δ = 0.5": "cross-entropy instead of the transport cost",
-    "cross-entropy, 1 step, Δ = 0": "cross-entropy, and no label smoothing",
     "transport, 7 steps, Δ = 0.5": "seven attack steps, with 3 times the passes",
-    "cross-entropy, 7 steps, Δ = 0": "all three: this is PGD-7",
+    "cross-entropy, 1 step, Δ = 0.5": "cross-entropy instead of the transport cost",
+    "cross-entropy, 1 step, Δ = 0": "cross-entropy, no label smoothing",
+    "cross-entropy, 7 steps, Δ = 0": "cross-entropy, no label smoothing, seven steps: PGD-7",
 }
 """Rows of the ablation, which change the paper's method."""
 
 
 def summary(scales: Mapping[str, Results]) -> str:
-    """Accuracies, effects of the method's parts, and verdicts, with a column for each scale.
+    """Accuracies, effects of the method's parts, and verdicts, with a column for each scale; empty without results.
 
     Args:
-      scales: Results by the headline of their scale, each by the name of the experiment.
+      scales: Results by the name of their scale, each by the name of the experiment.
     """
+    verdicts = {name: {each.claim: each.verdict for each in findings(results)} for name, results in scales.items()}
     parts = [
-        ("**What is it worth?** Accuracy under AutoAttack, in %, by training:", table(scales, TRAINING, robust)),
         (
-            "**Which part does the work?** Change of the accuracy under APGD-T, the strongest of AutoAttack's attacks "
-            "here, in points, if parts of the method are replaced:",
-            table(scales, CHANGES, change),
+            "**How robust is each method?** Accuracy under AutoAttack, in %:",
+            TRAINING,
+            lambda name, label: robust(scales[name], label),
+        ),
+        (
+            "**Which part does the work?** Change of the accuracy under APGD-T, one of AutoAttack's attacks, in "
+            "percentage points, if parts of the method are replaced:",
+            CHANGES,
+            lambda name, label: change(scales[name], label),
         ),
         (
             "**Which claims of the paper hold?** The section *Findings* has the evidence:",
-            table(scales, claims(scales), verdict),
+            {claim: claim for claim, _check in CLAIMS},
+            lambda name, claim: verdicts[name].get(claim, ""),
         ),
     ]
-    return "\n\n".join(f"{text}\n\n{found}" for text, found in parts if found)
+    tables = [(text, by_scale(scales, rows, value)) for text, rows, value in parts]
+    return "\n\n".join(f"{text}\n\n{table}" for text, table in tables if table)
 
 
-def table(scales: Mapping[str, Results], rows: Mapping[str, str], value: Callable[[Results, str], str]) -> str:
-    """A table of `value(results, key)`, without the rows that no scale has; empty if no row remains."""
-    text = [[name, *(value(results, key) for results in scales.values())] for key, name in rows.items()]
+def by_scale(scales: Iterable[str], rows: Mapping[str, str], value: Callable[[str, str], str]) -> str:
+    """A table of `value(scale, key)`, without the rows that no scale has; empty if no row remains."""
+    text = [[label, *(value(scale, key) for scale in scales)] for key, label in rows.items()]
     text = [row for row in text if any(row[1:])]
     return tabulate.tabulate(text, headers=["", *scales], tablefmt="pipe", disable_numparse=True) if text else ""
 
@@ -65,7 +73,7 @@ def robust(results: Results, label: str) -> str:
     for name in ("main_table", "equal_passes"):
         row = rows_of(results, name).get(label)
         if row is not None:
-            return cell({**row["square"], "paper": None})
+            return interval(row["square"])
     return ""
 
 
@@ -74,16 +82,6 @@ def change(results: Results, label: str) -> str:
     row = rows_of(results, "ablation").get(label)
     difference = None if row is None else row["apgd-t alone"]["difference"]
     return "" if difference is None else f"{difference['points']:+.1f} ±{difference['half']:.1f}"
-
-
-def claims(scales: Mapping[str, Results]) -> dict[str, str]:
-    """The claims that some scale's results can check."""
-    return {each.claim: each.claim for results in scales.values() for each in findings(results)}
-
-
-def verdict(results: Results, claim: str) -> str:
-    """The verdict on a claim."""
-    return next((each.verdict for each in findings(results) if each.claim == claim), "")
 
 
 def rows_of(results: Results, name: str) -> Mapping[str, Data]:

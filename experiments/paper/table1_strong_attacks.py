@@ -11,7 +11,7 @@ from experiments.paper.experiment import Data, Experiment, Finished, Row
 from experiments.paper.jobs import result_file
 from experiments.paper.runner import main
 from experiments.paper.scales import Scale
-from experiments.paper.tables import about, cell, collected, heading, survived, table
+from experiments.paper.tables import about, collected, heading, interval, survived, table
 
 PAPER = {"pgd-500x5": 64.5, "pgd-1000x5": 64.2, "cw-500x5": 56.8, "cw-1000x5": 56.6}
 
@@ -53,7 +53,7 @@ def on_the_same_images(scale: Scale, of: Finished) -> dict[str, float]:
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     first = slice(0, scale.strong_images)
     return {
-        name: float(np.mean([survived(result, name)[first] for result in results]))
+        name: float(np.mean(np.concatenate([survived(result, name)[first] for result in results])))
         for name in ("pgd-20", "cw-100", "square")
     }
 
@@ -62,15 +62,17 @@ def with_both(data: Data, columns: Sequence[str]) -> str:
     """The table, with a row for the strongest restarts, beside which the paper's accuracies stand."""
     (row,) = data["rows"].values()
     lowest = [
-        f"{100 * row[name]['lowest_single_run']:.1f} ({row[name]['paper']:.1f})" if row[name]["paper"] else ""
+        f"{100 * row[name]['lowest_single_run']:.1f} ({row[name]['paper']:.1f})"
+        if row[name]["paper"] is not None
+        else ""
         for name in columns
     ]
-    worst = [cell({**row[name], "paper": None}) for name in columns]
+    worst = [interval(row[name]) for name in columns]
     text = [["worst case over 5 restarts", *worst], ["lowest of 5 restarts", *lowest]]
-    parts = [about(data, columns), tabulate.tabulate(text, headers=["", *columns], tablefmt="pipe")]
+    parts = [about(data, columns), tabulate.tabulate(text, headers=["", *map(heading, columns)], tablefmt="pipe")]
     if data.get("others"):
         others = ", ".join(f"{heading(name)} {100 * share:.1f}" for name, share in data["others"].items())
-        parts += [f"On the same images, the main table's attacks have: {others}."]
+        parts += [f"Accuracy under attacks of the main table on these images: {others}."]
     return "\n\n".join(parts)
 
 
@@ -84,7 +86,7 @@ EXPERIMENT = table(
     show=with_both,
     reading="The network of the paper's method, attacked from 5 random starts; these are the first test images of each "
     "data set. In the first row, an image counts as robust if no iterate of any restart is misclassified. The second "
-    "row has the accuracy for the strongest restart alone, as in the paper.",
+    "row has the accuracy for the strongest restart alone (of each network), as in the paper.",
 )
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ EXPERIMENT = table(
     source="table 3 of the paper's supplement",
     rows=[Row(f"τ = {tau:g}", {"transport.reg": tau}, values) for tau, values in PAPER.items()],
     attacks=six_attacks,
-    reading="The first row is the paper's method. The paper calls its own results stable, which range from 65.6 to "
-    "70.5 under PGD-20.",
+    reading="The first row is the paper's method. The paper calls its results stable; under PGD-20 they range from "
+    "65.6 to 70.5.",
 )
 
 if __name__ == "__main__":

@@ -142,8 +142,9 @@ def shown(data: Data, columns: Sequence[str]) -> str:
     ]
     if text:
         parts += [
-            f"Difference from *{reference}* in points, on the same images, before rounding, with 95% intervals over "
-            f"images. *Equal*: the interval is within ±{EQUAL:g}. *Higher*, *lower*: it is not, and excludes 0.",
+            f"Difference from *{reference}* in percentage points, on the same images, from unrounded accuracies, with "
+            f"95% intervals over images. *Equal*: the interval is within ±{EQUAL:g}. *Higher*, *lower*: it is not, "
+            "and excludes 0.",
             tabulate.tabulate(text, headers=["", *map(heading, columns)], tablefmt="pipe"),
         ]
     return "\n\n".join(parts)
@@ -174,8 +175,18 @@ def heading(attack: str) -> str:
 
 
 def cell(numbers: Data) -> str:
-    text = f"{100 * numbers['accuracy']:.1f} [{100 * numbers['low']:.1f}, {100 * numbers['high']:.1f}]"
-    return text if numbers["paper"] is None else f"{text} ({numbers['paper']:.1f})"
+    """An accuracy with its interval and the paper's, in %."""
+    return interval(numbers) + ("" if numbers["paper"] is None else f" ({numbers['paper']:.1f})")
+
+
+def interval(numbers: Data) -> str:
+    """An accuracy with its interval, in %.
+
+    Example:
+      >>> interval({"accuracy": 0.5, "low": 0.45, "high": 0.55})
+      '50.0 [45.0, 55.0]'
+    """
+    return f"{100 * numbers['accuracy']:.1f} [{100 * numbers['low']:.1f}, {100 * numbers['high']:.1f}]"
 
 
 def differences(row: Data, columns: Sequence[str]) -> list[Data]:

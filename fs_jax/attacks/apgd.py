@@ -72,7 +72,7 @@ def apgd(
 
     Source: Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
     attacks", ICML 2020, algorithm 1. It differs from the authors' code for confident networks in float32, where their
-    cross-entropy has no gradient: see `cross_entropy`.
+    cross-entropy loses the derivative by the true class's logit: see `cross_entropy`.
     """
     wrong_classes = check_attack(logits_fn, images, labels, epsilon=epsilon, num_steps=num_steps) - 1
     if num_runs is None:

@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, Int
 def cross_entropy(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) -> Float[Array, "n"]:
     """Cross-entropy of each image: -log softmax(z)_y = log(1 + sum_{i != y} exp(z_i - z_y)).
 
-    Computed by the second form, whose rounding error is relative to the loss. The first form subtracts numbers of the
-    size of the logits: in float32, when z_y is ahead by 17, its value is 0 and so is its derivative by z_y, and attacks
-    find too little. The second form's derivatives are right until exp underflows, at a difference of 87.
+    Computed by the second form. In float32, 1 + exp(-17) rounds to 1: when z_y is ahead by 17, the value of the first
+    form is 0 and so is its derivative by z_y, and attacks miss adversarial examples. The second form keeps all
+    derivatives until exp underflows, at a difference of 87 in float32 and bfloat16.
 
     Args:
       logits: [N, classes], at least 2 classes.
@@ -147,7 +147,9 @@ def _check_classes(logits, least, loss, remaining):
 
 def _wrong(logits, labels):
     """The logits, with -inf for the true class."""
-    return jnp.where(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), -jnp.inf, logits)
+    # one_hot counts classes in the dtype of the labels, where uint8 would wrap around.
+    is_true = jax.nn.one_hot(labels.astype(jnp.int32), logits.shape[-1], dtype=bool)
+    return jnp.where(is_true, -jnp.inf, logits)
 
 
 def _pick(values, labels):

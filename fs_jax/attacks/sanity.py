@@ -136,7 +136,8 @@ def _warnings_about_logits(logits, flat):
     if flat.any():
         found.append(
             f"{flat.sum()} of {len(flat)} images have a cross-entropy gradient of exactly zero: attacks that follow "
-            "gradients may find too little. Compare with Square, and look for saturated or quantised layers."
+            "gradients may miss adversarial examples. Compare with Square, and look for saturated or quantised layers, "
+            "and for logits that differ by more than 87, where float32 underflows."
         )
     return found
 

@@ -44,12 +44,16 @@ def transfer(
       labels: Their true classes [N].
       epsilon: Radius, in units of [0, 1].
       source: Identifies the other network in records, for example a fingerprint of its weights.
-      seed: Seed of the random starts.
+      seed: Seed of the random starts, from 0 to 2^32 - 1.
       first: Index of the first image in its split.
       batch_size: The largest batch.
 
     Returns:
       The attack, excluded from the worst case. Its passes are those of the evaluated network alone.
+
+    Raises:
+      TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], and labels, a radius or a seed out of
+        range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,7 +66,7 @@ def transfer(
     check_images(images, uint8_too=True)
     check_labels(labels, images)
     check_number("epsilon", epsilon, at_least=0, at_most=1)
-    check_number("seed", seed, at_least=0, at_most=2**32 - 1, integer=True)  # the same in 64-bit mode
+    check_number("seed", seed, at_least=0, at_most=2**32 - 1, integer=True)  # others give another key in 64-bit mode
     rng = jax.random.key(seed, impl=IMPLEMENTATION)
     attack = Attack(TRANSFER, epsilon, apart=True, source=source)
     stepwise = pgd_steps(epsilon=epsilon, step_size=epsilon / 4, last_only=True)

@@ -81,7 +81,8 @@ def evaluate(
         images; or `Attack`s with your own settings, which may skip misclassified images (`after`); or a `suite`.
       epsilon: Radius of the attacks that are given as names, in units of [0, 1]; 8/255 by default. `Attack`s have their
         own radius. It must be the same for all attacks that aren't excluded from the worst case (`apart=True`).
-      seed: Seed of all random numbers. The result for an image depends on it, the attack and the image's index.
+      seed: Seed of all random numbers, from 0 to 2^32 - 1. The result for an image depends on it, the attack and the
+        image's index.
       first: Index of the first image in its split, if only a part of the split is given.
       batch_size: The largest batch; by default 32 on a CPU, else 256.
       precision: "float32" computes products in full float32; "default" uses JAX's setting, which rounds the factors to
@@ -126,7 +127,7 @@ def evaluate(
     attack_list = [parse_attack(attack, radius) if isinstance(attack, str) else attack for attack in attacks]
     check_evaluation(logits_fn, images, labels, attack_list, epsilon=epsilon)
     check_number("first", first, at_least=0, integer=True)
-    check_number("seed", seed, at_least=0, at_most=2**32 - 1, integer=True)  # the same in 64-bit mode
+    check_number("seed", seed, at_least=0, at_most=2**32 - 1, integer=True)  # others give another key in 64-bit mode
     if taken := (about or {}).keys() & _COMPARED:
         raise ValueError(f"about: expected names that the journal doesn't use; got {', '.join(sorted(taken))}.")
     check_choice("precision", precision, ("float32", "default"))
