@@ -116,7 +116,7 @@ def page(results: dict[str, dict[str, Data]]) -> str:
         design = (
             SCALES[first["scale"]].summary if first["dataset"] is None else f"The settings of scale {first['scale']}."
         )
-        parts += [f"### {headline(first)}", f"{design} {training(first['config'])}", claims(of)]
+        parts += [f"### {headline(first)}", f"{design} {training(first['config'])}", *unfinished(of), claims(of)]
     for scale, of in results.items():
         parts += [f"## Results: {headline(next(iter(of.values())))}"]
         for name, data in of.items():
@@ -206,6 +206,14 @@ def dataset_name(data: Data) -> str:
 
 
 NAMES = {"digits": "scikit-learn's digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
+
+
+def unfinished(of: dict[str, Data]) -> list[str]:
+    """A sentence with the experiments of a scale that are not complete, if there are any."""
+    there = best(of)
+    names = SCALES[next(iter(of.values()))["scale"]].experiments or EXPERIMENTS
+    titles = [experiment(name).title for name in names if name not in there or there[name]["missing"]]
+    return [f"**Not complete yet:** {'; '.join(titles)}."] if titles else []
 
 
 def training(config: Data) -> str:

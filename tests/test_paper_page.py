@@ -70,13 +70,22 @@ def test_the_title_names_the_data_sets(tmp_path):
     assert "none on CIFAR-10" not in both
 
 
+def test_the_page_says_what_is_not_complete(tmp_path):
+    folder = results_of(tmp_path, "table4_ipot_beta")
+    text = report.page(report.read(folder))
+    (line,) = re.findall(r"\*\*Not complete yet:\*\* (.*)\.", text)
+    assert jobs.experiment("ablation").title in line
+    assert jobs.experiment("table4_ipot_beta").title not in line
+    assert len(line.split("; ")) == len(jobs.EXPERIMENTS) - 1
+
+
 def row(*, points=0.0, half=1.0, verdict="equal", accuracy=0.5):
     numbers = {
         "accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02, "total": 100, "paper": 60.0,
         "difference": {"points": points, "half": half, "verdict": verdict},
     }  # fmt: skip
     names = ("clean", "pgd-20", "square", "apgd-t alone", "spsa", "spsa, 1 step", "square alone")
-    return {name: numbers for name in (*names, "local search, 10 rounds", "local-search-projected")}
+    return {name: dict(numbers) for name in (*names, "local search, 10 rounds", "local-search-projected")}
 
 
 def table(reference, **rows):
@@ -199,8 +208,11 @@ def test_the_summary_has_a_column_for_each_scale():
         for line in text.split("\n")
         if "|" in line
     }
-    assert lines["PGD-7, as many epochs, with 2.8 times the passes"] == ["50.0 [48.0, 52.0]", "25.0 [48.0, 52.0]"]
-    assert lines["PGD-7, as many passes as feature scattering"] == ["50.0 [48.0, 52.0]", ""]
+    assert lines["PGD-7, as many epochs, with 2.8 times the passes"] == [
+        "50.0 [48.0, 52.0] / 50.0",
+        "25.0 [48.0, 52.0] / 50.0",
+    ]
+    assert lines["PGD-7, as many passes as feature scattering"] == ["50.0 [48.0, 52.0] / 50.0", ""]
     assert lines["no label smoothing"] == ["+0.0 ±1.0", "-3.0 ±1.0"]
     assert "IPOT instead of Sinkhorn's algorithm" not in lines
     assert lines["The matching by optimal transport makes the method work."] == ["disagrees", ""]

@@ -71,14 +71,16 @@ def test_the_agreement_with_autoattack_is_the_measured_one():
 
 
 def test_the_robust_accuracies_are_the_measured_ones():
-    rows = results("paper/digits/main_table.json")["rows"]  # Square is the last attack of AutoAttack
+    def percent(scale, row):
+        attacks = results(f"paper/{scale}/main_table.json")["rows"][row]
+        return [f"{100 * attacks[attack]['accuracy']:.1f}%" for attack in ("pgd-20", "square")]  # Square: AutoAttack
 
-    def percent(row, attack):
-        return f"{100 * rows[row][attack]['accuracy']:.1f}%"
-
-    ours, pgd = ([percent(row, attack) for attack in ("pgd-20", "square")] for row in ("feature scattering", "PGD-7"))
+    (ours, pgd), (ours_small, pgd_small) = (
+        [percent(scale, row) for row in ("feature scattering", "PGD-7")] for scale in ("digits", "small")
+    )
     assert f"{ours[0]} of the images are robust under PGD-20 and {ours[1]} under AutoAttack for feature" in TEXT
     assert f"{pgd[0]} and {pgd[1]} for PGD training" in TEXT
+    assert f"these are {' and '.join(ours_small)}; {' and '.join(pgd_small)}." in TEXT
 
 
 @pytest.mark.filterwarnings("ignore:2 of 2 images have a cross-entropy gradient of exactly zero")

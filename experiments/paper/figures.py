@@ -173,12 +173,11 @@ def plans_over_training(data: Data, path: pathlib.Path) -> None:
                 style = {"color": colour_of(index, len(labels)), "linestyle": line_of(label), "marker": "."}
                 axes.plot(epochs, values, label=label if name == "diagonal" else None, linewidth=1.3, **style)
             if name != "diagonal":
-                axes.axhline(50, color=GREY, linewidth=0.8)
-                axes.annotate("by chance", (epochs[-1], 50), (0, -3), textcoords="offset points", va="top", ha="right")
+                axes.axhline(50, color=GREY, linewidth=0.8, label="by chance" if name == "identity_signs" else None)
             axes.set_title(title, fontsize=9)
             axes.set_xlabel("epoch (0: before training)")
             axes.set_ylim(-2, 102)
-        figure.legend(loc="outside upper center", ncols=legend_columns(dict.fromkeys(labels), 11.0))
+        figure.legend(loc="outside upper center", ncols=legend_columns(dict.fromkeys([*labels, "by chance"]), 11.0))
         save(figure, figure_path(path))
 
 

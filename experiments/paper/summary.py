@@ -41,7 +41,7 @@ def summary(scales: Mapping[str, Results]) -> str:
     verdicts = {name: {each.claim: each.verdict for each in findings(results)} for name, results in scales.items()}
     parts = [
         (
-            "**How robust is each method?** Accuracy under AutoAttack, in %:",
+            "**How robust is each method?** Accuracy under AutoAttack and, after the slash, clean accuracy, in %:",
             TRAINING,
             lambda name, label: robust(scales[name], label),
         ),
@@ -69,11 +69,11 @@ def by_scale(scales: Iterable[str], rows: Mapping[str, str], value: Callable[[st
 
 
 def robust(results: Results, label: str) -> str:
-    """Accuracy of a row under AutoAttack."""
+    """Accuracy of a row under AutoAttack, and clean accuracy."""
     for name in ("main_table", "equal_passes"):
         row = rows_of(results, name).get(label)
         if row is not None:
-            return interval(row["square"])
+            return f"{interval(row['square'])} / {100 * row['clean']['accuracy']:.1f}"
     return ""
 
 
