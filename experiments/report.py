@@ -35,9 +35,10 @@ METHOD = """\
 Adversarial training perturbs each training image within a small ball so that the network misclassifies it, and trains
 on the perturbed images. **Feature scattering** (Zhang & Wang, NeurIPS 2019) perturbs the images of a batch together,
 without their labels: it maximises the optimal-transport distance between the network's outputs for the natural and for
-the perturbed batch. It takes one attack step, where PGD training takes seven, and trains with smoothed labels. The
-paper reports 70.5% accuracy on CIFAR-10 under PGD-20 and 60.6% under CW-100. Under AutoAttack, a stronger evaluation of
-2020, the released network has [36.64%](https://robustbench.github.io)."""
+the perturbed batch. It takes one attack step; PGD training takes seven. The network is then trained on the perturbed
+images, with the cross-entropy and smoothed labels. The paper reports 70.5% accuracy on CIFAR-10 under PGD-20 and 60.6%
+under CW-100. Under AutoAttack, a stronger evaluation of 2020, the released network has
+[36.64%](https://robustbench.github.io)."""
 
 WORDS = {
     "scale": "data set, network, length of training, radius and number of attacked images of a group of results",
@@ -155,8 +156,8 @@ def datasets(results: dict[str, dict[str, Data]]) -> list[str]:
 
 IN_SHORT_ENDS = """\
 The intervals are 95% intervals over test images. They do not include the variation between seeds: each network is
-trained once, unless its table names more seeds. At the scales `digits`, `small` and `medium`, networks, images and
-radius differ from the paper's: compare the order of the rows with the paper's, not the numbers."""
+trained once, unless its table names more seeds. Networks, images and radius differ from the paper's: compare the order
+of the rows with the paper's, not the numbers."""
 
 HOW_CERTAIN = """\
 These are claims of the paper, checked on our networks. Each scale states the size, data and training of its networks.

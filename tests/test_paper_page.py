@@ -89,7 +89,8 @@ def row(*, points=0.0, half=1.0, verdict="equal", accuracy=0.5):
 
 
 def table(reference, **rows):
-    return {"reference": reference, "rows": {reference: row(), **rows}}
+    first = {name: {**of, "difference": None} for name, of in row().items()}
+    return {"reference": reference, "rows": {reference: first, **rows}}
 
 
 def gap(lost):
@@ -212,11 +213,25 @@ def test_the_summary_has_a_column_for_each_scale():
         "50.0 [48.0, 52.0] / 50.0",
         "25.0 [48.0, 52.0] / 50.0",
     ]
-    assert lines["PGD-7, as many passes as feature scattering"] == ["50.0 [48.0, 52.0] / 50.0", ""]
+    assert lines["PGD-7, as many passes as feature scattering"] == ["50.0 [48.0, 52.0] / 50.0", "not run"]
     assert lines["no label smoothing"] == ["+0.0 ±1.0", "-3.0 ±1.0"]
     assert "IPOT instead of Sinkhorn's algorithm" not in lines
-    assert lines["The matching by optimal transport makes the method work."] == ["disagrees", ""]
+    assert lines["The matching by optimal transport makes the method work."] == ["disagrees", "not run"]
     assert summary.summary({"digits": {}}) == ""
+
+
+def test_the_summary_says_which_rows_differ_by_more_than_the_interval():
+    rows = {"standard": row(points=-20.0), "PGD-7": row(points=9.0), "TRADES": row(points=0.5)}
+    changes = {"transport, 1 step, Δ = 0": row(points=4.0), "independent plan": row(points=-9.0)}
+    results = whole(
+        main_table=table("feature scattering", **rows), ablation=table("transport, 1 step, Δ = 0.5", **changes)
+    )
+    first, *_ = summary.summary({"digits": results}).split("\n\n")
+    assert first == (
+        "**digits:** Under AutoAttack, feature scattering is less robust than: PGD-7. More robust than: standard. Not "
+        "clearly more or less robust than: TRADES. It is more robust with: no label smoothing. Less robust with: the "
+        "independent plan instead of the transport."
+    )
 
 
 def test_the_rows_of_the_summary_are_rows_of_the_tables():
@@ -226,7 +241,7 @@ def test_the_rows_of_the_summary_are_rows_of_the_tables():
 
 
 @pytest.mark.parametrize(("points", "half", "expected"), [
-    ((0.1, 0.2), 1.0, "agrees"), ((0.1, 1.2), 1.0, "undetermined"), ((0.1, 5.0), 1.0, "disagrees"),
+    ((0.1, 0.2), 1.0, "agrees"), ((0.1, 1.1), 1.0, "undetermined"), ((0.1, 5.0), 1.0, "disagrees"),
     ((0.0, 1.1), 1.0, "undetermined"),  # not enough with two rows: one of them can differ by chance
 ])  # fmt: skip
 def test_stable_means_that_all_rows_are_equal(points, half, expected):

@@ -1,11 +1,12 @@
 """SPSA and local search (the paper's gradient-free attacks): `python -m experiments.paper.gradient_free`."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from experiments.paper.experiment import Row
+from experiments.paper.experiment import Data, Experiment, Finished, Row
 from experiments.paper.runner import main
 from experiments.paper.scales import Scale
-from experiments.paper.tables import table
+from experiments.paper.tables import collected, table
 
 
 def attacks(scale: Scale):
@@ -24,12 +25,23 @@ def attacks(scale: Scale):
     ]
 
 
+def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data:
+    """The table, with the clean accuracy on the attacked images too."""
+
+    def on_few(evaluation: Data) -> Data:
+        few = [{**attack, "num_images": scale.gradient_free_images} for attack in evaluation["attacks"]]
+        return {**evaluation, "attacks": few}
+
+    return collected(experiment, scale, [of._replace(results=list(map(on_few, of.results))) for of in finished])
+
+
 EXPERIMENT = table(
     name="gradient_free",
     title="Attacks without gradients",
     source="the paper's supplement",
     rows=[Row("feature scattering", paper={"spsa": 88.8, "local-search-projected": 89.9})],
     attacks=attacks,
+    collect=collect,
     reading="An accuracy close to the clean one can mean a weak attack: compare weak and strong settings. Those with 1 "
     "step and with 10 rounds are the defaults of the libraries of 2019. The paper does not state its settings; its "
     "numbers stand beside the strong ones.",

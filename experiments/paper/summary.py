@@ -1,6 +1,6 @@
 """The most important numbers of all scales, in three tables at the beginning of the page."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import tabulate
 
@@ -19,15 +19,15 @@ TRAINING = {
 """Rows of main_table and equal_passes."""
 
 CHANGES = {
-    "noise, Δ = 0.5": "random noise instead of the attack",
-    "independent plan": "independent plan instead of the transport",
-    "identity, 1 step, Δ = 0.5": "identity plan instead of the transport",
+    "noise, Δ = 0.5": "random noise instead of an attack",
+    "independent plan": "the independent plan instead of the transport",
+    "identity, 1 step, Δ = 0.5": "the identity plan instead of the transport",
     "IPOT, β = 1": "IPOT instead of Sinkhorn's algorithm",
     "transport, 1 step, Δ = 0": "no label smoothing",
-    "transport, 7 steps, Δ = 0.5": "seven attack steps, with 3 times the passes",
-    "cross-entropy, 1 step, Δ = 0.5": "cross-entropy instead of the transport cost",
-    "cross-entropy, 1 step, Δ = 0": "cross-entropy, no label smoothing",
-    "cross-entropy, 7 steps, Δ = 0": "cross-entropy, no label smoothing, seven steps: PGD-7",
+    "transport, 7 steps, Δ = 0.5": "seven attack steps and 3 times the passes",
+    "cross-entropy, 1 step, Δ = 0.5": "an attack on the cross-entropy (with labels) instead of the transport cost",
+    "cross-entropy, 1 step, Δ = 0": "an attack on the cross-entropy and no label smoothing",
+    "cross-entropy, 7 steps, Δ = 0": "an attack on the cross-entropy and no label smoothing and seven steps (PGD-7)",
 }
 """Rows of the ablation, which change the paper's method."""
 
@@ -38,6 +38,7 @@ def summary(scales: Mapping[str, Results]) -> str:
     Args:
       scales: Results by the name of their scale, each by the name of the experiment.
     """
+    text = [sentence for name, results in scales.items() for sentence in conclusions(name, results)]
     verdicts = {name: {each.claim: each.verdict for each in findings(results)} for name, results in scales.items()}
     parts = [
         (
@@ -46,8 +47,8 @@ def summary(scales: Mapping[str, Results]) -> str:
             lambda name, label: robust(scales[name], label),
         ),
         (
-            "**Which part does the work?** Change of the accuracy under APGD-T, one of AutoAttack's attacks, in "
-            "percentage points, if parts of the method are replaced:",
+            "**Which part does the work?** Change of the accuracy under APGD-T alone, which is within a few tenths of "
+            "AutoAttack's, in percentage points, if parts of the method are replaced:",
             CHANGES,
             lambda name, label: change(scales[name], label),
         ),
@@ -58,13 +59,52 @@ def summary(scales: Mapping[str, Results]) -> str:
         ),
     ]
     tables = [(text, by_scale(scales, rows, value)) for text, rows, value in parts]
-    return "\n\n".join(f"{text}\n\n{table}" for text, table in tables if table)
+    return "\n\n".join([*text, *(f"{heading}\n\n{table}" for heading, table in tables if table)])
+
+
+def conclusions(name: str, results: Results) -> list[str]:
+    """Which rows differ from the method by more than the interval, in two sentences; empty without results."""
+    methods, changes = rows_of(results, "main_table"), rows_of(results, "ablation")
+    sentences = [
+        in_words(
+            "Under AutoAttack, feature scattering is",
+            ("less robust than", "more robust than", "not clearly more or less robust than"),
+            by_verdict({label: row["square"]["difference"] for label, row in methods.items()}),
+        ),
+        in_words(
+            "It is",
+            ("more robust with", "less robust with", "not clearly more or less robust with"),
+            by_verdict(
+                {
+                    text: changes[label]["apgd-t alone"]["difference"]
+                    for label, text in CHANGES.items()
+                    if label in changes
+                }
+            ),
+        ),
+    ]
+    return [f"**{name}:** {' '.join(filter(None, sentences))}"] if any(sentences) else []
+
+
+def in_words(subject: str, comparisons: Sequence[str], groups: Sequence[Sequence[str]]) -> str:
+    """Sentences that say how the subject compares with each group; empty without any member."""
+    parts = [f"{how}: {'; '.join(group)}." for how, group in zip(comparisons, groups, strict=True) if group]
+    first, *others = parts or [""]
+    return " ".join([f"{subject} {first}", *(part[0].upper() + part[1:] for part in others)]) if parts else ""
+
+
+def by_verdict(differences: Mapping[str, Data | None]) -> tuple[list[str], list[str], list[str]]:
+    """The names whose difference is above 0, below 0, and of unclear sign."""
+    there = {name: of for name, of in differences.items() if of is not None}
+    above = [name for name, of in there.items() if of["points"] > of["half"]]
+    below = [name for name, of in there.items() if of["points"] < -of["half"]]
+    return above, below, [name for name in there if name not in (*above, *below)]
 
 
 def by_scale(scales: Iterable[str], rows: Mapping[str, str], value: Callable[[str, str], str]) -> str:
     """A table of `value(scale, key)`, without the rows that no scale has; empty if no row remains."""
     text = [[label, *(value(scale, key) for scale in scales)] for key, label in rows.items()]
-    text = [row for row in text if any(row[1:])]
+    text = [[label, *(cell or "not run" for cell in cells)] for label, *cells in text if any(cells)]
     return tabulate.tabulate(text, headers=["", *scales], tablefmt="pipe", disable_numparse=True) if text else ""
 
 

@@ -71,7 +71,7 @@ def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) 
                     batch = slice(begin, begin + 256)
                     correct[name].extend(np.asarray(predict(images[batch], variables)) == labels[batch])
         rows[target] = {name: {**accuracy(np.array(right)), "paper": None} for name, right in correct.items()}
-    return {"rows": rows} if rows else None
+    return {"rows": rows} if rows and sources else None
 
 
 def show(data: Data) -> str:
@@ -88,7 +88,7 @@ def show(data: Data) -> str:
     )
     return "\n\n".join([
         tabulate.tabulate(text, headers=["", *first], tablefmt="pipe"),
-        *([conclusion] if len(first) > 1 else []),
+        conclusion,
         f"Accuracy in % of the networks in the rows, on {first[ITSELF]['total']:,} adversarial examples that PGD-20 "
         "makes for the networks in the columns, with 95% intervals. The random starts differ from those of other "
         "tables.",
