@@ -229,8 +229,8 @@ def test_the_summary_says_which_rows_differ_by_more_than_the_interval():
     first, *_ = summary.summary({"digits": results}).split("\n\n")
     assert first == (
         "**digits:** Under AutoAttack, feature scattering is less robust than: PGD-7. More robust than: standard. Not "
-        "clearly more or less robust than: TRADES. It is more robust with: no label smoothing. Less robust with: the "
-        "independent plan instead of the transport."
+        "clearly more or less robust than: TRADES. Under APGD-T, it is more robust with: no label smoothing. Less "
+        "robust with: the independent plan instead of the transport."
     )
 
 

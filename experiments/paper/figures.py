@@ -197,15 +197,9 @@ def transfer_matrix(data: Data, path: pathlib.Path) -> None:
         darkest = 10 * np.floor(values.min() / 10)
         shown = axes.imshow(values, cmap="viridis", vmin=darkest, vmax=100)
         for row, column in np.ndindex(values.shape):
-            value = values[row, column]
-            axes.text(
-                column,
-                row,
-                f"{value:.1f}",
-                ha="center",
-                va="center",
-                color="black" if value > darkest + 0.6 * (100 - darkest) else "white",
-            )
+            light = values[row, column] > darkest + 0.6 * (100 - darkest)
+            text = f"{values[row, column]:.1f}"
+            axes.text(column, row, text, ha="center", va="center", color="black" if light else "white")
         axes.set_xticks(range(len(sources)), [name.replace(", ", ",\n") for name in sources], fontsize=8)
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set_xlabel("adversarial examples of")

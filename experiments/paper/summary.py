@@ -1,4 +1,4 @@
-"""The most important numbers of all scales, in three tables at the beginning of the page."""
+"""The most important results of all scales, in sentences and three tables at the beginning of the page."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -38,7 +38,7 @@ def summary(scales: Mapping[str, Results]) -> str:
     Args:
       scales: Results by the name of their scale, each by the name of the experiment.
     """
-    text = [sentence for name, results in scales.items() for sentence in conclusions(name, results)]
+    sentences = [text for name, results in scales.items() if (text := conclusions(name, results))]
     verdicts = {name: {each.claim: each.verdict for each in findings(results)} for name, results in scales.items()}
     parts = [
         (
@@ -59,31 +59,25 @@ def summary(scales: Mapping[str, Results]) -> str:
         ),
     ]
     tables = [(text, by_scale(scales, rows, value)) for text, rows, value in parts]
-    return "\n\n".join([*text, *(f"{heading}\n\n{table}" for heading, table in tables if table)])
+    return "\n\n".join([*sentences, *(f"{heading}\n\n{table}" for heading, table in tables if table)])
 
 
-def conclusions(name: str, results: Results) -> list[str]:
-    """Which rows differ from the method by more than the interval, in two sentences; empty without results."""
-    methods, changes = rows_of(results, "main_table"), rows_of(results, "ablation")
+def conclusions(name: str, results: Results) -> str:
+    """Which rows differ from the method by more than the interval, in sentences; empty without results."""
+    methods = rows_of(results, "main_table")
     sentences = [
         in_words(
             "Under AutoAttack, feature scattering is",
             ("less robust than", "more robust than", "not clearly more or less robust than"),
-            by_verdict({label: row["square"]["difference"] for label, row in methods.items()}),
+            by_sign({label: row["square"]["difference"] for label, row in methods.items()}),
         ),
         in_words(
-            "It is",
+            "Under APGD-T, it is",
             ("more robust with", "less robust with", "not clearly more or less robust with"),
-            by_verdict(
-                {
-                    text: changes[label]["apgd-t alone"]["difference"]
-                    for label, text in CHANGES.items()
-                    if label in changes
-                }
-            ),
+            by_sign({text: from_method(results, label) for label, text in CHANGES.items()}),
         ),
     ]
-    return [f"**{name}:** {' '.join(filter(None, sentences))}"] if any(sentences) else []
+    return f"**{name}:** {' '.join(filter(None, sentences))}" if any(sentences) else ""
 
 
 def in_words(subject: str, comparisons: Sequence[str], groups: Sequence[Sequence[str]]) -> str:
@@ -93,7 +87,7 @@ def in_words(subject: str, comparisons: Sequence[str], groups: Sequence[Sequence
     return " ".join([f"{subject} {first}", *(part[0].upper() + part[1:] for part in others)]) if parts else ""
 
 
-def by_verdict(differences: Mapping[str, Data | None]) -> tuple[list[str], list[str], list[str]]:
+def by_sign(differences: Mapping[str, Data | None]) -> tuple[list[str], list[str], list[str]]:
     """The names whose difference is above 0, below 0, and of unclear sign."""
     there = {name: of for name, of in differences.items() if of is not None}
     above = [name for name, of in there.items() if of["points"] > of["half"]]
@@ -118,10 +112,15 @@ def robust(results: Results, label: str) -> str:
 
 
 def change(results: Results, label: str) -> str:
-    """Difference of a row of the ablation from the paper's method, under APGD-T."""
-    row = rows_of(results, "ablation").get(label)
-    difference = None if row is None else row["apgd-t alone"]["difference"]
+    """Difference of a row of the ablation from the paper's method, as text."""
+    difference = from_method(results, label)
     return "" if difference is None else f"{difference['points']:+.1f} ±{difference['half']:.1f}"
+
+
+def from_method(results: Results, label: str) -> Data | None:
+    """Difference of a row of the ablation from the paper's method, under APGD-T; None without the row."""
+    row = rows_of(results, "ablation").get(label)
+    return None if row is None else row["apgd-t alone"]["difference"]
 
 
 def rows_of(results: Results, name: str) -> Mapping[str, Data]:

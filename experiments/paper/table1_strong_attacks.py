@@ -70,7 +70,7 @@ def with_both(data: Data, columns: Sequence[str]) -> str:
     worst = [interval(row[name]) for name in columns]
     text = [["worst case over 5 restarts", *worst], ["lowest of 5 restarts", *lowest]]
     parts = [about(data, columns), tabulate.tabulate(text, headers=["", *map(heading, columns)], tablefmt="pipe")]
-    if data.get("others"):
+    if data["others"]:
         others = ", ".join(f"{heading(name)} {100 * share:.1f}" for name, share in data["others"].items())
         parts += [f"Accuracy under attacks of the main table on these images: {others}."]
     return "\n\n".join(parts)
