@@ -20,7 +20,9 @@ from fs_jax.config import PRESETS, TrainConfig, preset
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of the script. Only `batch_per_device` changes the weights."""
+    """Options of the script. They do not change the weights, except `batch_per_device`, and `devices` if devices have a
+    transport problem or BatchNorm of their own.
+    """
 
     workdir: pathlib.Path
     """Folder of the run: a new one, or the one to resume."""

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from fs_jax._utils.validation import check_choice, check_number
 
@@ -11,6 +13,16 @@ Scope = Literal["device", "global"]
 DType = Literal["float32", "bfloat16", "float64"]
 
 _INTERNAL = {"internal": True}  # fields that training sets; they are not options of the command line
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as a number of Python, which JSON has; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _make_plain(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        object.__setattr__(config, field.name, _plain(getattr(config, field.name)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +38,7 @@ class ModelConfig:
     statistics are at least float32."""
 
     def __post_init__(self):
+        _make_plain(self)
         check_number("depth", self.depth, at_least=10, integer=True)
         if self.depth % 6 != 4:
             below = max(10, (self.depth - 4) // 6 * 6 + 4)
@@ -46,6 +59,7 @@ class AttackConfig:
     """Number of attack steps. Default: 1 for feature_scatter, 7 for pgd, 10 for trades."""
 
     def __post_init__(self):
+        _make_plain(self)
         check_number("attack.epsilon", self.epsilon, at_least=0, at_most=1)
         if self.step_size is not None:
             check_number("attack.step_size", self.step_size, above=0, at_most=1)
@@ -69,6 +83,7 @@ class TransportConfig:
     """global: one problem over the images of all devices; device: one problem per device."""
 
     def __post_init__(self):
+        _make_plain(self)
         check_number("transport.reg", self.reg, above=0)
         check_number("transport.beta", self.beta, above=0)
         check_number("transport.num_iters", self.num_iters, at_least=1, integer=True)
@@ -82,9 +97,11 @@ class TrainConfig:
     dataset: str = "cifar10"
     """cifar10, cifar100, svhn_cropped, digits, another name in fs_jax.data.DATASETS, or the path of an .npz file."""
     train_size: int = dataclasses.field(default=50_000, metadata=_INTERNAL)
-    """Number of training images. Training overwrites it with that of the data set."""
+    """Number of training images. Training overwrites it with that of the data set. Set it yourself for `train_step` and
+    `make_optimizer`, whose learning rate decays after `decay_epochs`."""
     data: str | None = dataclasses.field(default=None, metadata=_INTERNAL)
-    """Fingerprint of the training data. Training sets it, so that a run cannot be resumed with other data."""
+    """Fingerprint of the training data and their augmentation. Training sets it, so that a run cannot be resumed with
+    others."""
     holdout: int = 0
     """Training images held out to select the best checkpoint; with 0, it is selected on training images."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -120,10 +137,21 @@ class TrainConfig:
     """Seed of the initial weights, batches, crops and noise."""
 
     def __post_init__(self):
-        settings = tuple((str(name), value) for name, value in dict(self.method_settings).items())
-        object.__setattr__(self, "method_settings", settings)  # JSON has lists
+        _make_plain(self)
+        try:
+            settings = tuple((str(name), value) for name, value in dict(self.method_settings).items())
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"method_settings: expected pairs of a name and a number, such as (('beta', 6.0),); got "
+                f"{self.method_settings!r}."
+            ) from None
         for name, value in settings:
             check_number(f"method_settings: {name}", value)
+        if not isinstance(self.decay_epochs, Iterable):
+            raise TypeError(f"decay_epochs: expected a tuple of epochs, such as (60, 90); got {self.decay_epochs!r}.")
+        # Tuples, where JSON has lists; and Python's numbers.
+        object.__setattr__(self, "method_settings", tuple((name, _plain(value)) for name, value in settings))
+        object.__setattr__(self, "decay_epochs", tuple(map(_plain, self.decay_epochs)))
         for name, kind in (("model", ModelConfig), ("attack", AttackConfig), ("transport", TransportConfig)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name}: expected a {kind.__name__}; got {getattr(self, name)!r}.")
@@ -187,8 +215,7 @@ def from_dict(data: Mapping[str, Any]) -> TrainConfig:
 
     if isinstance(data, Mapping):
         data = {name: build(sections[name], of, name) if name in sections else of for name, of in data.items()}
-    config = build(TrainConfig, data)
-    return dataclasses.replace(config, decay_epochs=tuple(config.decay_epochs))  # JSON has lists
+    return build(TrainConfig, data)
 
 
 def differences(ours: TrainConfig, theirs: TrainConfig) -> dict[str, tuple[Any, Any]]:

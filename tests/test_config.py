@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from fs_jax import config as configs
@@ -51,6 +52,8 @@ def test_the_default_preset_has_the_papers_settings():
         (lambda: TrainConfig(decay_epochs=(90, 60)), ValueError, "decay_epochs: expected increasing"),
         (lambda: TrainConfig(seed=2**70), ValueError, "seed: expected an integer of at least 0 of at most 4294967295"),
         (lambda: TrainConfig(decay_epochs=(1.5,)), TypeError, "decay_epochs: expected an integer"),
+        (lambda: TrainConfig(decay_epochs=60), TypeError, r"decay_epochs: expected a tuple of epochs, .*; got 60"),
+        (lambda: TrainConfig(method_settings=("beta", 6.0)), TypeError, "method_settings: expected pairs of a name"),
         (lambda: configs.from_dict({"modle": {}}), ValueError, "field modle: .*Did you mean 'model'"),
         (lambda: configs.from_dict({"depth": 10}), ValueError, "configuration field depth: expected one of dataset"),
         (lambda: configs.from_dict({1: 2}), ValueError, "configuration field 1: expected one of dataset"),
@@ -66,6 +69,20 @@ def test_the_default_preset_has_the_papers_settings():
 def test_errors_name_the_argument_the_expected_and_the_given_value(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_numbers_of_numpy_become_numbers_of_python():
+    config = TrainConfig(
+        seed=np.int64(3), learning_rate=np.float32(0.5), decay_epochs=[np.int32(1), 2],
+        method_settings={"beta": np.float64(6)}, attack=AttackConfig(np.float64(0.5)), model=ModelConfig(np.int64(10)),
+    )  # fmt: skip
+    plain = TrainConfig(
+        seed=3, learning_rate=0.5, decay_epochs=(1, 2), method_settings={"beta": 6.0}, attack=AttackConfig(0.5),
+        model=ModelConfig(10),
+    )  # fmt: skip
+    assert configs.to_dict(config) == configs.to_dict(plain)
+    assert hash(config) == hash(plain)
+    assert type(config.decay_epochs[0]) is int
 
 
 def test_steps_follow_from_train_size_holdout_and_batch_size():

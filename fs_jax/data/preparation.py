@@ -96,6 +96,12 @@ def _download(origin: Published, url: str, sha256: str, data_dir: Path) -> Path:
 
     name, path = origin.info.name, data_dir / "downloads" / os.path.basename(url)
     if path.is_file():
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            raise ValueError(
+                f"{name}: expected a file with the SHA-256 {sha256}; {path} has {found}. Remove this file."
+            )
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()

@@ -83,24 +83,7 @@ class Derived:
 def make_dataset(about: DataInfo, arrays: Mapping[str, np.ndarray], source: str) -> Dataset:
     """Check the arrays and make a `Dataset`."""
     for split in ("train", "test"):
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        check_images(f"{source}: {split}_images", images.dtype, images.shape)
-        check_labels(f"{source}: {split}_labels", labels)
-        if images.shape[1:] != about.image_shape:
-            raise ValueError(
-                f"{source}: {split}_images: expected images of shape {about.image_shape}; got {images.shape[1:]}. "
-                "All images of a data set must have the same shape."
-            )
-        if len(labels) != len(images):
-            raise ValueError(
-                f"{source}: {split}_labels: expected {len(images)}, one per image; got {len(labels)}. Save images and "
-                "labels again."
-            )
-        if labels.max() >= about.num_classes:
-            raise ValueError(
-                f"{source}: {split}_labels: expected 0 to {about.num_classes - 1}; got {labels.max()}. "
-                "Number the classes from 0. If there are class_names, they must name all classes."
-            )
+        check_split(about, arrays[f"{split}_images"], arrays[f"{split}_labels"], f"{source}: {split}")
     return Dataset(
         about,
         train_images=arrays["train_images"],
@@ -108,6 +91,27 @@ def make_dataset(about: DataInfo, arrays: Mapping[str, np.ndarray], source: str)
         test_images=arrays["test_images"],
         test_labels=arrays["test_labels"].astype(np.int32),
     )
+
+
+def check_split(about: DataInfo, images: np.ndarray, labels: np.ndarray, argument: str) -> None:
+    """Raise ValueError unless these are images and labels that `about` describes."""
+    check_images(f"{argument}_images", images.dtype, images.shape)
+    check_labels(f"{argument}_labels", labels)
+    if images.shape[1:] != about.image_shape:
+        raise ValueError(
+            f"{argument}_images: expected images of shape {about.image_shape}; got {images.shape[1:]}. "
+            "All images of a data set must have the same shape."
+        )
+    if len(labels) != len(images):
+        raise ValueError(
+            f"{argument}_labels: expected {len(images)}, one per image; got {len(labels)}. Save images and "
+            "labels again."
+        )
+    if labels.max() >= about.num_classes:
+        raise ValueError(
+            f"{argument}_labels: expected 0 to {about.num_classes - 1}; got {labels.max()}. "
+            "Number the classes from 0. If there are class_names, they must name all classes."
+        )
 
 
 def check_images(argument: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:

@@ -53,6 +53,7 @@ class WideResNet(nn.Module):
 
     Raises:
       ValueError: if depth is not 6n + 4, a size or `std` is not positive, or the images are not [N, H, W, C].
+      TypeError: for images that are not floating point.
 
     Example:
       >>> model = WideResNet(depth=10, width=1)
@@ -89,12 +90,15 @@ class WideResNet(nn.Module):
     ) -> tuple[Float[Array, "n classes"], Float[Array, "n features"]]:
         if images.ndim != 4:
             raise ValueError(f"images: expected shape [N, height, width, channels]; got {images.shape}.")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise TypeError(
+                f"images: expected floating point in [0, 1]; got {images.dtype}. Divide uint8 images by 255."
+            )
         for name, value in (("mean", self.mean), ("std", self.std)):
             if np.size(value) not in (1, images.shape[-1]):
                 raise ValueError(f"{name}: expected one number, or {images.shape[-1]}, one per channel; got {value}.")
-        dtype = images.dtype if jnp.issubdtype(images.dtype, jnp.floating) else jnp.float32
-        mean, std = (_per_channel(jnp.asarray(value, dtype), images.ndim) for value in (self.mean, self.std))
-        normalised = (images.astype(dtype) - mean) / std
+        mean, std = (_per_channel(jnp.asarray(value, images.dtype), images.ndim) for value in (self.mean, self.std))
+        normalised = (images - mean) / std
         x = _Conv(16, 3, 1, self.dtype, name="conv1")(normalised)
         for group, stride in ((1, 1), (2, 2), (3, 2)):
             channels = 16 * self.width * 2 ** (group - 1)

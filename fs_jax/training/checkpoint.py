@@ -5,12 +5,13 @@ import pathlib
 import warnings
 from typing import Any
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fs_jax._utils.files import local_path
+from fs_jax._utils.files import local_path, locked
 from fs_jax.config import TrainConfig, differences, from_dict, to_dict
 from fs_jax.training.configured import make_method, make_optimizer
 from fs_jax.training.state import TrainState
@@ -30,7 +31,11 @@ class Checkpoints:
     Args:
       workdir: The run's folder.
       config: The run's configuration. A checkpoint with another configuration raises an error.
-      read_only: Only read: create no folders, and do not rename damaged checkpoints.
+      read_only: Only read: create no folders, do not remove incomplete checkpoints of a killed process, and do not
+        rename damaged ones. Also possible while another process is training in the folder.
+
+    Raises:
+      BlockingIOError: if another process is training in the folder, unless `read_only`.
 
     Example:
       >>> import tempfile
@@ -39,7 +44,7 @@ class Checkpoints:
       >>> config, workdir = preset("digits"), tempfile.mkdtemp()
       >>> with Checkpoints(workdir, config) as checkpoints:
       ...     checkpoints.save(create_state(config, jax.random.key(0)))
-      >>> with Checkpoints(workdir, config) as checkpoints:
+      >>> with Checkpoints(workdir, config, read_only=True) as checkpoints:
       ...     int(checkpoints.restore_latest().step)
       0
     """
@@ -47,6 +52,7 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, config: TrainConfig, *, read_only: bool = False):
         self._config, self._read_only = config, read_only
         root = local_path("workdir", workdir).absolute()  # Orbax requires an absolute path
+        self._lock = None if read_only else _locked(root)
         self._latest = _manager(root / "checkpoints", MAX_TO_KEEP, read_only)
         self._best = _manager(root / "best", 1, read_only)
 
@@ -60,7 +66,8 @@ class Checkpoints:
         """Save `state` under the number of its step, unless that step is already saved.
 
         Raises:
-          ValueError: if the state does not belong to this configuration's optimizer and method.
+          ValueError: if the state does not belong to this configuration's optimizer and method, or if a later step is
+            already saved.
           FloatingPointError: if a value of the state is not finite; nothing is written.
         """
         state = jax.tree.map(np.asarray, state)
@@ -73,15 +80,21 @@ class Checkpoints:
                     "a state made by create_state with the same configuration."
                 )
         _check_finite(state)
-        if int(state.step) not in self._latest.all_steps():
-            self._latest.save(int(state.step), args=self._args(state))
+        step, saved = int(state.step), self.steps()
+        if saved and step < saved[-1]:
+            raise ValueError(
+                f"state: expected a step of at least {saved[-1]}, the latest saved one; got {step}. Nothing was saved. "
+                f"Resume from restore_latest(), or choose another workdir than {self._latest.directory.parent}."
+            )
+        if step not in saved:
+            self._latest.save(step, args=self._args(state))
 
     def save_best(self, state: TrainState, scores: dict[str, float]) -> None:
-        """Save `state` as the best one, with its scores, in place of the previous best."""
+        """Save `state` as the best one, with its scores, in place of the previous best, unless that has its step."""
         state = jax.tree.map(np.asarray, state)
         _check_finite(state)
-        if int(state.step) not in self._best.all_steps():
-            self._best.save(int(state.step), args=self._args(state, scores))
+        if int(state.step) not in self._best.all_steps():  # force: even if it is an earlier step than the previous best
+            self._best.save(int(state.step), args=self._args(state, scores), force=True)
 
     def best_scores(self) -> dict[str, float]:
         """The scores saved with the best checkpoint; empty if there is no best checkpoint."""
@@ -133,6 +146,8 @@ class Checkpoints:
         for manager in (self._latest, self._best):
             manager.wait_until_finished()
             manager.close()
+        if self._lock is not None:
+            self._lock.release()
 
     def _set_aside(self, manager, steps: list[int]) -> None:
         """Rename damaged checkpoints, so that Orbax ignores them and the user can still inspect them."""
@@ -190,13 +205,25 @@ def check_same_config(ours: TrainConfig, theirs: TrainConfig, where: str) -> Non
     if differing:
         listed = "; ".join(f"{name}: {mine!r} here, {other!r} there" for name, (mine, other) in differing.items())
         if "data" in differing:
-            listed += " (data: the training images or labels differ)"
+            listed += " (data: the training images or labels differ, or their augmentation or number of classes)"
         if "parts" in differing:
             listed += " (parts: the number of devices that have a transport problem or BatchNorm of their own)"
         raise ValueError(
             f"workdir: expected a run with this configuration; got another one in {where}: {listed}. "
             "Pass the same options, or another workdir."
         )
+
+
+def _locked(workdir: pathlib.Path) -> filelock.BaseFileLock:
+    """Lock the folder of a run, so that no second process can write checkpoints there at the same time."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        return locked(workdir / "run")
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"workdir: expected an unused folder; another process is training in {workdir}. Wait for it, or choose "
+            "another folder. (Its checkpoints can be read with read_only=True.)"
+        ) from None
 
 
 def _manager(directory: pathlib.Path, max_to_keep: int, read_only: bool) -> ocp.CheckpointManager:

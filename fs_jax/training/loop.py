@@ -18,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from fs_jax._utils.files import local_path, locked, read_jsonl, write_text
+from fs_jax._utils.files import local_path, read_jsonl, write_text
 from fs_jax._utils.fingerprints import fingerprint
+from fs_jax._utils.keys import IMPLEMENTATION
 from fs_jax._utils.validation import check_number
 from fs_jax.attacks.chain import Log, run_chain
 from fs_jax.attacks.registry import Attack, parse_attack
 from fs_jax.config import TrainConfig, from_dict, to_dict
-from fs_jax.data import Dataset
+from fs_jax.data import DATASETS, Dataset
+from fs_jax.data.types import check_split
 from fs_jax.models import as_logits_fn
 from fs_jax.training.checkpoint import Checkpoints, check_same_config
 from fs_jax.training.configured import (
@@ -91,8 +93,9 @@ def train(
     never used.
 
     Args:
-      config: Configuration. `train_size`, `data` and `parts` are overwritten with those of the data set and devices.
-      dataset: The data set, on the host.
+      config: Configuration. `dataset`, `train_size`, `data` and `parts` are overwritten with those of the data set and
+        devices.
+      dataset: The data set, on the host: from `fs_jax.data.load`, or made by hand.
       workdir: A new folder, or the folder of the run to resume.
       devices: Devices to use; by default the largest number of local devices that divides the batch evenly.
       max_minutes: Stop cleanly after this many minutes, counted from the call.
@@ -109,8 +112,8 @@ def train(
       A `Run`: the final state, whether training is finished, and the variables to evaluate.
 
     Raises:
-      ValueError: if the workdir contains other files or a run with another configuration, or if the batch size does not
-        fit the devices or the data.
+      ValueError: if the workdir contains other files or a run with another configuration, if the training images or
+        labels are invalid, or if the batch size does not fit the devices or the data.
       BlockingIOError: if another process is training in the workdir.
       FloatingPointError: if the loss is not finite. The last good checkpoint is kept.
       PermissionError, NotADirectoryError: if the workdir is not writable.
@@ -142,18 +145,19 @@ def train(
     config = dataclasses.replace(config, parts=len(devices) if _splits(config) else 1)
     _try(config, dataset)
     steps = pmap_train_steps(config, dataset.info, devices)
-    init_rng, order_rng, steps_rng = jax.random.split(jax.random.key(config.seed), 3)
+    key = jax.random.key(config.seed, impl=IMPLEMENTATION)
+    init_rng, order_rng, steps_rng = jax.random.split(key, 3)
     learning_rate, method = learning_rate_schedule(config), make_method(config)
 
     workdir = open_workdir(workdir, config)
-    with _lock(workdir), Checkpoints(workdir, config) as checkpoints, _stop_signals() as stop:
+    with Checkpoints(workdir, config) as checkpoints, _stop_signals() as stop:
         state = checkpoints.restore_latest()
         state = create_state(config, init_rng, dataset.info) if state is None else state
         step = int(state.step)
         if progress and step:
             print(f"Resuming from step {step} of {config.total_steps}.", file=sys.stderr)
         trained, monitored = _split(config, monitor_images)
-        images, labels = share((dataset.train_images[trained], dataset.train_labels[trained]), devices)
+        images, labels = share((dataset.train_images[trained], dataset.train_labels[trained].astype(np.int32)), devices)
         state, ordered, stopping = replicate(state, devices), None, False
         monitor, pace = (dataset.train_images[monitored], dataset.train_labels[monitored]), _Pace(steps_per_dispatch)
         if on_epoch is not None and step == 0:
@@ -242,8 +246,12 @@ def read_config(workdir: str | os.PathLike) -> TrainConfig:
 
 
 def _fit_to_data(config: TrainConfig, dataset: Dataset) -> TrainConfig:
-    found = fingerprint([dataset.train_images, dataset.train_labels])
-    config = dataclasses.replace(config, train_size=len(dataset.train_labels), data=found)
+    """The configuration with the fields that the data set determines."""
+    info = dataset.info
+    check_split(info, dataset.train_images, dataset.train_labels, "dataset: train")
+    config = dataclasses.replace(
+        config, dataset=info.name, train_size=len(dataset.train_labels), data=training_data(dataset)
+    )
     check_number("holdout", config.holdout, at_least=0, at_most=config.train_size - 1, integer=True)
     if config.steps_per_epoch < 1:
         raise ValueError(
@@ -251,6 +259,18 @@ def _fit_to_data(config: TrainConfig, dataset: Dataset) -> TrainConfig:
             f"got {config.batch_size}."
         )
     return config
+
+
+def training_data(dataset: Dataset) -> str:
+    """A fingerprint of everything in a data set that training depends on.
+
+    These are the training images and labels, and the augmentation and the number of classes. The latter are constants
+    of the code for a data set of `fs_jax.data.DATASETS`, and then not part of the fingerprint.
+    """
+    info = dataset.info
+    registered = info.name in DATASETS and info == DATASETS[info.name].info
+    augmentation = [] if registered else [info.flip, info.crop_padding, info.num_classes]
+    return fingerprint([dataset.train_images, dataset.train_labels.astype(np.int32), *augmentation])
 
 
 def _usable(config: TrainConfig, devices: Sequence[jax.Device] | None) -> tuple[jax.Device, ...]:
@@ -268,8 +288,13 @@ def _splits(config: TrainConfig) -> bool:
 
 
 def _notes(config: TrainConfig, devices: int, *, chosen: bool) -> list[str]:
-    """Warnings: the number of devices changes the method, or some local devices are not used by default."""
+    """Warnings: decays after the end, devices that change the method, or devices that are not used by default."""
     notes, per_device = [], config.batch_size // devices
+    if late := [epoch for epoch in config.decay_epochs if epoch >= config.epochs]:
+        notes.append(
+            f"decay_epochs: the learning rate does not decay after {', '.join(map(str, late))}, as training has "
+            f"{config.epochs} epochs. Set decay_epochs to earlier ones, or to none."
+        )
     if not chosen and devices < jax.local_device_count():
         notes.append(
             f"Only {devices} of {jax.local_device_count()} devices are used, as more cannot share the batch_size of "
@@ -294,7 +319,7 @@ def _notes(config: TrainConfig, devices: int, *, chosen: bool) -> list[str]:
 def _try(config: TrainConfig, dataset: Dataset) -> None:
     """Trace a training step with one image, so that errors are raised before anything is written."""
     batch = {"images": jnp.zeros((1, *dataset.info.image_shape)), "labels": jnp.zeros(1, jnp.int32)}
-    rng = jax.random.key(config.seed)
+    rng = jax.random.key(config.seed, impl=IMPLEMENTATION)
     jax.eval_shape(lambda: train_step(create_state(config, rng, dataset.info), batch, rng, config=config))
 
 
@@ -454,19 +479,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _lock(workdir: pathlib.Path) -> Iterator[None]:
-    """Lock the workdir, so that a second process cannot train in it at the same time."""
-    try:
-        lock = locked(workdir / "run")
-    except BlockingIOError:
-        raise BlockingIOError(
-            f"workdir: expected an unused folder; another process is training in {workdir}. Wait for it, or choose "
-            "another folder."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -1,6 +1,5 @@
 """The training state."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -106,6 +105,16 @@ def check_parts(model: nn.Module, method: Method) -> None:
         raise TypeError(f"method: expected a Method, such as standard(); got {got}.")
 
 
-@functools.partial(jax.jit, static_argnames=("model", "like"))  # compiled once for each network
 def _init(model, rng, like):
+    try:
+        hash(model)
+    except TypeError:  # a module with a list or a dictionary as an attribute
+        return jax.jit(lambda rng: _initial(model, rng, like))(rng)
+    return _compiled_once(model, rng, like)
+
+
+def _initial(model, rng, like):
     return model.init(rng, jnp.zeros(like.shape, like.dtype))
+
+
+_compiled_once = jax.jit(_initial, static_argnames=("model", "like"))  # for each network

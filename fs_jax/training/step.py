@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Key
 
 from fs_jax._utils.images import check_images, check_labels
+from fs_jax._utils.keys import threefry
 from fs_jax.training.methods import Method
 from fs_jax.training.methods.method import Apply, Batch, Context, Metrics
 from fs_jax.training.state import TrainState, check_parts
@@ -72,7 +73,7 @@ def make_train_step(
         check_images(batch["images"])
         check_labels(batch["labels"], batch["images"])
         # Keys depend on the position in the whole batch, so that attacks do not depend on the number of devices.
-        count, rng = len(batch["images"]), jax.random.fold_in(rng, state.step)
+        count, rng = len(batch["images"]), jax.random.fold_in(threefry(rng), state.step)
         begin = 0 if axis_name is None else jax.lax.axis_index(axis_name) * count
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, begin + jnp.arange(count, dtype=jnp.int32))
         apply = _apply(model, jax.random.fold_in(jax.random.fold_in(rng, _DROPOUT), begin))

@@ -93,10 +93,19 @@ def test_the_error_of_a_failed_download_says_where_to_put_the_file(published, tm
 
 
 def test_a_file_in_the_downloads_folder_is_used(cifar, published, tmp_path):
-    published(cifar[0].name, "1234")
+    published(cifar[0].name, hashlib.sha256(cifar[0].read_bytes()).hexdigest())
     (tmp_path / "downloads").mkdir()
     shutil.copy(cifar[0], tmp_path / "downloads")
     assert data.prepare("cifar10", tmp_path).is_dir()
+
+
+def test_a_wrong_file_in_the_downloads_folder_raises_an_error(cifar, published, tmp_path):
+    published(cifar[0].name, "1234")
+    (tmp_path / "downloads").mkdir()
+    shutil.copy(cifar[0], tmp_path / "downloads")
+    with pytest.raises(ValueError, match=rf"cifar10: expected a file with the SHA-256 1234; .*{cifar[0].name} has"):
+        data.prepare("cifar10", tmp_path)
+    assert not (tmp_path / "cifar10").exists()
 
 
 def cifar_members(batch, labels=(3,)):

@@ -175,3 +175,8 @@ def test_invalid_sizes_raise_an_error(arguments, message):
 def test_images_of_another_rank_raise_an_error():
     with pytest.raises(ValueError, match=r"images: expected shape .*got \(32, 32, 3\)"):
         WideResNet(10, 1).init(jax.random.key(0), jnp.zeros((32, 32, 3)))
+
+
+def test_images_that_are_not_divided_by_255_raise_an_error():
+    with pytest.raises(TypeError, match=r"images: expected floating point in .*got uint8. Divide uint8 images by 255"):
+        WideResNet(10, 1).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1), jnp.uint8))

@@ -54,6 +54,37 @@ def test_the_latest_checkpoints_and_the_best_one_are_kept(state, tmp_path):
         equal(checkpoints.restore_best(), at(state, 4))
 
 
+def test_a_best_checkpoint_of_an_earlier_step_replaces_the_previous_best(state, tmp_path):
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save_best(at(state, 10), {"monitor_robust": 0.5})
+        checkpoints.save_best(at(state, 5), {"monitor_robust": 0.6})
+    with Checkpoints(tmp_path, CONFIG, read_only=True) as checkpoints:
+        assert checkpoints.best_scores() == {"monitor_robust": 0.6}
+        equal(checkpoints.restore_best(), at(state, 5))
+
+
+def test_a_state_before_the_latest_checkpoint_raises_an_error(state, tmp_path):
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(at(state, 10))
+        with pytest.raises(ValueError, match="state: expected a step of at least 10, the latest saved one; got 5"):
+            checkpoints.save(at(state, 5))
+        assert checkpoints.steps() == [10]
+
+
+def test_only_one_process_can_write_checkpoints(state, tmp_path):
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(at(state, 2))
+        half_written = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
+        half_written.mkdir()
+        with pytest.raises(BlockingIOError, match=r"another process is training in .*can be read with read_only=True"):
+            Checkpoints(tmp_path, CONFIG)
+        with Checkpoints(tmp_path, CONFIG, read_only=True) as reader:
+            reader.restore_latest()
+        assert half_written.is_dir()
+    with Checkpoints(tmp_path, CONFIG):  # now it is left from a killed process
+        assert not half_written.exists()
+
+
 def damaged(path: pathlib.Path, how: str):
     """Cut off or empty the files that hold arrays; those of an OCDBT store are under `d/`."""
     files = [file for file in path.rglob("*") if file.is_file() and file.stat().st_size > 1000]

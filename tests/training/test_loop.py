@@ -249,9 +249,43 @@ def test_other_data_cannot_resume_a_run(uninterrupted):
         )
 
 
+def test_another_augmentation_cannot_resume_a_run(tmp_path):
+    arrays = {name: getattr(DIGITS, name)[:64] for name in data.types.ARRAYS}
+    path, config = tmp_path / "mine.npz", dataclasses.replace(SHORT, batch_size=32, epochs=1, decay_epochs=())
+    np.savez(path, **arrays)
+    loop.open_workdir(tmp_path / "run", loop._fit_to_data(config, data.load(path)))
+    np.savez(path, **arrays, flip=True)
+    with pytest.raises(ValueError, match=r"data: '\w+' here, '\w+' there \(data: .* or their augmentation"):
+        train(config, data.load(path), tmp_path / "run", devices=jax.devices()[:1], progress=False)
+
+
+def test_the_augmentation_of_a_registered_data_set_is_known_by_its_name():
+    of_arrays = loop.fingerprint([DIGITS.train_images, DIGITS.train_labels])
+    assert loop.training_data(DIGITS) == of_arrays  # so that older runs can be resumed
+    flipped = dataclasses.replace(DIGITS, info=dataclasses.replace(DIGITS.info, flip=True))
+    assert loop.training_data(flipped) != of_arrays
+
+
+def test_the_configuration_has_the_name_of_the_data_set():
+    mine = dataclasses.replace(DIGITS, info=dataclasses.replace(DIGITS.info, name="mine"))
+    assert loop._fit_to_data(SHORT, mine).dataset == "mine"
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"train_labels": DIGITS.train_labels + 1}, "dataset: train_labels: expected 0 to 9; got 10"),
+    ({"train_images": DIGITS.train_images / 255}, "dataset: train_images: expected uint8 in 0, ..., 255; got float64"),
+    ({"train_labels": DIGITS.train_labels[1:]}, "dataset: train_labels: expected 1437, one per image; got 1436"),
+])  # fmt: skip
+def test_an_invalid_data_set_raises_an_error_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(SHORT, dataclasses.replace(DIGITS, **changes), tmp_path / "run", devices=jax.devices()[:1])
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
+        ({"epochs": 2}, r"the learning rate does not decay after 2, as training has 2 epochs"),
         ({"batch_size": 62}, r"Only 2 of 4 devices are used, as more cannot share the batch_size of 62"),
         (
             {"transport": TransportConfig(scope="device"), "method": "feature_scatter"},

@@ -226,6 +226,43 @@ def test_a_network_may_lack_batch_norm_but_not_have_other_collections():
         trained(Counting(), standard())
 
 
+class WithList(nn.Module):
+    """A network with a list as attribute, so that it has no hash."""
+
+    features: list[int]
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = images.reshape(len(images), -1)
+        for size in self.features:
+            x = nn.Dense(size)(x)
+        return x
+
+
+def test_a_network_with_a_list_as_attribute_can_be_trained():
+    of_list, of_tuple = (trained(WithList(sizes), standard(), steps=2) for sizes in ([3, 4], (3, 4)))
+    assert of_list[1] == of_tuple[1]
+
+
+@pytest.mark.parametrize("method", [pgd(num_steps=1), trades(num_steps=1)], ids=["pgd", "trades"])
+def test_noise_is_the_same_with_keys_of_tpus(method):
+    """The starts of TRADES and PGD do not depend on JAX's default implementation of keys."""
+    optimizer = optax.sgd(0.1)
+    state = init_state(Network(), optimizer, method, jax.random.key(0), batch()["images"])
+    step = jax.jit(make_train_step(Network(), optimizer, method))
+    ours, theirs = (step(state, batch(), jax.random.key(1, impl=impl)) for impl in ("threefry2x32", "rbg"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    other, _ = step(state, batch(), jax.random.key(2))
+    assert not np.array_equal(other.params["first"]["kernel"], ours[0].params["first"]["kernel"])
+
+
+def test_penultimate_can_be_a_number_of_the_command_line():
+    config = TrainConfig(method_settings={"penultimate": 1.0})
+    assert isinstance(make_method(config), Method)
+    with pytest.raises(ValueError, match=r"penultimate: expected 0 or 1; got 0\.5"):
+        make_method(TrainConfig(method_settings={"penultimate": 0.5}))
+
+
 def test_configurations_override_the_defaults_of_a_method():
     def default(function, name):
         return inspect.signature(function).parameters[name].default

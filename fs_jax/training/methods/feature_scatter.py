@@ -44,8 +44,8 @@ def feature_scatter(
 
     where T is the transport plan for the cost C. The loss is the smoothed cross-entropy of the attacked images.
 
-    The attack uses the network in inference mode. The training pass, on the attacked images only, updates BatchNorm's
-    running statistics.
+    The attack uses the network in inference mode. The training pass, on the attacked images (and with `clean_weight` on
+    the natural ones too), updates BatchNorm's running statistics.
 
     Args:
       epsilon: Radius, in units of [0, 1].
@@ -78,7 +78,8 @@ def feature_scatter(
     step_size = epsilon if step_size is None else step_size
     check_settings(smoothing=smoothing, epsilon=epsilon, step_size=step_size, num_steps=num_steps)
     check_choice("scope", scope, get_args(Scope))
-    check_number("penultimate", penultimate, at_least=0, at_most=1, integer=True)
+    if penultimate not in (0, 1):  # 1.0 too: numbers of the command line are floats
+        raise ValueError(f"penultimate: expected 0 or 1; got {penultimate!r}.")
     check_number("clean_weight", clean_weight, at_least=0, below=1)
 
     def loss(apply, variables, batch, context):

@@ -62,9 +62,9 @@ def trades(
         attacked = _ascend_divergence(infer(apply, variables), images, start, epsilon, step_size, num_steps)
         natural, variables = apply(variables, images, train=True)
         logits, variables = apply(variables, attacked, train=True)
-        _, variables = apply(
-            variables, images, train=True
-        )  # for the statistics only; XLA removes the repeated computation
+        # For the statistics only. XLA removes the repeated computation if it is the same, as with nn.BatchNorm. (That
+        # of WideResNet computes moments around the running mean, which has changed: one more forward pass.)
+        _, variables = apply(variables, images, train=True)
         divergence = jnp.mean(_divergence(natural, logits))
         value = jnp.mean(smoothed_cross_entropy(natural, labels, smoothing)) + beta * divergence
         metrics = {
