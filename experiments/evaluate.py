@@ -247,7 +247,10 @@ def check_arguments(arguments: Arguments) -> None:
     if arguments.shard is not None and int(arguments.shard.split("/")[0]) > int(arguments.shard.split("/")[1]):
         raise ValueError(f"shard: expected a part that is at most the number of parts; got {arguments.shard}.")
     if arguments.merge and arguments.output is not None and (arguments.output / "records.jsonl").exists():
-        raise ValueError(f"merge: expected a new folder as --output; {arguments.output} has an evaluation.")
+        raise ValueError(
+            f"merge: expected a new folder as --output; {arguments.output} has an evaluation. To resume it, omit "
+            "--merge."
+        )
     for part in arguments.merge:
         if not (part / "records.jsonl").exists():
             raise ValueError(f"merge: expected folders of evaluations; {part} has no records.jsonl.")

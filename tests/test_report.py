@@ -67,6 +67,8 @@ def test_caption_gives_ranges_and_ignores_the_clean_pass():
     assert report.caption({"a": other}) == (
         "Accuracy in % of 500 to 2,000 images with 95% intervals; L∞ radius 8/255 to 0.1; 5 restarts"
     )
+    without_radius = PGD | {"name": "local-search", "norm": None, "epsilon": 1.0}
+    assert "L∞ radius 8/255;" in report.caption({"a": {"attacks": [PGD, without_radius], "worst": PGD}})
     assert report.caption({"a": {"attacks": [record("clean", 1, 1, 1)], "worst": record("clean", 1, 1, 1)}}) == (
         "Accuracy in % with 95% intervals"
     )
@@ -105,6 +107,13 @@ def test_bars_show_accuracies_and_intervals(tmp_path):
     )
     width, height = figure.get_size_inches()
     assert png_size(tmp_path / "bars.png") == (int(width * 160), int(height * 160))
+
+
+def test_an_attack_on_no_image_has_no_bar(tmp_path):
+    nothing = record("square", None, None, None)
+    figure = report.accuracy_bars({"a": {"attacks": [CLEAN, nothing], "worst": CLEAN}}, tmp_path / "bars.png")
+    (bars,) = [container for container in figure.axes[0].containers if hasattr(container, "patches")]
+    assert len(bars) == 2
 
 
 def test_bars_of_different_networks_do_not_overlap(tmp_path):

@@ -62,6 +62,18 @@ def batch_size(platform: str) -> int:
     return 32 if platform == "cpu" else 256
 
 
+def full_float32(platform: str) -> contextlib.AbstractContextManager:
+    """Products of float32 in full precision: JAX's default rounds factors to bfloat16 on TPUs and TF32 on some GPUs.
+
+    Example:
+      >>> with full_float32("tpu"):
+      ...     jax.config.jax_default_matmul_precision
+      'float32'
+    """
+    # A CPU always computes them in full precision.
+    return contextlib.nullcontext() if platform == "cpu" else jax.default_matmul_precision("float32")
+
+
 def platform_of(arrays: PyTree) -> str:
     """The platform of these arrays, on which programs with them run; without any, that of the default device.
 

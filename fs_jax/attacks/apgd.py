@@ -61,7 +61,8 @@ def apgd(
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
-        no steps, an unknown loss, too few classes for it. (Under `jit`, values can't be checked.)
+        no steps, an unknown loss, too few classes for it.
+      FloatingPointError: if logits or gradients aren't finite. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from fs_jax._utils import backend
 from fs_jax._utils.images import Images, as_float
 from fs_jax._utils.keys import threefry
 from fs_jax._utils.validation import check_choice
@@ -120,7 +121,8 @@ def autoattack(
     attacks those that the earlier ones didn't misclassify. Misclassified images are dropped at once, also within an
     attack, and the rest compacted (see `packed`).
 
-    `fs_jax.evaluation.evaluate` runs the same attacks, with the same results, and can resume.
+    `fs_jax.evaluation.evaluate` runs the same attacks, with the same results, and can resume. Both compute products in
+    full float32.
 
     Args:
       logits_fn: Network, from images to logits [N, classes]; inference mode. For "rand", a function of images and a
@@ -163,11 +165,12 @@ def autoattack(
     check_chain(logits_fn, images, labels, attacks)
     draws_from = rng if randomised(attacks[0]) else None
     network = bound(logits_fn, images, draws_from)
-    found_warnings = network_warnings(logits_fn, images, labels, attacks, rng=draws_from, batch_size=batch_size)
     found, log = np.array(as_float(images)), Log()
-    stages = run_chain(
-        network, rng, images, labels, attacks, log=log, batch_size=batch_size, worst_images=found, progress=progress
-    )
+    with backend.full_float32(network.platform):
+        found_warnings = network_warnings(logits_fn, images, labels, attacks, rng=draws_from, batch_size=batch_size)
+        stages = run_chain(
+            network, rng, images, labels, attacks, log=log, batch_size=batch_size, worst_images=found, progress=progress
+        )
     broken_by, steps, margin = [""] * len(labels), np.full(len(labels), -1), np.full(len(labels), np.inf)
     for stage in stages:
         for place, outcome in stage.lowest.items():

@@ -129,6 +129,27 @@ def check_chain(
     return num_classes
 
 
+def check_worst_images(worst_images: Float[np.ndarray, "k h w c"] | None, images: Images) -> None:
+    """Raise an error unless this is an array that adversarial images can be written to, or None.
+
+    Example:
+      >>> check_worst_images(np.zeros((2, 8, 8, 1), np.uint8), np.zeros((9, 8, 8, 1), np.uint8))
+      Traceback (most recent call last):
+      TypeError: worst_images: expected a writable NumPy array of floating point; got ndarray of uint8. Make it with...
+    """
+    if worst_images is None:
+        return
+    advice = "Make it with np.zeros(images.shape, np.float32)."
+    is_array = isinstance(worst_images, np.ndarray)
+    if not (is_array and jnp.issubdtype(worst_images.dtype, jnp.floating) and worst_images.flags.writeable):
+        got = f"{type(worst_images).__name__} of {getattr(worst_images, 'dtype', 'no type')}"
+        raise TypeError(f"worst_images: expected a writable NumPy array of floating point; got {got}. {advice}")
+    if worst_images.ndim != 4 or worst_images.shape[1:] != images.shape[1:] or len(worst_images) > len(images):
+        raise ValueError(
+            f"worst_images: expected shape {images.shape}, or fewer images; got {worst_images.shape}. {advice}"
+        )
+
+
 def randomised(attack: Attack) -> bool:
     """Whether an attack is for a randomised network, `logits_fn(images, keys)`.
 
@@ -183,6 +204,7 @@ def run_chain(
       [[False, False, True, True, True], [False, False, False, True, True]]
     """
     num_classes = check_chain(logits_fn, images, labels, attack_list)
+    check_worst_images(worst_images, images)
     draws = any(map(randomised, attack_list))
     rng = threefry(rng)
     network = bound(logits_fn, images, rng if draws else None)
@@ -248,12 +270,17 @@ def _run(
 
 def _outcome(attack, job, images, first):
     image = as_float(images[job.image])
-    change = float(np.max(np.abs(job.adversarial - image)))
-    # A perturbation outside of the ball must not count; the tolerance is the rounding of the images' type.
-    if attack.specification.norm is not None and change > attack.epsilon + 4 * float(jnp.finfo(image.dtype).eps):
+    change, lowest, highest = (
+        float(value) for value in (np.abs(job.adversarial - image).max(), job.adversarial.min(), job.adversarial.max())
+    )
+    # Images outside of the ball or of [0, 1] must not count. The tolerance is the rounding of the images' type; a NaN
+    # is in no range.
+    rounding = 4 * float(jnp.finfo(image.dtype).eps)
+    radius = np.inf if attack.specification.norm is None else attack.epsilon
+    if not (change <= radius + rounding and lowest >= -rounding and highest <= 1 + rounding):
         raise ValueError(
-            f"{attack.name}: expected images within {attack.epsilon:.6g}; it gave one at {change:.6g}. Project them "
-            "on the ball (see `fs_jax.attacks.project`)."
+            f"{attack.name}: expected images in [0, 1] within {radius:.6g}; it gave one at {change:.6g} with values in "
+            f"[{lowest:.6g}, {highest:.6g}]. Project them (see `fs_jax.attacks.project`)."
         )
     misclassified_at = job.step if job.misclassified else -1
     # 6 digits, the precision of float32.

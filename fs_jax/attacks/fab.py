@@ -64,7 +64,8 @@ def fab(
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
-        no steps, no runs. (Under `jit`, values can't be checked.)
+        no steps, no runs.
+      FloatingPointError: if logits or gradients aren't finite. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
@@ -215,7 +216,8 @@ def _nearest_boundary(logits_fn, iterates, labels):
         other = (labels + offset) % num_classes
         value = _lead(logits, other, labels).astype(iterates.dtype)
         (normal,) = vjp(one_hot(other) - one_hot(labels))
-        distance = jnp.abs(value) / (1e-12 + jnp.sum(jnp.abs(normal), (1, 2, 3)))  # finite where gradients vanish
+        steepness = jnp.sum(jnp.abs(normal), (1, 2, 3))
+        distance = jnp.abs(value) / (_above_zero(1e-12, steepness.dtype) + steepness)  # finite where gradients vanish
         return where(distance < best[0], (distance, value, normal), best), None
 
     # A loop over classes, so that only one gradient and the best so far are in memory. If all distances are NaN, so is
@@ -235,7 +237,7 @@ def _towards(value, normal, logits_fn, state, images, labels, epsilon):
     move_of_image = project(images, normal, value_at_image).reshape(images.shape)
 
     # Lengths are at least 1e-8, so that alpha is defined if neither moves.
-    length, length_of_image = (jnp.maximum(_length(m), 1e-8) for m in (move, move_of_image))
+    length, length_of_image = (jnp.maximum(_length(m), _above_zero(1e-8, m.dtype)) for m in (move, move_of_image))
     alpha = jnp.minimum(length / (length + length_of_image), ALPHA_MAX)[:, None, None, None]
     biased = (1 - alpha) * (state.iterate + OVERSHOOT * move) + alpha * (images + OVERSHOOT * move_of_image)
     iterate = jnp.clip(biased, 0, 1).astype(images.dtype)
@@ -243,9 +245,9 @@ def _towards(value, normal, logits_fn, state, images, labels, epsilon):
     margin = logit_margin(logits_fn(iterate), labels).astype(jnp.float32)
     distance, misclassified = _length(iterate - images), ~(margin > 0)
     closer = misclassified & (distance < state.distance)
-    # Keep the iterate of the lowest margin in the ball; once one is misclassified, the smallest perturbation.
+    # Keep the iterate of the lowest margin in the ball. The first misclassified one ends the run.
     progress, step = state.progress, state.progress.step + 1
-    better = (distance <= epsilon) & jnp.where(misclassified, closer, margin < progress.margin)
+    better = (distance <= epsilon) & (margin < progress.margin)
     better |= jnp.isnan(margin)  # in or outside the ball, so that no image is called robust because of a NaN
     return state._replace(
         iterate=where(misclassified, images + BACKWARD * (iterate - images), iterate),
@@ -264,6 +266,11 @@ def _towards(value, normal, logits_fn, state, images, labels, epsilon):
 def _lead(logits, other, labels):
     pair = jnp.take_along_axis(logits.astype(jnp.float32), jnp.stack([other, labels], -1), axis=-1)
     return pair[:, 0] - pair[:, 1]
+
+
+def _above_zero(number, dtype):
+    """The number, or the smallest normal one of the type: 1e-8 is 0 in float16."""
+    return max(number, float(jnp.finfo(dtype).tiny))
 
 
 def _length(moves):

@@ -116,6 +116,27 @@ def check_attack(
     return num_classes
 
 
+def check_finite(*results: Array) -> None:
+    """Raise an error if the results of an attack aren't finite. Under `jit`, values can't be checked.
+
+    NaN logits would otherwise be read as class 0, which `argmax` returns for them.
+
+    Raises:
+      FloatingPointError: with what to do.
+
+    Example:
+      >>> check_finite(jnp.array([jnp.nan]))
+      Traceback (most recent call last):
+      FloatingPointError: logits_fn: expected finite logits and gradients; got others under attack. Look for...
+    """
+    for result in results:
+        if not isinstance(result, jax.core.Tracer) and not jnp.isfinite(result).all():
+            raise FloatingPointError(
+                "logits_fn: expected finite logits and gradients; got others under attack. Look for overflow in the "
+                "network, or use float32."
+            )
+
+
 def check_logits_fn(logits_fn: Callable, *inputs: Array | jax.ShapeDtypeStruct) -> int:
     """Check that a network takes these inputs, and that its output is logits [N, classes].
 

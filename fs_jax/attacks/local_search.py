@@ -41,6 +41,9 @@ def local_search(
     With `epsilon` below 1, each round ends with a projection on the ball of this radius. This variant is ours. It is
     weaker, but can be compared with other attacks at the same radius.
 
+    The network must be finite outside of [0, 1] too: pixels are pushed to -9.5 and 10.5. (A network with a square root
+    or a logarithm of its input isn't; put `jnp.clip(x, 0, 1)` inside `logits_fn`.)
+
     Args:
       logits_fn: Network, from images to logits [N, classes]; inference mode. In its inputs, one pixel may be outside
         [0, 1], by up to 9.5.
@@ -57,7 +60,8 @@ def local_search(
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
-        no rounds. (Under `jit`, values can't be checked.)
+        no rounds.
+      FloatingPointError: if logits or gradients aren't finite. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
@@ -110,11 +114,13 @@ def _start(logits_fn, keys, images, labels, run):
 
 def _step(logits_fn, state, images, labels, *, epsilon, chunk):
     probability = _probability_when_pushed(logits_fn, state.iterate, state.candidates, labels, chunk)
+    unknown = jnp.any(jnp.isnan(probability), (1, 2), keepdims=True)  # a NaN would never be the lowest
     changed = jax.vmap(_lowest)(probability)
     grown = _GROWTH * (state.iterate - 0.5)
     cyclic = grown - jnp.where(grown > 0.5, 1, 0) + jnp.where(grown < -0.5, 1, 0) + 0.5
     moved = jnp.where(changed[..., None], cyclic, state.iterate)
     iterate = project(moved, images, epsilon).astype(images.dtype)
+    iterate = jnp.where(unknown[..., None], jnp.nan, iterate)  # so that no image is called robust because of it
     progress = judged(state.progress, iterate, logits_fn(iterate), labels)
     return _Search(iterate, jax.vmap(_neighbourhood)(changed), progress)
 

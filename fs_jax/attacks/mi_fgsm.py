@@ -47,7 +47,8 @@ def mi_fgsm(
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius
-        or decay, no steps. (Under `jit`, values can't be checked.)
+        or decay, no steps.
+      FloatingPointError: if logits or gradients aren't finite. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)

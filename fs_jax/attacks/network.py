@@ -12,9 +12,8 @@ import collections
 import functools
 import hashlib
 import threading
-import types
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +27,11 @@ from fs_jax._utils import backend
 class Network:
     """A function from images (or from images and keys) to logits, with its compiled programs; made by `bind`."""
 
-    def __init__(self, rebuilt: Callable, own: list[jax.Array], captured: list[Any], trusted: Any):
+    def __init__(self, rebuilt: Callable, own: list[jax.Array], captured: list[Any]):
         self._rebuilt, self._num_own, self._captured = rebuilt, len(own), captured
         self.arrays = [*own, *(x if isinstance(x, jax.Array) else jnp.asarray(x) for x in captured)]
         """All arrays that the function holds or captures."""
-        self._programs = {} if trusted is None else _programs_of(trusted)
+        self._programs: dict[Any, Any] = {}
 
     def __call__(self, *inputs):
         return self._at(self.arrays)(*inputs)
@@ -51,8 +50,8 @@ class Network:
         def run(*arguments):
             first, structure_of_first = jax.tree.flatten(arguments[:1])
             rest, structure = jax.tree.flatten(arguments[1:])
-            shapes = tuple((jnp.shape(x), jax.dtypes.result_type(x), _weak(x)) for x in (*first, *rest))
-            key = (program, donate, tuple(static.items()), structure_of_first, structure, shapes, _settings())
+            kinds = tuple((jnp.shape(x), jax.dtypes.result_type(x), _weak(x), _placed(x)) for x in (*first, *rest))
+            key = (program, donate, tuple(static.items()), structure_of_first, structure, kinds, _settings())
             if key not in self._programs:
 
                 def flat(arrays, first, rest):
@@ -63,7 +62,7 @@ class Network:
                 # Unused arguments are kept, so that equal programs take equal arguments.
                 jitted = jax.jit(flat, donate_argnums=1 if donate else (), keep_unused=True)
                 lowered = jitted.lower(self.arrays, first, rest)
-                self._programs[key] = _compiled(lowered, options, self.arrays)
+                self._programs[key] = _compiled(lowered, options, [*self.arrays, *first, *rest])
             return self._programs[key](self.arrays, first, rest)
 
         return run
@@ -95,8 +94,7 @@ def bind(logits_fn: Callable, *inputs: jax.ShapeDtypeStruct) -> Network | None:
       >>> network(jnp.ones((1, 2, 2, 1))).tolist(), len(network.arrays)
       ([[4.0, 4.0]], 1)
     """
-    function, trusted = _opened(logits_fn)
-    leaves, structure = jax.tree.flatten(function)
+    leaves, structure = jax.tree.flatten(_opened(logits_fn))
     is_array = [isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves]
     own = [jnp.asarray(leaf) for leaf, array in zip(leaves, is_array, strict=True) if array]
     rest = [None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
@@ -108,9 +106,7 @@ def bind(logits_fn: Callable, *inputs: jax.ShapeDtypeStruct) -> Network | None:
     captured = list(_constants(_trace(rebuilt, own, inputs)))
     if any(isinstance(array, jax.core.Tracer) for array in (*own, *captured)):
         return None
-    if trusted:
-        trusted = (structure, tuple(rest), tuple((x.shape, x.dtype) for x in own), tuple(map(_described, inputs)))
-    return Network(rebuilt, own, captured, trusted if trusted and _hashable(trusted) else None)
+    return Network(rebuilt, own, captured)
 
 
 def on_network(program: Callable, logits_fn: Callable, images: Any, *arguments: Any, **static: Any) -> Any:
@@ -131,40 +127,11 @@ def on_network(program: Callable, logits_fn: Callable, images: Any, *arguments: 
     return network.compiled(program, **static)(images, *arguments)
 
 
-def hashable(function: Callable) -> Callable:
-    """Make a function hashable for static arguments: partials of the same function and arguments become equal.
-
-    Example:
-      >>> hashable(functools.partial(jnp.sum, axis=0)) == hashable(functools.partial(jnp.sum, axis=0))
-      True
-    """
-    if not isinstance(function, functools.partial):
-        return function
-    bound = _Bound(hashable(function.func), function.args, tuple(sorted(function.keywords.items())))
-    # A cast, because mypy doesn't see that a NamedTuple can be called.
-    return cast(Callable, bound) if _hashable(bound) else function
-
-
-class _Bound(NamedTuple):
-    function: Callable
-    arguments: tuple[Any, ...]
-    keywords: tuple[tuple[str, Any], ...]
-
-    def __call__(self, *more):
-        return self.function(*self.arguments, *more, **dict(self.keywords))
-
-
 def _opened(logits_fn):
-    """A partial as a pytree of its bound arguments, and whether the function inside depends on its arguments alone.
-
-    A module-level function without a closure does, so its programs can be found by its identity, as `jax.jit` does.
-    """
+    """A partial as a pytree of its bound arguments; any other function as it is."""
     if not isinstance(logits_fn, functools.partial):  # JAX's Partial is one too
-        return logits_fn, False
-    inner, trusted = _opened(logits_fn.func)
-    if inner is logits_fn.func:
-        trusted = isinstance(inner, types.FunctionType) and inner.__closure__ is None and "<" not in inner.__qualname__
-    return Partial(inner, *logits_fn.args, **logits_fn.keywords), trusted
+        return logits_fn
+    return Partial(_opened(logits_fn.func), *logits_fn.args, **logits_fn.keywords)
 
 
 def _trace(rebuilt, own, inputs) -> ClosedJaxpr:
@@ -221,16 +188,12 @@ def _weak(value):
     return bool(getattr(value, "weak_type", isinstance(value, (int, float))))
 
 
-def _described(struct):
-    return tuple(struct.shape), struct.dtype
-
-
-def _hashable(value):
-    try:
-        hash(value)
-    except TypeError:  # it holds an array, for example
-        return False
-    return True
+def _placed(value):
+    """Where an array is: its sharding over several devices, or its device. Others go to the default device."""
+    if not isinstance(value, jax.Array):
+        return jax.config.jax_default_device or jax.local_devices()[0]
+    devices = value.devices()
+    return value.sharding if len(devices) > 1 else next(iter(devices))
 
 
 def _settings():
@@ -245,33 +208,26 @@ def _settings():
 _LEAST_RECENT = 128
 _executables: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 """Compiled programs by a hash of the lowered program. They hold no arrays except a program's own constants."""
-_trusted: collections.OrderedDict[Any, dict[Any, Any]] = collections.OrderedDict()
-"""Programs of functions that depend on their arguments alone, by the function and its bound arguments."""
 _lock = threading.Lock()
 
 
-def _kept(store, key, make, most):
-    """The store's value of this key, or else a new one from `make`; the least recently used values are dropped."""
-    with _lock:
-        if key in store:
-            store.move_to_end(key)
-            return store[key]
-    made = make()
-    with _lock:
-        store[key] = made
-        while len(store) > most:
-            store.popitem(last=False)
-    return made
-
-
-def _programs_of(trusted):
-    return _kept(_trusted, trusted, dict, 16)
-
-
-def _compiled(lowered, options, arrays):
+def _compiled(lowered, options, arguments):
+    """The compiled program, or one that was compiled before for an equal program and arguments in the same places."""
     text = lowered.as_text()
     if "callback" in text:  # the program refers to a Python function, which must not be kept alive
         return lowered.compile(compiler_options=options)
-    devices = tuple(str(array.sharding) for array in arrays)
-    key = (hashlib.sha256(text.encode()).digest(), str(options), devices, _settings())
-    return _kept(_executables, key, lambda: lowered.compile(compiler_options=options), _LEAST_RECENT)
+    # The types of the results, such as the NamedTuples of an attack's state, are not in the text.
+    key = (
+        hashlib.sha256(text.encode()).digest(), lowered.out_tree, str(options), tuple(map(_placed, arguments)),
+        _settings(),
+    )  # fmt: skip
+    with _lock:
+        if key in _executables:
+            _executables.move_to_end(key)
+            return _executables[key]
+    compiled = lowered.compile(compiler_options=options)
+    with _lock:
+        _executables[key] = compiled
+        while len(_executables) > _LEAST_RECENT:
+            _executables.popitem(last=False)
+    return compiled

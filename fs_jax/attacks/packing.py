@@ -19,8 +19,8 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from fs_jax._utils import backend
-from fs_jax._utils.images import as_float
-from fs_jax._utils.keys import image_keys, run_keys
+from fs_jax._utils.images import as_float, check_classes, check_images, check_labels
+from fs_jax._utils.keys import image_keys, run_keys, threefry
 from fs_jax.attacks.linf import LogitsFn, check_logits_fn
 from fs_jax.attacks.losses import logit_margin
 from fs_jax.attacks.network import Network, bind
@@ -103,7 +103,8 @@ def packed(
       A `PackedReport`: jobs that finished, numbers of jobs that are running and waiting, and passes computed.
 
     Raises:
-      ValueError: if the network's output isn't logits [N, classes].
+      TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, or a network whose
+        output isn't logits [N, classes].
       FloatingPointError: if the network gives logits that aren't finite.
 
     Example:
@@ -119,7 +120,9 @@ def packed(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1; got {batch_size}.")
     if not isinstance(logits_fn, Network):
-        check_logits_fn(logits_fn, *inputs_of(images, keys if attack.draws else None))
+        check_images(images, uint8_too=True)
+        check_labels(labels, images)
+        check_classes(labels, check_logits_fn(logits_fn, *inputs_of(images, keys if attack.draws else None)))
     network = bound(logits_fn, images, keys if attack.draws else None, size=batch_size)
     if batch_size is None:
         batch_size = backend.batch_size(network.platform)
@@ -173,7 +176,11 @@ def inputs_of(
 def _keys_of_runs(rng, count, num_runs):
     """A key for each image and run [N, runs]."""
     if isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.ndim == 2:
-        return rng
+        if rng.shape != (count, num_runs):
+            raise ValueError(
+                f"rng: expected keys of shape {(count, num_runs)}, one per image and run; got {rng.shape}."
+            )
+        return threefry(rng)
     keys = image_keys(rng, count)
     return jax.vmap(lambda run: run_keys(keys, jnp.full(count, run)), out_axes=1)(jnp.arange(num_runs))
 

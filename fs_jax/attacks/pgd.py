@@ -9,8 +9,8 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
 from fs_jax._utils.keys import image_keys
-from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack, held_fixed, project, random_start
-from fs_jax.attacks.losses import cross_entropy, cw_margin
+from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack, check_finite, held_fixed, project, random_start
+from fs_jax.attacks.losses import cross_entropy, cw_margin, logit_margin
 from fs_jax.attacks.network import on_network
 from fs_jax.attacks.specification import Specification, count, flag, length
 from fs_jax.attacks.stepwise import Progress, Stepwise, judged, unjudged, where
@@ -49,7 +49,8 @@ def pgd(
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
-        no steps. (Under `jit`, values can't be checked.)
+        no steps.
+      FloatingPointError: if logits or gradients aren't finite. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
@@ -62,18 +63,27 @@ def pgd(
     """
     check_attack(logits_fn, images, labels, epsilon=epsilon, step_size=step_size, num_steps=num_steps, start=start)
     keys = image_keys(rng, len(images)) if start is None else None
-    return on_network(_iterated, logits_fn, images, labels, keys, start, epsilon, step_size, Partial(loss), num_steps)
+    attacked, lowest_margin = on_network(
+        _iterated, logits_fn, images, labels, keys, start, epsilon, step_size, Partial(loss), num_steps
+    )
+    check_finite(attacked, lowest_margin)
+    return attacked
 
 
 def _iterated(logits_fn, images, labels, keys, start, epsilon, step_size, loss, num_steps):
+    """The last iterates, and the lowest margin of all iterates before them, which is NaN if a logit is."""
     images = jax.lax.stop_gradient(images)
     logits_fn = held_fixed(logits_fn, images)
     first = random_start(keys, images, epsilon) if start is None else jax.lax.stop_gradient(start)
 
-    def step(_, iterate):
-        return _ascended(loss, logits_fn, iterate, images, labels, epsilon, step_size)
+    def step(_, carry):
+        iterate, lowest = carry
+        direction, logits = signed_gradient(loss, logits_fn, iterate, labels)
+        margin = jnp.min(logit_margin(logits, labels)).astype(jnp.float32)
+        return _moved(iterate, direction, images, epsilon, step_size), jnp.minimum(lowest, margin)
 
-    return jax.lax.stop_gradient(jax.lax.fori_loop(0, num_steps, step, first.astype(images.dtype)))
+    carry = first.astype(images.dtype), jnp.float32(jnp.inf)
+    return jax.lax.stop_gradient(jax.lax.fori_loop(0, num_steps, step, carry))
 
 
 def fgsm(
@@ -198,7 +208,8 @@ def _unjudged_start(logits_fn, keys, images, labels, run, *, epsilon):
 
 
 def _step_to_the_last(logits_fn, state, images, labels, *, epsilon, step_size, loss, num_steps):
-    iterate = _ascended(loss, logits_fn, state.iterate, images, labels, epsilon, step_size)
+    direction, _ = signed_gradient(loss, logits_fn, state.iterate, labels)
+    iterate = _moved(state.iterate, direction, images, epsilon, step_size)
     not_judged = state.progress._replace(step=state.progress.step + 1)
     last = not_judged.step == num_steps
 
@@ -206,10 +217,6 @@ def _step_to_the_last(logits_fn, state, images, labels, *, epsilon, step_size, l
         return where(last, judged(state.progress, iterate, logits_fn(iterate), labels), not_judged)
 
     return _Ascent(iterate, None, jax.lax.cond(last.any(), at_the_end, lambda: not_judged))
-
-
-def _ascended(loss, logits_fn, iterate, images, labels, epsilon, step_size):
-    return _moved(iterate, signed_gradient(loss, logits_fn, iterate, labels)[0], images, epsilon, step_size)
 
 
 def _moved(iterate, direction, images, epsilon, step_size):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from fs_jax._utils.keys import image_keys
-from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack, held_fixed, project, random_start
-from fs_jax.attacks.network import hashable, on_network
+from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack, check_finite, held_fixed, project, random_start
+from fs_jax.attacks.network import on_network
 from fs_jax.ot import Transport, cosine_cost, sinkhorn
 
 CostFn = Callable[[Float[Array, "n d"], Float[Array, "m d"]], Float[Array, "n m"]]
@@ -64,8 +64,8 @@ def feature_scatter(
       Scattered images [N, H, W, C]; no gradient flows through them.
 
     Raises:
-      TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], a negative radius, no steps. (Under
-        `jit`, values can't be checked.)
+      TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], a negative radius, no steps.
+      FloatingPointError: if logits or gradients aren't finite. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: x.reshape(len(x), -1)
@@ -111,10 +111,12 @@ def scatter(
     """
     check_attack(logits_fn, images, None, epsilon=epsilon, step_size=step_size, num_steps=num_steps, start=start)
     keys = image_keys(rng, len(images)) if start is None else None
-    return on_network(
+    result = on_network(
         _scattered, logits_fn, images, keys, start, epsilon, step_size,
-        cost=hashable(cost), transport=hashable(transport), num_steps=num_steps,
+        cost=cost, transport=transport, num_steps=num_steps,
     )  # fmt: skip
+    check_finite(result.images)
+    return result
 
 
 def _scattered(logits_fn, images, keys, start, epsilon, step_size, *, cost, transport, num_steps):

@@ -8,6 +8,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
+from fs_jax._utils.images import known
 from fs_jax._utils.keys import random_signs
 from fs_jax.attacks.linf import LogitsFn, Scalar, check_attack, project, random_start
 from fs_jax.attacks.losses import logit_margin
@@ -55,8 +56,8 @@ def spsa(
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
-        no steps, no directions, or a `delta`, `learning_rate` or `chunk_size` that isn't above 0. (Under `jit`, values
-        can't be checked.)
+        no steps, no directions, or a `delta`, `learning_rate` or `chunk_size` that isn't above 0.
+      FloatingPointError: if logits or gradients aren't finite. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
@@ -104,7 +105,7 @@ def spsa_steps(
         "chunk_size": chunk_size,
     }
     for name, value in positive.items():
-        if not value > 0:
+        if (number := known(value)) is not None and not number > 0:
             raise ValueError(f"{name}: expected a number above 0; got {value}.")
     chunk = np.arange(min(chunk_size, num_directions))
     estimate = Partial(estimated_gradient, num_directions=num_directions, delta=delta, chunk=chunk)
@@ -196,7 +197,8 @@ def _step(logits_fn, state, images, labels, *, epsilon, learning_rate, estimate)
         / (1 - decay ** step.astype(np.promote_types(value.dtype, np.float32))).astype(value.dtype)[:, None, None, None]
         for value, decay in ((mean, _DECAY), (mean_square, _DECAY_OF_SQUARES))
     )
-    moved = state.iterate - learning_rate * unbiased / (jnp.sqrt(unbiased_square) + _TINY)
+    tiny = max(_TINY, float(jnp.finfo(mean.dtype).tiny))  # in float16, 1e-8 is 0
+    moved = state.iterate - learning_rate * unbiased / (jnp.sqrt(unbiased_square) + tiny)
     iterate = project(moved, images, epsilon).astype(images.dtype)
     return _Descent(state.keys, iterate, mean, mean_square, judged(state.progress, iterate, logits_fn(iterate), labels))
 

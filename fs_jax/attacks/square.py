@@ -51,7 +51,8 @@ def square(
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], labels out of range, a negative radius,
-        no steps. (Under `jit`, values can't be checked.)
+        no steps.
+      FloatingPointError: if logits or gradients aren't finite. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
@@ -114,7 +115,10 @@ def _random_square(key, step, num_steps, shape):
     row_key, column_key, sign_key = jax.random.split(jax.random.fold_in(key, step + 1), 3)
     shares = SHARE / 2.0 ** np.arange(len(HALVED_AFTER) + 1)
     sides = np.clip(np.round(np.sqrt(shares * height * width)).astype(np.int32), 1, min(height, width))
-    side = jnp.asarray(sides)[jnp.sum(step * _OF > np.array(HALVED_AFTER, np.int32) * num_steps)]
+    # floor(h num_steps / _OF) for each h of HALVED_AFTER, without the product, which overflows at 500,000 steps.
+    times, rest = num_steps // _OF, num_steps % _OF
+    halved_after = np.array(HALVED_AFTER, np.int32)
+    side = jnp.asarray(sides)[jnp.sum(step > halved_after * times + halved_after * rest // _OF)]
 
     def interval(key, length):
         # The last position is included, as in the paper, so that every pixel can be changed.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fs_jax._utils.keys import image_keys, run_keys
-from fs_jax.attacks.linf import LogitsFn, held_fixed
+from fs_jax.attacks.linf import LogitsFn, check_finite, held_fixed
 from fs_jax.attacks.losses import logit_margin
 from fs_jax.attacks.network import on_network
 
@@ -201,6 +201,9 @@ def adversaries(
     Returns:
       Images [N, H, W, C].
 
+    Raises:
+      FloatingPointError: if logits or gradients aren't finite. (Under `jit`, values can't be checked.)
+
     Example:
       >>> from fs_jax.attacks import pgd_steps
       >>> logits_fn = lambda x: jnp.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], -1)
@@ -209,11 +212,16 @@ def adversaries(
       >>> int(logits_fn(attacked).argmax())
       1
     """
-    keys = image_keys(rng, len(images))
-    return on_network(_adversaries, logits_fn, images, labels, keys, *attack[:4], uses_gradients=uses_gradients)
+    keys, labels = image_keys(rng, len(images)), jnp.asarray(labels).astype(jnp.int32)
+    found, margin = on_network(
+        _adversaries, logits_fn, images, labels, keys, *attack[:4], uses_gradients=uses_gradients
+    )
+    check_finite(found, margin)
+    return found
 
 
 def _adversaries(logits_fn, images, labels, keys, *attack, uses_gradients):
     images = jax.lax.stop_gradient(images)
     fixed = held_fixed(logits_fn, images) if uses_gradients else lambda x: jax.lax.stop_gradient(logits_fn(x))
-    return jax.lax.stop_gradient(run(Stepwise(*attack), fixed, keys, images, labels).adversarial)
+    progress = run(Stepwise(*attack), fixed, keys, images, labels)
+    return jax.lax.stop_gradient((progress.adversarial, progress.margin))

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -15,7 +16,7 @@ from fs_jax._utils.fingerprints import fingerprint
 from fs_jax._utils.images import Images, as_float
 from fs_jax._utils.keys import IMPLEMENTATION
 from fs_jax._utils.validation import check_choice, check_number
-from fs_jax.attacks.chain import Log, Stage, check_chain, randomised, run_chain
+from fs_jax.attacks.chain import Log, Stage, check_chain, check_worst_images, randomised, run_chain
 from fs_jax.attacks.linf import LogitsFn
 from fs_jax.attacks.packing import bound
 from fs_jax.attacks.registry import Attack, parse_attack
@@ -126,19 +127,23 @@ def evaluate(
     radius = 8 / 255 if epsilon is None else epsilon
     attack_list = [parse_attack(attack, radius) if isinstance(attack, str) else attack for attack in attacks]
     check_evaluation(logits_fn, images, labels, attack_list, epsilon=epsilon)
+    check_worst_images(worst_images, images)
     check_number("first", first, at_least=0, integer=True)
     check_number("seed", seed, at_least=0, at_most=2**32 - 1, integer=True)  # others give another key in 64-bit mode
     if taken := (about or {}).keys() & _COMPARED:
         raise ValueError(f"about: expected names that the journal doesn't use; got {', '.join(sorted(taken))}.")
     check_choice("precision", precision, ("float32", "default"))
-    if parts and (journal is None or os.path.exists(journal)):
-        raise ValueError(f"journal: expected a new file that parts are merged into; got {journal}.")
+    if parts and (journal is None or pathlib.Path(journal).expanduser().exists()):
+        raise ValueError(
+            f"journal: expected a new file that parts are merged into; got {journal}. To resume a merged evaluation, "
+            "pass no parts."
+        )
     rng = jax.random.key(seed, impl=IMPLEMENTATION)
     with contextlib.ExitStack() as stack:
         draws = any(map(randomised, attack_list))
         network = bound(logits_fn, images, rng if draws else None, size=batch_size)
-        if precision == "float32" and network.platform != "cpu":  # a CPU always computes them in float32
-            stack.enter_context(jax.default_matmul_precision("float32"))
+        if precision == "float32":
+            stack.enter_context(backend.full_float32(network.platform))
         evaluated = {
             "schema": SCHEMA,
             "images": len(labels),

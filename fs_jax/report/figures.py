@@ -43,7 +43,11 @@ def accuracy_bars(
         axes = figure.add_subplot()
         for index, (name, records) in enumerate(networks.items()):
             offset = (index - (len(networks) - 1) / 2) * share
-            drawn = [(place, records[attack]) for place, attack in enumerate(attacks) if attack in records]
+            drawn = [
+                (place, records[attack])
+                for place, attack in enumerate(attacks)
+                if attack in records and records[attack]["accuracy"] is not None  # of no image
+            ]
             places = [place + offset for place, _ in drawn]
             heights = np.array([100 * record["accuracy"] for _, record in drawn])
             lows = np.array([100 * record["low"] for _, record in drawn])

@@ -99,7 +99,8 @@ def caption(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     _, networks = records_by_network(evaluations)
     records = [record for of_network in networks.values() for record in of_network.values()]
 
-    attacked = [record for record in records if record["name"] != "clean"]  # which has no radius and no restarts
+    # Clean images and attacks without a norm have no radius.
+    attacked = [record for record in records if record["name"] != "clean" and record.get("norm", "linf") is not None]
 
     def values(among: Sequence[Mapping[str, Any]], key: str) -> list:
         return sorted({record[key] for record in among if key in record})

@@ -134,6 +134,7 @@ def test_one_misclassified_draw_does_not_end_a_run():
     ("network", "doubt"),
     [
         (jax.nn.softmax, "looks like probabilities"),
+        (lambda logits: jax.nn.softmax(logits.astype(jnp.bfloat16)), "looks like probabilities"),
         (jnp.round, "9 of 9 images have a cross-entropy gradient of exactly zero"),
         (
             lambda logits: logits + np.float32(0.01 * NOISE.normal(size=(1, 5))),

@@ -395,5 +395,5 @@ def test_evaluate_runs_your_own_attack(classifier):
 def test_an_attack_that_leaves_the_ball_raises_an_error(classifier):
     logits_fn, images, labels = classifier
     wide = dataclasses.replace(FADE, build=lambda **settings: FADE.build(**{**settings, "epsilon": 0.5}))
-    with pytest.raises(ValueError, match=r"fade: expected images within 0\.1; it gave one at 0\.\d+"):
+    with pytest.raises(ValueError, match=r"fade: expected images in \[0, 1\] within 0\.1; it gave one at 0\.\d+"):
         evaluate(logits_fn, np.asarray(images), np.asarray(labels), [attacks.Attack(wide, 0.1)], progress=False)

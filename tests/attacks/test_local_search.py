@@ -108,3 +108,13 @@ def test_starts_with_128_pixels_of_large_images():
         lambda image: local_search_steps().start(lambda x: x[:, 0, 0] * jnp.eye(2)[:1], KEY[None], image, LABEL, LABEL)
     )
     assert start(jnp.full((1, 40, 40, 1), 0.5)).candidates.sum() == 128
+
+
+def test_a_network_that_is_not_finite_outside_of_the_range_of_images_stops_the_attack():
+    """A NaN is never the lowest probability, so the search would end without candidates, and find nothing."""
+
+    def gamma(images):
+        return logits_fn(jnp.power(images, 2.2))
+
+    with pytest.raises(FloatingPointError, match="logits_fn: expected finite logits and gradients; got others"):
+        local_search(gamma, KEY, jnp.full((1, 4, 4, 1), 0.25), LABEL, num_steps=2)

@@ -3,6 +3,7 @@
 import functools
 import gc
 import weakref
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,6 +23,7 @@ KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 IMAGES = jnp.asarray(RNG.uniform(size=(5, 4, 4, 1)).astype(np.float32))
 LABELS = jnp.array([0, 1, 2, 0, 1])
+LABELS_HOST = np.asarray(LABELS)
 
 
 def weights(seed=0):
@@ -167,6 +169,67 @@ def test_a_host_callback_that_was_changed_is_used():
         result = evaluate(network(scale), np.asarray(IMAGES), np.asarray(LABELS), ["clean"], progress=False)
         margins.append(np.array([record["margin"]["clean"] for record in result.records]))
     np.testing.assert_allclose(margins[1], 2 * margins[0], rtol=1e-5)
+
+
+GAIN = 1.0
+
+
+def gained(w, images):
+    return GAIN * linear(w, images)
+
+
+def test_a_global_variable_that_was_changed_is_used(monkeypatch, tmp_path):
+    logits_fn, labels = functools.partial(gained, WEIGHTS), labels_of(WEIGHTS)
+    for gain, accuracy in ((1.0, 1), (-1.0, 0)):
+        monkeypatch.setitem(globals(), "GAIN", gain)
+        result = evaluate(logits_fn, np.asarray(IMAGES), labels, ["clean"], progress=False)
+        assert result.summary["worst"]["accuracy"] == accuracy
+
+
+def logits_of_model(model, images):
+    return model.scale * linear(WEIGHTS, images)
+
+
+def test_a_bound_object_that_was_changed_is_used():
+    model = Model(None)
+    logits_fn, labels = functools.partial(logits_of_model, model), labels_of(WEIGHTS)
+    for model.scale, accuracy in ((1.0, 1), (-1.0, 0)):
+        result = evaluate(logits_fn, np.asarray(IMAGES), labels, ["clean"], progress=False)
+        assert result.summary["worst"]["accuracy"] == accuracy
+
+
+def test_attacks_with_equal_programs_have_states_of_their_own_type():
+    """As when the cell of a notebook that defines an attack is run again."""
+
+    def attack(step_size):
+        class State(NamedTuple):
+            progress: attacks.Progress
+
+        def start(logits_fn, keys, images, labels, run):
+            return State(attacks.first_judged(images, logits_fn(images), labels))
+
+        def step(logits_fn, state, images, labels):
+            iterates = jnp.clip(state.progress.adversarial - step_size, 0, 1)
+            return State(attacks.judged(state.progress, iterates, logits_fn(iterates), labels))
+
+        return attacks.Stepwise(Partial(start), Partial(step), num_steps=2)
+
+    for step_size in (0.01, 0.02):
+        reports = attacks.packed(attack(step_size), Partial(linear, WEIGHTS), KEY, np.asarray(IMAGES), LABELS)
+        assert sum(len(report.finished) for report in reports) == len(LABELS)
+
+
+@pytest.mark.parametrize("kind", ["lambda", "partial"])
+def test_arrays_on_another_device_are_used_there(kind):
+    found = []
+    for device in jax.devices()[:2]:
+        w, images = jax.device_put((WEIGHTS, IMAGES), device)
+        function = {"lambda": lambda images, w=w: linear(w, images), "partial": Partial(linear, w)}[kind]
+        for given in (images, np.asarray(images)):
+            found.append(attacks.pgd(function, jax.device_put(KEY, device), given, LABELS_HOST, num_steps=1))
+            assert found[-1].devices() == {device}
+    for one in found[1:]:
+        np.testing.assert_array_equal(one, found[0])
 
 
 def test_numpy_arrays_that_were_changed_in_place_are_used():

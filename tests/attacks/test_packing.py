@@ -1,5 +1,7 @@
 """Batch compaction: results depend on an image's key and run alone, and finished images cost nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,6 +167,43 @@ def test_nan_logits_stop_the_attack(problem):
         finished((overflows, images, labels), batch_size=4)
     with pytest.raises(ValueError, match="batch_size: expected at least 1; got 0"):
         finished(problem, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": np.full((COUNT, 4, 4, 1), 254.0, np.float32)}, ValueError, r"images: expected values in \[0, 1\]"),
+        ({"labels": np.full(COUNT, 1000)}, ValueError, r"labels: expected classes 0 to \d+, .*; got 1000 to 1000"),
+        ({"labels": np.zeros(COUNT + 1, int)}, ValueError, r"labels: expected shape \(21,\)"),
+        (
+            {"rng": jax.random.split(KEY, (COUNT, 1))},
+            ValueError,
+            r"rng: expected keys of shape \(21, 3\).* got \(21, 1\)",
+        ),
+    ],
+)
+def test_bad_input_raises_an_error(problem, change, error, message):
+    logits_fn, images, labels = problem
+    given = {"rng": KEY, "images": images, "labels": labels, **change}
+    with pytest.raises(error, match=message):
+        next(attacks.packed(ATTACK, logits_fn, **given))
+
+
+def test_plain_functions_raise_an_error_for_a_network_that_is_not_finite(problem):
+    """As argmax of NaN logits is class 0, images of class 0 would be robust."""
+    logits_fn, images, _ = problem
+    images, labels = jnp.asarray(images), jnp.zeros(COUNT, int)
+
+    def overflows(x):
+        return jnp.where(x[:, :1, 0, 0] > 0.5, jnp.nan, logits_fn(x))
+
+    for attack in (attacks.pgd, attacks.square):
+        with pytest.raises(FloatingPointError, match="logits_fn: expected finite logits and gradients; got others"):
+            attack(overflows, KEY, images, labels, num_steps=1)
+        jitted = jax.jit(functools.partial(attack, overflows, num_steps=1))
+        assert jitted(KEY, images, labels).shape == images.shape  # values are unknown there
+    with pytest.raises(FloatingPointError, match="logits_fn: expected finite logits and gradients; got others"):
+        attacks.feature_scatter(overflows, KEY, images)
 
 
 def test_an_attack_that_does_not_count_its_steps_raises_an_error():

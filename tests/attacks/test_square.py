@@ -25,8 +25,12 @@ def random_squares():
 @pytest.mark.parametrize(
     ("num_steps", "step", "share"),
     # AutoAttack's schedule for 5,000 queries, a tenth of it for 500; steps count from 0, and 11 is the first after 10.
-    [(5000, 0, 1), (5000, 10, 1), (5000, 11, 2), (5000, 200, 4), (5000, 4001, 128), (500, 1, 1), (500, 2, 2)],
-)
+    [
+        (5000, 0, 1), (5000, 10, 1), (5000, 11, 2), (5000, 200, 4), (5000, 4001, 128), (500, 1, 1), (500, 2, 2),
+        # Products of these numbers are above 2^31.
+        (1_000_000, 2000, 1), (1_000_000, 2001, 2), (1_000_000, 999_999, 128),
+    ],
+)  # fmt: skip
 def test_squares_have_the_scheduled_side_and_a_uniform_position(random_squares, num_steps, step, share):
     inside, signs = random_squares(num_steps, step)
     inside = np.asarray(inside)[..., 0]

@@ -11,14 +11,16 @@ import subprocess
 import sys
 import time
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from fs_jax import data
-from fs_jax.attacks import REGISTRY, cross_entropy, logit_margin, transfer
+from fs_jax.attacks import REGISTRY, Specification, cross_entropy, logit_margin, stepwise, transfer
 from fs_jax.attacks.chain import Outcome
 from fs_jax.evaluation import Attack, accuracy, evaluate, parse_attack, suite
 from fs_jax.evaluation.journal import Journal
@@ -45,6 +47,22 @@ def make_network(**changed):
 @pytest.fixture(scope="module")
 def network():
     return make_network()
+
+
+def outside(change):
+    """An attack that adds a change, without clipping; its logits are those of the images."""
+
+    def start(logits_fn, keys, images, labels, run):
+        return stepwise.Progress(*stepwise.first_judged(images + change, logits_fn(images), labels))
+
+    class State(NamedTuple):
+        progress: stepwise.Progress
+
+    def build(*, epsilon, num_classes):
+        begin = Partial(lambda *given: State(start(*given)))
+        return stepwise.Stepwise(begin, Partial(lambda logits_fn, state, images, labels: state), num_steps=0)
+
+    return Attack(Specification("outside", "outside of [0, 1]", build, {}), 0.1)
 
 
 # The network's predictions, with one in ten changed: clean accuracy is 90%.
@@ -443,6 +461,15 @@ def test_words_are_parsed_into_attacks():
         ({"first": -1}, ValueError, "first: expected an integer of at least 0"),
         ({"precision": "float16"}, ValueError, "precision: expected one of float32, default"),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer of at least 1"),
+        (
+            {"worst_images": np.zeros_like(IMAGES)},
+            TypeError,
+            "worst_images: expected a writable NumPy array of floating",
+        ),
+        ({"worst_images": jnp.zeros(IMAGES.shape)}, TypeError, "got ArrayImpl of float32. Make it with np.zeros"),
+        ({"worst_images": np.zeros((50, 4, 4, 1))}, ValueError, "worst_images: expected shape (50, 8, 8, 1), or fewer"),
+        ({"attacks": [outside(-0.05)]}, ValueError, "outside: expected images in [0, 1] within 0.1; it gave one at"),
+        ({"attacks": [outside(np.nan)]}, ValueError, "within 0.1; it gave one at nan"),
         ({"labels": LABELS + 90}, ValueError, "labels: expected classes 0 to 9"),
         ({"logits_fn": lambda x: np.asarray(x).sum((1, 2))}, ValueError, "use jax.numpy in place of numpy"),
         ({"logits_fn": lambda x: x.sum((1, 2)) * float(x[0, 0, 0, 0])}, ValueError, "a function that JAX can trace"),
