@@ -161,7 +161,8 @@ def main(argv: list[str]) -> None:
         "dataset": dataset.info.name if config is None else config.dataset,  # the same after the file was moved
         "split": arguments.split,
     }
-    adversaries = open_array(output / "adversaries.npy", (kept, *images.shape[1:]))
+    path, resumes = output / "adversaries.npy", (output / "records.jsonl").exists()
+    adversaries = open_array(path, (kept, *images.shape[1:]), resumes=resumes)
     for part in arguments.merge:
         take_adversaries(part, adversaries, chosen.start)
     result = evaluate(
@@ -255,6 +256,7 @@ def check_arguments(arguments: Arguments) -> None:
         if not (part / "records.jsonl").exists():
             raise ValueError(f"merge: expected folders of evaluations; {part} has no records.jsonl.")
     check_number("first", arguments.first, at_least=0, integer=True)
+    check_number("seed", arguments.seed, at_least=0, at_most=2**32 - 1, integer=True)
     for name in ("num_images", "gradient_free_images", "spsa_directions", "batch_size"):
         if getattr(arguments, name) is not None:
             check_number(name, getattr(arguments, name), at_least=1, integer=True)
@@ -326,17 +328,21 @@ def output_folder(arguments: Arguments) -> pathlib.Path:
     name = arguments.name or arguments.suite or "attacks"
     # Without --output there is a workdir, as --weights needs an output.
     output = local_path("output", arguments.output or cast(pathlib.Path, arguments.workdir) / "evaluations" / name)
-    if output.exists() and not (output / "records.jsonl").exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: expected a folder; got the file {output}. Choose another.")
+    begun = {"adversaries.npy", ".records.jsonl.lock"}  # of an evaluation that was killed before its first record
+    there = {path.name for path in output.iterdir()} if output.exists() else set()
+    if there - begun and "records.jsonl" not in there:
         raise ValueError(f"output: expected a new folder, or one with an evaluation; got {output}. Choose another.")
     return output
 
 
-def open_array(path: pathlib.Path, shape: tuple[int, ...]):
+def open_array(path: pathlib.Path, shape: tuple[int, ...], *, resumes: bool):
     """A memory-mapped float32 array, which keeps what was written if the process is killed."""
     import numpy as np
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
+    if not (resumes and path.exists()):
         return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     array = np.lib.format.open_memmap(path, mode="r+")
     if array.shape != shape:

@@ -155,15 +155,17 @@ def datasets(results: dict[str, dict[str, Data]]) -> list[str]:
 
 
 IN_SHORT_ENDS = """\
-The intervals are 95% intervals over test images. They do not include the variation between seeds: each network is
-trained once, unless its table names more seeds. Networks, images and radius differ from the paper's: compare the order
+The intervals are 95% intervals over test images. Those of differences on digits include the variation between the
+networks of the five folds. Otherwise, the variation between seeds is not included: each network is trained once, unless
+its table names more seeds. Networks, images and radius differ from the paper's: compare the order
 of the rows with the paper's, not the numbers."""
 
 HOW_CERTAIN = """\
 These are claims of the paper, checked on our networks. Each scale states the size, data and training of its networks.
 A finding holds at its scale only, and the accuracies are not those of the released network. Intervals are 95% intervals
-over test images, and differences are between networks on the same images. Neither includes the variation between
-seeds.
+over test images, and differences are between networks on the same images. If a row has several networks (five folds on
+digits), the interval of a difference is over them (Student's t) if that is wider. With one network for each row, as at
+scale `small`, a difference is one between two networks: how much it varies with their seeds is not known.
 
 The wording of the claims is ours. The verdict depends on the kind of claim:
 
@@ -175,7 +177,7 @@ excludes 0, and not all are within ±2 |
 | PGD shows robustness | of all images, at most 2% are robust to PGD-20 but not to AutoAttack (the whole interval) | \
 more than 2% are (the whole interval) |
 | a plateau of the loss shows robustness | of the images that are robust to PGD-20, at most 2% are not robust to \
-APGD-T (the whole interval) | more than 2% are not (the whole interval) |
+APGD-T (the whole interval; this takes at least 189 such images) | more than 2% are not (the whole interval) |
 | gradient-free attacks show robustness | never, since a stronger attack could exist | SPSA with strong settings finds \
 more than with weak ones (the intervals do not overlap) |
 | clusters hold under attack | the standard network loses more of their purity | it loses less (the interval of \
@@ -183,8 +185,8 @@ the difference excludes 0) |
 
 Otherwise it is *undetermined*: the results do not suffice for a verdict. Rows are *equal* if the whole interval of
 their difference is within ±2 points; otherwise, a row is *higher* or *lower* than the first if the interval excludes 0.
-With intervals of nearly ±2, as on digits, rows are rarely *equal*, so *undetermined* says little about a claim. A scale
-*detects* effects of a size if it usually finds a true difference of that size."""
+With intervals of ±2 points and more, as here, rows are rarely *equal*, so *undetermined* says little about a claim. A
+scale *detects* effects of a size if it usually finds a true difference of that size."""
 
 
 def headline(data: Data) -> str:
@@ -238,12 +240,13 @@ def claims(of: dict[str, Data]) -> str:
 
 
 def best(of: dict[str, Data]) -> dict[str, Data]:
-    """The results by experiment. For an experiment with several files, the one with the most seeds."""
-    return {data["experiment"]: data for data in sorted(of.values(), key=lambda data: len(data["seeds"]))}
+    """The results by experiment. For one with several files, that with the most rows, and of these the most seeds."""
+    ascending = sorted(of.values(), key=lambda data: (-len(data["missing"]), len(data["seeds"])))
+    return {data["experiment"]: data for data in ascending}
 
 
 def overview(results: dict[str, dict[str, Data]]) -> str:
-    """Time, machine and command of all experiments on the page."""
+    """Time, summed over networks, machine and command of all experiments on the page."""
     import tabulate
 
     rows = []
@@ -253,7 +256,9 @@ def overview(results: dict[str, dict[str, Data]]) -> str:
                 experiment(data["experiment"]).title, writing.duration(sum(data["hours"].values())),
                 made_on(data["environment"]), f"`{writing.command(data)}`",
             ])  # fmt: skip
-    return tabulate.tabulate(rows, headers=["experiment", "time", "machine", "command"], tablefmt="pipe")
+    return tabulate.tabulate(
+        rows, headers=["experiment", "time, summed over networks", "machine", "command"], tablefmt="pipe"
+    )
 
 
 def deeper(markdown: str) -> str:

@@ -5,12 +5,14 @@ import json
 from experiments.paper import jobs
 from experiments.paper.scales import scale_of
 
+ENVIRONMENT = {"device": "cpu", "cpu_count": 2, "jax": "0", "commit": "abc"}
+
 
 def evaluated(right, chain=("clean", "pgd-20")):
     """An evaluation in which image i is robust to the first right[i] attacks only."""
     attacks = [{"name": name, "after": [], "num_images": None, "seconds": 1.0 / len(chain)} for name in chain]
     records = [{"misclassified_at": {n: -1 if k < count else 0 for k, n in enumerate(chain)}} for count in right]
-    return {"attacks": attacks, "records": records, "environment": {"device": "cpu", "cpu_count": 2, "jax": "0"}}
+    return {"attacks": attacks, "records": records, "environment": ENVIRONMENT}
 
 
 def finish(name, scale, workdir, rows=None, dataset=None):

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.paper import attacked, costs, jobs, runner, tables, writing
-from experiments.paper.experiment import PGD_7, at_equal_passes
+from experiments.paper import attacked, autoattack_gap, costs, jobs, runner, tables, writing
+from experiments.paper.experiment import PGD_7, Finished, Row, at_equal_passes
 from experiments.paper.scales import SCALES, changed, scale_of
 from fs_jax._utils.files import locked
 from fs_jax.attacks import parse_attack
 from fs_jax.config import TrainConfig
 from fs_jax.evaluation import evaluate
 from fs_jax.training import make_method
-from tests.paper_results import evaluated, finish
+from tests.paper_results import ENVIRONMENT, evaluated, finish
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -118,13 +118,33 @@ def test_an_image_counts_once_for_several_seeds():
     (900, 900, "equal"), (960, 900, "higher"), (840, 900, "lower"), (905, 895, "equal"),
 ])  # fmt: skip
 def test_rows_are_equal_only_if_the_interval_is_within_two_points(ours, theirs, word):
-    assert tables.difference(np.arange(1000) < ours, np.arange(1000) < theirs)["verdict"] == word
+    assert difference(np.arange(1000) < ours, np.arange(1000) < theirs)["verdict"] == word
+
+
+def difference(ours, theirs):
+    """That of two rows with one network each."""
+    return tables.difference(ours, theirs, [np.mean(ours)], [np.mean(theirs)])
 
 
 def test_few_images_without_a_difference_are_undetermined():
     same = np.ones(20, bool)
-    assert tables.difference(same, same)["verdict"] == "undetermined"
-    assert tables.difference(np.ones(200, bool), np.ones(200, bool))["verdict"] == "equal"
+    assert difference(same, same)["verdict"] == "undetermined"
+    assert difference(np.ones(200, bool), np.ones(200, bool))["verdict"] == "equal"
+
+
+def test_the_interval_of_a_difference_includes_the_variation_of_training():
+    """Five networks for each row, whose differences on the same images vary by more than those of images do."""
+    ours, theirs = np.arange(1000) < 900, np.arange(1000) < 850
+    alike = tables.difference(ours, theirs, [0.9] * 5, [0.85] * 5)
+    assert alike["half"] == alike["over_images"] == difference(ours, theirs)["half"]
+    varied = tables.difference(ours, theirs, [0.95, 0.85, 0.9, 0.99, 0.81], [0.85] * 5)
+    # The t distribution's 97.5% quantile for 4 degrees of freedom is 2.776.
+    expected = 2.776 * np.std([10, 0, 5, 14, -4], ddof=1) / np.sqrt(5)
+    assert varied["half"] == pytest.approx(expected, rel=1e-3)
+    assert (alike["verdict"], varied["verdict"]) == ("higher", "undetermined")
+    assert tables.wider(varied, 0.95) == pytest.approx(varied["half"])
+    assert tables.wider(varied, 0.99) == pytest.approx(expected * 4.604 / 2.776, rel=1e-3)
+    assert tables.wider(difference(ours, theirs), 0.99) == pytest.approx(alike["half"] * 2.576 / 1.96, rel=1e-3)
 
 
 def test_data_are_checked_before_the_workers_start(tmp_path):
@@ -140,7 +160,7 @@ def test_data_are_checked_before_the_workers_start(tmp_path):
 
 def test_few_images_are_undetermined():
     rng = np.random.default_rng(0)
-    assert tables.difference(rng.random(100) < 0.5, rng.random(100) < 0.5)["verdict"] == "undetermined"
+    assert difference(rng.random(100) < 0.5, rng.random(100) < 0.5)["verdict"] == "undetermined"
 
 
 def test_files_have_our_accuracies_and_the_papers(tmp_path):
@@ -191,6 +211,28 @@ def test_the_gap_is_the_sum_over_the_attacks(tmp_path):
     assert (parts["misclassified"], parts["PGD-20"], parts["robust"]) == (0, 0.25, 0.75)
     assert sum(parts.values()) == 1
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_the_gap_of_several_seeds_is_their_mean():
+    """Not the images that some network misclassifies, of which there are more with more seeds."""
+    chain = list(dict.fromkeys([*autoattack_gap.STEPS.values(), *(f"pgd-20, logits x {f}" for f in ("0.1", "10"))]))
+    lost = [[len(chain)] * 9 + [1], [1] + [len(chain)] * 9, [len(chain)] * 9 + [1]]  # another image for each seed
+    of = Finished(Row("mine"), [evaluated(right, chain) for right in lost], [])
+    assert autoattack_gap.parts(of, 1)["parts"]["PGD-20"] == pytest.approx(0.1)
+    assert autoattack_gap.parts(of, 1)["parts"]["robust"] == pytest.approx(0.9)
+
+
+def test_experiments_of_one_network_name_its_seed_and_fold(tmp_path):
+    mechanism, matching = (jobs.experiment(name) for name in ("mechanism", "matching"))
+    assert writing.used_seeds(mechanism, [3, 4]) == [3]
+    assert writing.used_seeds(matching, [3, 4]) == [3, 4]
+    data = {
+        "scale": "digits", "dataset": None, "pixels": [8, 8], "seeds": [0], "experiment": "mechanism",
+        "images": {"datasets": ["digits", "digits_fold1"]}, "config": {"attack": {"epsilon": 0.1}},
+        "environment": ENVIRONMENT, "hours": {"training": 1.0, "measuring": 1.0},
+    }  # fmt: skip
+    assert "seed 0, first fold." in writing.caption(mechanism, data)
+    assert "seed 0. Reference" in writing.caption(matching, data)
 
 
 def test_strong_attacks_have_the_paper_s_numbers_beside_the_strongest_restart(tmp_path):

@@ -50,9 +50,9 @@ RESCALED = (0.1, 10.0)
 def rescaled_pgd(scale: Scale, factor: float) -> Any:
     """PGD-20 on the cross-entropy of logits times a factor, which does not change the classification.
 
-    The cross-entropy gradients of a very confident network can underflow to zero. For a very unconfident one, all
-    classes contribute almost equally to the gradient. Rescaled logits then lead to adversarial examples that PGD-20
-    misses.
+    The cross-entropy gradients of a very confident network can underflow to zero, which a factor below 1 prevents. For
+    a very unconfident one, all classes contribute almost equally to the gradient. With a factor above 1, the
+    cross-entropy is nearly the margin to the next class, another loss.
     """
     from jax.tree_util import Partial
 

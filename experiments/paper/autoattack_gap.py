@@ -24,10 +24,26 @@ STEPS = {
 
 
 def parts(of: Finished, datasets: int) -> Data:
-    """Fractions of the test images: misclassified under each attack but not under the ones before it, and robust."""
-    correct = {
-        name: images == 1 for name, images in pooled(of.results, datasets).items()
-    }  # by the networks of all seeds
+    """`parts_of_seed`, as means over the seeds."""
+    seeds = len(of.results) // datasets
+    each = [parts_of_seed(of.results[seed::seeds], datasets) for seed in range(seeds)]
+    return {
+        "total": each[0]["total"],
+        **{
+            field: {name: float(np.mean([of_seed[field][name] for of_seed in each])) for name in each[0][field]}
+            for field in ("parts", "rescaled")
+        },
+    }
+
+
+def parts_of_seed(results: Sequence[Data], datasets: int) -> Data:
+    """Fractions of the test images: misclassified under each attack but not under the ones before it, and robust.
+
+    Args:
+      results: Evaluations of the networks of one seed, one for each data set.
+      datasets: Number of data sets, or folds.
+    """
+    correct = {name: images == 1 for name, images in pooled(results, datasets).items()}
     robust, found = np.ones(len(correct["clean"]), bool), {}
     for part, attack in STEPS.items():
         found[part] = float(np.mean(robust & ~correct[attack]))
@@ -72,9 +88,10 @@ EXPERIMENT = Experiment(
     draw=lost_images,
     reading="PGD-20 is judged at its last iterate, as in the paper, and counts as the first attack here; AutoAttack is "
     "judged at any iterate. APGD-CE has PGD's loss, but more steps and adaptive step sizes: the images that it adds "
-    "show what PGD-20's budget misses. The images that APGD-T adds show what another loss, with targets, finds. Only "
-    "two kinds of images suggest masked gradients: those that Square adds, since it uses no gradients, and those that "
-    "PGD-20 adds on rescaled logits, from the same start.",
+    "show what PGD-20's budget misses. The images that APGD-T adds show what another loss, with targets, finds. "
+    "PGD-20 on logits x 10 shows this too, since the cross-entropy of large logits is nearly the margin. Two kinds of "
+    "images suggest masked gradients: those that Square adds, since it uses no gradients, and those that PGD-20 adds "
+    "on logits x 0.1, whose gradients do not underflow.",
 )
 
 if __name__ == "__main__":

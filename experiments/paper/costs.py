@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from experiments.paper.jobs import Job, experiment, file_hash, result_file
+from fs_jax._utils.files import read_jsonl
 from fs_jax.config import TrainConfig, to_dict
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ def measure(config: TrainConfig, dataset: "Dataset") -> dict[str, float]:
     import jax
 
     from fs_jax import training
-    from fs_jax._utils.files import read_jsonl
     from fs_jax.evaluation import evaluate
     from fs_jax.models import as_logits_fn
 
@@ -68,8 +68,9 @@ def seconds_of(job: Job, cost: dict[str, float]) -> float:
     """Estimated seconds of the remaining work on a network."""
     scale = job.scale
     config = dataclasses.replace(job.config, train_size=int(cost["train_images"]))
-    trained = (job.folder / "run" / "checkpoints").exists()
-    total = PROCESS_SECONDS + (0 if trained else config.total_steps * cost["step"])
+    log = job.folder / "run" / "metrics.jsonl"
+    steps = max((row["step"] for row in read_jsonl(log)), default=0) if log.exists() else 0
+    total = PROCESS_SECONDS + max(0, config.total_steps - steps) * cost["step"]
     images = int(min(cost["test_images"], scale.test_images or cost["test_images"]))
     measurements = {result_file(job.folder, scale, name): experiment(name).measurement for name in job.experiments}
     for path, measurement in measurements.items():

@@ -62,8 +62,8 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data:
     }
 
 
-def purity(features, labels) -> dict[str, float]:
-    """Mean fraction of an image's nearest neighbours, in the same set, that have its label; with 95% intervals."""
+def purity(features, labels) -> Data:
+    """Fraction of each image's nearest neighbours, in the same set, that have its label; mean and 95% interval."""
     import numpy as np
     from sklearn.neighbors import NearestNeighbors
 
@@ -71,7 +71,8 @@ def purity(features, labels) -> dict[str, float]:
         NearestNeighbors(n_neighbors=NEIGHBOURS).fit(features).kneighbors(return_distance=False)
     )  # without the image itself
     shares = np.mean(labels[nearest] == labels[:, None], axis=1)
-    return {"mean": float(shares.mean()), "half": float(1.96 * shares.std(ddof=1) / np.sqrt(len(shares)))}
+    half = 1.96 * shares.std(ddof=1) / np.sqrt(len(shares))
+    return {"mean": float(shares.mean()), "half": float(half), "shares": shares.tolist()}
 
 
 def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) -> Data:
@@ -112,7 +113,7 @@ EXPERIMENT = Experiment(
     title="Features, clean and attacked",
     source="figure 2 of the paper, where attacked clusters mix labels for the standard network only",
     rows=[STANDARD, FEATURE_SCATTERING],
-    measurement=Measurement(run, lambda scale: ["embeddings", IMAGES, NEIGHBOURS, SEEDS], passes),
+    measurement=Measurement(run, lambda scale: ["embeddings", "shares", IMAGES, NEIGHBOURS, SEEDS], passes),
     collect=collect,
     show=show,
     draw=embeddings,

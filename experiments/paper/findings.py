@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import norm
 
 from experiments.paper.experiment import Data
-from experiments.paper.tables import EQUAL, heading
-from fs_jax.evaluation.statistics import accuracy
+from experiments.paper.tables import EQUAL, heading, wider
+from fs_jax.evaluation.statistics import accuracy, paired_difference
 
 Results = Mapping[str, Data]
 """Results of a scale, by the name of the experiment."""
@@ -96,8 +95,7 @@ def stable(experiment: str) -> Callable[[Results], tuple[str, str]]:
         }
         if not rows:
             raise KeyError(experiment)
-        wider = norm.ppf(1 - 0.025 / len(rows)) / norm.ppf(0.975)
-        halves = {label: wider * of["half"] for label, of in rows.items()}
+        halves = {label: wider(of, 1 - 0.05 / len(rows)) for label, of in rows.items()}
         text = ", ".join(f"{label} {of['points']:+.1f} ±{halves[label]:.1f}" for label, of in rows.items())
         level = "simultaneous 95% intervals (Bonferroni)" if len(rows) > 1 else "a 95% interval"
         evidence = f"Differences from {reference} under PGD-20, in percentage points, with {level}: {text}."
@@ -167,12 +165,15 @@ def plateaus(results: Results) -> tuple[str, str]:
     losses = [curve["loss"]["mean"] for curve in networks["feature scattering"]["curves"]]
     flat = sum(loss[20] - loss[0] >= 0.95 * (loss[-1] - loss[0]) for loss in losses)
     lost = {label: share for label, each in networks.items() if (share := missed(each["outcomes"]))["total"]}
-    return negligible(lost["feature scattering"]), (
+    shares = "; ".join(f"{label} {of['correct']} of {of['total']}, {with_interval(of)}" for label, of in lost.items())
+    evidence = (
         f"{flat} of {len(losses)} loss curves reach 95% of their total increase within 20 steps: a plateau. Images "
-        "that are robust to PGD-20 but not to APGD-T: "
-        + "; ".join(f"{label} {of['correct']} of {of['total']}, {with_interval(of)}" for label, of in lost.items())
-        + "."
+        f"that are robust to PGD-20 but not to APGD-T: {shares}."
     )
+    ours = lost["feature scattering"]
+    if negligible(share_of(0, ours["total"])) != "agrees":
+        evidence += f" (With {ours['total']} images that are robust to PGD-20, no result could agree.)"
+    return negligible(ours), evidence
 
 
 def missed(outcomes: Data) -> Data:
@@ -204,15 +205,14 @@ def clusters_hold(results: Results) -> tuple[str, str]:
     networks = results["figure2_embeddings"]["networks"]
     drops = {}
     for label, of in networks.items():
-        clean, attacked = of["purity"]["clean"], of["purity"]["supervised attack"]
-        drops[label] = 100 * (clean["mean"] - attacked["mean"]), 100 * np.hypot(clean["half"], attacked["half"])
+        clean, attacked = (np.array(of["purity"][which]["shares"]) for which in ("clean", "supervised attack"))
+        drops[label] = clean - attacked  # for each image
     losses = ", ".join(
-        f"{label} {drop:.1f} points (from {purity_text(networks[label]['purity']['clean'])} to "
+        f"{label} {100 * drop.mean():.1f} points (from {purity_text(networks[label]['purity']['clean'])} to "
         f"{purity_text(networks[label]['purity']['supervised attack'])})"
-        for label, (drop, _half) in drops.items()
+        for label, drop in drops.items()
     )
-    gain = drops["standard"][0] - drops["feature scattering"][0]
-    half = np.hypot(drops["standard"][1], drops["feature scattering"][1])
+    gain, half = (100 * value for value in paired_difference(drops["standard"], drops["feature scattering"]))
     verdict = "agrees" if gain > half else "disagrees" if gain < -half else "undetermined"
     return verdict, (
         "Purity is the fraction of nearest neighbours with the same class. Under a supervised attack, it falls by: "

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import tabulate
+from scipy.stats import norm, t
 
 from experiments.paper.attacked import Attacks, attacked
 from experiments.paper.experiment import Data, Experiment, Finished, Row
@@ -54,6 +55,7 @@ def collected(experiment: Experiment, scale: Scale, finished: Sequence[Finished]
     """Accuracies by row and attack, over all images, and the difference of each row from the first."""
     reference = experiment.rows[0].label
     correct = {of.row.label: pooled(of.results, len(scale.datasets)) for of in finished}
+    compared_with = next((of.results for of in finished if of.row.label == reference), [])
     rows: dict[str, Data] = {}
     for row, results, _folders in finished:
         rows[row.label] = {}
@@ -61,7 +63,9 @@ def collected(experiment: Experiment, scale: Scale, finished: Sequence[Finished]
             compared = row.label != reference and reference in correct
             rows[row.label][name] = {
                 **mean_accuracy(images), "paper": row.paper.get(name), "by_network": by_network(results, name),
-                "difference": difference(images, correct[reference][name]) if compared else None,
+                "difference": difference(
+                    images, correct[reference][name], by_network(results, name), by_network(compared_with, name)
+                ) if compared else None,
             }  # fmt: skip
     return {"rows": rows, "reference": reference}
 
@@ -78,12 +82,22 @@ def pooled(evaluations: Sequence[Data], datasets: int) -> dict[str, np.ndarray]:
     Returns:
       Arrays [N] with values in [0, 1], by attack.
     """
-    seeds = len(evaluations) // datasets
-    folds = [evaluations[begin : begin + seeds] for begin in range(0, len(evaluations), seeds)]
     return {
-        attack["name"]: np.concatenate([np.mean([survived(e, attack["name"]) for e in fold], axis=0) for fold in folds])
+        attack["name"]: mean_over_seeds([survived(each, attack["name"]) for each in evaluations], datasets)
         for attack in evaluations[0]["attacks"]
     }
+
+
+def mean_over_seeds(networks: Sequence[np.ndarray], datasets: int) -> np.ndarray:
+    """The mean over the seeds of each fold, for the images of all folds. Networks are ordered by fold, then by seed.
+
+    Example:
+      >>> mean_over_seeds([np.array([0, 1]), np.array([1, 1]), np.array([0]), np.array([0])], datasets=2).tolist()
+      [0.5, 1.0, 0.0]
+    """
+    seeds = len(networks) // datasets
+    folds = [networks[begin : begin + seeds] for begin in range(0, len(networks), seeds)]
+    return np.concatenate([np.mean(fold, axis=0) for fold in folds])
 
 
 def mean_accuracy(images: np.ndarray) -> Data:
@@ -112,21 +126,48 @@ def by_network(evaluations: Sequence[Data], name: str) -> list[float]:
     return [float(np.mean(survived(evaluation, name))) for evaluation in evaluations]
 
 
-def difference(ours: np.ndarray, theirs: np.ndarray) -> Data:
+def difference(
+    ours: np.ndarray, theirs: np.ndarray, our_networks: Sequence[float], their_networks: Sequence[float]
+) -> Data:
     """Difference of two rows on the same images, in points, with half its 95% interval and a verdict.
 
+    For rows of several networks, one for each fold and seed, the interval over the networks (Student's t) includes the
+    variation of training. The wider of the two intervals is taken.
+
+    Args:
+      ours: Whether each image is classified correctly, or the fraction of networks that do so.
+      theirs: The same for the other row.
+      our_networks: Accuracy of each network.
+      their_networks: The same for the other row, in the same order of folds and seeds.
+
     Example:
-      >>> difference(np.arange(1000) < 900, np.arange(1000) < 850)["verdict"]
+      >>> difference(np.arange(1000) < 900, np.arange(1000) < 850, [0.9], [0.85])["verdict"]
       'higher'
     """
-    mean, half = (100 * value for value in paired_difference(ours, theirs))
+    mean, over_images = (100 * value for value in paired_difference(ours, theirs))
+    networks, over_networks = len(our_networks), 0.0
+    if networks > 1:
+        each = 100 * (np.array(our_networks) - np.array(their_networks))
+        over_networks = float(t.ppf(0.975, networks - 1) * each.std(ddof=1) / np.sqrt(networks))
+    half = max(over_images, over_networks)
     if mean - half >= -EQUAL and mean + half <= EQUAL:
         verdict = "equal"
     elif mean - half > 0:
         verdict = "higher"
     else:
         verdict = "lower" if mean + half < 0 else "undetermined"
-    return {"points": mean, "half": half, "verdict": verdict}
+    halves = {"over_images": over_images, "over_networks": over_networks, "networks": networks}
+    return {"points": mean, "half": half, "verdict": verdict, **halves}
+
+
+def wider(difference: Data, level: float) -> float:
+    """Half of the interval of a difference at another level than 95%, in points."""
+    normal = norm.ppf(0.5 + level / 2) / norm.ppf(0.975)
+    if difference["networks"] == 1:
+        return normal * difference["over_images"]
+    freedom = difference["networks"] - 1
+    student = t.ppf(0.5 + level / 2, freedom) / t.ppf(0.975, freedom)
+    return max(normal * difference["over_images"], student * difference["over_networks"])
 
 
 def shown(data: Data, columns: Sequence[str]) -> str:
@@ -143,11 +184,17 @@ def shown(data: Data, columns: Sequence[str]) -> str:
     if text:
         parts += [
             f"Difference from *{reference}* in percentage points, on the same images, from unrounded accuracies, with "
-            f"95% intervals over images. *Equal*: the interval is within ±{EQUAL:g}. *Higher*, *lower*: it is not, "
-            "and excludes 0.",
+            f"95% intervals over images{over_networks(data)}. *Equal*: the interval is within ±{EQUAL:g}. *Higher*, "
+            "*lower*: it is not, and excludes 0.",
             tabulate.tabulate(text, headers=["", *map(heading, columns)], tablefmt="pipe"),
         ]
     return "\n\n".join(parts)
+
+
+def over_networks(data: Data) -> str:
+    """What intervals of differences are over, in addition to images."""
+    networks = len(next(iter(next(iter(data["rows"].values())).values()))["by_network"])
+    return f" or over the {networks} networks of a row (Student's t), whichever are wider" if networks > 1 else ""
 
 
 def about(data: Data, columns: Sequence[str]) -> str:

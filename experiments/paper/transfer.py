@@ -20,7 +20,7 @@ from experiments.paper.experiment import (
 from experiments.paper.figures import transfer_matrix
 from experiments.paper.runner import main
 from experiments.paper.scales import Scale
-from experiments.paper.tables import cell
+from experiments.paper.tables import cell, mean_accuracy, mean_over_seeds
 from fs_jax.config import TrainConfig
 
 TARGETS = (FEATURE_SCATTERING, STANDARD, PGD_7, TRADES)
@@ -52,14 +52,13 @@ def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) 
     import numpy as np
 
     from experiments.networks import load_network
-    from fs_jax.evaluation.statistics import accuracy
     from fs_jax.models import as_logits_fn
 
     of = {each.row.label: each for each in finished}
     sources = [row.label for row in SOURCES if row.label in of]
     rows: Data = {}
     for target in [row.label for row in TARGETS if row.label in of]:
-        correct: dict[str, list[bool]] = {name: [] for name in (ITSELF, *sources)}
+        correct: dict[str, list[np.ndarray]] = {name: [] for name in (ITSELF, *sources)}  # by network
         for place, folder in enumerate(of[target].folders):
             model, variables, _about = load_network(folder / "run")
             predict = jax.jit(lambda x, v, model=model: as_logits_fn(model, v)(x).argmax(-1))
@@ -67,10 +66,14 @@ def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) 
                 source = folder if name == ITSELF else of[name].folders[place]
                 with np.load(source / "adversaries.npz") as file:
                     images, labels = file["images"], file["labels"]
-                for begin in range(0, len(labels), 256):
-                    batch = slice(begin, begin + 256)
-                    correct[name].extend(np.asarray(predict(images[batch], variables)) == labels[batch])
-        rows[target] = {name: {**accuracy(np.array(right)), "paper": None} for name, right in correct.items()}
+                batches = [slice(begin, begin + 256) for begin in range(0, len(labels), 256)]
+                correct[name].append(
+                    np.concatenate([predict(images[batch], variables) == labels[batch] for batch in batches])
+                )
+        rows[target] = {
+            name: {**mean_accuracy(mean_over_seeds(right, len(scale.datasets))), "paper": None}
+            for name, right in correct.items()
+        }
     return {"rows": rows} if rows and sources else None
 
 

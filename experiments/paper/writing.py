@@ -15,14 +15,20 @@ from fs_jax.config import differences, from_dict, to_dict
 
 
 def file_name(experiment: Experiment, seeds: Sequence[int]) -> str:
-    """The file name of an experiment's results, without suffix. It depends on the seeds.
+    """The file name of an experiment's results, without suffix. It depends on the seeds that the experiment uses.
 
     Example:
       >>> from experiments.paper.jobs import experiment
-      >>> file_name(experiment("matching"), [0]), file_name(experiment("matching"), [0, 1])
-      ('matching', 'matching-seeds-0-1')
+      >>> [file_name(experiment(name), [0, 1]) for name in ("matching", "mechanism")]
+      ['matching-seeds-0-1', 'mechanism']
     """
-    return experiment.name if list(seeds) == [0] else f"{experiment.name}-seeds-{'-'.join(map(str, seeds))}"
+    seeds = used_seeds(experiment, seeds)
+    return experiment.name if seeds == [0] else f"{experiment.name}-seeds-{'-'.join(map(str, seeds))}"
+
+
+def used_seeds(experiment: Experiment, seeds: Sequence[int]) -> list[int]:
+    """The seeds of the networks that an experiment measures."""
+    return list(seeds if experiment.pooled else seeds[:1])
 
 
 def check_results(
@@ -57,19 +63,18 @@ def check_results(
             f"results: expected a new folder, or results of this configuration; got others in {path}: "
             f"{'; '.join(found)}. Choose another folder with --results; nothing was changed."
         )
-    if lost := lost_rows(experiment, path, coming):
+    if lost := lost_rows(path, coming):
         raise ValueError(
             f"results: expected a new folder, or results with the rows of this workdir only; got more rows in {path}: "
             f"{'; '.join(lost)}. Choose another folder with --results, or omit --rows; nothing was changed."
         )
 
 
-def lost_rows(experiment: Experiment, path: pathlib.Path, coming: Container[str]) -> list[str]:
+def lost_rows(path: pathlib.Path, coming: Container[str]) -> list[str]:
     """Rows in a results file that would be lost if it were overwritten."""
     if not path.exists():
         return []
-    missing = json.loads(path.read_text(encoding="utf-8"))["missing"]
-    return [row.label for row in experiment.rows if row.label not in missing and row.label not in coming]
+    return [label for label in json.loads(path.read_text(encoding="utf-8"))["finished"] if label not in coming]
 
 
 def images_of(scale: Scale) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def write(
         return None
     labels = [of.row.label for of in finished]
     name = file_name(experiment, seeds)
-    if lost := lost_rows(experiment, results / f"{name}.json", labels):
+    if lost := lost_rows(results / f"{name}.json", labels):
         print(f"Not overwritten: {results / name}.md, which has more rows: {'; '.join(lost)}.")
         return None
     if (collected := experiment.collect(experiment, scale, finished)) is None:
@@ -100,11 +105,13 @@ def write(
         "scale": scale.name,
         "dataset": scale.dataset,
         "pixels": list(pixels(scale)),
-        "seeds": list(seeds),
+        "seeds": used_seeds(experiment, seeds),
+        "finished": labels,
         "missing": [row.label for row in experiment.rows if row.label not in labels],
         "config": to_dict(scale.config),
         "images": images_of(scale),
         "environment": finished[-1].results[-1]["environment"],
+        "commits": commits(finished),
         "hours": hours(finished),
         **collected,
     }
@@ -114,6 +121,17 @@ def write(
     if experiment.draw is not None:
         experiment.draw(data, results / f"{name}.png")
     return results / f"{name}.md"
+
+
+def commits(finished: Sequence[Finished]) -> list[str]:
+    """The commits of the code that measured these networks; with a plus sign if it was changed."""
+    environments = [
+        environment
+        for of in finished
+        for result in of.results
+        for environment in (result["environment"], *result.get("environments", []))
+    ]
+    return sorted({environment["commit"] for environment in environments})
 
 
 def hours(finished: Sequence[Finished]) -> dict[str, float]:
@@ -153,9 +171,10 @@ def caption(experiment: Experiment, data: Data) -> str:
     seeds = ", ".join(map(str, data["seeds"]))
     dataset = "" if data["dataset"] is None else f" on {data['dataset']}"
     size = " x ".join(map(str, data["pixels"]))
+    fold = ", first fold" if not experiment.pooled and len(data["images"]["datasets"]) > 1 else ""
     return (
         f"Scale `{data['scale']}`{dataset} ({size} pixels, L∞ radius {radius(data['config']['attack']['epsilon'])}), "
-        f"seed{'s' * (len(data['seeds']) > 1)} {seeds}. Reference: {experiment.source}. On "
+        f"seed{'s' * (len(data['seeds']) > 1)} {seeds}{fold}. Reference: {experiment.source}. On "
         f"{made_on(data['environment'])}, {spent(data['hours'])}: "
         f"`{command(data)}`"
     )
@@ -173,9 +192,10 @@ def spent(hours: dict[str, float]) -> str:
 
     Example:
       >>> spent({"training": 1.26, "measuring": 0.5})
-      '1.3 hours of training and 30 minutes of measuring'
+      '1.3 hours of training and 30 minutes of measuring, summed over networks'
     """
-    return f"{duration(hours['training'])} of training and {duration(hours['measuring'])} of measuring"
+    training, measuring = duration(hours["training"]), duration(hours["measuring"])
+    return f"{training} of training and {measuring} of measuring, summed over networks"
 
 
 def duration(hours: float) -> str:

@@ -197,7 +197,8 @@ def _weaker(pairs, records):
     """Sentences about the pairs of attacks in which the second finds fewer images than the first."""
     wrong = []
     for first, second in pairs:
-        at = [record["misclassified_at"] for record in records if first in record["misclassified_at"]]
+        every = [record["misclassified_at"] for record in records]
+        at = [of_image for of_image in every if {first, second} <= of_image.keys()]  # images that both attacked
         broken = [(of_image[first] >= 0, of_image[second] >= 0) for of_image in at]
         won, lost = broken.count((False, True)), broken.count((True, False))
         # Random starts differ: by chance, either attack is as likely to find more. (5% one-sided sign test.)
