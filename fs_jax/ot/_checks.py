@@ -83,10 +83,13 @@ def _hint(name: str, options: Sequence[str]) -> str:
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def problem(cost, a, b, axis_name=None, *, any_mass: bool = False) -> tuple[jax.Array, jax.Array, jax.Array, str]:
+def problem(
+    cost, a, b, axis_name=None, *, any_mass: bool = False, name: str = "cost"
+) -> tuple[jax.Array, jax.Array, jax.Array, str]:
     """The cost and both marginals as arrays of one floating dtype, and the name of the result's dtype.
 
-    With `axis_name`, `cost` and `a` hold this device's rows. With `any_mass`, the total masses may differ.
+    With `axis_name`, `cost` and `a` hold this device's rows. With `any_mass`, the total masses may differ. Errors call
+    the matrix by `name`.
 
     The result's dtype is the promotion of the three dtypes, or float32 if that is not a floating dtype. Narrower
     dtypes are computed in float32.
@@ -96,17 +99,17 @@ def problem(cost, a, b, axis_name=None, *, any_mass: bool = False) -> tuple[jax.
         ValueError: if a shape is wrong, a side is empty, a value is not finite, a weight is negative, or the total
             masses differ.
     """
-    seen, cost = _numeric("cost", cost)
+    seen, cost = _numeric(name, cost)
     if cost.ndim != 2:
         raise ValueError(
-            f"cost: expected one matrix of shape [n, m], got shape {cost.shape}; for a batch, use jax.vmap(solver)"
+            f"{name}: expected one matrix of shape [n, m], got shape {cost.shape}; for a batch, use jax.vmap(solver)"
         )
     if 0 in cost.shape:
-        raise ValueError(f"cost: expected at least one point on each side, got shape {cost.shape}")
+        raise ValueError(f"{name}: expected at least one point on each side, got shape {cost.shape}")
     if seen is not None and not np.isfinite(seen).all():
         raise ValueError(
-            "cost: expected finite values, got NaN or infinity; to exclude a point, give it any finite cost and a "
-            "marginal of zero"
+            f"{name}: expected finite values, got NaN or infinity; to exclude a point, give it any finite {name} and "
+            "a marginal of zero"
         )
     narrow = cost.dtype if jnp.issubdtype(cost.dtype, jnp.floating) else jnp.dtype(jnp.float32)
     weights = (a, b)
@@ -119,7 +122,7 @@ def problem(cost, a, b, axis_name=None, *, any_mass: bool = False) -> tuple[jax.
     dtype = result_type(narrow, jnp.float32)
     if axis_name is not None and a is not None and mass_a is not None and a.dtype != bool:
         mass_a *= _sharding.num_shards(axis_name)  # a concrete value is the same on all devices
-    tolerance = max(_MASS_TOLERANCE.get(str(of), 0) for of in [*given, dtype])
+    tolerance = mass_tolerance(*given)
     differ = mass_a is not None and mass_b is not None and abs(mass_a - mass_b) > tolerance * max(mass_a, mass_b)
     if differ and not any_mass:
         raise ValueError(f"b: expected the total mass of a, {mass_a:.6g}, got {mass_b:.6g}; divide each by its sum")
@@ -141,8 +144,8 @@ def axis(name):
     try:
         if not (name is None or isinstance(name, str | tuple)):
             raise TypeError
-        _sharding.num_shards(name)
-    except (NameError, TypeError):
+        _sharding.check_axis(name)
+    except (NameError, TypeError, ValueError):
         raise ValueError(
             f"axis_name: expected the name of an axis mapped by an enclosing jax.shard_map or jax.pmap, got {name!r}"
         ) from None
@@ -169,7 +172,8 @@ def prices(name: str, value) -> tuple[jax.Array, jax.Array]:
     if (is_pair and len(value) != 2) or (not is_pair and jnp.ndim(value) != 0):
         got = f"{len(value)} numbers" if is_pair else f"an array of shape {jnp.shape(value)}"
         raise ValueError(f"{name}: expected a number, or a pair (rows, columns) of numbers; got {got}")
-    dtype = result_type(jnp.float32, *(x for x in (value if is_pair else [value]) if hasattr(x, "dtype")))
+    # At first in the widest dtype, as the cost's is not known yet.
+    dtype = result_type(float, *(x for x in (value if is_pair else [value]) if hasattr(x, "dtype")))
     if not is_pair:
         price = positive(name, value, dtype, or_infinite=True)
         return price, price
@@ -180,6 +184,11 @@ def prices(name: str, value) -> tuple[jax.Array, jax.Array]:
 def is_infinite(value) -> bool:
     """Whether a number is concrete and infinite."""
     return not isinstance(value, jax.core.Tracer) and bool(value == jnp.inf)
+
+
+def mass_tolerance(*dtypes) -> float:
+    """Largest relative difference between the total masses of weights of these dtypes; None for weights by default."""
+    return max(_MASS_TOLERANCE.get(str(of), 0) for of in (*dtypes, "float32"))
 
 
 def masses_differ(a, b, dtype: str) -> jax.Array:
@@ -290,10 +299,8 @@ def _numeric(name: str, value, or_boolean: bool = False) -> tuple[np.ndarray | N
     try:
         seen = None if isinstance(value, jax.core.Tracer) else np.asarray(value)
         # 64-bit integers would wrap around if JAX's 64-bit types are disabled.
-        if seen is not None and seen.dtype.kind in "iu" and seen.dtype.itemsize > 4:
-            array = jnp.asarray(seen.astype(np.float64))
-        else:
-            array = jnp.asarray(value)
+        is_wide = seen is not None and seen.dtype.kind in "iu" and seen.dtype.itemsize > 4
+        array = jnp.asarray(np.asarray(value, np.float64) if is_wide and not jax.config.jax_enable_x64 else value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected numbers, got {type(value).__name__}") from error
     kinds = (jnp.floating, jnp.integer, jnp.bool_) if or_boolean else (jnp.floating, jnp.integer)

@@ -15,7 +15,7 @@ def lengths(num_iters, threshold):
     """Lengths of the runs; the last may be shorter. With a threshold there is one more, since a run may stop early."""
     if threshold is None:
         return jnp.minimum(RUN, num_iters - jnp.arange(0, num_iters, RUN))
-    return jnp.full(-(-num_iters // RUN) + 1, RUN)
+    return jnp.full(-(-num_iters // RUN) + 1, min(RUN, num_iters))
 
 
 def once_if(condition, function, carry):

@@ -22,6 +22,12 @@ def num_shards(axis_name: AxisName | None) -> int:
     return 1 if axis_name is None else lax.axis_size(axis_name)
 
 
+def check_axis(axis_name: AxisName | None) -> None:
+    """Raises a NameError or a ValueError unless the axis is mapped over devices; that of a `jax.vmap` is not."""
+    if axis_name is not None:
+        _copies(jnp.zeros(()), axis_name)
+
+
 def global_shape(shape: tuple[int, int], axis_name: AxisName | None) -> tuple[int, int]:
     """The shape of the whole matrix, from that of a device's rows; all devices have equally many."""
     return shape[0] * num_shards(axis_name), shape[1]

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import export
 from jaxtyping import Array, Bool, Float
 
 from fs_jax.ot import _checks
@@ -22,6 +23,9 @@ class Bounds(NamedTuple):
     lower: Float[Array, ""]
     upper: Float[Array, ""]
     plan: Float[Array, "n m"]
+
+
+export.register_namedtuple_serialization(Bounds, serialized_name="fs_jax.ot.Bounds")
 
 
 def round_to_feasible(plan: Float[Array, "n m"], a: Float[Array, " n"], b: Float[Array, " m"]) -> Float[Array, "n m"]:
@@ -50,8 +54,12 @@ def round_to_feasible(plan: Float[Array, "n m"], a: Float[Array, " n"], b: Float
 
     Source: Altschuler, Weed and Rigollet (NeurIPS 2017), algorithm 2.
     """
-    plan, a, b, _ = _checks.problem(plan, a, b)
-    plan = _nan_if_masses_differ(plan, a, b)
+    tolerance = _tolerance(a, b)
+    plan, a, b, _ = _checks.problem(plan, a, b, name="plan")
+    return _rounded(_nan_if_masses_differ(plan, a, b, tolerance), a, b)
+
+
+def _rounded(plan, a, b):
     plan = plan * jnp.minimum(1, a * inverse(plan.sum(1)))[:, None]
     plan = plan * jnp.minimum(1, b * inverse(plan.sum(0)))[None, :]
     rows, columns = jnp.maximum(0, a - plan.sum(1)), jnp.maximum(0, b - plan.sum(0))
@@ -91,6 +99,7 @@ def bounds(
         >>> bool(lower <= 1.0 <= upper + 1e-6), float((upper - lower).round(2))
         (True, 0.0)
     """
+    tolerance = _tolerance(a, b)
     cost, a, b, _ = _checks.problem(cost, a, b)
     if not isinstance(result, Transport):
         raise TypeError(f"result: expected a Transport, of a problem whose marginals hold; got {type(result).__name__}")
@@ -99,18 +108,22 @@ def bounds(
             f"result: expected a plan of the cost's shape, {cost.shape}, got {result.plan.shape}; pass the cost that "
             "was solved"
         )
-    plan = round_to_feasible(result.plan.astype(cost.dtype), a, b)
+    plan = _rounded(_nan_if_masses_differ(result.plan.astype(cost.dtype), a, b, tolerance), a, b)
     rows, columns = (a > 0)[:, None], (b > 0)[None, :]
     large = jnp.finfo(cost.dtype).max / 4
     # Feasible potentials: for each side in turn, the largest that the other side's potentials allow.
     g = jnp.min(jnp.where(rows, cost - result.f.astype(cost.dtype)[:, None], large), 0)
     f = jnp.min(jnp.where(columns, cost - g[None, :], large), 1)
     lower = jnp.sum(jnp.where(a > 0, a * f, 0)) + jnp.sum(jnp.where(b > 0, b * g, 0))
-    lower = _nan_if_masses_differ(lower, a, b)
+    lower = _nan_if_masses_differ(lower, a, b, tolerance)
     return Bounds(lower, jnp.sum(plan * jnp.where(rows & columns, cost, 0)), plan)
 
 
-def _nan_if_masses_differ(value, a, b):
+def _tolerance(*weights):
+    return _checks.mass_tolerance(*(getattr(each, "dtype", None) for each in weights))
+
+
+def _nan_if_masses_differ(value, a, b, tolerance):
     """The value, or NaN if the total masses differ, since no plan is feasible then."""
-    differ = jnp.abs(a.sum() - b.sum()) > 1e-3 * jnp.maximum(a.sum(), b.sum())
+    differ = jnp.abs(a.sum() - b.sum()) > tolerance * jnp.maximum(a.sum(), b.sum())
     return jnp.where(differ, jnp.nan, value)

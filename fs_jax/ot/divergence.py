@@ -81,7 +81,8 @@ def sinkhorn_divergence(
 
     Returns:
         A `Divergence`: the value, and the three transports with their marginal errors and statuses. The value is a
-        difference, so its rounding error is a few units in the last place of OT, not of the value.
+        difference, so its rounding error is a few units in the last place of OT, or of reg times the mass if this is
+        larger, not of the value.
 
     Raises:
         TypeError: if an argument is not as described.

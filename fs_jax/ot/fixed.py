@@ -1,9 +1,11 @@
 """A transport with a given plan: a baseline that shows what solving the problem contributes."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from fs_jax.ot.result import Status, Transport, marginal_error
+from fs_jax.ot import _checks
+from fs_jax.ot.result import Status, Transport, marginal_error, narrowed
 
 
 def fixed_plan(cost: Float[Array, "n m"], plan: Float[Array, "n m"]) -> Transport:
@@ -20,25 +22,24 @@ def fixed_plan(cost: Float[Array, "n m"], plan: Float[Array, "n m"]) -> Transpor
       A `Transport`. A given plan has no potentials: f and g are zero, and `reg_cost` equals `primal_cost`.
 
     Raises:
-      ValueError: if the plan's shape is not the cost's.
+      TypeError, ValueError: if the cost is not a matrix of finite numbers, or the plan's shape is not the cost's.
 
     Example:
       >>> fixed_plan(jnp.array([[0.0, 2.0], [4.0, 0.0]]), jnp.full((2, 2), 0.25)).primal_cost.item()
       1.5
     """
-    if cost.ndim != 2 or plan.shape != cost.shape:
-        raise ValueError(f"plan: expected the shape of cost, [n, m]; got {plan.shape} for a cost of {cost.shape}.")
-    n, m = cost.shape
-    plan = plan.astype(cost.dtype)
-    primal_cost = jnp.sum(plan * cost)
-    a, b = (jnp.full(size, 1 / size, cost.dtype) for size in (n, m))
+    cost, a, b, dtype = _checks.problem(cost, None, None)
+    if jnp.shape(plan) != cost.shape:
+        raise ValueError(f"plan: expected the shape of cost, {cost.shape}; got {jnp.shape(plan)}.")
+    plan = lax.stop_gradient(jnp.asarray(plan).astype(cost.dtype))
+    primal_cost = narrowed(jnp.sum(plan * cost), dtype)
     finite = jnp.all(jnp.isfinite(plan)) & jnp.isfinite(primal_cost)
     return Transport(
-        plan=plan,
+        plan=narrowed(plan, dtype),
         primal_cost=primal_cost,
         reg_cost=primal_cost,
-        f=jnp.zeros_like(a),
-        g=jnp.zeros_like(b),
+        f=jnp.zeros_like(a, dtype),
+        g=jnp.zeros_like(b, dtype),
         marginal_error=marginal_error(plan, a, b),
         num_iters=jnp.zeros((), jnp.int32),
         status=jnp.where(finite, Status.LIMIT, Status.NOT_FINITE).astype(jnp.int32),

@@ -42,7 +42,8 @@ class Transport(NamedTuple):
         plan: mass moved from row i to column j, [n, m]: exp((f_i + g_j - cost_ij) / reg).
         primal_cost: ⟨plan, cost⟩, the paper's OT-distance.
         reg_cost: the cost with the entropic term, ⟨plan, cost⟩ + reg·KL(plan | a bᵀ), computed as the dual objective at
-            the potentials (ott-jax's `reg_ot_cost`).
+            the potentials (ott-jax's `reg_ot_cost`). Its rounding error is a few units in the last place of the cost,
+            or of reg times the mass if this is larger.
         f: potential of each row in units of the cost, [n]; a large negative number where a is zero.
         g: potential of each column, [m]; likewise.
         marginal_error: |plan 1 - a|₁ + |planᵀ 1 - b|₁ of the returned plan, in units of mass. It is rounded up by the
@@ -192,6 +193,8 @@ def transport(
 
     f = jnp.where(problem.a != 0, problem.reg * values.phi + (problem.rows + gauge), MASKED)
     g = jnp.where(problem.b != 0, problem.reg * values.gamma + (problem.columns - gauge), MASKED)
+    if envelope:
+        f, g = lax.stop_gradient((f, g))
     plan, primal_cost, reg_cost, f, g = (narrowed(x, dtype) for x in (plan, primal_cost, reg_cost, f, g))
     error = marginal_error(plan, problem.a, problem.b, axis_name)
 

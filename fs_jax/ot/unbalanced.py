@@ -29,9 +29,9 @@ class Unbalanced(NamedTuple):
             reg·log a, as in `Transport`. With f' = f - reg·log a, the solution has plan 1 = a exp(-f' / ρ_a).
         g: potential of each column, [m]; likewise.
         gap: upper bound of |minimum - reg_cost|, in units of cost times mass, rounding included. It also bounds the
-            error of the plan: reg·KL(optimal plan | plan) <= gap. (In half precision, this holds for the plan before it
-            is rounded.) The objective evaluated at the plan may be further from the minimum if ρ is large, since a
-            rounding error in a marginal is then expensive.
+            error of the plan: reg·KL(optimal plan | plan) <= gap. (In half precision, `reg_cost` is rounded too, and
+            the plan's bound holds before it is rounded.) The objective evaluated at the plan may be further from the
+            minimum if ρ is large, since a rounding error in a marginal is then expensive.
         num_iters: number of iterations done.
         status: a `Status` as an integer: 0 CONVERGED, gap <= threshold; 1 LIMIT; 2 NOT_FINITE; 3 STALLED.
     """
@@ -155,7 +155,7 @@ def _solve(cost, a, b, reg, rho, threshold, f, options, grad):
         primal_cost, reg_cost, plan = _costs(problem, inverse_rho, outcome)
     is_infeasible = (rho_a == jnp.inf) & (rho_b == jnp.inf) & _checks.masses_differ(problem.a, problem.b, options.dtype)
     outcome = outcome._replace(gap=jnp.where(is_infeasible, jnp.inf, outcome.gap))
-    return _result(problem, outcome, plan, primal_cost, reg_cost, threshold, options.dtype)
+    return _result(problem, outcome, plan, primal_cost, reg_cost, threshold, options.dtype, grad)
 
 
 def _marginals(problem: Problem, inverse_rho):
@@ -220,7 +220,10 @@ def _saturated(f, r):
     """(1 - exp(-r f)) / r, which is f at r = 0; by its series for small r f, where the quotient loses digits."""
     small = jnp.abs(r * f) < 1e-3  # the series is then off by (r f)^5 / 720, relative: less than float64 rounds
     divisor = jnp.where(small, 1, r)
-    series = f * (1 - r * f / 2 * (1 - r * f / 3 * (1 - r * f / 4 * (1 - r * f / 5))))
+    # Zero where the series is not used: at potentials of 1e30, of a side without mass, it would overflow, and the
+    # derivative would be NaN.
+    s = jnp.where(small, f, 0)
+    series = s * (1 - r * s / 2 * (1 - r * s / 3 * (1 - r * s / 4 * (1 - r * s / 5))))
     return jnp.where(small, series, -jnp.expm1(-divisor * jnp.where(small, 0, f)) / divisor)
 
 
@@ -240,11 +243,15 @@ def _envelope_derivative(primals, tangents):
     return jax.jvp(at_fixed_potentials, first_order_only((problem, inverse_rho), ENVELOPE), tangents[:2])
 
 
-def _result(problem, outcome, plan, primal_cost, reg_cost, threshold, dtype):
+def _result(problem, outcome, plan, primal_cost, reg_cost, threshold, dtype, grad):
     f = jnp.where(problem.a != 0, problem.reg * outcome.phi + problem.rows, MASKED)
     g = jnp.where(problem.b != 0, problem.reg * outcome.gamma + problem.columns, MASKED)
+    if grad == "envelope":
+        f, g = lax.stop_gradient((f, g))
+    objective = reg_cost
     plan, primal_cost, reg_cost, f, g = (narrowed(x, dtype) for x in (plan, primal_cost, reg_cost, f, g))
-    gap = lax.stop_gradient(outcome.gap * problem.reg)
+    gap = outcome.gap * problem.reg + jnp.abs(reg_cost.astype(objective.dtype) - objective)
+    gap = lax.stop_gradient(gap)
     gap, done, status = lax.stop_gradient((gap, outcome.done, outcome.status))
     finite = ~jnp.isnan(gap) & jnp.isfinite(primal_cost) & jnp.isfinite(reg_cost)
     finite &= jnp.all(jnp.isfinite(f)) & jnp.all(jnp.isfinite(g))

@@ -1,6 +1,7 @@
 """Certificates: the exact cost, from linear programming, lies between the bounds; rounded plans are feasible."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import ot as pot
 import pytest
@@ -73,3 +74,29 @@ def test_different_total_masses_have_no_bounds(make_problem):
     found = jax.jit(lambda b: bounds(cost, sinkhorn(cost, a, b, reg=0.1), a, b))(2 * b)
     assert np.isnan(found.lower)
     assert np.isnan(found.upper)
+
+
+def test_weights_of_half_precision_have_bounds(make_problem):
+    """Their sums differ by more than the rounding of float32."""
+    cost, _, _ = make_problem(100, 60)
+    a, b = (jnp.full(size, 1 / size, jnp.bfloat16) for size in cost.shape)
+    found = bounds(cost, sinkhorn(cost, a, b, reg=0.1), a, b)
+    assert found.lower <= found.upper + 0.01 * cost.max()  # up to 1% of the mass differs
+    jitted = jax.jit(lambda a, b: bounds(cost, sinkhorn(cost, a, b, reg=0.1), a, b))(a, b)
+    np.testing.assert_allclose(jitted.upper, found.upper, rtol=1e-2)
+
+
+def test_a_plan_that_is_not_finite(make_problem):
+    cost, a, b = make_problem(6, 9)
+    result = sinkhorn(cost, a, b, reg=0.1)
+    broken = result._replace(plan=result.plan * jnp.nan)
+    assert np.isnan(bounds(cost, broken, a, b).upper)
+    with pytest.raises(ValueError, match="plan: expected finite values"):
+        round_to_feasible(broken.plan, a, b)
+
+
+def test_bounds_can_be_exported(make_problem):
+    cost, a, b = make_problem(6, 9)
+    certified = jax.jit(lambda cost: bounds(cost, sinkhorn(cost, a, b, reg=0.1), a, b))
+    restored = jax.export.deserialize(jax.export.export(certified)(jnp.asarray(cost)).serialize())
+    np.testing.assert_allclose(restored.call(jnp.asarray(cost)).upper, certified(cost).upper, rtol=1e-9)

@@ -28,5 +28,17 @@ def test_the_independent_coupling_is_sinkhorns_limit_of_large_reg():
 def test_invalid_plans_are_reported():
     assert fixed_plan(COST, jnp.zeros((5, 5))).marginal_error == pytest.approx(2, rel=1e-5)  # rounded up
     assert fixed_plan(COST, jnp.full((5, 5), jnp.nan)).status == Status.NOT_FINITE
-    with pytest.raises(ValueError, match=r"plan: expected the shape of cost, \[n, m\]; got \(4, 5\)"):
+    with pytest.raises(ValueError, match=r"plan: expected the shape of cost, \(5, 5\); got \(4, 5\)"):
         fixed_plan(COST, jnp.ones((4, 5)))
+    with pytest.raises(ValueError, match="cost: expected finite values"):
+        fixed_plan(COST * np.nan, jnp.ones((5, 5)))
+
+
+def test_the_plan_is_held_fixed_and_costs_can_have_any_type():
+    assert not jax.grad(lambda plan: fixed_plan(COST, plan).primal_cost)(jnp.ones((5, 5)) / 25).any()
+    plan = np.full((6, 7), 1 / 42)
+    assert fixed_plan([[1] * 7] * 6, plan).primal_cost == pytest.approx(1)
+    half = fixed_plan(jnp.ones((6, 7), jnp.bfloat16), plan)
+    assert (half.primal_cost.dtype, half.marginal_error.dtype) == (jnp.bfloat16, jnp.float32)
+    # The error of the plan as it is returned: 1 / 42 is rounded by up to 0.4%.
+    assert half.marginal_error < 0.01

@@ -158,6 +158,12 @@ def test_wide_integers_do_not_wrap_around():
         np.testing.assert_allclose(plan.sum(1), weights, rtol=1e-5)
 
 
+def test_integers_give_float32_with_and_without_jit():
+    cost = np.array([[0, 1], [1, 0]])
+    for solve in (lambda c: sinkhorn(c, reg=0.1), jax.jit(lambda c: sinkhorn(c, reg=0.1))):
+        assert solve(cost).plan.dtype == jnp.float32
+
+
 def test_weights_that_underflow_raise():
     with (
         jax.enable_x64(False),

@@ -311,3 +311,8 @@ def test_no_device_holds_the_whole_matrix(name):
 def test_an_axis_that_is_not_mapped_raises(name):
     with pytest.raises(ValueError, match=f"axis_name: expected the name of an axis mapped by .*, got {name!r}"):
         sinkhorn(np.ones((2, 2)), reg=0.1, axis_name=name)
+
+
+def test_the_axis_of_a_vmap_raises():
+    with pytest.raises(ValueError, match="axis_name: expected the name of an axis mapped by an enclosing"):
+        jax.vmap(lambda cost: sinkhorn(cost, reg=0.1, axis_name="d").plan, axis_name="d")(np.ones((2, 3, 3)))

@@ -152,6 +152,25 @@ def test_unrolled_derivatives(problem, method, threshold):
     check_grads(jax.jit(value), (*problem, 0.3), order=1, modes=["fwd", "rev"], eps=1e-5, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("method", "num_iters"), [
+    ("stabilized", 3), *mostly_slow(product(METHODS, (1, 9, 10, 12)))
+])  # fmt: skip
+def test_a_threshold_that_is_not_met_changes_no_derivative(problem, method, num_iters):
+    """Runs of fewer than ten iterations too: the last iteration was once left out of the derivative."""
+
+    @partial(jax.jit, static_argnums=0)
+    def derivatives(threshold):
+        def value(cost):
+            result = sinkhorn(cost, *problem[1:], reg=0.05, num_iters=num_iters, threshold=threshold, method=method)
+            return functionals(result)
+
+        direction = np.random.default_rng(1).normal(size=problem[0].shape)
+        return jax.grad(value)(problem[0]), jax.jvp(value, (problem[0],), (direction,))[1]
+
+    for with_threshold, without in zip(derivatives(1e-30), derivatives(None), strict=True):
+        np.testing.assert_allclose(with_threshold, without, rtol=1e-9, atol=1e-12)  # two programs in float64
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_unrolled_gradient_equals_autodiff_of_ott_jax(problem):
     def theirs(cost):
