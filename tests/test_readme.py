@@ -54,11 +54,9 @@ def test_the_committed_report_has_no_findings_in_our_solvers():
 
 def test_the_speeds_of_the_attacks_are_the_measured_ones():
     seconds = {row["name"]: row["seconds"] for row in results("bench_attacks/attacks.json")["autoattack"]}
-    cached, compiled = (seconds[name] / seconds["torchattacks"] for name in ("ours", "ours, compilation included"))
+    theirs = min(each for name, each in seconds.items() if name.startswith("torchattacks"))  # its faster batch size
+    cached, compiled = (seconds[name] / theirs for name in ("ours", "ours, compilation included"))
     assert f"{cached:.2f} of its time, {compiled:.2f} with compilation" in row_of("torchattacks")
-    theirs = seconds["authors' code, as recorded"]
-    ours = seconds["ours"]
-    assert f"{ours:.0f} s here; {theirs:.0f} s for theirs, recorded on another machine" in row_of("AutoAttack")
 
 
 def test_the_agreement_with_autoattack_is_the_measured_one():
