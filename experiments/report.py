@@ -93,6 +93,7 @@ def read(folder: pathlib.Path) -> dict[str, dict[str, Data]]:
     for path in sorted(folder.glob("*/*.json"), key=place):
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("experiment") in EXPERIMENTS and data["scale"] in ORDER:
+            writing.check_version(data, path)
             found.setdefault(path.parent.name, {})[path.stem] = data
     return dict(sorted(found.items(), key=lambda item: (ORDER.index(next(iter(item[1].values()))["scale"]), item[0])))
 

@@ -74,7 +74,18 @@ def lost_rows(path: pathlib.Path, coming: Container[str]) -> list[str]:
     """Rows in a results file that would be lost if it were overwritten."""
     if not path.exists():
         return []
-    return [label for label in json.loads(path.read_text(encoding="utf-8"))["finished"] if label not in coming]
+    data = json.loads(path.read_text(encoding="utf-8"))
+    check_version(data, path)
+    return [label for label in data["finished"] if label not in coming]
+
+
+def check_version(data: Data, path: pathlib.Path) -> None:
+    """Raise a ValueError for results of an older version, which lack numbers that this one needs."""
+    if "finished" not in data:
+        raise ValueError(
+            f"results: expected results of this version; got those of an older one in {path}. Remove the file, and run "
+            f"its command again with the same --workdir: {command(data)}"
+        )
 
 
 def images_of(scale: Scale) -> dict[str, Any]:

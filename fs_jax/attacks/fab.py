@@ -29,7 +29,7 @@ def fab(
     targeted: bool = False,
     num_runs: int | None = None,
 ) -> Float[Array, "n h w c"]:
-    """Fast adaptive boundary attack in L-infinity: searches for the smallest perturbation that is misclassified.
+    """Fast adaptive boundary attack in L-infinity: searches for small perturbations that are misclassified.
 
     At the iterate x_k, the boundary between the true class y and each other class i is linearised, which gives the
     hyperplanes {x: z_i - z_y + <grad(z_i - z_y), x - x_k> = 0}. The step uses the one that is nearest in L-infinity, at

@@ -63,15 +63,15 @@ def pgd(
     """
     check_attack(logits_fn, images, labels, epsilon=epsilon, step_size=step_size, num_steps=num_steps, start=start)
     keys = image_keys(rng, len(images)) if start is None else None
-    attacked, lowest_margin = on_network(
+    attacked, margins = on_network(
         _iterated, logits_fn, images, labels, keys, start, epsilon, step_size, Partial(loss), num_steps
     )
-    check_finite(attacked, lowest_margin)
+    check_finite(attacked, margins)  # under `jit`, XLA removes what is computed for it
     return attacked
 
 
 def _iterated(logits_fn, images, labels, keys, start, epsilon, step_size, loss, num_steps):
-    """The last iterates, and the lowest margin of all iterates before them, which is NaN if a logit is."""
+    """The last iterates, and the lowest margin of each image's iterates, which is NaN if a logit was."""
     images = jax.lax.stop_gradient(images)
     logits_fn = held_fixed(logits_fn, images)
     first = random_start(keys, images, epsilon) if start is None else jax.lax.stop_gradient(start)
@@ -79,11 +79,13 @@ def _iterated(logits_fn, images, labels, keys, start, epsilon, step_size, loss, 
     def step(_, carry):
         iterate, lowest = carry
         direction, logits = signed_gradient(loss, logits_fn, iterate, labels)
-        margin = jnp.min(logit_margin(logits, labels)).astype(jnp.float32)
-        return _moved(iterate, direction, images, epsilon, step_size), jnp.minimum(lowest, margin)
+        lowest = jnp.minimum(lowest, logit_margin(logits, labels).astype(jnp.float32))
+        return _moved(iterate, direction, images, epsilon, step_size), lowest
 
-    carry = first.astype(images.dtype), jnp.float32(jnp.inf)
-    return jax.lax.stop_gradient(jax.lax.fori_loop(0, num_steps, step, carry))
+    unknown = jnp.full(len(images), jnp.inf, jnp.float32)
+    last, lowest = jax.lax.fori_loop(0, num_steps, step, (first.astype(images.dtype), unknown))
+    lowest = jnp.minimum(lowest, logit_margin(logits_fn(last), labels).astype(jnp.float32))
+    return jax.lax.stop_gradient((last, lowest))
 
 
 def fgsm(

@@ -65,7 +65,7 @@ def feature_scatter(
 
     Raises:
       TypeError, ValueError: for wrong shapes or dtypes, images outside [0, 1], a negative radius, no steps.
-      FloatingPointError: if logits or gradients aren't finite. (Under `jit`, values can't be checked.)
+      FloatingPointError: if gradients, and so the result, aren't finite. (Under `jit`, values can't be checked.)
 
     Example:
       >>> logits_fn = lambda x: x.reshape(len(x), -1)

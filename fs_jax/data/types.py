@@ -104,8 +104,8 @@ def check_split(about: DataInfo, images: np.ndarray, labels: np.ndarray, argumen
         )
     if len(labels) != len(images):
         raise ValueError(
-            f"{argument}_labels: expected {len(images)}, one per image; got {len(labels)}. Save images and "
-            "labels again."
+            f"{argument}_labels: expected {len(images)}, one per image; got {len(labels)}. Give one "
+            "label for each image."
         )
     if labels.max() >= about.num_classes:
         raise ValueError(

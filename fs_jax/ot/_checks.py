@@ -108,8 +108,8 @@ def problem(
         raise ValueError(f"{name}: expected at least one point on each side, got shape {cost.shape}")
     if seen is not None and not np.isfinite(seen).all():
         raise ValueError(
-            f"{name}: expected finite values, got NaN or infinity; to exclude a point, give it any finite {name} and "
-            "a marginal of zero"
+            f"{name}: expected finite values, got NaN or infinity"
+            + ("; to exclude a point, give it any finite cost and a marginal of zero" if name == "cost" else "")
         )
     narrow = cost.dtype if jnp.issubdtype(cost.dtype, jnp.floating) else jnp.dtype(jnp.float32)
     weights = (a, b)

@@ -31,11 +31,11 @@ def fixed_plan(cost: Float[Array, "n m"], plan: Float[Array, "n m"]) -> Transpor
     cost, a, b, dtype = _checks.problem(cost, None, None)
     if jnp.shape(plan) != cost.shape:
         raise ValueError(f"plan: expected the shape of cost, {cost.shape}; got {jnp.shape(plan)}.")
-    plan = lax.stop_gradient(jnp.asarray(plan).astype(cost.dtype))
-    primal_cost = narrowed(jnp.sum(plan * cost), dtype)
+    plan = narrowed(lax.stop_gradient(jnp.asarray(plan).astype(cost.dtype)), dtype)
+    primal_cost = narrowed(jnp.sum(plan.astype(cost.dtype) * cost), dtype)
     finite = jnp.all(jnp.isfinite(plan)) & jnp.isfinite(primal_cost)
     return Transport(
-        plan=narrowed(plan, dtype),
+        plan=plan,
         primal_cost=primal_cost,
         reg_cost=primal_cost,
         f=jnp.zeros_like(a, dtype),

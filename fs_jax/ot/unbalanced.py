@@ -258,5 +258,7 @@ def _result(problem, outcome, plan, primal_cost, reg_cost, threshold, dtype, gra
     status = jnp.where(finite, status, Status.NOT_FINITE)
     if threshold is not None:
         status = jnp.where(threshold >= 0, status, Status.NOT_FINITE)
-        status = jnp.where(finite & (gap <= threshold), Status.CONVERGED, status)
+        # The iterations stop before the result is rounded to half precision, which can be coarser than the threshold.
+        rounded = finite & (outcome.gap * problem.reg <= threshold)
+        status = jnp.where(rounded, jnp.where(gap <= threshold, Status.CONVERGED, Status.STALLED), status)
     return Unbalanced(plan, primal_cost, reg_cost, f, g, gap, done.astype(jnp.int32), status.astype(jnp.int32))

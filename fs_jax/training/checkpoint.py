@@ -53,8 +53,13 @@ class Checkpoints:
         self._config, self._read_only = config, read_only
         root = local_path("workdir", workdir).absolute()  # Orbax requires an absolute path
         self._lock = None if read_only else _locked(root)
-        self._latest = _manager(root / "checkpoints", MAX_TO_KEEP, read_only)
-        self._best = _manager(root / "best", 1, read_only)
+        try:
+            self._latest = _manager(root / "checkpoints", MAX_TO_KEEP, read_only)
+            self._best = _manager(root / "best", 1, read_only)
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()
+            raise
 
     def __enter__(self):
         return self
@@ -143,11 +148,13 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until all checkpoints are written."""
-        for manager in (self._latest, self._best):
-            manager.wait_until_finished()
-            manager.close()
-        if self._lock is not None:
-            self._lock.release()
+        try:
+            for manager in (self._latest, self._best):
+                manager.wait_until_finished()
+                manager.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
     def _set_aside(self, manager, steps: list[int]) -> None:
         """Rename damaged checkpoints, so that Orbax ignores them and the user can still inspect them."""

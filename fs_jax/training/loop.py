@@ -292,8 +292,8 @@ def _notes(config: TrainConfig, devices: int, *, chosen: bool) -> list[str]:
     notes, per_device = [], config.batch_size // devices
     if late := [epoch for epoch in config.decay_epochs if epoch >= config.epochs]:
         notes.append(
-            f"decay_epochs: the learning rate does not decay after {', '.join(map(str, late))}, as training has "
-            f"{config.epochs} epochs. Set decay_epochs to earlier ones, or to none."
+            f"decay_epochs: expected epochs before the end of training, after {config.epochs} epochs; got "
+            f"{', '.join(map(str, late))}, where the learning rate does not decay. Set earlier ones, or none."
         )
     if not chosen and devices < jax.local_device_count():
         notes.append(

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from fs_jax._utils.images import check_images
+from fs_jax._utils.keys import threefry
 from fs_jax.training.methods import Method
 
 
@@ -72,7 +73,7 @@ def init_state(
     check_parts(model, method)
     if not isinstance(images, jax.ShapeDtypeStruct):
         check_images(images)
-    variables = _init(model, rng, jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype))
+    variables = _init(model, threefry(rng), jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype))
     if other := set(variables) - {"params", "batch_stats"}:
         raise ValueError(
             f"model: expected only the collections params and batch_stats; got also {', '.join(sorted(other))}."

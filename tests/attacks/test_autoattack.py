@@ -162,6 +162,18 @@ def test_warns_of_networks_that_mislead_attacks(problem, network, doubt):
     assert record.stages == {"clean": 0.0, "apgd-ce": 0.0}
 
 
+def test_many_logits_of_half_precision_do_not_look_like_probabilities():
+    """Their sums are near 0 or 1 by chance."""
+    weights = jax.random.normal(KEY, (4, 1000)) / 10
+    centred = weights - weights.mean(-1, keepdims=True)
+
+    def logits_fn(x):
+        return (x.reshape(len(x), -1) @ centred).astype(jnp.bfloat16)
+
+    images, labels = np.random.default_rng(0).uniform(size=(20, 2, 2, 1)).astype(np.float32), np.zeros(20, int)
+    assert attacks.sanity_warnings(logits_fn, images, labels) == []
+
+
 @pytest.mark.slow
 def test_warns_if_square_finds_more_than_attacks_with_gradients(problem):
     logits_fn, images, labels = problem

@@ -202,8 +202,15 @@ def test_plain_functions_raise_an_error_for_a_network_that_is_not_finite(problem
             attack(overflows, KEY, images, labels, num_steps=1)
         jitted = jax.jit(functools.partial(attack, overflows, num_steps=1))
         assert jitted(KEY, images, labels).shape == images.shape  # values are unknown there
+
+    def overflows_at_the_end(x):  # class 0 is for bright images, so the attack darkens this one
+        bright = x.mean((1, 2, 3))
+        return jnp.where(bright[:, None] < 0.48, jnp.nan, jnp.stack([bright, 1 - bright], -1))
+
+    grey = jnp.full((1, 4, 4, 1), 0.5)
     with pytest.raises(FloatingPointError, match="logits_fn: expected finite logits and gradients; got others"):
-        attacks.feature_scatter(overflows, KEY, images)
+        attacks.fgsm(overflows_at_the_end, KEY, grey, jnp.array([0]), epsilon=0.1, start=grey)
+    assert attacks.pgd(logits_fn, KEY, images[:0], labels[:0], num_steps=1).shape == (0, 4, 4, 1)
 
 
 def test_an_attack_that_does_not_count_its_steps_raises_an_error():

@@ -285,7 +285,7 @@ def test_an_invalid_data_set_raises_an_error_before_anything_is_written(changes,
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"epochs": 2}, r"the learning rate does not decay after 2, as training has 2 epochs"),
+        ({"epochs": 2}, r"decay_epochs: expected epochs before the end of training, after 2 epochs; got 2"),
         ({"batch_size": 62}, r"Only 2 of 4 devices are used, as more cannot share the batch_size of 62"),
         (
             {"transport": TransportConfig(scope="device"), "method": "feature_scatter"},
