@@ -34,13 +34,16 @@ def logit_margin(logits: Float[Array, "n classes"], labels: Int[Array, "n"]) -> 
       labels: True classes [N].
 
     Returns:
-      Margins [N].
+      Margins [N]; NaN if a logit is.
 
     Example:
       >>> logit_margin(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([0])).tolist()
       [1.0]
     """
-    return _pick(logits, labels) - jnp.max(_wrong(logits, labels), -1)
+    wrong = _wrong(logits, labels)
+    # On a CPU, XLA's maximum can pass over a NaN.
+    largest = jnp.where(jnp.isnan(wrong).any(-1), jnp.nan, jnp.max(wrong, -1))
+    return _pick(logits, labels) - largest
 
 
 def cw_margin(logits: Float[Array, "n classes"], labels: Int[Array, "n"], margin: float = 50.0) -> Float[Array, "n"]:

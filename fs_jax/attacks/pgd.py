@@ -63,29 +63,29 @@ def pgd(
     """
     check_attack(logits_fn, images, labels, epsilon=epsilon, step_size=step_size, num_steps=num_steps, start=start)
     keys = image_keys(rng, len(images)) if start is None else None
-    attacked, margins = on_network(
+    attacked, marks = on_network(
         _iterated, logits_fn, images, labels, keys, start, epsilon, step_size, Partial(loss), num_steps
     )
-    check_finite(attacked, margins)  # under `jit`, XLA removes what is computed for it
+    check_finite(attacked, marks)  # under `jit`, XLA removes what is computed for it
     return attacked
 
 
 def _iterated(logits_fn, images, labels, keys, start, epsilon, step_size, loss, num_steps):
-    """The last iterates, and the lowest margin of each image's iterates, which is NaN if a logit was."""
+    """The last iterates; and for each image 0, or NaN if the margin of one of its iterates isn't finite."""
     images = jax.lax.stop_gradient(images)
     logits_fn = held_fixed(logits_fn, images)
     first = random_start(keys, images, epsilon) if start is None else jax.lax.stop_gradient(start)
 
     def step(_, carry):
-        iterate, lowest = carry
+        iterate, finite = carry
         direction, logits = signed_gradient(loss, logits_fn, iterate, labels)
-        lowest = jnp.minimum(lowest, logit_margin(logits, labels).astype(jnp.float32))
-        return _moved(iterate, direction, images, epsilon, step_size), lowest
+        finite &= jnp.isfinite(logit_margin(logits, labels))
+        return _moved(iterate, direction, images, epsilon, step_size), finite
 
-    unknown = jnp.full(len(images), jnp.inf, jnp.float32)
-    last, lowest = jax.lax.fori_loop(0, num_steps, step, (first.astype(images.dtype), unknown))
-    lowest = jnp.minimum(lowest, logit_margin(logits_fn(last), labels).astype(jnp.float32))
-    return jax.lax.stop_gradient((last, lowest))
+    carry = first.astype(images.dtype), jnp.ones(len(images), bool)
+    last, finite = jax.lax.fori_loop(0, num_steps, step, carry)
+    finite &= jnp.isfinite(logit_margin(logits_fn(last), labels))
+    return jax.lax.stop_gradient((last, jnp.where(finite, 0.0, jnp.nan)))
 
 
 def fgsm(

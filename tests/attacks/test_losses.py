@@ -40,3 +40,10 @@ def test_labels_of_few_bits_can_have_many_classes():
     few, many = (jnp.array([1], dtype) for dtype in (jnp.uint8, jnp.int32))
     assert logit_margin(logits, few) == logit_margin(logits, many) == -5
     assert cross_entropy(logits, few) == cross_entropy(logits, many)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_the_margin_is_nan_if_any_logit_is(place):
+    """On a CPU, the maximum of compiled programs can pass over a NaN; argmax returns its class."""
+    logits = jnp.tile(jnp.array([2.0, 1.0, 0.0]), (64, 1)).at[:, place].set(jnp.nan)
+    assert jnp.isnan(jax.jit(logit_margin)(logits, jnp.zeros(64, int))).all()

@@ -210,7 +210,7 @@ def test_plain_functions_raise_an_error_for_a_network_that_is_not_finite(problem
     grey = jnp.full((1, 4, 4, 1), 0.5)
     with pytest.raises(FloatingPointError, match="logits_fn: expected finite logits and gradients; got others"):
         attacks.fgsm(overflows_at_the_end, KEY, grey, jnp.array([0]), epsilon=0.1, start=grey)
-    assert attacks.pgd(logits_fn, KEY, images[:0], labels[:0], num_steps=1).shape == (0, 4, 4, 1)
+    assert attacks.fgsm(overflows_at_the_end, KEY, grey[:0], jnp.zeros(0, int)).shape == (0, 4, 4, 1)
 
 
 def test_an_attack_that_does_not_count_its_steps_raises_an_error():
