@@ -280,7 +280,7 @@ def as_html(markdown: str, results: dict[str, dict[str, Data]]) -> str:
                 body = image.sub(rf'<span class="figure" role="img" aria-label="\1">{svg}</span>', body)
     for verdict in ("Agrees", "Disagrees", "Undetermined"):
         body = body.replace(f"<strong>{verdict} ", f'<strong class="{verdict.lower()}">{verdict} ')
-    body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+    body = body.replace("<table>", TABLE).replace("</table>", "</table></div>")
     return PAGE.format(title=html.escape(title(results)), style=STYLE, body=body)
 
 
@@ -294,6 +294,9 @@ def vectors(scale: str, name: str, data: Data) -> str:
     return text[text.index("<svg") :]
 
 
+# A table that is wider than the window can be scrolled with the keyboard.
+TABLE = '<div class="table" tabindex="0" role="region" aria-label="table"><table>'
+
 PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -304,7 +307,9 @@ PAGE = """\
 <style>{style}</style>
 </head>
 <body>
+<main>
 {body}
+</main>
 </body>
 </html>
 """

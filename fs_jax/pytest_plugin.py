@@ -73,10 +73,13 @@ def pytest_pycollect_makemodule(module_path, parent):
 
 def pytest_terminal_summary(terminalreporter):
     """Report how many problems and derivatives of each solver were tested."""
+    if not terminalreporter.config.getoption("--ot-solver"):
+        return
     seen = collections.defaultdict(collections.Counter)
     for reports in terminalreporter.stats.values():
         for report in reports:
-            told = dict(getattr(report, "user_properties", ()))
+            # Other tests may have properties that aren't pairs.
+            told = dict(each for each in getattr(report, "user_properties", ()) if isinstance(each, tuple))
             if getattr(report, "when", None) == "call" and "ot_solver" in told:
                 seen[told["ot_solver"]].update(["problems", told["ot_problem"], told.get("ot_derivatives")])
     if seen:

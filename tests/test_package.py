@@ -65,7 +65,7 @@ for name in ("models", "training", "report"):
     try:
         getattr(fs_jax, name)
     except ModuleNotFoundError as error:
-        assert 'pip install "fs_jax[train]"' in str(error), error
+        assert 'pip install "PATH_OF_THE_CLONE[train]"' in str(error), error
     else:
         raise AssertionError(f"{name} should need more packages")
 """
@@ -87,7 +87,7 @@ def test_the_error_for_a_missing_package_says_what_to_install(use, missing):
     extras = {"flax", "optax", "orbax", "tensorboardX", "matplotlib", "tabulate", "sklearn", "safetensors"}
     code = HIDDEN.format(extras=extras) + use
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
-    assert f'{missing} is not installed. This needs: pip install "fs_jax[train]"' in done.stderr
+    assert f'{missing} is not installed. This needs: pip install "PATH_OF_THE_CLONE[train]"' in done.stderr
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ def require(*modules: str) -> None:
       >>> require("numpy")
       >>> require("numpy", "flax_of_tomorrow")
       Traceback (most recent call last):
-      ModuleNotFoundError: flax_of_tomorrow is not installed. This needs: pip install "fs_jax[train]"
+      ModuleNotFoundError: flax_of_tomorrow is not installed. This needs: pip install "PATH_OF_THE_CLONE[train]"
     """
     for name in modules:
         try:
@@ -18,4 +18,7 @@ def require(*modules: str) -> None:
         except ModuleNotFoundError:  # its parent package isn't installed
             installed = False
         if not installed:
-            raise ModuleNotFoundError(f'{name} is not installed. This needs: pip install "fs_jax[train]"', name=name)
+            # Not fs_jax[train], since fs_jax is not on PyPI.
+            raise ModuleNotFoundError(
+                f'{name} is not installed. This needs: pip install "PATH_OF_THE_CLONE[train]"', name=name
+            )

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from fs_jax._utils.extras import require
-from fs_jax._utils.files import replacing
+from fs_jax._utils.files import local_path, replacing
 from fs_jax._utils.validation import check_choice
 from fs_jax.data import tfds
 from fs_jax.data.registry import DATASETS
@@ -51,7 +51,7 @@ def prepare(name: str, data_dir: str | os.PathLike, *, archive: str | os.PathLik
     published = {name: source for name, source in DATASETS.items() if isinstance(source, Published)}
     check_choice("name", name, published)
     require("tensorflow_datasets", "PIL", "requests")
-    origin, data_dir = published[name], Path(data_dir).expanduser()
+    origin, data_dir = published[name], local_path("data_dir", data_dir)
     if data_dir.exists() and not data_dir.is_dir():
         raise NotADirectoryError(f"data_dir: expected a folder; got the file {data_dir}. Choose another.")
     with contextlib.suppress(FileNotFoundError):

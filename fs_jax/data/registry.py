@@ -64,8 +64,8 @@ def load(
           (integers [N]) and optionally class_names (strings), flip (a bool) and crop_padding (pixels).
 
       data_dir: The TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      cache_dir: Folder for the decoded arrays of TFDS's folders; by default $XDG_CACHE_HOME/fs_jax, else
-        ~/.cache/fs_jax. File names contain the data set's name, its version and a hash of its records. The arrays are
+      cache_dir: Folder for the decoded arrays of TFDS's folders; by default `fs_jax` in the user's cache folder, on
+        Linux ~/.cache. File names contain the data set's name, its version and a hash of its records. The arrays are
         checked by a hash; a damaged file is rebuilt with a warning.
 
     Returns:

@@ -27,7 +27,7 @@ def read(
     """
     tfds_dir = local_path("data_dir", data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     folder = prepared_folder(about.name, tfds_dir)
-    caches = cache_home() if cache_dir is None else Path(cache_dir).expanduser()
+    caches = cache_home() if cache_dir is None else local_path("cache_dir", cache_dir)
     cache = caches / f"{about.name}-{folder.name}-{_fingerprint(folder)[:16]}.npz"
     return folder, cached(cache, lambda: _decode(about, folder))
 

@@ -49,7 +49,7 @@ def load_weights(
       ValueError: for a file without weights or with another network's weights (the message gives the first missing and
         the first unexpected name), an array of the wrong shape, values that are not finite, or an unknown
         normalisation.
-      ImportError: for a PyTorch file without PyTorch 2.6 or newer.
+      ImportError: for a PyTorch file without PyTorch 2.10 or newer.
 
     Example:
       >>> import tempfile
@@ -93,7 +93,7 @@ def save_weights(path: str | os.PathLike, model: WideResNet, variables: Mapping[
 
     Raises:
       ValueError: for another suffix, or variables that do not belong to a Wide-ResNet.
-      ImportError: for a PyTorch file without PyTorch 2.6 or newer.
+      ImportError: for a PyTorch file without PyTorch 2.10 or newer.
 
     Example:
       See `load_weights`.
@@ -399,7 +399,7 @@ _WRITERS = {
 
 
 def _import_torch():
-    needed = "PyTorch files require PyTorch 2.6 or newer (pip install torch); .safetensors and .npz do not"
+    needed = "PyTorch files require PyTorch 2.10 or newer (pip install torch); .safetensors and .npz do not"
     try:
         import torch
     except ImportError as error:
@@ -407,6 +407,6 @@ def _import_torch():
             f"{needed}. On a machine with PyTorch, load_weights and save_weights convert files."
         ) from error
     version = tuple(map(int, torch.__version__.split(".")[:2]))
-    if version < (2, 6):  # older versions can be made to execute code: CVE-2025-32434
+    if version < (2, 10):  # older versions can be made to execute code: CVE-2025-32434, CVE-2026-24747
         raise ImportError(f"{needed}; got {torch.__version__}.")
     return torch

@@ -1,5 +1,6 @@
 """Weights are converted from and to PyTorch exactly; other files raise an error, and nothing is executed."""
 
+import ast
 import json
 import pathlib
 import pickle
@@ -16,6 +17,8 @@ from experiments import convert_weights
 from fs_jax.config import to_dict
 from fs_jax.models import WideResNet, convert
 from fs_jax.training import Checkpoints
+
+ROOT = pathlib.Path(convert.__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("small_programs")
 
@@ -229,6 +232,19 @@ def test_nothing_in_a_file_is_executed(tmp_path, write, name, error):
     assert trace.exists()
 
 
+def test_pytorch_loads_weights_only():
+    """Without PyTorch, the test above doesn't see how its files are loaded."""
+    calls = [
+        node
+        for path in (ROOT / "fs_jax").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
+    assert calls
+    for call in calls:
+        assert {word.arg: ast.unparse(word.value) for word in call.keywords}["weights_only"] == "True"
+
+
 def test_networks_are_found_in_the_checkpoints_of_pytorch(tmp_path, weights):
     torch = pytest.importorskip("torch")
     state_dict = {f"module.basic_net.{name}": torch.from_numpy(array) for name, array in weights.items()}
@@ -248,5 +264,5 @@ def test_networks_are_found_in_the_checkpoints_of_pytorch(tmp_path, weights):
 def test_the_error_without_pytorch_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it weren't installed
     (tmp_path / "weights.pt").touch()
-    with pytest.raises(ImportError, match=r"PyTorch files require PyTorch 2\.6 .*load_weights and save_weights"):
+    with pytest.raises(ImportError, match=r"PyTorch files require PyTorch 2\.10 .*load_weights and save_weights"):
         convert.load_weights(tmp_path / "weights.pt")

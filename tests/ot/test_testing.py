@@ -1,5 +1,6 @@
 """The tool that tests solvers: it finds nothing in a correct solver, and the defects of deliberately broken ones."""
 
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -384,6 +385,7 @@ def test_the_plugin_is_installed_and_imports_no_library():
     program = f"import {module}, sys; print(*{{'jax', 'numpy', 'scipy'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+    assert module in {each.value for each in importlib.metadata.entry_points(group="pytest11")}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import importlib.util
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -88,6 +89,9 @@ def load(name: str) -> Solver:
       'float32'
     """
     if name in BUILT_IN:
+        for beginning, module, package in (("ott-", "ott", "ott-jax"), ("pot-", "ot", "POT")):
+            if name.startswith(beginning) and importlib.util.find_spec(module) is None:
+                raise ValueError(f"solver: {name} needs {package}; it is not installed: pip install {package}")
         return BUILT_IN[name]
     module, _, function = name.partition(":")
     if not (module and function):
