@@ -265,7 +265,7 @@ def check_arguments(arguments: Arguments) -> None:
 def load_data(arguments: Arguments, config: Any) -> Any:
     """The data set: that of the training run, if there is a configuration of one, or that of the command line."""
     from fs_jax import data
-    from fs_jax.training.loop import training_data
+    from fs_jax.training.loop import training_fingerprint
 
     if config is None:
         return data.load(arguments.dataset or "cifar10", data_dir=arguments.data_dir)
@@ -279,7 +279,7 @@ def load_data(arguments: Arguments, config: Any) -> Any:
             "give its new path: --dataset FILE.npz."
         )
     dataset = data.load(name, data_dir=arguments.data_dir)
-    if from_file and config.data not in (None, training_data(dataset)):
+    if from_file and config.data not in (None, training_fingerprint(dataset)):
         raise ValueError(
             f"dataset: expected the data that the network was trained on, {config.dataset}; {name} has other training "
             "images or labels, or another augmentation. Give another file: --dataset FILE.npz."

@@ -19,7 +19,7 @@ from fs_jax import data
 from fs_jax.config import preset
 from fs_jax.evaluation import Evaluation, accuracy
 from fs_jax.models import WideResNet, convert
-from fs_jax.training.loop import training_data
+from fs_jax.training.loop import training_fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_batch_size")
 
@@ -221,7 +221,7 @@ def test_a_data_file_that_was_moved_is_found_by_its_new_path(tmp_path):
         arrays = {"images": rng.integers(0, 256, (4, 8, 8, 1), np.uint8), "labels": np.arange(4, dtype=np.int32) % 2}
         path = tmp_path / name
         np.savez(path, **{f"{split}_{key}": array for split in ("train", "test") for key, array in arrays.items()})
-        return str(path), training_data(data.load(path))
+        return str(path), training_fingerprint(data.load(path))
 
     (new, found), (other, _) = save("new.npz"), save("other.npz")
     config = dataclasses.replace(preset("digits"), dataset=str(tmp_path / "old.npz"), data=found)

@@ -250,7 +250,7 @@ def _fit_to_data(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     info = dataset.info
     check_split(info, dataset.train_images, dataset.train_labels, "dataset: train")
     config = dataclasses.replace(
-        config, dataset=info.name, train_size=len(dataset.train_labels), data=training_data(dataset)
+        config, dataset=info.name, train_size=len(dataset.train_labels), data=training_fingerprint(dataset)
     )
     check_number("holdout", config.holdout, at_least=0, at_most=config.train_size - 1, integer=True)
     if config.steps_per_epoch < 1:
@@ -261,7 +261,7 @@ def _fit_to_data(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     return config
 
 
-def training_data(dataset: Dataset) -> str:
+def training_fingerprint(dataset: Dataset) -> str:
     """A fingerprint of everything in a data set that training depends on.
 
     These are the training images and labels, and the augmentation and the number of classes. The latter are constants

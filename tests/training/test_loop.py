@@ -261,9 +261,9 @@ def test_another_augmentation_cannot_resume_a_run(tmp_path):
 
 def test_the_augmentation_of_a_registered_data_set_is_known_by_its_name():
     of_arrays = loop.fingerprint([DIGITS.train_images, DIGITS.train_labels])
-    assert loop.training_data(DIGITS) == of_arrays  # so that older runs can be resumed
+    assert loop.training_fingerprint(DIGITS) == of_arrays  # so that older runs can be resumed
     flipped = dataclasses.replace(DIGITS, info=dataclasses.replace(DIGITS.info, flip=True))
-    assert loop.training_data(flipped) != of_arrays
+    assert loop.training_fingerprint(flipped) != of_arrays
 
 
 def test_the_configuration_has_the_name_of_the_data_set():
