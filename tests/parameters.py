@@ -1,12 +1,24 @@
-"""Marks for tests that rely on exact sums, and for parameters whose programs take long to compile."""
+"""Marks for tests that rely on exact sums or a CUDA device, and for parameters whose programs take long to compile."""
 
 import os
 
+import jax
 import pytest
 
 # Some sums are exact on any machine, because their terms are rounded so that no order of adding them rounds again (see
 # `fs_jax.ot.result`). They are not exact if `tests.disturb` changes their operands.
 exact = pytest.mark.skipif("DISTURB" in os.environ, reason="relies on sums that are exact on every machine")
+
+
+def has_cuda() -> bool:
+    """Whether this machine has a CUDA device that JAX may use."""
+    try:
+        return bool(jax.local_devices(backend="cuda"))
+    except RuntimeError:
+        return False
+
+
+needs_cuda = pytest.mark.skipif(not has_cuda(), reason="needs a CUDA device")
 
 
 def mostly_slow(values, *quick):

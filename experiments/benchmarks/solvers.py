@@ -15,10 +15,15 @@ Writes solvers.json, solvers.md and solvers.png to the results folder.
 Examples:
     python -m experiments.benchmarks.solvers
     python -m experiments.benchmarks.solvers --rounds 1 --largest 1e5 --results results/bench
-    python -m experiments.benchmarks.solvers --largest 1e8    # B n² up to 1e8, for a GPU
+    python -m experiments.benchmarks.solvers --largest 1e8 --results results/gpu    # B n² up to 1e8, for a GPU
+    python -m experiments.benchmarks.solvers --shapes 64x60 1024x60 --results results/gpu
+
+POT is timed on a CPU only, as it solves a batch one problem after the other. Seconds to compile are not given if JAX's
+compilation cache is on, since programs may then be loaded from it.
 """
 
 import dataclasses
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -30,7 +35,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ot as pot
 from ott.geometry.geometry import Geometry
 from ott.problems.linear.linear_problem import LinearProblem
 from ott.solvers.linear import implicit_differentiation
@@ -61,6 +65,8 @@ class Options:
     """Timed runs of each solver; times are medians."""
     largest: float = 4e6
     """Skip shapes [B, n, n] with more entries than this."""
+    shapes: tuple[str, ...] = ()
+    """Shapes as BxN, such as 64x60; by default all up to --largest."""
 
 
 def ours(method: str) -> Callable:
@@ -101,6 +107,8 @@ OTT = {choice: ott(*choice) for choice in ((True, False), (True, True), (False, 
 
 
 def pot_value(costs: np.ndarray, reg: float) -> list[float]:
+    import ot as pot  # here, as it is only timed on a CPU
+
     weights = np.full(costs.shape[1], 1 / costs.shape[1])
     options = {"numItermax": ITERATIONS, "stopThr": 0, "warn": False}
     return [np.sum(pot.sinkhorn(weights, weights, cost, reg, **options) * cost) for cost in costs]
@@ -127,16 +135,16 @@ def milliseconds(programs: Mapping[Name, Callable], rounds: int) -> dict[Name, f
 @lru_cache
 def batched(
     function: Callable, gradient: bool, has_aux: bool, shape: tuple[int, int, int]
-) -> tuple[Callable, float, float]:
+) -> tuple[Callable, float, float | None]:
     """The compiled function of a batch and reg (or its value and gradient), its working memory, and its compile time.
 
-    Memory is in megabytes. The time is in seconds, for tracing and compiling without a cache.
+    Memory is in megabytes. The time is in seconds, for tracing and compiling; None if there is a compilation cache.
     """
     function = jax.value_and_grad(function, has_aux=has_aux) if gradient else function
     jax.clear_caches()
     began = time.perf_counter()
     compiled = jax.jit(jax.vmap(function, in_axes=(0, None))).lower(jnp.zeros(shape), 0.1).compile()
-    seconds = time.perf_counter() - began
+    seconds = None if jax.config.jax_compilation_cache_dir else time.perf_counter() - began
     megabytes = compiled.memory_analysis().temp_size_in_bytes / 1e6  # type: ignore[union-attr]  # never None here
     return compiled, megabytes, seconds
 
@@ -160,7 +168,7 @@ def equal_iterations(costs: jax.Array, reg: float, rounds: int) -> list[dict]:
     both = {name: batched(function, True, False, costs.shape) for name, function in gradients.items()}
     programs = {("value", name): partial(program, costs, reg) for name, (program, *_) in forward.items()}
     programs |= {("gradient", name): partial(program, costs, reg) for name, (program, *_) in both.items()}
-    if costs.shape[0] <= POT_PROBLEMS and reg >= 0.01:
+    if costs.shape[0] <= POT_PROBLEMS and reg >= 0.01 and backend.platform_of(costs) == "cpu":
         programs["value", "POT"] = partial(pot_value, np.asarray(costs, np.float64), reg)
     programs["value", PRODUCTS] = partial(batched(products, False, False, costs.shape)[0], costs, reg)
     times = milliseconds(programs, rounds)
@@ -299,18 +307,33 @@ def write(result: dict, folder: Path) -> None:
     figure(result, folder / "solvers.png")
 
 
+def parse_shape(shape: str) -> tuple[int, int]:
+    """(B, n) of a shape such as 64x60."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
+    if not found:
+        raise ValueError(f"--shapes: expected BxN, such as 64x60; got {shape!r}")
+    return int(found[1]), int(found[2])
+
+
+def versions() -> dict[str, str]:
+    """Versions of the peers; POT's on a CPU only."""
+    found = {"ott-jax": metadata.version("ott-jax")}
+    return found | ({"POT": metadata.version("pot")} if backend.platform_of([]) == "cpu" else {})
+
+
 def main(arguments: list[str]) -> None:
     prog = "python -m experiments.benchmarks.solvers"
     options = command_line.parse(Options, arguments, prog=prog, **command_line.documented(__doc__))
     if options.rounds < 1:
         raise ValueError(f"--rounds: expected at least 1, got {options.rounds}")
-    shapes = [(b, n) for b, n in SHAPES if b * n * n <= options.largest]
+    shapes = [parse_shape(shape) for shape in options.shapes]
+    shapes = shapes or [(b, n) for b, n in SHAPES if b * n * n <= options.largest]
     if not shapes:
         raise ValueError(
             f"--largest: expected at least {SHAPES[0][1] ** 2}, the smallest shape, got {options.largest:g}"
         )
     result: dict[str, Any] = {
-        "environment": {**backend.describe(), "ott-jax": metadata.version("ott-jax"), "POT": metadata.version("pot")},
+        "environment": {**backend.describe(), **versions()},
         "equal_iterations": [],
         "equal_error": [],
     }

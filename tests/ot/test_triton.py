@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fs_jax.ot import Status, _dispatch, _triton, ipot, sinkhorn
-from tests.parameters import mostly_slow
+from tests.parameters import mostly_slow, needs_cuda
 
 
 @pytest.fixture
@@ -210,18 +210,8 @@ def test_no_kernels_in_float64_and_none_on_a_cpu():
 # On a GPU
 
 
-def is_on_cuda():
-    try:
-        return bool(jax.local_devices(backend="cuda"))
-    except RuntimeError:
-        return False
-
-
-on_cuda = pytest.mark.skipif(not is_on_cuda(), reason="needs a CUDA device")
-
-
 @pytest.mark.gpu
-@on_cuda
+@needs_cuda
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (30, 20), (60, 60), (128, 128), (60, 250), (250, 130), (256, 256)])
 def test_compiled_kernels_are_exact_to_rounding(shape):
     problems = draw(shape, 40)
@@ -244,7 +234,7 @@ SOLVERS = {
 
 
 @pytest.mark.gpu
-@on_cuda
+@needs_cuda
 @pytest.mark.parametrize("name", SOLVERS)
 def test_solvers_on_a_gpu_equal_float64_on_a_cpu(name):
     problems = draw((60, 70), 8)
