@@ -241,6 +241,7 @@ def test_solvers_on_a_gpu_equal_float64_on_a_cpu(name):
     got = jax.jit(jax.vmap(SOLVERS[name]))(*(jnp.asarray(x, jnp.float32) for x in problems))
     with jax.default_device(jax.devices("cpu")[0]):
         exact = jax.jit(jax.vmap(SOLVERS[name]))(*problems)
+    got, exact = jax.tree.map(np.asarray, (got, exact))
     # Rounding of exponents of 50 (for IPOT, of 400). With TF32, they would stall at 1e-3.
     assert (got.marginal_error < exact.marginal_error + 5e-5).all()
     np.testing.assert_allclose(got.primal_cost, exact.primal_cost, rtol=1e-4)
