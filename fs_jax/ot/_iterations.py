@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fs_jax.ot._batching import in_chunks
-from fs_jax.ot._loops import RUN, lengths, once_if, value_if, with_row
+from fs_jax.ot._loops import RUN, lengths, once_if, scan_until, value_if, with_row
 from fs_jax.ot._numerics import MASKED, largest, log_sum_exp, product, within
 from fs_jax.ot._sharding import AxisName, global_shape, maximum, minimum, on_all_devices, on_any_device, total
 from fs_jax.ot.problem import Points
@@ -135,6 +135,10 @@ def make_iterations(options: Options, keep: bool):
         def error_of(points, state):
             return judged_error(finish(_plan_of(points, state), points.a)[0], a, b, dtype, axis_name)
 
+        def is_done(carry):
+            progress = carry[1]
+            return progress.converged | progress.stalled | (progress.done >= num_iters)
+
         def step(carry, length):
             state, progress = carry
             if threshold is None:
@@ -142,7 +146,7 @@ def make_iterations(options: Options, keep: bool):
                 counts = Counts(progress, jnp.zeros_like(progress, bool), zero_error, zero_error)
                 (state, counts), rows = run(points, None, path_length, length, state, counts)
                 return (state, counts.done), (rows, error_of(points, state) if history else None)
-            stopped = progress.converged | progress.stalled | (progress.done >= num_iters)
+            stopped = is_done(carry)
             infinity = jnp.full_like(progress.best, jnp.inf)
             counts = Counts(progress.done, stopped, infinity, infinity)
             # If the threshold is well above rounding, the cheap test aims a little below it, so that `bound` meets it.
@@ -158,7 +162,11 @@ def make_iterations(options: Options, keep: bool):
         if threshold is not None:
             false, infinity = jnp.zeros_like(zero, bool), jnp.full_like(scaled, jnp.inf, shape=())
             progress = Progress(zero, false, false, false, infinity, zero)
-        (state, progress), (runs, errors) = lax.scan(step, (state, progress), lengths(num_iters, threshold))
+        carry, of_runs = (state, progress), lengths(num_iters, threshold)
+        if threshold is None or keep or history:
+            (state, progress), (runs, errors) = lax.scan(step, carry, of_runs)
+        else:
+            (state, progress), runs, errors = scan_until(is_done, step, carry, of_runs), None, None
 
         plan, factor = finish(_plan_of(points, state), points.a)
         phi, gamma = potentials_of(points, state)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 RUN = 10  # iterations in a run, between two checks
+BLOCK = 8  # runs in a block, between two tests whether all problems of a batch are done
 
 
 def lengths(num_iters, threshold):
@@ -16,6 +17,23 @@ def lengths(num_iters, threshold):
     if threshold is None:
         return jnp.minimum(RUN, num_iters - jnp.arange(0, num_iters, RUN))
     return jnp.full(-(-num_iters // RUN) + 1, min(RUN, num_iters))
+
+
+def scan_until(is_done, step, carry, lengths):
+    """The last carry of `lax.scan(step, carry, lengths)`, for a step that changes nothing once `is_done(carry)`.
+
+    The loop ends when all problems of a batch are done. `lengths` are those with a threshold. On a GPU, the host waits
+    for the condition of each loop; skipping hundreds of runs one by one takes longer than the iterations.
+    """
+    blocks = -(-len(lengths) // BLOCK)  # the last may have more runs than are left, which change nothing
+
+    def is_needed(loop):
+        return (loop[0] < blocks) & ~is_done(loop[1])
+
+    def block(loop):
+        return loop[0] + 1, lax.scan(step, loop[1], lengths[:BLOCK])[0]
+
+    return lax.while_loop(is_needed, block, (0, carry))[1]
 
 
 def once_if(condition, function, carry):

@@ -65,13 +65,14 @@ TINY = 1e-30  # lower limit of sums: an exact sum is at least the product of two
 def solve(scaled, a, b, start, threshold, options: Options, interpret: bool) -> Outcome:
     """`Outcome` of the iterations; `interpret` runs the kernel without a GPU.
 
-    With a threshold, the error of the plan is checked as it is returned. If it is too large although the kernel's own
-    sums met the threshold, or came close to the rounding floor, the problem is solved again by the plain iterations,
-    which check the plan after their runs.
+    With a threshold, the kernel aims a little below it, and the error of the plan is checked as it is returned. If it
+    is too large although the kernel's own sums met the threshold, or came close to the rounding floor, the problem is
+    solved again by the plain iterations, which check the plan after their runs.
     """
     if threshold is None:
         return _forward(scaled, a, b, start, None, options, False, interpret)[0]
-    reachable = jnp.maximum(threshold, rounding_floor(scaled.shape, a.sum(), scaled.dtype))
+    floor = rounding_floor(scaled.shape, a.sum(), scaled.dtype)
+    reachable = jnp.maximum(threshold - floor, floor)
     outcome, _ = _forward(scaled, a, b, start, reachable, options, False, interpret)
     failed = (outcome.done < options.num_iters) & ~(judged_error(outcome.plan, a, b, options.dtype) <= threshold)
 

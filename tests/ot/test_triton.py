@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fs_jax.ot import Status, _dispatch, _triton, ipot, sinkhorn
+from fs_jax.ot import Status, _dispatch, _iterations, _triton, ipot, sinkhorn
 from tests.parameters import mostly_slow, needs_cuda
 
 
@@ -153,6 +153,23 @@ def test_if_the_kernel_stops_too_early_the_problem_is_solved_again(monkeypatch):
     assert right.converged
     assert result.converged
     assert abs(result.num_iters - right.num_iters) <= 1  # rounding may decide the last
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_kernels_stop_so_that_no_problem_is_solved_again(monkeypatch):
+    # One problem that is solved again makes its whole batch wait. In this batch, some reach the threshold to rounding.
+    plain = _iterations.make_iterations
+
+    def never(*options):
+        return lambda *problem: jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), plain(*options)(*problem))
+
+    monkeypatch.setattr(_iterations, "make_iterations", never)
+    costs = jnp.asarray(np.random.default_rng(0).uniform(size=(1500, 6, 6)), jnp.float32)
+    result = jax.jit(jax.vmap(lambda cost: sinkhorn(cost, reg=0.05, num_iters=1000, threshold=1e-3, grad="none")))(
+        costs
+    )
+    assert result.marginal_error.max() <= 1e-3
+    assert result.num_iters.max() < 1000
 
 
 @pytest.mark.slow
