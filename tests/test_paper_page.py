@@ -222,6 +222,10 @@ def test_the_summary_has_a_column_for_each_scale():
     assert "IPOT instead of Sinkhorn's algorithm" not in lines
     assert lines["The matching by optimal transport makes the method work."] == ["disagrees", "not run"]
     assert summary.summary({"digits": {}}) == ""
+    text = summary.summary({"a": digits, "b": {"main_table": small["main_table"]}})
+    training, ablation = (part.splitlines()[0] for part in text.split("\n\n")[3:6:2])
+    assert "| b " in training
+    assert "| b " not in ablation  # where it has no rows
 
 
 def test_the_summary_says_which_rows_differ_by_more_than_the_interval():

@@ -96,7 +96,8 @@ def by_sign(differences: Mapping[str, Data | None]) -> tuple[list[str], list[str
 
 
 def by_scale(scales: Iterable[str], rows: Mapping[str, str], value: Callable[[str, str], str]) -> str:
-    """A table of `value(scale, key)`, without the rows that no scale has; empty if no row remains."""
+    """A table of `value(scale, key)`, without the rows that no scale has and the scales without rows; can be empty."""
+    scales = [scale for scale in scales if any(value(scale, key) for key in rows)]
     text = [[label, *(value(scale, key) for scale in scales)] for key, label in rows.items()]
     text = [[label, *(cell or "not run" for cell in cells)] for label, *cells in text if any(cells)]
     return tabulate.tabulate(text, headers=["", *scales], tablefmt="pipe", disable_numparse=True) if text else ""
