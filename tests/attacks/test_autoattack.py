@@ -104,6 +104,7 @@ def test_results_do_not_depend_on_the_batch_size(problem, record):
     np.testing.assert_allclose(other.images[misclassified], record.images[misclassified], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_misclassified_draw_does_not_end_a_run():
     def logits_fn(x, keys):
         darkness = (0.5 - x[..., 0].mean((1, 2))) / EPSILON  # 1 at the full radius

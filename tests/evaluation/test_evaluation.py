@@ -360,6 +360,7 @@ def test_a_part_of_the_images_gives_the_same_as_in_the_whole(network):
     assert_same_records(part.records, whole.records[30:])
 
 
+@pytest.mark.slow
 def test_merged_parts_give_the_same_as_the_whole(network, tmp_path):
     few = Attack("square", 0.02, num_steps=20, num_images=30, after=["clean"])  # 30 in total, not in each part
     attacks = [CLEAN, Attack("pgd", 0.02, num_steps=3, restarts=2), few]

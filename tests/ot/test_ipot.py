@@ -100,6 +100,7 @@ def test_envelope_and_none(problem):
     np.testing.assert_array_equal(jax.grad(lambda c: solve(c, "none").primal_cost)(problem[0]), 0)
 
 
+@pytest.mark.slow
 def test_runs_out_of_range_are_repeated_in_the_log_domain(problem, monkeypatch):
     def solve(cost):
         result = ipot(cost, *problem[1:], beta=0.3, num_iters=23, inner_iters=2)
@@ -157,6 +158,7 @@ def test_the_plan_has_the_dtype_of_the_cost(problem):
     assert ipot(problem[0], beta=0.5).plan.dtype == jnp.float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_iters", mostly_slow([2_000, 20_000], 2_000))
 def test_rounding_does_not_grow_with_the_number_of_steps(num_iters):
     cost = np.random.default_rng(0).uniform(0, 2, (60, 60))

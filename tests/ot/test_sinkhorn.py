@@ -329,6 +329,7 @@ def test_invalid_reg_start_under_jit_is_not_finite(problem, start):
     assert jax.jit(lambda r: sinkhorn(*problem, reg=0.1, reg_start=r).status)(start) == Status.NOT_FINITE
 
 
+@pytest.mark.slow
 def test_decreasing_reg_in_a_batch_of_different_regs(make_problem):
     cost, a, b = make_problem(6, 9)
     regs = jnp.array([1.0, 0.3, 0.01])

@@ -132,6 +132,7 @@ def test_converged_is_never_wrong(dtype, num_iters):
     assert not np.any((difference > np.asarray(thresholds) + exact.gap) & (got.status == Status.CONVERGED))
 
 
+@pytest.mark.slow
 def test_target_marginal_that_underflows_counts():
     """In float32 a exp(-F reg / rho) is zero here, while the plan has mass."""
     cost = np.array([[0.0, 1.0], [1.0, 1.0]], np.float32)

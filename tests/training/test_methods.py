@@ -377,6 +377,7 @@ def test_methods_work_with_strict_promotion(name):
         jax.eval_shape(step, state, {**batch(), "labels": labels}, jax.random.key(1))
 
 
+@pytest.mark.slow
 def test_penultimate_features_can_be_scattered():
     metrics, signs = {}, np.array([1, -1, 1, -1, 1], np.float32)[:, None, None, None]
     start = jnp.clip(batch()["images"] + 0.05 * signs, 0, 1)

@@ -114,6 +114,7 @@ def always_sharded(monkeypatch):
     monkeypatch.setattr(sys.modules["fs_jax.training.methods.feature_scatter"], "MOST_GATHERED", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64", "always_sharded")
 def test_gradient_of_a_sharded_transport_equals_that_of_a_gathered_one():
     rng = np.random.default_rng(0)
