@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 RUN = 10  # iterations in a run, between two checks
-BLOCK = 8  # runs in a block, between two tests whether all problems of a batch are done
+BLOCK = 4  # runs in a block, between two tests whether all problems of a batch are done
 
 
 def lengths(num_iters, threshold):
