@@ -32,13 +32,24 @@ def test_the_quickstart_table_is_the_committed_one():
 
 
 def test_the_speeds_of_the_solvers_are_the_measured_ones():
-    rows = results("bench_solvers_cpu/solvers.json")["equal_iterations"]
-    times = {row["solver"]: row for row in rows if (row["shape"], row["reg"]) == ("[64, 60, 60]", 0.01)}
-    ours, ott, pot = times["fs_jax stabilized"], times["ott-jax log"], times["POT"]
-    value, gradient = (ott[what] / ours[what] for what in ("value_ms", "gradient_ms"))
+    def times(machine, table):
+        rows = results(f"bench_solvers_{machine}/solvers.json")[table]
+        return {row["solver"]: row for row in rows if (row["shape"], row["reg"]) == ("[64, 60, 60]", 0.01)}
+
+    def ratios(of):
+        ours, ott = of["fs_jax stabilized"], of["ott-jax log"]
+        return (ott[what] / ours[what] for what in ("value_ms", "gradient_ms"))
+
+    cpu = times("cpu", "equal_iterations")
+    value, gradient = ratios(cpu)
     assert f"{value:.1f} times faster, with gradients {gradient:.0f} times" in row_of("ott-jax")
     assert f"{value:.1f} times faster than by ott-jax, and differentiated {gradient:.0f} times faster" in TEXT
-    assert f"the same problems: {pot['value_ms'] / ours['value_ms']:.0f} times faster" in row_of("POT")
+    pot = cpu["POT"]["value_ms"] / cpu["fs_jax stabilized"]["value_ms"]
+    assert f"the same problems, 50 iterations: {pot:.0f} times faster" in row_of("POT")
+    value, gradient = ratios(times("cpu", "equal_error"))
+    assert f"error of 1e-3: {value:.1f} times, with gradients {gradient:.0f} times" in row_of("ott-jax")
+    value, gradient = ratios(times("gpu", "equal_iterations"))
+    assert f"({value:.1f} and {gradient:.0f} times on an H200)" in " ".join(TEXT.split())
 
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
