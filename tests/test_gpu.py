@@ -89,18 +89,20 @@ def test_the_fused_transport_does_not_change_a_step_in_float32():
     base = TrainConfig(model=ModelConfig(10, 1), batch_size=60)
     images, labels = images_and_labels(60)
     batch, rng = {"images": images, "labels": labels}, jax.random.key(2)
-    states = []
+    states, start = [], create_state(base, jax.random.key(0))
     with jax.default_matmul_precision("float32"):
         for device in (cpu(), gpu()):
-            start = create_state(base, jax.random.key(0))
             step = jax.jit(functools.partial(train_step, config=base))
             states.append(step(*jax.device_put((start, batch, rng), device)))
     (expected, metrics), (got, got_metrics) = jax.device_get(states)
     # A few signs of gradients near 0 differ, each of which moves a pixel by up to 16/255.
     np.testing.assert_allclose(got_metrics["loss"], metrics["loss"], rtol=1e-3)
     np.testing.assert_allclose(got_metrics["transport_cost"], metrics["transport_cost"], rtol=1e-3)
-    difference = jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), got.params, expected.params))
-    assert max(difference) < 1e-2
+    assert largest_difference(got.params, expected.params) < 0.1 * largest_difference(start.params, expected.params)
+
+
+def largest_difference(one, other):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), one, other)))
 
 
 def test_a_stopped_training_resumes_from_its_checkpoint(tmp_path):
@@ -113,8 +115,8 @@ def test_a_stopped_training_resumes_from_its_checkpoint(tmp_path):
     whole = train(config, dataset, tmp_path / "whole", **options)
     assert resumed.finished
     assert whole.finished
-    leaves = jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), resumed.variables, whole.variables))
-    print("largest difference of a resumed run:", max(leaves))
+    # Bit for bit on an H200; atomic additions could change the order of sums.
+    assert largest_difference(resumed.variables, whole.variables) < 1e-3
     again = train(config, dataset, tmp_path / "whole", **options)  # restores what it saved
     jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
 
@@ -128,8 +130,8 @@ def test_attacks_find_the_same_as_on_the_cpu(attack):
     for device in (cpu(), gpu()):
         with jax.default_device(device):
             logits_fn = as_logits_fn(model, jax.device_put(variables, device))
-            result = evaluate(logits_fn, images, labels, [parse_attack(attack, 2 / 255)], progress=False)
+            result = evaluate(logits_fn, images, labels, [parse_attack(attack, 3 / 255)], progress=False)
             robust.append([record["robust"] for record in result.records])
+    assert 0.05 < np.mean(robust[0]) < 0.99
     # Rounding changes the path of an attack; images near the boundary can differ.
-    print(attack, np.mean(robust[0]), np.mean(robust[1]))
     assert np.mean(np.array(robust[0]) != np.array(robust[1])) <= 0.1

@@ -96,7 +96,7 @@ SCALES: dict[str, Scale] = {
     ),
     "short": Scale(
         "short",
-        "The paper's WRN-28-10 on CIFAR-10, in bfloat16, 10 epochs, 500 test images. For a GPU or TPU: about 7 minutes "
+        "The paper's WRN-28-10 on CIFAR-10, in bfloat16, 10 epochs, 500 test images. For a GPU or TPU: about 5 minutes "
         "per row on an H200.",
         dataclasses.replace(
             preset("cifar10_wrn28_10"),

@@ -135,7 +135,7 @@ def describe(platform: str | None = None) -> dict[str, str | int]:
 
 @functools.cache
 def _commit() -> str:
-    """The commit of this file's git clone, with a plus sign if files were changed; empty if it isn't in a clone."""
+    """The commit of this file's git clone, with a plus sign if code was changed; empty if it isn't in a clone."""
     root = pathlib.Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
@@ -144,6 +144,8 @@ def _commit() -> str:
         return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--", "fs_jax"))
+        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(
+            git("status", "--porcelain", "--", "fs_jax", "experiments/*.py")
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""

@@ -166,7 +166,8 @@ def make_iterations(options: Options, keep: bool):
         if threshold is None or keep or history:
             (state, progress), (runs, errors) = lax.scan(step, carry, of_runs)
         else:
-            (state, progress), runs, errors = scan_until(is_done, step, carry, of_runs), None, None
+            state, progress = scan_until(is_done, step, carry, min(RUN, num_iters), len(of_runs))
+            runs = errors = None
 
         plan, factor = finish(_plan_of(points, state), points.a)
         phi, gamma = potentials_of(points, state)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 RUN = 10  # iterations in a run, between two checks
-BLOCK = 4  # runs in a block, between two tests whether all problems of a batch are done
+BLOCK = 4  # runs between two tests whether all problems of a batch are done
 
 
 def lengths(num_iters, threshold):
@@ -19,19 +19,22 @@ def lengths(num_iters, threshold):
     return jnp.full(-(-num_iters // RUN) + 1, min(RUN, num_iters))
 
 
-def scan_until(is_done, step, carry, lengths):
-    """The last carry of `lax.scan(step, carry, lengths)`, for a step that changes nothing once `is_done(carry)`.
+def scan_until(is_done, step, carry, length, count):
+    """The last carry of a scan of `step(carry, length)` over `count` runs, which ends when `is_done(carry)`.
 
-    The loop ends when all problems of a batch are done. `lengths` are those with a threshold. On a GPU, the host waits
-    for the condition of each loop; skipping hundreds of runs one by one takes longer than the iterations.
+    A step has no effect once the carry is done, as it must be after `count` runs. Under `vmap`, the loop ends when all
+    problems of the batch are done. (A scan would skip the other runs one by one. That takes longer than the iterations
+    of small problems, above all on a GPU, where the host waits for the condition of each loop.)
+
+    The end is tested after every `BLOCK` runs, since with `vmap` each test selects the whole carry, matrices included.
     """
-    blocks = -(-len(lengths) // BLOCK)  # the last may have more runs than are left, which change nothing
+    lengths = jnp.full(BLOCK, length)
 
     def is_needed(loop):
-        return (loop[0] < blocks) & ~is_done(loop[1])
+        return (loop[0] < count) & ~is_done(loop[1])
 
     def block(loop):
-        return loop[0] + 1, lax.scan(step, loop[1], lengths[:BLOCK])[0]
+        return loop[0] + BLOCK, lax.scan(step, loop[1], lengths)[0]
 
     return lax.while_loop(is_needed, block, (0, carry))[1]
 

@@ -12,7 +12,7 @@ separately as k: the potentials are F + k and G - k. The iterations then converg
 are the case ε = 0.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from jax import lax
 
 from fs_jax.ot._batching import in_chunks
 from fs_jax.ot._iterations import matrix
-from fs_jax.ot._loops import RUN, lengths, once_if
+from fs_jax.ot._loops import RUN, lengths, once_if, scan_until
 from fs_jax.ot._numerics import MASKED, inverse, largest, log_sum_exp, log_weights, product, within
 from fs_jax.ot.result import Status, has_stalled
 
@@ -86,23 +86,38 @@ def make_iterations(num_iters: int):
     def iterations(scaled, rows: Marginal, columns: Marginal, start, threshold):
         state = _start(scaled, rows, columns, start)
 
-        def step(carry, length):
-            def advance(carry):
-                state = _run(scaled, rows, columns, length, carry[0])
-                return state, _next_progress(scaled, rows, columns, threshold, length, state, carry[1])
-
-            if threshold is None:
-                return (_run(scaled, rows, columns, length, carry[0]), carry[1]), None
-            return once_if(~(carry[1].converged | carry[1].stalled), advance, carry), None
-
         false, zero = jnp.zeros_like(scaled, bool, shape=()), jnp.zeros_like(scaled, shape=())
         progress = Progress(zero, false, false, jnp.full_like(zero, jnp.inf), zero)
-        (state, progress), _ = lax.scan(step, (state, progress), lengths(num_iters, None))
-        done = zero + num_iters if threshold is None else progress.done
+        full, rest = divmod(num_iters, RUN)  # the number of full runs, and the length of a last one
+
+        def run(state, length):
+            return _run(scaled, rows, columns, length, state), None
+
+        def advance(length, carry):
+            state, _ = run(carry[0], length)
+            return state, _next_progress(scaled, rows, columns, threshold, length, state, carry[1])
+
+        def has_stopped(carry):
+            return carry[1].converged | carry[1].stalled
+
+        def is_done(carry):
+            return has_stopped(carry) | (carry[1].done >= full * RUN)
+
+        def step(carry, length):
+            return once_if(~is_done(carry), partial(advance, length), carry), None
+
+        if threshold is None:
+            state, _ = lax.scan(run, state, lengths(num_iters, None))
+            progress = progress._replace(done=zero + num_iters)
+        else:
+            carry = (state, progress)
+            carry = scan_until(is_done, step, carry, RUN, full) if full else carry
+            carry = once_if(~has_stopped(carry), partial(advance, jnp.int32(rest)), carry) if rest else carry
+            state, progress = carry
         status = jnp.where(progress.stalled, Status.STALLED, zero + Status.LIMIT)
         phi = jnp.where(rows.weights != 0, state.f + state.du + state.k, MASKED)
         gamma = jnp.where(columns.weights != 0, state.g + state.dv - state.k, MASKED)
-        return Outcome(_plan(state), phi, gamma, gap(scaled, rows, columns, state)[0], done, status)
+        return Outcome(_plan(state), phi, gamma, gap(scaled, rows, columns, state)[0], progress.done, status)
 
     return iterations
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fs_jax.ot import Status, _batching, _iterations, sinkhorn
+from fs_jax.ot import Status, _batching, _iterations, _loops, sinkhorn, unbalanced_sinkhorn
 from tests.parameters import mostly_slow
 
 rng = np.random.default_rng(0)
@@ -81,7 +81,7 @@ def test_out_of_range_runs_are_repeated(threshold):
 
 @pytest.mark.slow
 def test_in_range_runs_are_not_repeated(monkeypatch):
-    monkeypatch.setattr(_iterations, "log_sum_exp", lambda terms, axis: jnp.full(terms.shape[1 - axis], jnp.nan))
+    monkeypatch.setattr(_iterations, "log_sum_exp", lambda terms, axis, *_: jnp.full(terms.shape[1 - axis], jnp.nan))
     jax.clear_caches()
     (_, result), got = gradient(COSTS["uniform"], "stabilized", 0.05, num_iters=25)
     jax.clear_caches()
@@ -146,3 +146,38 @@ def test_memory_of_the_gradient_grows_by_vectors_only(method):
 def test_second_derivatives_raise():
     with pytest.raises(NotImplementedError, match=r'grad="implicit" of .* has second'):
         jax.hessian(lambda c: solve(c, "stabilized", 0.1)[0])(COSTS["uniform"])
+
+
+@pytest.mark.parametrize("ends", [[0], [1], [7], [3, 12, 5], [99, 2]])
+def test_runs_end_when_all_problems_of_a_batch_are_done(ends):
+    calls = []
+
+    def runs(end):
+        def is_done(carry):
+            return carry[0] >= jnp.minimum(end, 10)  # of at most 10 runs
+
+        def step(carry, length):
+            k, total = carry
+            jax.debug.callback(lambda _: calls.append(1), total)
+            return (jnp.where(is_done(carry), k, k + 1), jnp.where(is_done(carry), total, total + length)), None
+
+        return _loops.scan_until(is_done, step, (jnp.int32(0), jnp.int32(0)), 3, 10)
+
+    k, total = jax.jit(jax.vmap(runs))(jnp.asarray(ends, jnp.int32))
+    jax.effects_barrier()
+    assert k.tolist() == [min(end, 10) for end in ends]
+    assert total.tolist() == [3 * min(end, 10) for end in ends]
+    blocks = -(-min(max(ends), 10) // _loops.BLOCK)
+    assert len(calls) == blocks * _loops.BLOCK * len(ends)
+
+
+@pytest.mark.parametrize("num_iters", mostly_slow([1, 9, 10, 11, 39, 40, 41], 9, 41))
+@pytest.mark.parametrize("solver", [sinkhorn, partial(unbalanced_sinkhorn, rho=1.0)], ids=["sinkhorn", "unbalanced"])
+def test_no_threshold_and_one_that_is_not_met_end_after_the_same_iterations(solver, num_iters):
+    run = jax.jit(lambda cost, threshold: solver(cost, reg=0.02, num_iters=num_iters, threshold=threshold, grad="none"))
+    with jax.enable_x64(True):  # where no error of the line is 0 after 41 iterations
+        cost = jnp.asarray(COSTS["line"])
+        without, result = run(cost, None), run(cost, 1e-15)
+    assert result.status == Status.LIMIT
+    assert result.num_iters == without.num_iters == num_iters
+    np.testing.assert_allclose(result.plan, without.plan, rtol=1e-12)
