@@ -28,13 +28,12 @@ def scan_until(is_done, step, carry, length, count):
 
     The end is tested after every `BLOCK` runs, since with `vmap` each test selects the whole carry, matrices included.
     """
-    lengths = jnp.full(BLOCK, length)
 
     def is_needed(loop):
         return (loop[0] < count) & ~is_done(loop[1])
 
     def block(loop):
-        return loop[0] + BLOCK, lax.scan(step, loop[1], lengths)[0]
+        return loop[0] + BLOCK, lax.scan(step, loop[1], jnp.full(BLOCK, length))[0]
 
     return lax.while_loop(is_needed, block, (0, carry))[1]
 
