@@ -76,7 +76,7 @@ NEWEST_ONLY_FILES = (
     "test_testing.py", "test_transport_cases.py", "test_paper.py", "test_paper_page.py", "test_pages.py",
     "test_readme.py", "test_weights.py", "test_unbalanced.py", "test_export.py", "test_sharding.py",
     "test_divergence.py", "test_bounds.py", "test_extension.py", "test_network.py", "test_packing.py",
-    "test_autoattack.py", "test_status.py", "test_ot_checks.py", "test_costs.py",
+    "test_autoattack.py", "test_conformance.py", "test_status.py", "test_ot_checks.py", "test_costs.py",
     "test_released_sinkhorn.py", "test_losses.py", "test_local_search.py",
 )  # fmt: skip
 
