@@ -14,9 +14,8 @@ Writes solvers.json, solvers.md and solvers.png to the results folder.
 
 Examples:
     python -m experiments.benchmarks.solvers
-    python -m experiments.benchmarks.solvers --rounds 1 --largest 1e5 --results results/bench
-    python -m experiments.benchmarks.solvers --largest 1e8 --results results/gpu    # B n² up to 1e8, for a GPU
-    python -m experiments.benchmarks.solvers --shapes 64x60 1024x60 --results results/gpu
+    python -m experiments.benchmarks.solvers --rounds 1 --shapes 64x60 --results results/bench
+    python -m experiments.benchmarks.solvers --shapes 64x60 1024x60 64x256 64x1024 --results results/gpu
 
 POT is timed on a CPU only, as it solves a batch one problem after the other. Seconds to compile are not given if JAX's
 compilation cache is on, since programs may then be loaded from it.
@@ -50,7 +49,6 @@ ITERATIONS = 50
 THRESHOLD = 1e-3
 LIMIT = 5000  # maximum number of iterations with the threshold
 REGS = (0.05, 0.01, 0.001)
-SHAPES = [(b, n) for b in (1, 64, 1024) for n in (60, 128, 256, 1024)]
 PRODUCTS = "the products alone"
 POT_PROBLEMS = 64  # largest batch for POT, which solves one problem after the other
 
@@ -63,10 +61,8 @@ class Options:
     """Folder for the results."""
     rounds: int = 5
     """Timed runs of each solver; times are medians."""
-    largest: float = 4e6
-    """Skip shapes [B, n, n] with more entries than this."""
-    shapes: tuple[str, ...] = ()
-    """Shapes as BxN, such as 64x60; by default all up to --largest."""
+    shapes: tuple[str, ...] = ("1x60", "1x128", "1x256", "1x1024", "64x60", "64x128", "1024x60")
+    """Shapes [B, n, n] of the costs, as BxN."""
 
 
 def ours(method: str) -> Callable:
@@ -274,12 +270,14 @@ Each iteration takes two matrix-vector products. *Products' share* is the time o
 precomputed matrix, over the time of the whole value. The rest is the exponentials before and after the iterations, and
 the range checks. The backward pass takes as many products again, and the matrix product that accumulates the cost's
 gradient. """
-SHARE = {
-    "cpu": "If the share is near 1, only faster products would make the value faster. (A share above 1 is noise, since "
-    "the two are timed separately.)",
-    "gpu": "Here, the products are separate operations, while a value of up to 256 points is one kernel. So the share "
-    "can be above 1.",
-}
+SHARE = (
+    "If the share is near 1, only faster products would make the value faster. (A share above 1 is noise, since the "
+    "two are timed separately.)"
+)
+SHARE_ON_GPU = (
+    "Here, the products are separate operations, while a value of up to 256 points is one kernel. So the share can be "
+    "above 1."
+)
 
 
 def write(result: dict, folder: Path) -> None:
@@ -301,7 +299,7 @@ def write(result: dict, folder: Path) -> None:
         "describes the method.",
         "## How many times faster than ott-jax in the log domain",
         table(result["ratios"], speed),
-        HOW_TO_READ + SHARE[result["environment"]["platform"]],
+        HOW_TO_READ + (SHARE_ON_GPU if result["environment"]["platform"] == "gpu" else SHARE),
         "![ratios](solvers.png)",
         f"## {ITERATIONS} iterations",
         table(result["equal_iterations"], times | accuracy),
@@ -332,11 +330,8 @@ def main(arguments: list[str]) -> None:
     if options.rounds < 1:
         raise ValueError(f"--rounds: expected at least 1, got {options.rounds}")
     shapes = [parse_shape(shape) for shape in options.shapes]
-    shapes = shapes or [(b, n) for b, n in SHAPES if b * n * n <= options.largest]
     if not shapes:
-        raise ValueError(
-            f"--largest: expected at least {SHAPES[0][1] ** 2}, the smallest shape, got {options.largest:g}"
-        )
+        raise ValueError("--shapes: expected at least one, such as 64x60; got none.")
     result: dict[str, Any] = {
         "environment": {**backend.describe(), **versions()},
         "equal_iterations": [],

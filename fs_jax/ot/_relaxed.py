@@ -110,8 +110,7 @@ def make_iterations(num_iters: int):
             state, _ = lax.scan(run, state, lengths(num_iters, None))
             progress = progress._replace(done=zero + num_iters)
         else:
-            carry = (state, progress)
-            carry = scan_until(is_done, step, carry, RUN, full) if full else carry
+            carry = scan_until(is_done, step, (state, progress), RUN, full)
             carry = once_if(~has_stopped(carry), partial(advance, jnp.int32(rest)), carry) if rest else carry
             state, progress = carry
         status = jnp.where(progress.stalled, Status.STALLED, zero + Status.LIMIT)

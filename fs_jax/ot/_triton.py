@@ -72,6 +72,7 @@ def solve(scaled, a, b, start, threshold, options: Options, interpret: bool) -> 
     if threshold is None:
         return _forward(scaled, a, b, start, None, options, False, interpret)[0]
     floor = rounding_floor(scaled.shape, a.sum(), scaled.dtype)
+    # Not near the floor, where the kernel might never reach a smaller error.
     reachable = jnp.where(threshold > 4 * floor, threshold - floor, jnp.maximum(threshold, floor))
     outcome, _ = _forward(scaled, a, b, start, reachable, options, False, interpret)
     failed = (outcome.done < options.num_iters) & ~(judged_error(outcome.plan, a, b, options.dtype) <= threshold)
