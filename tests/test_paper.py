@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.paper import attacked, autoattack_gap, costs, jobs, runner, tables, writing
+from experiments.paper import ablation, attacked, autoattack_gap, costs, jobs, runner, tables, writing
 from experiments.paper.experiment import PGD_7, Finished, Row, at_equal_passes
 from experiments.paper.scales import SCALES, changed, scale_of
 from fs_jax._utils.files import locked
@@ -220,6 +220,24 @@ def test_the_gap_of_several_seeds_is_their_mean():
     of = Finished(Row("mine"), [evaluated(right, chain) for right in lost], [])
     assert autoattack_gap.parts(of, 1)["parts"]["PGD-20"] == pytest.approx(0.1)
     assert autoattack_gap.parts(of, 1)["parts"]["robust"] == pytest.approx(0.9)
+
+
+def test_the_ablation_has_the_mean_difference_over_pairs_that_differ_in_the_plan_only():
+    robust = {
+        "transport, 1 step, Δ = 0.5": 60, "identity, 1 step, Δ = 0.5": 61, "noise, Δ = 0.5": 0,
+        "transport, 1 step, Δ = 0": 50, "identity, 1 step, Δ = 0": 53, "transport, 7 steps, Δ = 0": 70,
+    }  # fmt: skip
+    finished = [
+        Finished(Row(label), [evaluated([2] * count + [1] * (1000 - count))], []) for label, count in robust.items()
+    ]
+    data = ablation.EXPERIMENT.collect(ablation.EXPERIMENT, SCALES["small"], finished)
+    assert data["plans"]["pairs"] == 2
+    of = data["plans"]["differences"]["pgd-20"]
+    assert of["points"] == pytest.approx(0.2)
+    assert of["half"] == pytest.approx(12.706 * 0.1, rel=1e-3)  # Student's t with one degree of freedom
+    assert "over the 2 pairs of rows that differ in the plan only" in ablation.EXPERIMENT.show(data)
+    alone = ablation.EXPERIMENT.collect(ablation.EXPERIMENT, SCALES["small"], finished[:1])
+    assert "plan only" not in ablation.EXPERIMENT.show(alone)
 
 
 def test_experiments_of_one_network_name_its_seed_and_fold(tmp_path):

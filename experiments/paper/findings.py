@@ -136,6 +136,13 @@ def transport_matters(results: Results) -> tuple[str, str]:
         evidence += f" With the independent plan, under AutoAttack: {independent}."
         if matters == "lower" and verdict != "lower":
             evidence += " So it matters that images are matched with themselves; a gain by the transport is not seen."
+    if plans := results.get("ablation", {}).get("plans"):
+        of = plans["differences"]["apgd-t alone"]
+        evidence += (
+            f" On average over the {plans['pairs']} pairs of rows of the ablation that differ in the plan only, the "
+            f"identity plan changes the accuracy under APGD-T by {of['points']:+.1f} ±{of['half']:.1f} points, "
+            f"{of['verdict']}."
+        )
     if "mechanism" in results:
         plan = results["mechanism"]["points"][-1]["plans"]["Sinkhorn, τ = 0.01"]
         evidence += (

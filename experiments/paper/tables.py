@@ -176,11 +176,7 @@ def shown(data: Data, columns: Sequence[str]) -> str:
     parts = [about(data, columns), formatted(data, columns, "pipe")]
     if spread := spread_over_networks(data, columns):
         parts += [spread]
-    text = [
-        [label, *(f"{d['points']:+.1f} ±{d['half']:.1f} {d['verdict']}" for d in found)]
-        for label, row in rows.items()
-        if (found := differences(row, columns))
-    ]
+    text = [[label, *map(points, found)] for label, row in rows.items() if (found := differences(row, columns))]
     if text:
         parts += [
             f"Difference from *{reference}* in percentage points, on the same images, from unrounded accuracies, with "
@@ -234,6 +230,16 @@ def interval(numbers: Data) -> str:
       '50.0 [45.0, 55.0]'
     """
     return f"{100 * numbers['accuracy']:.1f} [{100 * numbers['low']:.1f}, {100 * numbers['high']:.1f}]"
+
+
+def points(difference: Data) -> str:
+    """A difference with its interval and verdict, in percentage points.
+
+    Example:
+      >>> points({"points": 1.24, "half": 0.5, "verdict": "equal"})
+      '+1.2 ±0.5 equal'
+    """
+    return f"{difference['points']:+.1f} ±{difference['half']:.1f} {difference['verdict']}"
 
 
 def differences(row: Data, columns: Sequence[str]) -> list[Data]:
