@@ -5,9 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.mark.slow  # half a minute, and few changes affect it
 def test_shapes_and_types_are_as_signatures_say():
     run = subprocess.run(
         [sys.executable, "-c", "from tests import shapes; shapes.main()"],
