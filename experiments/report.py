@@ -46,8 +46,9 @@ WORDS = {
     "fold": "a fifth of the images. Each fold is the test set of a network that is trained on the other four",
     "radius": "the largest change of each pixel (L∞); pixels are in [0, 1]",
     "pass": "a computation with the network: forward, or backward to its input or to its weights",
-    "FGSM, PGD-20, CW-100": "white-box attacks with 1, 20 and 100 gradient steps on a loss: the cross-entropy or, for "
-    "CW (Carlini & Wagner), the margin between the true class and the next one; x5: from 5 random starts",
+    "FGSM, PGD-20, CW-100": "attacks with 1, 20 and 100 steps by the network's gradients (white-box) on a loss: the "
+    "cross-entropy or, for CW (Carlini & Wagner), the margin between the true class and the next one; x5: from 5 "
+    "random starts",
     "AutoAttack": "four attacks in turn, each on the images that are robust to the ones before: APGD-CE (PGD with "
     "adaptive steps), APGD-T (towards each of 9 classes), FAB-T (the nearest decision boundary) and, without "
     "gradients, Square. Robust accuracy counts the images that are robust to all four",
@@ -58,9 +59,11 @@ WORDS = {
     "SPSA": "a gradient-free attack: descent with gradients estimated along random directions",
     "local search": "a gradient-free attack: a greedy search over single pixels; each round ends with a projection on "
     "the ball",
+    "released network": "the network that the authors published; *released Sinkhorn* is the solver in their code",
     "standard": "training on clean images",
     "PGD-7": "adversarial training with PGD: 7 gradient steps on the cross-entropy per training step",
-    "TRADES": "adversarial training on the clean cross-entropy plus the divergence between clean and attacked outputs",
+    "TRADES": "adversarial training on the clean cross-entropy plus the divergence between clean and attacked outputs, "
+    "which 10 attack steps increase",
     "equal passes": "PGD-7 is trained for fewer epochs, so that its training takes as many passes through the network "
     "as that of feature scattering",
     "transport plan": "the matching between the outputs (logits) for the natural and for the perturbed batch, with the "
@@ -111,7 +114,7 @@ def page(results: dict[str, dict[str, Data]]) -> str:
     words = tabulate.tabulate(WORDS.items(), headers=["term", "meaning"], tablefmt="pipe")
     parts = [f"# {title(results)}", *so_far(results), METHOD]
     if in_short := summary.summary({headline(next(iter(of.values()))): best(of) for of in results.values()}):
-        parts += ["## In short", in_short, IN_SHORT_ENDS]
+        parts += ["## In short", "The next section explains the terms.", in_short, IN_SHORT_ENDS]
     parts += ["## Terms", words, "## Findings", HOW_CERTAIN]
     for of in results.values():
         first = next(iter(of.values()))
@@ -156,17 +159,22 @@ def datasets(results: dict[str, dict[str, Data]]) -> list[str]:
 
 
 IN_SHORT_ENDS = """\
+*Disagrees* rejects a claim as it is worded. For gradient-free attacks, it means that the argument fails, not that
+gradients are masked.
+
 The intervals are 95% intervals over test images. Those of differences on digits include the variation between the
 networks of the five folds. Otherwise, the variation between seeds is not included: each network is trained once, unless
-its table names more seeds. Networks, images and radius differ from the paper's: compare the order
-of the rows with the paper's, not the numbers."""
+its table names more seeds. At the scales `digits`, `small` and `medium`, networks, images and radius differ from the
+paper's: compare the order of the rows with the paper's, not the numbers. Scale `short` has the paper's network and
+radius, but trains for 10 instead of 200 epochs."""
 
 HOW_CERTAIN = """\
-These are claims of the paper, checked on our networks. Each scale states the size, data and training of its networks.
-A finding holds at its scale only, and the accuracies are not those of the released network. Intervals are 95% intervals
-over test images, and differences are between networks on the same images. If a row has several networks (five folds on
-digits), the interval of a difference is over them (Student's t) if that is wider. With one network for each row, as at
-scale `small`, a difference is one between two networks: how much it varies with their seeds is not known.
+These are the paper's claims, and questions that they raise, checked on our networks. Each scale states the size, data
+and training of its networks. A finding holds at its scale only, and the accuracies are not those of the released
+network. Intervals are 95% intervals over test images, and differences are between networks on the same images. If a row
+has several networks (five folds on digits), the interval of a difference is over them (Student's t) if that is wider.
+With one network for each row, as at scale `small`, a difference is one between two networks: how much it varies with
+their seeds is not known.
 
 The wording of the claims is ours. The verdict depends on the kind of claim:
 
@@ -186,8 +194,8 @@ the difference excludes 0) |
 
 Otherwise it is *undetermined*: the results do not suffice for a verdict. Rows are *equal* if the whole interval of
 their difference is within ±2 points; otherwise, a row is *higher* or *lower* than the first if the interval excludes 0.
-With intervals of ±2 points and more, as here, rows are rarely *equal*, so *undetermined* says little about a claim. A
-scale *detects* effects of a size if it usually finds a true difference of that size."""
+*Undetermined* means that neither a difference nor equality is proved; the interval still bounds the difference. A scale
+*detects* effects of a size if it usually finds a true difference of that size."""
 
 
 def headline(data: Data) -> str:
@@ -217,7 +225,7 @@ def unfinished(of: dict[str, Data]) -> list[str]:
     there = best(of)
     names = SCALES[next(iter(of.values()))["scale"]].experiments or EXPERIMENTS
     titles = [experiment(name).title for name in names if name not in there or there[name]["missing"]]
-    return [f"**Not complete yet:** {'; '.join(titles)}."] if titles else []
+    return [f"**Not run, or not all rows:** {'; '.join(titles)}."] if titles else []
 
 
 def training(config: Data) -> str:

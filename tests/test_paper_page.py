@@ -74,7 +74,7 @@ def test_the_title_names_the_data_sets(tmp_path):
 def test_the_page_says_what_is_not_complete(tmp_path):
     folder = results_of(tmp_path, "table4_ipot_beta")
     text = report.page(report.read(folder))
-    (line,) = re.findall(r"\*\*Not complete yet:\*\* (.*)\.", text)
+    (line,) = re.findall(r"\*\*Not run, or not all rows:\*\* (.*)\.", text)
     assert jobs.experiment("ablation").title in line
     assert jobs.experiment("table4_ipot_beta").title not in line
     assert len(line.split("; ")) == len(jobs.EXPERIMENTS) - 1
@@ -207,6 +207,8 @@ def test_the_summary_has_a_column_for_each_scale():
     small["main_table"]["rows"]["PGD-7"]["square"]["accuracy"] = 0.25
     small["ablation"]["rows"]["transport, 1 step, Δ = 0"] = row(points=-3.0, verdict="lower")
     del small["matching"], small["equal_passes"]
+    plans = {"apgd-t alone": {"points": 0.4, "half": 1.2, "verdict": "equal"}}
+    digits["ablation"]["plans"] = {"pairs": 5, "differences": plans}
     text = summary.summary({"digits": digits, "small": small})
     lines = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
@@ -219,6 +221,10 @@ def test_the_summary_has_a_column_for_each_scale():
     ]
     assert lines["PGD-7, as many passes as feature scattering"] == ["50.0 [48.0, 52.0] / 50.0", "not run"]
     assert lines["no label smoothing"] == ["+0.0 ±1.0", "-3.0 ±1.0"]
+    assert lines["the same, on average over all pairs of rows that differ in the plan only"] == ["+0.4 ±1.2", "not run"]
+    assert "a gain by the transport is at most 0.8 points" in str(findings.findings(digits))
+    one_step = "one step on the cross-entropy (with labels), with 0.8 times the passes"
+    assert lines[one_step] == ["50.0 [48.0, 52.0]\\* / 50.0"] * 2
     assert "IPOT instead of Sinkhorn's algorithm" not in lines
     assert lines["The matching by optimal transport makes the method work."] == ["disagrees", "not run"]
     assert summary.summary({"digits": {}}) == ""
@@ -236,16 +242,17 @@ def test_the_summary_says_which_rows_differ_by_more_than_the_interval():
     )
     first, *_ = summary.summary({"digits": results}).split("\n\n")
     assert first == (
-        "**digits:** Under AutoAttack, feature scattering is less robust than: PGD-7. More robust than: standard. Not "
-        "clearly more or less robust than: TRADES. Under APGD-T, it is more robust with: no label smoothing. Less "
-        "robust with: the independent plan instead of the transport."
+        "**digits:** Feature scattering has 50.0% / 50.0% under AutoAttack / on clean images. More robust: PGD-7 "
+        "(50.0% / 50.0%). Less robust: standard (50.0% / 50.0%). Not clearly more or less robust: TRADES (50.0% / "
+        "50.0%). Changes that make it more robust, under APGD-T: no label smoothing. Changes that make it less robust: the "
+        "independent plan instead of the transport."
     )
 
 
 def test_the_rows_of_the_summary_are_rows_of_the_tables():
     labels = {name: [row.label for row in jobs.experiment(name).rows] for name in jobs.EXPERIMENTS}
-    assert set(summary.TRAINING) <= {*labels["main_table"], *labels["equal_passes"]}
-    assert set(summary.CHANGES) <= set(labels["ablation"])
+    assert set(summary.TRAINING) <= {*labels["main_table"], *labels["equal_passes"], *labels["ablation"]}
+    assert set(summary.CHANGES) - {summary.PLANS} <= set(labels["ablation"])
 
 
 @pytest.mark.parametrize(("points", "half", "expected"), [

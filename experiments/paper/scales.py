@@ -55,7 +55,7 @@ SCALES: dict[str, Scale] = {
     "digits": Scale(
         "digits",
         "scikit-learn's 8 x 8 digits, WRN-10-1, 12 epochs, radius 0.1, five folds, so that all 1,797 images are "
-        "tested. 5 to 25 minutes per row on two CPU cores; detects effects of about 4 points.",
+        "tested. 10 to 50 minutes of a CPU core per row; detects effects of about 4 points.",
         preset("digits"),
         ("digits", "digits_fold1", "digits_fold2", "digits_fold3", "digits_fold4"),
         None,
@@ -64,8 +64,8 @@ SCALES: dict[str, Scale] = {
     ),
     "small": Scale(
         "small",
-        "CIFAR-10 at 16 x 16, WRN-10-2, 16 epochs, radius 6/255, 1,000 test images. 15 to 65 minutes per row on one "
-        "CPU core; detects the order of methods.",
+        "CIFAR-10 at 16 x 16, WRN-10-2, 16 epochs, radius 6/255, 1,000 test images. 15 to 65 minutes of a CPU core per "
+        "row; shows large differences between methods.",
         TrainConfig(
             dataset="cifar10_16x16",
             model=ModelConfig(depth=10, width=2),

@@ -15,13 +15,17 @@ TRAINING = {
     "PGD-7, equal passes": "PGD-7, as many passes as feature scattering",
     "PGD-7": "PGD-7, as many epochs, with 2.8 times the passes",
     "TRADES": "TRADES, as many epochs, with 4.5 times the passes",
+    "cross-entropy, 1 step, Δ = 0": "one step on the cross-entropy (with labels), with 0.8 times the passes",
 }
-"""Rows of main_table and equal_passes."""
+"""Rows of main_table, equal_passes and the ablation."""
+
+PLANS = "the mean over all pairs of rows"
 
 CHANGES = {
     "noise, Δ = 0.5": "random noise instead of an attack",
     "independent plan": "the independent plan instead of the transport",
     "identity, 1 step, Δ = 0.5": "the identity plan instead of the transport",
+    PLANS: "the same, on average over all pairs of rows that differ in the plan only",
     "IPOT, β = 1": "IPOT instead of Sinkhorn's algorithm",
     "transport, 1 step, Δ = 0": "no label smoothing",
     "transport, 7 steps, Δ = 0.5": "seven attack steps and 3 times the passes",
@@ -29,7 +33,7 @@ CHANGES = {
     "cross-entropy, 1 step, Δ = 0": "an attack on the cross-entropy and no label smoothing",
     "cross-entropy, 7 steps, Δ = 0": "an attack on the cross-entropy and no label smoothing and seven steps (PGD-7)",
 }
-"""Rows of the ablation, which change the paper's method."""
+"""Rows of the ablation, which change the paper's method, and the mean over pairs of them."""
 
 
 def summary(scales: Mapping[str, Results]) -> str:
@@ -42,13 +46,14 @@ def summary(scales: Mapping[str, Results]) -> str:
     verdicts = {name: {each.claim: each.verdict for each in findings(results)} for name, results in scales.items()}
     parts = [
         (
-            "**How robust is each method?** Accuracy under AutoAttack and, after the slash, clean accuracy, in %:",
+            "**How robust is each method?** Accuracy under AutoAttack and, after the slash, clean accuracy, in % "
+            "(\\*: under APGD-T alone, so AutoAttack's is at most that):",
             TRAINING,
             lambda name, label: robust(scales[name], label),
         ),
         (
-            "**Which part does the work?** Change of the accuracy under APGD-T alone, which is within a few tenths of "
-            "AutoAttack's, in percentage points, if parts of the method are replaced:",
+            "**Which part does the work?** Change of the accuracy under APGD-T alone, in percentage points, if parts "
+            "of the method are replaced (where AutoAttack was run too, its accuracy is within a few tenths):",
             CHANGES,
             lambda name, label: change(scales[name], label),
         ),
@@ -63,28 +68,29 @@ def summary(scales: Mapping[str, Results]) -> str:
 
 
 def conclusions(name: str, results: Results) -> str:
-    """Which rows differ from the method by more than the interval, in sentences; empty without results."""
+    """How robust the method is, and which changes of it matter, in sentences; empty without results."""
     methods = rows_of(results, "main_table")
-    sentences = [
-        in_words(
-            "Under AutoAttack, feature scattering is",
-            ("less robust than", "more robust than", "not clearly more or less robust than"),
-            by_sign({label: row["square"]["difference"] for label, row in methods.items()}),
-        ),
-        in_words(
-            "Under APGD-T, it is",
-            ("more robust with", "less robust with", "not clearly more or less robust with"),
-            by_sign({text: from_method(results, label) for label, text in CHANGES.items()}),
-        ),
-    ]
-    return f"**{name}:** {' '.join(filter(None, sentences))}" if any(sentences) else ""
+    compared = {label: row["square"]["difference"] for label, row in methods.items()}
+    groups = [[f"{label} ({accuracies(methods[label])})" for label in group] for group in by_sign(compared)]
+    sentences = in_words(("More robust", "Less robust", "Not clearly more or less robust"), groups)
+    if sentences:
+        ours = accuracies(methods["feature scattering"])
+        sentences = f"Feature scattering has {ours} under AutoAttack / on clean images. {sentences}"
+    effects = in_words(
+        ("Changes that make it more robust, under APGD-T", "Changes that make it less robust", "No clear effect"),
+        by_sign({text: from_method(results, label) for label, text in CHANGES.items() if label != PLANS}),
+    )
+    return f"**{name}:** {' '.join(filter(None, (sentences, effects)))}" if sentences or effects else ""
 
 
-def in_words(subject: str, comparisons: Sequence[str], groups: Sequence[Sequence[str]]) -> str:
-    """Sentences that say how the subject compares with each group; empty without any member."""
-    parts = [f"{how}: {'; '.join(group)}." for how, group in zip(comparisons, groups, strict=True) if group]
-    first, *others = parts or [""]
-    return " ".join([f"{subject} {first}", *(part[0].upper() + part[1:] for part in others)]) if parts else ""
+def accuracies(row: Data) -> str:
+    """Accuracy under AutoAttack / on clean images."""
+    return f"{100 * row['square']['accuracy']:.1f}% / {100 * row['clean']['accuracy']:.1f}%"
+
+
+def in_words(headings: Sequence[str], groups: Sequence[Sequence[str]]) -> str:
+    """A sentence for each group that has members."""
+    return " ".join(f"{heading}: {'; '.join(group)}." for heading, group in zip(headings, groups, strict=True) if group)
 
 
 def by_sign(differences: Mapping[str, Data | None]) -> tuple[list[str], list[str], list[str]]:
@@ -104,12 +110,15 @@ def by_scale(scales: Iterable[str], rows: Mapping[str, str], value: Callable[[st
 
 
 def robust(results: Results, label: str) -> str:
-    """Accuracy of a row under AutoAttack, and clean accuracy."""
-    for name in ("main_table", "equal_passes"):
+    """Accuracy of a row under AutoAttack or, with a star, APGD-T, and clean accuracy."""
+    for name, attack, star in (("main_table", "square", ""), ("equal_passes", "square", ""), ABLATED):
         row = rows_of(results, name).get(label)
         if row is not None:
-            return f"{interval(row['square'])} / {100 * row['clean']['accuracy']:.1f}"
+            return f"{interval(row[attack])}{star} / {100 * row['clean']['accuracy']:.1f}"
     return ""
+
+
+ABLATED = ("ablation", "apgd-t alone", "\\*")
 
 
 def change(results: Results, label: str) -> str:
@@ -120,6 +129,9 @@ def change(results: Results, label: str) -> str:
 
 def from_method(results: Results, label: str) -> Data | None:
     """Difference of a row of the ablation from the paper's method, under APGD-T; None without the row."""
+    if label == PLANS:
+        plans = results.get("ablation", {}).get("plans")
+        return None if plans is None else plans["differences"]["apgd-t alone"]
     row = rows_of(results, "ablation").get(label)
     return None if row is None else row["apgd-t alone"]["difference"]
 
