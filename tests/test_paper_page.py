@@ -244,8 +244,8 @@ def test_the_summary_says_which_rows_differ_by_more_than_the_interval():
     assert first == (
         "**digits:** Feature scattering has 50.0% / 50.0% under AutoAttack / on clean images. More robust: PGD-7 "
         "(50.0% / 50.0%). Less robust: standard (50.0% / 50.0%). Not clearly more or less robust: TRADES (50.0% / "
-        "50.0%). Changes that make it more robust, under APGD-T: no label smoothing. Changes that make it less robust: the "
-        "independent plan instead of the transport."
+        "50.0%). Changes that make it more robust, under APGD-T: no label smoothing. Changes that make it less "
+        "robust: the independent plan instead of the transport."
     )
 
 
