@@ -334,8 +334,9 @@ code { font-size: .88em; background: #f3f4f6; padding: .1em .3em; border-radius:
 .table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .65rem; border-bottom: 1px solid #e2e2e2; text-align: left; vertical-align: top; }
-th { border-bottom: 2px solid #999; white-space: nowrap; }
-td:first-child { min-width: 7rem; }
+th { border-bottom: 2px solid #999; }
+th, td { min-width: 5.5rem; }
+td:first-child { min-width: 10rem; }
 li { margin: .6rem 0; }
 li strong { padding: .05em .45em; border-radius: 3px; font-size: .85em; color: #fff; background: #666; }
 li strong.agrees { background: #00724f; }

@@ -19,6 +19,9 @@ TRAINING = {
 }
 """Rows of main_table, equal_passes and the ablation."""
 
+MEASURED = (("main_table", "square", ""), ("equal_passes", "square", ""), ("ablation", "apgd-t alone", "\\*"))
+"""The tables that are searched for such a row, the attack, and a star for an attack that is not AutoAttack."""
+
 PLANS = "the mean over all pairs of rows"
 
 CHANGES = {
@@ -111,14 +114,11 @@ def by_scale(scales: Iterable[str], rows: Mapping[str, str], value: Callable[[st
 
 def robust(results: Results, label: str) -> str:
     """Accuracy of a row under AutoAttack or, with a star, APGD-T, and clean accuracy."""
-    for name, attack, star in (("main_table", "square", ""), ("equal_passes", "square", ""), ABLATED):
+    for name, attack, star in MEASURED:
         row = rows_of(results, name).get(label)
         if row is not None:
             return f"{interval(row[attack])}{star} / {100 * row['clean']['accuracy']:.1f}"
     return ""
-
-
-ABLATED = ("ablation", "apgd-t alone", "\\*")
 
 
 def change(results: Results, label: str) -> str:
