@@ -15,7 +15,7 @@ from experiments.paper.experiment import (
     at_equal_passes,
     full_step,
     quarter_step,
-)  # fmt: skip
+)
 from experiments.paper.figures import pgd_against_apgd_t
 from experiments.paper.matching import INDEPENDENT, IPOT
 from experiments.paper.runner import main

@@ -61,14 +61,12 @@ def one_step_is_enough(results: Results) -> tuple[str, str]:
     if "feature scattering, Δ = 0" in results["equal_passes"]["rows"]:
         without = percent(results, "equal_passes", "feature scattering, Δ = 0", "square")
         evidence += f" PGD-7 has no label smoothing; without it, feature scattering has {without}."
-    if SMOOTHED in results.get("ablation", {}).get("rows", {}):
-        _, smoothed = difference(results, "ablation", SMOOTHED, "apgd-t alone")
-        evidence += f" PGD-7 at equal passes with the method's smoothing, under APGD-T: {smoothed}."
+    smoothed = "cross-entropy, 7 steps, Δ = 0.5, equal passes"
+    if smoothed in results.get("ablation", {}).get("rows", {}):
+        _, text = difference(results, "ablation", smoothed, "apgd-t alone")
+        evidence += f" PGD-7 at equal passes with the method's smoothing, under APGD-T: {text}."
     clean = percent(results, "equal_passes", "PGD-7, equal passes", "clean")
     return verdict, f"{evidence} The clean accuracy of PGD-7 after this short training is {clean}."
-
-
-SMOOTHED = "cross-entropy, 7 steps, Δ = 0.5, equal passes"
 
 
 def labels_are_not_needed(results: Results) -> tuple[str, str]:
@@ -120,7 +118,7 @@ def smoothing_is_necessary(results: Results) -> tuple[str, str]:
     left = percent(results, "equal_passes", row, "square")
     evidence = (
         f"Without smoothing, under PGD-20: {text}. Under AutoAttack, which decides the verdict: {judged}; {left} "
-        "remain, so smoothing is not a condition of robustness."
+        "remain."
     )
     rows = results.get("table2_label_smoothing", {}).get("rows", {})
     if {"Δ = 0.3", "Δ = 0.7"} <= rows.keys():
