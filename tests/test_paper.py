@@ -10,17 +10,20 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import weights
 from experiments.paper import ablation, attacked, autoattack_gap, costs, jobs, runner, tables, writing
 from experiments.paper.experiment import PGD_7, Finished, Row, at_equal_passes
 from experiments.paper.scales import SCALES, changed, scale_of
 from fs_jax._utils.files import locked
 from fs_jax.attacks import parse_attack
-from fs_jax.config import TrainConfig
+from fs_jax.config import TrainConfig, to_dict
 from fs_jax.evaluation import evaluate
+from fs_jax.models import WideResNet
 from fs_jax.training import make_method
 from tests.paper_results import ENVIRONMENT, evaluated, finish
 
@@ -402,6 +405,50 @@ def test_a_failure_says_what_to_do(tmp_path, logged, advice):
     assert logged in message
     assert advice in message
     assert "earlier" not in message
+
+
+def test_stored_networks_are_not_trained(tmp_path):
+    needed = jobs.jobs(SCALES["trial"], ["table4_ipot_beta"], [0], tmp_path / "runs")
+    ours, begun = needed[:2]
+    network = WideResNet(10, 1)
+    variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    for job in (ours, begun):
+        # The configuration of a run has the number of training images and their hash.
+        config = dataclasses.replace(job.config, train_size=1437, data="a hash")
+        weights.keep(network, variables, {"config": to_dict(config)}, job.folder.name.replace("-", "_"), tmp_path / "w")
+    ours.folder.mkdir(parents=True)
+    (begun.folder / "run").mkdir(parents=True)
+    runner.restore(needed, tmp_path / "w")
+    runner.restore(needed, tmp_path / "w")  # a second time, nothing is restored
+    assert [job for job in needed if jobs.weights_file(job.folder).exists()] == [ours]
+    cost = {"step": 1.0, "pass": 0.0, "train_images": 1437, "test_images": 20}
+    steps = costs.seconds_of(begun, cost) - costs.seconds_of(ours, cost)
+    assert steps == dataclasses.replace(begun.config, train_size=1437).total_steps
+    assert runner.share_done(ours) == 0.5
+    assert runner.share_done(begun) == 0
+
+
+def test_committed_networks_are_those_of_rows(tmp_path):
+    rows = {
+        jobs.identity(job.config)
+        for scale in SCALES.values()
+        for job in jobs.jobs(scale, scale.experiments or jobs.EXPERIMENTS, [0, 1, 2], tmp_path)
+    }
+    assert not [name for key, name in jobs.stored_networks().items() if key not in rows]
+
+
+@pytest.mark.slow
+def test_a_table_of_stored_networks_says_so(tmp_path):
+    command = [
+        sys.executable, "-m", "experiments.paper.figure2_embeddings", "--scale", "digits", "--stored",
+        "--workdir", str(tmp_path / "runs"), "--results", str(tmp_path / "results"),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "results" / "digits" / "figure2_embeddings.md").read_text(encoding="utf-8")
+    assert "Stored networks, not trained for these results: standard; feature scattering." in text
+    assert "--scale digits --stored`" in text
+    assert not list((tmp_path / "runs").glob("digits/*/run"))
 
 
 @pytest.mark.slow

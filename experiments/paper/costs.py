@@ -7,7 +7,7 @@ import tempfile
 import time
 from typing import TYPE_CHECKING
 
-from experiments.paper.jobs import Job, experiment, file_hash, result_file
+from experiments.paper.jobs import Job, experiment, file_hash, result_file, weights_file
 from fs_jax._utils.files import read_jsonl
 from fs_jax.config import TrainConfig, to_dict
 
@@ -68,12 +68,19 @@ def seconds_of(job: Job, cost: dict[str, float]) -> float:
     """Estimated seconds of the remaining work on a network."""
     scale = job.scale
     config = dataclasses.replace(job.config, train_size=int(cost["train_images"]))
-    log = job.folder / "run" / "metrics.jsonl"
-    steps = max((row["step"] for row in read_jsonl(log)), default=0) if log.exists() else 0
-    total = PROCESS_SECONDS + max(0, config.total_steps - steps) * cost["step"]
+    total = PROCESS_SECONDS + remaining_steps(job.folder, config) * cost["step"]
     images = int(min(cost["test_images"], scale.test_images or cost["test_images"]))
     measurements = {result_file(job.folder, scale, name): experiment(name).measurement for name in job.experiments}
     for path, measurement in measurements.items():
         if not path.exists():
             total += MEASUREMENT_SECONDS + measurement.passes(config, scale, images) * cost["pass"]
     return total
+
+
+def remaining_steps(folder: pathlib.Path, config: TrainConfig) -> int:
+    """Number of training steps that are left."""
+    if weights_file(folder).exists():
+        return 0
+    log = folder / "run" / "metrics.jsonl"
+    done = max((row["step"] for row in read_jsonl(log)), default=0) if log.exists() else 0
+    return max(0, config.total_steps - done)

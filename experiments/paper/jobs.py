@@ -10,10 +10,11 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from experiments import weights
 from experiments.paper.experiment import Experiment, Finished, Row
 from experiments.paper.scales import Scale, changed
 from fs_jax import __version__
-from fs_jax.config import TrainConfig, to_dict
+from fs_jax.config import TrainConfig, from_dict, to_dict
 from fs_jax.training.methods import METHODS
 
 EXPERIMENTS = (
@@ -99,6 +100,22 @@ def jobs(
 def result_file(folder: pathlib.Path, scale: Scale, name: str) -> pathlib.Path:
     """The file with the result of a measurement of a network. Experiments with the same measurement share it."""
     return folder / f"result-{digest([scale.test_images, experiment(name).measurement.settings(scale)])}.json"
+
+
+def stored_networks(folder: pathlib.Path = weights.FOLDER) -> dict[str, str]:
+    """The names of the networks in `experiments/weights`, by `identity`."""
+    return {identity(from_dict(of["config"])): name for name, of in weights.manifest(folder).items()}
+
+
+def identity(config: TrainConfig) -> str:
+    """A hash of a configuration, without what training adds to it: the number of training images and their hash."""
+    new = TrainConfig()
+    return digest(to_dict(dataclasses.replace(without_defaults(config), train_size=new.train_size, data=new.data)))
+
+
+def weights_file(folder: pathlib.Path) -> pathlib.Path:
+    """The file of a network that was restored from `experiments/weights` instead of trained."""
+    return folder / "network.safetensors"
 
 
 def is_finished(job: Job) -> bool:

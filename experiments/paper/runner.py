@@ -16,13 +16,25 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from experiments import command_line
+from experiments import command_line, weights
 from experiments.output import write_files
 from experiments.paper import costs, writing
 from experiments.paper.experiment import Experiment
-from experiments.paper.jobs import EXPERIMENTS, Job, digest, experiment, finished_rows, is_finished, jobs, result_file
+from experiments.paper.jobs import (
+    EXPERIMENTS,
+    Job,
+    digest,
+    experiment,
+    finished_rows,
+    identity,
+    is_finished,
+    jobs,
+    result_file,
+    stored_networks,
+    weights_file,
+)
 from experiments.paper.scales import SCALES, Scale, scale_of
-from fs_jax._utils.files import local_path, locked, read_jsonl
+from fs_jax._utils.files import local_path, locked
 from fs_jax._utils.validation import check_number
 from fs_jax.config import to_dict
 
@@ -30,6 +42,7 @@ EXAMPLES = """\
   {prog} --list
   {prog} --scale digits
   {prog} --scale small --seeds 0 1 2 --max-minutes 55
+  {prog} --scale medium --stored
 """
 
 
@@ -53,6 +66,8 @@ class Arguments:
     """TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     workers: int | None = None
     """Number of networks in parallel; by default one per accelerator or, without accelerators, per CPU core."""
+    stored: bool = False
+    """Do not train networks that are stored in experiments/weights, but measure the stored ones."""
     max_minutes: float | None = None
     """Stop cleanly after this many minutes, with exit status 75. Rerun the same command to resume."""
     list: bool = False
@@ -173,6 +188,8 @@ def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
         spec: dict[str, Any] = {"scale": job.scale.name, "dataset": job.scale.dataset, "config": to_dict(job.config)}
         spec |= {"experiments": job.experiments, "data_dir": None if data_dir is None else str(data_dir.resolve())}
         write_files(job.folder, {"job.json": spec})
+    if arguments.stored:
+        restore(missing)
     began = time.monotonic()
     deadline = float("inf") if arguments.max_minutes is None else began + 60 * arguments.max_minutes
     running: dict[str, tuple[Job, Worker]] = {}
@@ -207,6 +224,16 @@ def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
     if not stopped:
         print(f"Time: {duration(time.monotonic() - timed)}; estimated: {duration(estimated)}.")
     return stopped, failed
+
+
+def restore(missing: list[Job], folder: pathlib.Path = weights.FOLDER) -> None:
+    """Restore the stored networks among those whose training has not begun."""
+    stored = stored_networks(folder)
+    for job in missing:
+        name, path = stored.get(identity(job.config)), weights_file(job.folder)
+        if name is not None and not path.exists() and not (job.folder / "run").exists():
+            weights.restore(name, path, folder)
+            print(f"Not trained, but restored: {name}.")
 
 
 def check_data(dataset: Any, missing: list[Job]) -> None:
@@ -339,9 +366,8 @@ def end(running: dict[str, tuple[Job, Worker]]) -> None:
 
 def share_done(job: Job) -> float:
     """Estimated progress of a network, from 0 to 1. Training counts as half of the work."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        steps = read_jsonl(job.folder / "run" / "metrics.jsonl")[-1]["step"]
-        total = job.config.total_steps
+    with contextlib.suppress(OSError, ValueError):
+        trained = 1 - costs.remaining_steps(job.folder, job.config) / job.config.total_steps
         finished = [result_file(job.folder, job.scale, name).exists() for name in job.experiments]
-        return 0.5 * min(1.0, steps / total) + 0.5 * sum(finished) / len(finished)
+        return 0.5 * trained + 0.5 * sum(finished) / len(finished)
     return 0.0

@@ -15,7 +15,7 @@ from experiments import command_line
 from experiments.output import write_files
 from experiments.paper.costs import measure
 from experiments.paper.experiment import Network
-from experiments.paper.jobs import experiment, result_file
+from experiments.paper.jobs import experiment, result_file, weights_file
 from experiments.paper.scales import scale_of
 from fs_jax.config import from_dict
 
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
 
     from fs_jax import data, training
     from fs_jax._utils import backend
+    from fs_jax.models import convert
 
     backend.enable_compilation_cache()
     scale, config = scale_of(job["scale"], job["dataset"]), from_dict(job["config"])
@@ -37,14 +38,18 @@ def main(argv: list[str]) -> int:
         cost = pathlib.Path(argv[1])
         write_files(cost.parent, {cost.name: measure(config, dataset)})
         return 0
-    run = training.train(
-        config, dataset, folder / "run", devices=jax.local_devices()[:1], monitor_images=0, progress=False
-    )
-    if not run.finished:
-        return command_line.STOPPED
+    if (path := weights_file(folder)).exists():
+        _, variables = convert.load_weights(path)
+    else:
+        run = training.train(
+            config, dataset, folder / "run", devices=jax.local_devices()[:1], monitor_images=0, progress=False
+        )
+        if not run.finished:
+            return command_line.STOPPED
+        variables = run.variables
     few = slice(0, scale.test_images)
     model = training.make_model(config, dataset.info.num_classes)
-    network = Network(config, dataset, model, run.variables, dataset.test_images[few], dataset.test_labels[few])
+    network = Network(config, dataset, model, variables, dataset.test_images[few], dataset.test_labels[few])
     for name in job["experiments"]:
         path = result_file(folder, scale, name)
         if not path.exists():

@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.output import made_on, write_files
 from experiments.paper.experiment import Data, Experiment, Finished
-from experiments.paper.jobs import finished_rows
+from experiments.paper.jobs import finished_rows, weights_file
 from experiments.paper.scales import Scale
 from fs_jax._utils.files import read_jsonl
 from fs_jax._utils.text import radius
@@ -126,6 +126,8 @@ def write(
         "hours": hours(finished),
         **collected,
     }
+    if restored := [of.row.label for of in finished if any(weights_file(folder).exists() for folder in of.folders)]:
+        data["restored"] = restored
     figure = None if experiment.draw is None else f"{name}.png"
     others: dict[str, Any] = {name + ending: text for ending, text in experiment.other_files(data).items()}
     write_files(results, {f"{name}.json": data, f"{name}.md": as_markdown(experiment, data, figure), **others})
@@ -146,10 +148,10 @@ def commits(finished: Sequence[Finished]) -> list[str]:
 
 
 def hours(finished: Sequence[Finished]) -> dict[str, float]:
-    """Hours of training and measuring the networks, summed over networks."""
+    """Hours of training and measuring the networks, summed over networks. Restored networks take none to train."""
     results = {folder: result for of in finished for folder, result in zip(of.folders, of.results, strict=True)}
     training = 0.0
-    for folder in results:
+    for folder in (folder for folder in results if not weights_file(folder).exists()):
         rows = [row for row in read_jsonl(folder / "run" / "metrics.jsonl") if "images_per_second" in row]
         batch = json.loads((folder / "run" / "config.json").read_text(encoding="utf-8"))["batch_size"]
         training += sum(
@@ -172,6 +174,7 @@ def as_markdown(experiment: Experiment, data: Data, figure: str | None) -> str:
         f"![{experiment.title}]({figure})" if figure else "",
         experiment.show(data),
         f"Not run yet: {'; '.join(data['missing'])}." if data["missing"] else "",
+        f"Stored networks, not trained for these results: {'; '.join(data['restored'])}." if "restored" in data else "",
         caption(experiment, data),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -193,9 +196,10 @@ def caption(experiment: Experiment, data: Data) -> str:
 
 def command(data: Data) -> str:
     """The command that makes these results."""
+    stored = " --stored" * ("restored" in data)
     seeds = "" if data["seeds"] == [0] else f" --seeds {' '.join(map(str, data['seeds']))}"
     dataset = "" if data["dataset"] is None else f" --dataset {data['dataset']}"
-    return f"python -m experiments.paper.{data['experiment']} --scale {data['scale']}{dataset}{seeds}"
+    return f"python -m experiments.paper.{data['experiment']} --scale {data['scale']}{dataset}{seeds}{stored}"
 
 
 def spent(hours: dict[str, float]) -> str:
