@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from experiments import weights
-from experiments.paper import ablation, attacked, autoattack_gap, costs, jobs, runner, tables, writing
+from experiments.paper import ablation, attacked, autoattack_gap, costs, jobs, records, runner, tables, writing
 from experiments.paper.experiment import PGD_7, Finished, Row, at_equal_passes
 from experiments.paper.scales import SCALES, changed, scale_of
 from fs_jax._utils.files import locked
@@ -426,6 +426,45 @@ def test_stored_networks_are_not_trained(tmp_path):
     assert steps == dataclasses.replace(begun.config, train_size=1437).total_steps
     assert runner.share_done(ours) == 0.5
     assert runner.share_done(begun) == 0
+
+
+def test_rows_are_added_to_a_table_without_its_workdir(tmp_path, capsys):
+    name, scale = "table4_ipot_beta", SCALES["trial"]
+    experiment, results = jobs.experiment(name), tmp_path / "r" / "trial"
+    finish(name, "trial", tmp_path / "first", rows=1)
+    before = writing.write(experiment, scale, [0], tmp_path / "first", results).with_suffix(".json").read_bytes()
+
+    # The records alone, in an empty workdir, give the same table, bit for bit.
+    needed = jobs.jobs(scale, [name], [0], tmp_path / "same")
+    assert records.unpack(results, needed) == 1
+    path = writing.write(experiment, scale, [0], tmp_path / "same", tmp_path / "same results")
+    assert path.with_suffix(".json").read_bytes() == before
+    assert records.unpack(results, needed) == 0  # the results of the workdir are kept
+
+    # With another row in the workdir, both are in the table.
+    finish(name, "trial", tmp_path / "second")
+    first = jobs.folder_of(
+        tmp_path / "second", scale, jobs.configurations(experiment, scale, experiment.rows[0], [0])[0]
+    )
+    jobs.result_file(first, scale, name).unlink()
+    runner.run([name], [
+        "--scale", "trial", "--add", "--workdir", str(tmp_path / "second"), "--results", str(tmp_path / "r"),
+    ])  # fmt: skip
+    assert f"Results of networks taken from {results}: 1." in capsys.readouterr().out
+    after = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+    assert after["finished"] == [row.label for row in experiment.rows]
+    assert after["rows"][experiment.rows[0].label] == json.loads(before)["rows"][experiment.rows[0].label]
+
+
+def test_records_of_other_attacks_are_not_used(tmp_path):
+    name, scale = "table4_ipot_beta", SCALES["trial"]
+    finish(name, "trial", tmp_path / "first")
+    writing.write(jobs.experiment(name), scale, [0], tmp_path / "first", tmp_path / "r")
+    fewer = dataclasses.replace(scale, test_images=10)
+    for other, names, seeds in ((fewer, [name], [0]), (scale, ["matching"], [0]), (scale, [name], [1])):
+        needed = jobs.jobs(other, names, seeds, tmp_path / "second")
+        assert records.unpack(tmp_path / "r", needed) == 0
+    assert not (tmp_path / "second").exists()
 
 
 def test_committed_networks_are_those_of_rows(tmp_path):

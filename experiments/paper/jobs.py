@@ -118,6 +118,11 @@ def weights_file(folder: pathlib.Path) -> pathlib.Path:
     return folder / "network.safetensors"
 
 
+def training_file(folder: pathlib.Path) -> pathlib.Path:
+    """The file with the hours that a network took to train, if it was trained."""
+    return folder / "training.json"
+
+
 def is_finished(job: Job) -> bool:
     """Whether the network is measured for all of its experiments."""
     return all(result_file(job.folder, job.scale, name).exists() for name in job.experiments)

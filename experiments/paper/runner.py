@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from experiments import command_line, weights
 from experiments.output import write_files
-from experiments.paper import costs, writing
+from experiments.paper import costs, records, writing
 from experiments.paper.experiment import Experiment
 from experiments.paper.jobs import (
     EXPERIMENTS,
@@ -66,6 +66,8 @@ class Arguments:
     """TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     workers: int | None = None
     """Number of networks in parallel; by default one per accelerator or, without accelerators, per CPU core."""
+    add: bool = False
+    """Do not measure networks again that have records in the results folder: add rows to its tables."""
     stored: bool = False
     """Do not train networks that are stored in experiments/weights, but measure the stored ones."""
     max_minutes: float | None = None
@@ -102,11 +104,13 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
     workdir = local_path("workdir", arguments.workdir)
     results = local_path("results", arguments.results) / scale.folder
     needed = jobs(scale, names, arguments.seeds, workdir, arguments.rows)
-    missing = [job for job in needed if not is_finished(job)]
     if arguments.list:
-        print(listing(scale, names, needed, missing, workdir))
+        print(listing(scale, names, needed, workdir))
         return None
     with locked_workdir(workdir):
+        if arguments.add:
+            print(f"Results of networks taken from {results}: {records.unpack(results, needed)}.")
+        missing = [job for job in needed if not is_finished(job)]
         for name in names:
             rows = [row.label for row in experiment(name).rows if not arguments.rows or row.label in arguments.rows]
             there = [of.row.label for of in finished_rows(name, scale, arguments.seeds, workdir)]
@@ -161,16 +165,15 @@ def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
         lock.release()
 
 
-def listing(scale: Scale, names: Sequence[str], needed: list[Job], missing: list[Job], workdir: pathlib.Path) -> str:
+def listing(scale: Scale, names: Sequence[str], needed: list[Job], workdir: pathlib.Path) -> str:
     """The scales, the experiments, the rows of the chosen ones, and the number of unfinished networks."""
     lines = ["Scales:", *(f"  {name:8} {about.summary}" for name, about in SCALES.items())]
     lines += ["Experiments, and the labels of their rows:"]
     for name in EXPERIMENTS:
         lines += [f"  {name:24} {experiment(name).title}"]
         lines += [f"    {row.label}" for row in experiment(name).rows if name in names]
-    lines += [
-        f"At scale {scale.folder}: {len(needed)} networks, {len(missing)} of them to train or measure in {workdir}."
-    ]
+    missing = sum(not is_finished(job) for job in needed)
+    lines += [f"At scale {scale.folder}: {len(needed)} networks, {missing} of them to train or measure in {workdir}."]
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from experiments.paper.experiment import (
     Network,
 )
 from experiments.paper.figures import transfer_matrix
+from experiments.paper.jobs import weights_file
 from experiments.paper.runner import main
 from experiments.paper.scales import Scale
 from experiments.paper.tables import cell, mean_accuracy, mean_over_seeds
@@ -60,7 +61,8 @@ def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) 
     for target in [row.label for row in TARGETS if row.label in of]:
         correct: dict[str, list[np.ndarray]] = {name: [] for name in (ITSELF, *sources)}  # by network
         for place, folder in enumerate(of[target].folders):
-            model, variables, _about = load_network(folder / "run")
+            restored = weights_file(folder)
+            model, variables, _about = load_network(restored if restored.exists() else folder / "run")
             predict = jax.jit(lambda x, v, model=model: as_logits_fn(model, v)(x).argmax(-1))
             for name in correct:
                 source = folder if name == ITSELF else of[name].folders[place]

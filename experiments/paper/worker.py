@@ -15,8 +15,9 @@ from experiments import command_line
 from experiments.output import write_files
 from experiments.paper.costs import measure
 from experiments.paper.experiment import Network
-from experiments.paper.jobs import experiment, result_file, weights_file
+from experiments.paper.jobs import experiment, result_file, training_file, weights_file
 from experiments.paper.scales import scale_of
+from fs_jax._utils.files import read_jsonl
 from fs_jax.config import from_dict
 
 
@@ -38,8 +39,8 @@ def main(argv: list[str]) -> int:
         cost = pathlib.Path(argv[1])
         write_files(cost.parent, {cost.name: measure(config, dataset)})
         return 0
-    if (path := weights_file(folder)).exists():
-        _, variables = convert.load_weights(path)
+    if restored := weights_file(folder).exists():
+        _, variables = convert.load_weights(weights_file(folder))
     else:
         run = training.train(
             config, dataset, folder / "run", devices=jax.local_devices()[:1], monitor_images=0, progress=False
@@ -47,6 +48,7 @@ def main(argv: list[str]) -> int:
         if not run.finished:
             return command_line.STOPPED
         variables = run.variables
+        write_files(folder, {training_file(folder).name: {"hours": hours_of_training(folder / "run")}})
     few = slice(0, scale.test_images)
     model = training.make_model(config, dataset.info.num_classes)
     network = Network(config, dataset, model, variables, dataset.test_images[few], dataset.test_labels[few])
@@ -58,8 +60,17 @@ def main(argv: list[str]) -> int:
             if result is None:
                 return command_line.STOPPED
             seconds = round(time.monotonic() - began, 1)
-            write_files(folder, {path.name: {"environment": backend.describe(), "seconds": seconds, **result}})
+            about = {"environment": backend.describe(), "seconds": seconds, "restored": restored}
+            write_files(folder, {path.name: {**about, **result}})
     return 0
+
+
+def hours_of_training(run: pathlib.Path) -> float:
+    """Hours of all training steps, from the log of a run."""
+    rows = [row for row in read_jsonl(run / "metrics.jsonl") if "images_per_second" in row]
+    batch = json.loads((run / "config.json").read_text(encoding="utf-8"))["batch_size"]
+    steps = zip([{"step": 0}, *rows], rows, strict=False)
+    return sum(batch * (row["step"] - before["step"]) / row["images_per_second"] for before, row in steps) / 3600
 
 
 def end_with_parent() -> None:

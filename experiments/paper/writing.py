@@ -6,10 +6,10 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 from experiments.output import made_on, write_files
+from experiments.paper import records
 from experiments.paper.experiment import Data, Experiment, Finished
-from experiments.paper.jobs import finished_rows, weights_file
+from experiments.paper.jobs import finished_rows, training_file
 from experiments.paper.scales import Scale
-from fs_jax._utils.files import read_jsonl
 from fs_jax._utils.text import radius
 from fs_jax.config import differences, from_dict, to_dict
 
@@ -126,11 +126,13 @@ def write(
         "hours": hours(finished),
         **collected,
     }
-    if restored := [of.row.label for of in finished if any(weights_file(folder).exists() for folder in of.folders)]:
+    if restored := [of.row.label for of in finished if any(result["restored"] for result in of.results)]:
         data["restored"] = restored
     figure = None if experiment.draw is None else f"{name}.png"
     others: dict[str, Any] = {name + ending: text for ending, text in experiment.other_files(data).items()}
     write_files(results, {f"{name}.json": data, f"{name}.md": as_markdown(experiment, data, figure), **others})
+    if all("records" in result for of in finished for result in of.results):
+        records.save(results / f"{name}{records.ENDING}", experiment, scale, finished)
     if experiment.draw is not None:
         experiment.draw(data, results / f"{name}.png")
     return results / f"{name}.md"
@@ -150,20 +152,14 @@ def commits(finished: Sequence[Finished]) -> list[str]:
 def hours(finished: Sequence[Finished]) -> dict[str, float]:
     """Hours of training and measuring the networks, summed over networks. Restored networks take none to train."""
     results = {folder: result for of in finished for folder, result in zip(of.folders, of.results, strict=True)}
-    training = 0.0
-    for folder in (folder for folder in results if not weights_file(folder).exists()):
-        rows = [row for row in read_jsonl(folder / "run" / "metrics.jsonl") if "images_per_second" in row]
-        batch = json.loads((folder / "run" / "config.json").read_text(encoding="utf-8"))["batch_size"]
-        training += sum(
-            batch * (row["step"] - before["step"]) / row["images_per_second"]
-            for before, row in zip([{"step": 0}, *rows], rows, strict=False)
-        )
+    trained = [training_file(folder) for folder in results if training_file(folder).exists()]
+    training = sum(json.loads(path.read_text(encoding="utf-8"))["hours"] for path in trained)
     measuring = sum(
         # The times of attacks include those in earlier processes, from the journal of the evaluation.
         sum(attack["seconds"] for attack in result["attacks"]) if "attacks" in result else result["seconds"]
         for result in results.values()
     )
-    return {"training": round(training / 3600, 3), "measuring": round(measuring / 3600, 3)}
+    return {"training": round(training, 3), "measuring": round(measuring / 3600, 3)}
 
 
 def as_markdown(experiment: Experiment, data: Data, figure: str | None) -> str:
