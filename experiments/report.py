@@ -181,6 +181,9 @@ The wording of the claims is ours. The verdict depends on the kind of claim:
 | claim | agrees if | disagrees if |
 | :-- | :-- | :-- |
 | the method is better than another row | the other row is *lower* | the other row is *higher* or *equal* |
+| a clean accuracy is worth it | rows that may be as accurate on clean images are *lower* under attack, and one of \
+them is as accurate | a row that is as accurate (at most 2 points less, the whole interval) is *higher* or *equal* \
+under attack |
 | rows are stable | all simultaneous 95% intervals of the differences (Bonferroni) are within ±2 points | one of them \
 excludes 0, and not all are within ±2 |
 | PGD shows robustness | of all images, at most 2% are robust to PGD-20 but not to AutoAttack (the whole interval) | \

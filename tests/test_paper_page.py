@@ -80,6 +80,9 @@ def test_the_page_says_what_is_not_complete(tmp_path):
     assert len(line.split("; ")) == len(jobs.EXPERIMENTS) - 1
 
 
+SUPERVISED = ("cross-entropy, 1 step", "cross-entropy, 1 step, radius x 0.5")
+
+
 def row(*, points=0.0, half=1.0, verdict="equal", accuracy=0.5):
     numbers = {
         "accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02, "total": 100, "paper": 60.0,
@@ -133,6 +136,7 @@ def whole(**changes):
                 ("transport, 1 step, Δ = 0", *(f"cross-entropy, 1 step, Δ = {d}" for d in ("0", "0.5"))), row()
             ),
         ),
+        "trade_off": table("feature scattering", **dict.fromkeys(SUPERVISED, row())),
         "gradient_free": table("feature scattering"),
         "figure1_loss_curves": {"networks": {"feature scattering": network()}},
         "figure2_embeddings": {"networks": {"feature scattering": network(), "standard": network()}},
@@ -192,6 +196,19 @@ def test_claims_of_more_robustness_are_decided_by_the_strongest_attack(about, ex
     results = whole()
     results[experiment]["rows"][label] = {**row(), strongest: row(verdict=difference)[strongest]}
     assert verdict(about, results) == expected
+
+
+@pytest.mark.parametrize(("clean", "robust", "expected"), [
+    ((-8.0, 1.0), ("higher", "higher"), "disagrees"), ((-8.0, 1.0), ("higher", "lower"), "agrees"),
+    ((-8.0, 1.0), ("higher", "undetermined"), "undetermined"), ((-8.0, -5.0), ("lower", "lower"), "undetermined"),
+    ((-1.5, 1.0), ("higher", "lower"), "undetermined"),  # the first row may have the same clean accuracy
+])  # fmt: skip
+def test_the_trade_off_is_judged_at_the_same_clean_accuracy(clean, robust, expected):
+    rows = {
+        label: {"clean": row(points=points)["clean"], "apgd-t alone": row(verdict=of)["apgd-t alone"]}
+        for label, points, of in zip(SUPERVISED, clean, robust, strict=True)
+    }
+    assert verdict("clean accuracy is worth it", whole(trade_off=table("feature scattering", **rows))) == expected
 
 
 def test_a_scale_with_few_experiments_has_the_findings_that_its_tables_allow():

@@ -47,6 +47,41 @@ def pgd_against_apgd_t(data: Data, path: pathlib.Path) -> None:
         save(figure, figure_path(path))
 
 
+def clean_against_robust(data: Data, path: pathlib.Path) -> None:
+    """Accuracy under APGD-T against clean accuracy, with a line through the rows of each method, by radius."""
+    families: dict[str, list[str]] = {}
+    for label in data["rows"]:
+        families.setdefault(label.split(", radius x ")[0], []).append(label)
+    with new_figure(figsize=(6.4, 4.6)) as figure:
+        axes = figure.add_subplot()
+        for colour, marker, (name, labels) in zip(PALETTE, "oD^sv", families.items(), strict=False):
+            labels.sort(key=factor_of)
+            clean, robust = ([data["rows"][label][attack] for label in labels] for attack in ("clean", "apgd-t alone"))
+            x, y = ([100 * of["accuracy"] for of in each] for each in (clean, robust))
+            wide, high = (
+                100 * np.array([[of["accuracy"] - of["low"], of["high"] - of["accuracy"]] for of in each]).T
+                for each in (clean, robust)
+            )
+            axes.errorbar(
+                x, y, xerr=wide, yerr=high, fmt=f"-{marker}", color=colour, linewidth=1, elinewidth=0.6, label=name
+            )
+            for label, right, up in zip(labels, x, y, strict=True):
+                axes.annotate(f"x {factor_of(label):g}", (right, up), (5, 5), textcoords="offset points", fontsize=8)
+        axes.set(xlabel="clean accuracy (%)", ylabel="accuracy under APGD-T (%)")
+        axes.legend(title="radius in training: x times that of the attack", title_fontsize=8, fontsize=8)
+        save(figure, figure_path(path))
+
+
+def factor_of(label: str) -> float:
+    """The factor of the radius in a row's label.
+
+    Example:
+      >>> factor_of("feature scattering, radius x 1.5"), factor_of("feature scattering")
+      (1.5, 1.0)
+    """
+    return float(label.split(", radius x ")[1]) if ", radius x " in label else 1.0
+
+
 def marker_of(label: str) -> str:
     """A circle for one attack step, a diamond for seven, a triangle for seven at equal passes."""
     if "equal passes" in label:

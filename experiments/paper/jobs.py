@@ -21,6 +21,7 @@ EXPERIMENTS = (
     "main_table", "table1_strong_attacks", "gradient_free", "table2_label_smoothing", "table3_sinkhorn_tau",
     "table4_ipot_beta", "figure1_loss_curves", "figure2_embeddings", "mechanism", "matching", "autoattack_gap",
     "equal_passes", "transfer", "ablation",
+    "trade_off",
 )  # fmt: skip
 
 
