@@ -36,10 +36,10 @@ EXPERIMENT = table(
     attacks=apgd_t,
     draw=clean_against_robust,
     reading="Is the higher clean accuracy of feature scattering worth its lower robustness? With a smaller radius in "
-    "training, any adversarial training has a higher clean accuracy. So here two methods are "
-    "trained with several radii. They differ in the loss of the training's attack only (*cross-entropy* is the "
-    "supervised loss; both have label smoothing Δ = 0.5). All are attacked with the radius of the scale. A method is the better trade-off if it is more "
-    "robust at the same clean accuracy: if its line in the figure is above the other.",
+    "training, any adversarial training has a higher clean accuracy. So here two methods are trained with several "
+    "radii. They differ in the loss of the training's attack only (*cross-entropy* is the supervised loss; both have "
+    "label smoothing Δ = 0.5). All are attacked with the radius of the scale. A method is the better trade-off if it "
+    "is more robust at the same clean accuracy: if its line in the figure is above the other.",
 )
 
 if __name__ == "__main__":
