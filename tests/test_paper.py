@@ -554,6 +554,11 @@ def test_estimates_count_the_test_images_and_the_passes_of_the_attacks(tmp_path)
     assert slow - few == 2 * job.config.total_steps
 
 
+def test_networks_that_take_the_same_time_are_timed_once():
+    needed = jobs.jobs(SCALES["digits"], ["trade_off", "table3_sinkhorn_tau"], [0], pathlib.Path("runs"))
+    assert len({costs.kind(job.config) for job in needed}) == 2  # feature scattering, and one step on the cross-entropy
+
+
 @pytest.mark.slow
 def test_all_experiments_of_a_scale_run(tmp_path):
     done = subprocess.run(

@@ -25,7 +25,10 @@ def kind(config: TrainConfig) -> str:
 
     info = data.info(config.dataset)
     plain = dataclasses.replace(config, seed=0, dataset="", epochs=1, decay_epochs=(), learning_rate=0.1, smoothing=0.5)
-    plain = dataclasses.replace(plain, transport=dataclasses.replace(plain.transport, reg=0.01, beta=1.0))
+    attack = dataclasses.replace(config.attack, epsilon=0.1, step_size=None)
+    plain = dataclasses.replace(
+        plain, attack=attack, transport=dataclasses.replace(plain.transport, reg=0.01, beta=1.0)
+    )
     data_set = [config.dataset.split("_fold")[0], *file_hash(config.dataset), info.image_shape, info.num_classes]
     return json.dumps([data_set, to_dict(plain)], sort_keys=True)
 
