@@ -15,7 +15,7 @@ from experiments import command_line
 from experiments.output import made_on, write_files
 from experiments.paper import findings, summary, writing
 from experiments.paper.experiment import Data
-from experiments.paper.jobs import EXPERIMENTS, experiment
+from experiments.paper.jobs import EXPERIMENTS, experiment, experiments_of
 from experiments.paper.scales import SCALES
 from fs_jax._utils.files import local_path
 from fs_jax._utils.text import radius
@@ -226,7 +226,7 @@ NAMES = {"digits": "scikit-learn's digits", "cifar10": "CIFAR-10", "cifar100": "
 def unfinished(of: dict[str, Data]) -> list[str]:
     """A sentence with the experiments of a scale that are not complete, if there are any."""
     there = best(of)
-    names = SCALES[next(iter(of.values()))["scale"]].experiments or EXPERIMENTS
+    names = experiments_of(SCALES[next(iter(of.values()))["scale"]])
     titles = [experiment(name).title for name in names if name not in there or there[name]["missing"]]
     return [f"**Not run, or not all rows:** {'; '.join(titles)}."] if titles else []
 

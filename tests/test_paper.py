@@ -471,7 +471,7 @@ def test_committed_networks_are_those_of_rows(tmp_path):
     rows = {
         jobs.identity(job.config)
         for scale in SCALES.values()
-        for job in jobs.jobs(scale, scale.experiments or jobs.EXPERIMENTS, [0, 1, 2], tmp_path)
+        for job in jobs.jobs(scale, jobs.experiments_of(scale), [0, 1, 2], tmp_path)
     }
     assert not [name for key, name in jobs.stored_networks().items() if key not in rows]
 

@@ -40,6 +40,11 @@ def experiment(name: str) -> Experiment:
     return importlib.import_module(f"experiments.paper.{name}").EXPERIMENT
 
 
+def experiments_of(scale: Scale) -> tuple[str, ...]:
+    """The experiments that run by default at a scale."""
+    return scale.experiments or tuple(name for name in EXPERIMENTS if name not in scale.left_out)
+
+
 def configurations(of: Experiment, scale: Scale, row: Row, seeds: Sequence[int]) -> list[TrainConfig]:
     """The configurations of a row's networks: one for each data set of the scale and each seed."""
     config = without_defaults(changed(scale.config, row.changes))

@@ -25,6 +25,7 @@ from experiments.paper.jobs import (
     Job,
     digest,
     experiment,
+    experiments_of,
     finished_rows,
     identity,
     is_finished,
@@ -99,7 +100,7 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
         raise ValueError(f"seeds: expected distinct seeds; got {', '.join(map(str, arguments.seeds))}.")
     if arguments.max_minutes is not None:
         check_number("max_minutes", arguments.max_minutes, above=0)
-    names = names or scale.experiments or EXPERIMENTS
+    names = names or experiments_of(scale)
     check_labels(arguments.rows, {row.label for name in names for row in experiment(name).rows})
     workdir = local_path("workdir", arguments.workdir)
     results = local_path("results", arguments.results) / scale.folder

@@ -29,7 +29,9 @@ class Scale:
     gradient_free_images: int
     """Number of these images for gradient-free attacks."""
     experiments: tuple[str, ...] | None = None
-    """Experiments that run by default; None for all."""
+    """Experiments that run by default; None for all but those of `left_out`."""
+    left_out: tuple[str, ...] = ()
+    """Experiments that do not run by default."""
     dataset: str | None = None
     """The data set that replaces the scale's own, if any."""
 
@@ -61,6 +63,8 @@ SCALES: dict[str, Scale] = {
         None,
         100,
         20,
+        # All methods have nearly the same clean accuracy on digits, and the ablation has it.
+        left_out=("trade_off",),
     ),
     "small": Scale(
         "small",
