@@ -12,11 +12,11 @@ import re
 import tempfile
 
 from experiments import command_line
-from experiments.output import made_on, write_files
+from experiments.output import write_files
 from experiments.paper import findings, summary, writing
 from experiments.paper.experiment import Data
-from experiments.paper.jobs import EXPERIMENTS, experiment, experiments_of
-from experiments.paper.scales import SCALES
+from experiments.paper.jobs import experiment
+from experiments.paper.scales import EXPERIMENTS, SCALES
 from fs_jax._utils.files import local_path
 from fs_jax._utils.text import radius
 
@@ -181,9 +181,9 @@ The wording of the claims is ours. The verdict depends on the kind of claim:
 | claim | agrees if | disagrees if |
 | :-- | :-- | :-- |
 | the method is better than another row | the other row is *lower* | the other row is *higher* or *equal* |
-| a clean accuracy is worth it | rows that may be as accurate on clean images are *lower* under attack, and one of \
-them is as accurate | a row that is as accurate (at most 2 points less, the whole interval) is *higher* or *equal* \
-under attack |
+| a clean accuracy is worth it | a supervised row is as accurate (at most 2 points less, the whole interval), and all \
+rows that may be so are *lower* under attack | a row that is as accurate is at most 2 points lower under attack (the \
+whole interval) |
 | rows are stable | all simultaneous 95% intervals of the differences (Bonferroni) are within ±2 points | one of them \
 excludes 0, and not all are within ±2 |
 | PGD shows robustness | of all images, at most 2% are robust to PGD-20 but not to AutoAttack (the whole interval) | \
@@ -226,7 +226,7 @@ NAMES = {"digits": "scikit-learn's digits", "cifar10": "CIFAR-10", "cifar100": "
 def unfinished(of: dict[str, Data]) -> list[str]:
     """A sentence with the experiments of a scale that are not complete, if there are any."""
     there = best(of)
-    names = experiments_of(SCALES[next(iter(of.values()))["scale"]])
+    names = SCALES[next(iter(of.values()))["scale"]].experiments
     titles = [experiment(name).title for name in names if name not in there or there[name]["missing"]]
     return [f"**Not run, or not all rows:** {'; '.join(titles)}."] if titles else []
 
@@ -266,7 +266,7 @@ def overview(results: dict[str, dict[str, Data]]) -> str:
         for data in of.values():
             rows.append([
                 experiment(data["experiment"]).title, writing.duration(sum(data["hours"].values())),
-                made_on(data["environment"]), f"`{writing.command(data)}`",
+                writing.machines(data), f"`{writing.command(data)}`",
             ])  # fmt: skip
     return tabulate.tabulate(
         rows, headers=["experiment", "time, summed over networks", "machine", "command"], tablefmt="pipe"

@@ -16,22 +16,24 @@ import numpy as np
 import pytest
 
 from experiments import weights
-from experiments.paper import ablation, attacked, autoattack_gap, costs, jobs, records, runner, tables, writing
+from experiments.paper import ablation, attacked, autoattack_gap, costs, jobs, reuse, runner, tables, writing
 from experiments.paper.experiment import PGD_7, Finished, Row, at_equal_passes
-from experiments.paper.scales import SCALES, changed, scale_of
+from experiments.paper.scales import EXPERIMENTS, SCALES, changed, scale_of
 from fs_jax._utils.files import locked
 from fs_jax.attacks import parse_attack
-from fs_jax.config import TrainConfig, to_dict
+from fs_jax.config import TrainConfig, from_dict, to_dict
+from fs_jax.data import load
 from fs_jax.evaluation import evaluate
 from fs_jax.models import WideResNet
 from fs_jax.training import make_method
+from fs_jax.training.loop import training_fingerprint
 from tests.paper_results import ENVIRONMENT, evaluated, finish
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", jobs.EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_can_be_run_at_every_scale(name, scale):
     experiment = jobs.experiment(name)
     assert experiment.name == name
@@ -49,7 +51,7 @@ def test_every_experiment_can_be_run_at_every_scale(name, scale):
     assert scale == "trial" or len(folders) == len(experiment.rows) * len(configs)
 
 
-@pytest.mark.parametrize("name", jobs.EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_papers_numbers_are_for_attacks_that_are_run(name):
     experiment = jobs.experiment(name)
     reported = {attack for row in experiment.rows for attack in row.paper}
@@ -60,12 +62,12 @@ def test_the_papers_numbers_are_for_attacks_that_are_run(name):
 
 
 def test_experiments_share_networks(tmp_path):
-    alone = {name: jobs.jobs(SCALES["digits"], [name], [0], tmp_path) for name in jobs.EXPERIMENTS}
-    together = jobs.jobs(SCALES["digits"], jobs.EXPERIMENTS, [0], tmp_path)
+    alone = {name: jobs.jobs(SCALES["digits"], [name], [0], tmp_path) for name in EXPERIMENTS}
+    together = jobs.jobs(SCALES["digits"], EXPERIMENTS, [0], tmp_path)
     assert len(together) < sum(map(len, alone.values()))
     # All experiments except one have a row with the paper's configuration.
     (own,) = [job for job in together if job.folder == alone["table1_strong_attacks"][0].folder]
-    assert set(own.experiments) == set(jobs.EXPERIMENTS) - {"table4_ipot_beta"}
+    assert set(own.experiments) == set(EXPERIMENTS) - {"table4_ipot_beta"}
     # Tables with the same attacks share its evaluation.
     files = {name: jobs.result_file(own.folder, SCALES["digits"], name) for name in own.experiments}
     assert files["table2_label_smoothing"] == files["table3_sinkhorn_tau"] != files["matching"]
@@ -176,7 +178,7 @@ def test_files_have_our_accuracies_and_the_papers(tmp_path):
     assert "| β = 1 | 100.0" in " ".join(path.read_text(encoding="utf-8").split())
     assert "(69.9)" in path.read_text(encoding="utf-8")
     hours = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["hours"]
-    assert hours == {"training": round(2 * 6 / 3600, 3), "measuring": round(2 / 3600, 3)}
+    assert hours == {"training": 0.5, "measuring": round(2 / 3600, 3)}
     assert "\\toprule" in path.with_suffix(".tex").read_text(encoding="utf-8")
     rows = list(csv.DictReader(io.StringIO(path.with_suffix(".csv").read_text(encoding="utf-8"))))
     assert rows[2] == {
@@ -250,7 +252,7 @@ def test_experiments_of_one_network_name_its_seed_and_fold(tmp_path):
     data = {
         "scale": "digits", "dataset": None, "pixels": [8, 8], "seeds": [0], "experiment": "mechanism",
         "images": {"datasets": ["digits", "digits_fold1"]}, "config": {"attack": {"epsilon": 0.1}},
-        "environment": ENVIRONMENT, "hours": {"training": 1.0, "measuring": 1.0},
+        "environments": [ENVIRONMENT], "hours": {"training": 1.0, "measuring": 1.0},
     }  # fmt: skip
     assert "seed 0, first fold." in writing.caption(mechanism, data)
     assert "seed 0. Reference" in writing.caption(matching, data)
@@ -407,53 +409,33 @@ def test_a_failure_says_what_to_do(tmp_path, logged, advice):
     assert "earlier" not in message
 
 
-def test_stored_networks_are_not_trained(tmp_path):
-    needed = jobs.jobs(SCALES["trial"], ["table4_ipot_beta"], [0], tmp_path / "runs")
-    ours, begun = needed[:2]
-    network = WideResNet(10, 1)
-    variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    for job in (ours, begun):
-        # The configuration of a run has the number of training images and their hash.
-        config = dataclasses.replace(job.config, train_size=1437, data="a hash")
-        weights.keep(network, variables, {"config": to_dict(config)}, job.folder.name.replace("-", "_"), tmp_path / "w")
-    ours.folder.mkdir(parents=True)
-    (begun.folder / "run").mkdir(parents=True)
-    runner.restore(needed, tmp_path / "w")
-    runner.restore(needed, tmp_path / "w")  # a second time, nothing is restored
-    assert [job for job in needed if jobs.weights_file(job.folder).exists()] == [ours]
-    cost = {"step": 1.0, "pass": 0.0, "train_images": 1437, "test_images": 20}
-    steps = costs.seconds_of(begun, cost) - costs.seconds_of(ours, cost)
-    assert steps == dataclasses.replace(begun.config, train_size=1437).total_steps
-    assert runner.share_done(ours) == 0.5
-    assert runner.share_done(begun) == 0
-
-
-def test_rows_are_added_to_a_table_without_its_workdir(tmp_path, capsys):
+def test_rows_are_added_to_a_table_in_a_new_workdir(tmp_path, capsys):
     name, scale = "table4_ipot_beta", SCALES["trial"]
     experiment, results = jobs.experiment(name), tmp_path / "r" / "trial"
-    finish(name, "trial", tmp_path / "first", rows=1)
+    first, second = (row.label for row in experiment.rows)
+    finish(name, "trial", tmp_path / "first", rows=1, robust=12)
     before = writing.write(experiment, scale, [0], tmp_path / "first", results).with_suffix(".json").read_bytes()
 
-    # The records alone, in an empty workdir, give the same table, bit for bit.
+    # The records alone give the same table, bit for bit.
     needed = jobs.jobs(scale, [name], [0], tmp_path / "same")
-    assert records.unpack(results, needed) == 1
+    assert reuse.take_results(results, [name], needed) == 1
     path = writing.write(experiment, scale, [0], tmp_path / "same", tmp_path / "same results")
     assert path.with_suffix(".json").read_bytes() == before
-    assert records.unpack(results, needed) == 0  # the results of the workdir are kept
+    assert reuse.take_results(results, [name], needed) == 0  # results in the workdir are kept
 
-    # With another row in the workdir, both are in the table.
+    # With the second row in another workdir, both are in the table.
     finish(name, "trial", tmp_path / "second")
-    first = jobs.folder_of(
-        tmp_path / "second", scale, jobs.configurations(experiment, scale, experiment.rows[0], [0])[0]
-    )
-    jobs.result_file(first, scale, name).unlink()
-    runner.run([name], [
-        "--scale", "trial", "--add", "--workdir", str(tmp_path / "second"), "--results", str(tmp_path / "r"),
-    ])  # fmt: skip
+    for job in jobs.jobs(scale, [name], [0], tmp_path / "second", [first]):
+        jobs.result_file(job.folder, scale, name).unlink()
+    arguments = ["--scale", "trial", "--workdir", str(tmp_path / "second"), "--results", str(tmp_path / "r")]
+    with pytest.raises(ValueError, match=f"got more rows in .*: {first}"):
+        runner.run([name], [*arguments, "--rows", second])
+    runner.run([name], [*arguments, "--rows", second, "--reuse-results"])
     assert f"Results of networks taken from {results}: 1." in capsys.readouterr().out
     after = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-    assert after["finished"] == [row.label for row in experiment.rows]
-    assert after["rows"][experiment.rows[0].label] == json.loads(before)["rows"][experiment.rows[0].label]
+    assert after["finished"] == [first, second]
+    assert [after["rows"][label]["pgd-20"]["correct"] for label in (first, second)] == [12, 15]
+    assert after["hours"]["training"] == 0.5
 
 
 def test_records_of_other_attacks_are_not_used(tmp_path):
@@ -462,31 +444,105 @@ def test_records_of_other_attacks_are_not_used(tmp_path):
     writing.write(jobs.experiment(name), scale, [0], tmp_path / "first", tmp_path / "r")
     fewer = dataclasses.replace(scale, test_images=10)
     for other, names, seeds in ((fewer, [name], [0]), (scale, ["matching"], [0]), (scale, [name], [1])):
-        needed = jobs.jobs(other, names, seeds, tmp_path / "second")
-        assert records.unpack(tmp_path / "r", needed) == 0
+        assert reuse.take_results(tmp_path / "r", names, jobs.jobs(other, names, seeds, tmp_path / "second")) == 0
     assert not (tmp_path / "second").exists()
+
+
+def test_records_of_the_table_itself_are_used_first(tmp_path):
+    scale, names = SCALES["trial"], ("autoattack_gap", "main_table")  # with the same measurement
+    for robust, name in zip((5, 10), names, strict=True):
+        finish(name, "trial", tmp_path / name, robust=robust)
+        writing.write(jobs.experiment(name), scale, [0], tmp_path / name, tmp_path / "r")
+    for robust, name in zip((5, 10), names, strict=True):
+        workdir = tmp_path / f"of {name}"
+        assert reuse.take_results(tmp_path / "r", [name], jobs.jobs(scale, [name], [0], workdir)) > 0
+        row = jobs.finished_rows(name, scale, [0], workdir)[0]
+        assert sum(record["misclassified_at"]["pgd-20"] < 0 for record in row.results[0]["records"]) == robust
+
+
+def stored_row(tmp_path, *, data="its own"):
+    """The networks of a table, of which the first is stored, and the folder that it is stored in."""
+    needed = jobs.jobs(SCALES["trial"], ["table4_ipot_beta"], [0], tmp_path / "runs")
+    if data == "its own":
+        data = training_fingerprint(load("digits"))
+    # The configuration of a run has the number of training images and their hash.
+    config = dataclasses.replace(needed[0].config, train_size=1437, data=data)
+    network = WideResNet(10, 1)
+    variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    weights.keep(network, variables, {"config": to_dict(config)}, "ours", tmp_path / "w")
+    return needed, tmp_path / "w"
+
+
+def test_restored_networks_are_not_trained(tmp_path):
+    needed, folder = stored_row(tmp_path)
+    assert reuse.restore_networks(needed, None, folder) == ["ours: restored."]
+    assert reuse.restore_networks(needed, None, folder) == []
+    ours, other = needed
+    assert jobs.weights_file(ours.folder).exists()
+    assert not other.folder.exists()
+    cost = {"step": 1.0, "pass": 0.0, "train_images": 1437, "test_images": 20}
+    steps = costs.seconds_of(other, cost) - costs.seconds_of(ours, cost)
+    assert steps == dataclasses.replace(other.config, train_size=1437).total_steps
+    assert runner.share_done(ours) == 0.5
+    assert runner.share_done(other) == 0
+
+
+def test_networks_of_other_data_or_in_training_are_not_restored(tmp_path):
+    needed, folder = stored_row(tmp_path, data="another hash")
+    assert reuse.restore_networks(needed, None, folder) == ["ours: not restored, as it was trained on other data."]
+    (needed[0].folder / "run").mkdir(parents=True)
+    (message,) = reuse.restore_networks(needed, None, folder)
+    assert message.startswith("ours: not restored, as its training has begun in ")
+    assert not jobs.weights_file(needed[0].folder).exists()
+
+
+def test_restored_networks_do_not_replace_trained_ones(tmp_path):
+    name, scale = "table4_ipot_beta", SCALES["trial"]
+    finish(name, "trial", tmp_path / "trained")
+    writing.write(jobs.experiment(name), scale, [0], tmp_path / "trained", tmp_path / "r" / "trial")
+    needed, folder = stored_row(tmp_path)
+    reuse.restore_networks(needed, None, folder)
+    arguments = ["--scale", "trial", "--workdir", str(tmp_path / "runs"), "--results", str(tmp_path / "r")]
+    with pytest.raises(ValueError, match="workdir: expected trained networks; got restored ones"):
+        runner.run([name], arguments)
+    first = jobs.experiment(name).rows[0].label
+    with pytest.raises(ValueError, match=f"got those of trained ones in .*: {first}. Choose another folder with --res"):
+        runner.run([name], [*arguments, "--reuse-networks"])
+
+
+def test_a_table_says_which_networks_were_restored(tmp_path):
+    name, scale = "table4_ipot_beta", SCALES["trial"]
+    finish(name, "trial", tmp_path / "runs")
+    (job, *_) = jobs.jobs(scale, [name], [0], tmp_path / "runs")
+    path = jobs.result_file(job.folder, scale, name)
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "restored": True}), encoding="utf-8")
+    text = writing.write(jobs.experiment(name), scale, [0], tmp_path / "runs", tmp_path / "r").read_text("utf-8")
+    assert f"in bfloat16): {jobs.experiment(name).rows[0].label}, 1 of 1." in text
+    assert "--scale trial --reuse-networks`" in text
 
 
 def test_committed_networks_are_those_of_rows(tmp_path):
     rows = {
-        jobs.identity(job.config)
+        reuse.config_hash(job.config)
         for scale in SCALES.values()
-        for job in jobs.jobs(scale, jobs.experiments_of(scale), [0, 1, 2], tmp_path)
+        for job in jobs.jobs(scale, scale.experiments, [0, 1, 2], tmp_path)
     }
-    assert not [name for key, name in jobs.stored_networks().items() if key not in rows]
+    stored = {name: reuse.config_hash(from_dict(of["config"])) for name, of in weights.manifest(weights.FOLDER).items()}
+    assert len(stored) >= 7
+    assert not [name for name, key in stored.items() if key not in rows]
+    assert len(set(stored.values())) == len(stored)
 
 
 @pytest.mark.slow
-def test_a_table_of_stored_networks_says_so(tmp_path):
+def test_a_figure_of_restored_networks(tmp_path):
     command = [
-        sys.executable, "-m", "experiments.paper.figure2_embeddings", "--scale", "digits", "--stored",
+        sys.executable, "-m", "experiments.paper.figure2_embeddings", "--scale", "digits", "--reuse-networks",
         "--workdir", str(tmp_path / "runs"), "--results", str(tmp_path / "results"),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "results" / "digits" / "figure2_embeddings.md").read_text(encoding="utf-8")
-    assert "Stored networks, not trained for these results: standard; feature scattering." in text
-    assert "--scale digits --stored`" in text
+    assert "in bfloat16): standard, 1 of 1; feature scattering, 1 of 1." in text
     assert not list((tmp_path / "runs").glob("digits/*/run"))
 
 
@@ -569,7 +625,7 @@ def test_all_experiments_of_a_scale_run(tmp_path):
         cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for name in jobs.EXPERIMENTS:
+    for name in EXPERIMENTS:
         text = (tmp_path / "results" / "trial" / f"{name}.md").read_text(encoding="utf-8")
         assert "Not run yet" not in text
 

@@ -58,12 +58,20 @@ def clean_against_robust(data: Data, path: pathlib.Path) -> None:
             labels.sort(key=factor_of)
             clean, robust = ([data["rows"][label][attack] for label in labels] for attack in ("clean", "apgd-t alone"))
             x, y = ([100 * of["accuracy"] for of in each] for each in (clean, robust))
-            wide, high = (
+            x_errors, y_errors = (
                 100 * np.array([[of["accuracy"] - of["low"], of["high"] - of["accuracy"]] for of in each]).T
                 for each in (clean, robust)
             )
             axes.errorbar(
-                x, y, xerr=wide, yerr=high, fmt=f"-{marker}", color=colour, linewidth=1, elinewidth=0.6, label=name
+                x,
+                y,
+                xerr=x_errors,
+                yerr=y_errors,
+                fmt=f"-{marker}",
+                color=colour,
+                linewidth=1,
+                elinewidth=0.6,
+                label=name,
             )
             for label, right, up in zip(labels, x, y, strict=True):
                 axes.annotate(f"x {factor_of(label):g}", (right, up), (5, 5), textcoords="offset points", fontsize=8)

@@ -10,19 +10,13 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from experiments import weights
 from experiments.paper.experiment import Experiment, Finished, Row
 from experiments.paper.scales import Scale, changed
 from fs_jax import __version__
-from fs_jax.config import TrainConfig, from_dict, to_dict
+from fs_jax.config import TrainConfig, to_dict
 from fs_jax.training.methods import METHODS
 
-EXPERIMENTS = (
-    "main_table", "table1_strong_attacks", "gradient_free", "table2_label_smoothing", "table3_sinkhorn_tau",
-    "table4_ipot_beta", "figure1_loss_curves", "figure2_embeddings", "mechanism", "matching", "autoattack_gap",
-    "equal_passes", "transfer", "ablation",
-    "trade_off",
-)  # fmt: skip
+RESULT_VERSION = 2  # of the files of workers: results of other versions are not read, but measured again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +32,6 @@ class Job:
 def experiment(name: str) -> Experiment:
     """The declaration of a table or figure, by name."""
     return importlib.import_module(f"experiments.paper.{name}").EXPERIMENT
-
-
-def experiments_of(scale: Scale) -> tuple[str, ...]:
-    """The experiments that run by default at a scale."""
-    return scale.experiments or tuple(name for name in EXPERIMENTS if name not in scale.left_out)
 
 
 def configurations(of: Experiment, scale: Scale, row: Row, seeds: Sequence[int]) -> list[TrainConfig]:
@@ -105,28 +94,13 @@ def jobs(
 
 def result_file(folder: pathlib.Path, scale: Scale, name: str) -> pathlib.Path:
     """The file with the result of a measurement of a network. Experiments with the same measurement share it."""
-    return folder / f"result-{digest([scale.test_images, experiment(name).measurement.settings(scale)])}.json"
-
-
-def stored_networks(folder: pathlib.Path = weights.FOLDER) -> dict[str, str]:
-    """The names of the networks in `experiments/weights`, by `identity`."""
-    return {identity(from_dict(of["config"])): name for name, of in weights.manifest(folder).items()}
-
-
-def identity(config: TrainConfig) -> str:
-    """A hash of a configuration, without what training adds to it: the number of training images and their hash."""
-    new = TrainConfig()
-    return digest(to_dict(dataclasses.replace(without_defaults(config), train_size=new.train_size, data=new.data)))
+    settings = [RESULT_VERSION, scale.test_images, experiment(name).measurement.settings(scale)]
+    return folder / f"result-{digest(settings)}.json"
 
 
 def weights_file(folder: pathlib.Path) -> pathlib.Path:
     """The file of a network that was restored from `experiments/weights` instead of trained."""
     return folder / "network.safetensors"
-
-
-def training_file(folder: pathlib.Path) -> pathlib.Path:
-    """The file with the hours that a network took to train, if it was trained."""
-    return folder / "training.json"
 
 
 def is_finished(job: Job) -> bool:

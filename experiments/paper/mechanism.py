@@ -44,7 +44,9 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data | None:
         network.config, network.dataset, path.with_suffix(".run"), devices=jax.local_devices()[:1],
         monitor_images=0, progress=False, on_epoch=measure,
     )  # fmt: skip
-    return {"points": [points[epoch] for epoch in sorted(points)]} if run.finished else None
+    if not run.finished:
+        return None
+    return {"restored": False, "points": [points[epoch] for epoch in sorted(points)]}
 
 
 def plans(network: Network, variables) -> Data:

@@ -16,25 +16,12 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from experiments import command_line, weights
+from experiments import command_line
 from experiments.output import write_files
-from experiments.paper import costs, records, writing
+from experiments.paper import costs, reuse, writing
 from experiments.paper.experiment import Experiment
-from experiments.paper.jobs import (
-    EXPERIMENTS,
-    Job,
-    digest,
-    experiment,
-    experiments_of,
-    finished_rows,
-    identity,
-    is_finished,
-    jobs,
-    result_file,
-    stored_networks,
-    weights_file,
-)
-from experiments.paper.scales import SCALES, Scale, scale_of
+from experiments.paper.jobs import Job, digest, experiment, finished_rows, is_finished, jobs, result_file, weights_file
+from experiments.paper.scales import EXPERIMENTS, SCALES, Scale, scale_of
 from fs_jax._utils.files import local_path, locked
 from fs_jax._utils.validation import check_number
 from fs_jax.config import to_dict
@@ -43,7 +30,7 @@ EXAMPLES = """\
   {prog} --list
   {prog} --scale digits
   {prog} --scale small --seeds 0 1 2 --max-minutes 55
-  {prog} --scale medium --stored
+  {prog} --scale small --reuse-networks --results runs/results
 """
 
 
@@ -67,10 +54,11 @@ class Arguments:
     """TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     workers: int | None = None
     """Number of networks in parallel; by default one per accelerator or, without accelerators, per CPU core."""
-    add: bool = False
-    """Do not measure networks again that have records in the results folder: add rows to its tables."""
-    stored: bool = False
-    """Do not train networks that are stored in experiments/weights, but measure the stored ones."""
+    reuse_results: bool = False
+    """Do not train and measure networks again whose records are in the results folder (tables only, not figures). So
+    rows can be added in a new workdir, or on another machine."""
+    reuse_networks: bool = False
+    """Do not train networks that are in experiments/weights, rounded to bfloat16, but restore and measure them."""
     max_minutes: float | None = None
     """Stop cleanly after this many minutes, with exit status 75. Rerun the same command to resume."""
     list: bool = False
@@ -100,22 +88,35 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
         raise ValueError(f"seeds: expected distinct seeds; got {', '.join(map(str, arguments.seeds))}.")
     if arguments.max_minutes is not None:
         check_number("max_minutes", arguments.max_minutes, above=0)
-    names = names or experiments_of(scale)
+    names = names or scale.experiments
     check_labels(arguments.rows, {row.label for name in names for row in experiment(name).rows})
     workdir = local_path("workdir", arguments.workdir)
     results = local_path("results", arguments.results) / scale.folder
     needed = jobs(scale, names, arguments.seeds, workdir, arguments.rows)
+    missing = [job for job in needed if not is_finished(job)]
     if arguments.list:
-        print(listing(scale, names, needed, workdir))
+        print(listing(scale, names, needed, missing, workdir))
         return None
     with locked_workdir(workdir):
-        if arguments.add:
-            print(f"Results of networks taken from {results}: {records.unpack(results, needed)}.")
-        missing = [job for job in needed if not is_finished(job)]
+        if arguments.reuse_results:
+            first = [writing.file_name(experiment(name), arguments.seeds) for name in names]
+            # All rows: those that are not to be run stay in the tables.
+            taken = reuse.take_results(results, first, jobs(scale, names, arguments.seeds, workdir))
+            print(f"Results of networks taken from {results}: {taken}.")
+            missing = [job for job in needed if not is_finished(job)]
+        if arguments.reuse_networks:
+            messages = reuse.restore_networks(missing, arguments.data_dir)
+            print("\n".join(messages or ["No network to restore: experiments/weights has none of the missing ones."]))
+        elif restored := [job.folder.name for job in needed if weights_file(job.folder).exists()]:
+            raise ValueError(
+                f"workdir: expected trained networks; got restored ones in {workdir}: {', '.join(restored)}. Add "
+                "--reuse-networks, or choose another folder with --workdir."
+            )
         for name in names:
             rows = [row.label for row in experiment(name).rows if not arguments.rows or row.label in arguments.rows]
             there = [of.row.label for of in finished_rows(name, scale, arguments.seeds, workdir)]
-            writing.check_results(experiment(name), scale, arguments.seeds, results, {*rows, *there})
+            restored = reuse.restored_rows(name, scale, arguments.seeds, workdir)
+            writing.check_results(experiment(name), scale, arguments.seeds, results, {*rows, *there}, restored)
         stopped, failed = execute(missing, arguments) if missing else (False, [])
         written = []
         for name in names:
@@ -123,7 +124,7 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
             if path is not None:
                 written.append(path)
                 print(f"\n{path.read_text(encoding='utf-8')}")
-    print(f"Written: {', '.join(map(str, written)) or 'nothing, as no row is finished'}.")
+    print(f"Written: {', '.join(map(str, written)) or 'nothing'}.")
     if failed:
         raise ChildProcessError("\n".join(failed))
     if stopped:
@@ -166,15 +167,18 @@ def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
         lock.release()
 
 
-def listing(scale: Scale, names: Sequence[str], needed: list[Job], workdir: pathlib.Path) -> str:
+def listing(scale: Scale, names: Sequence[str], needed: list[Job], missing: list[Job], workdir: pathlib.Path) -> str:
     """The scales, the experiments, the rows of the chosen ones, and the number of unfinished networks."""
     lines = ["Scales:", *(f"  {name:8} {about.summary}" for name, about in SCALES.items())]
     lines += ["Experiments, and the labels of their rows:"]
     for name in EXPERIMENTS:
         lines += [f"  {name:24} {experiment(name).title}"]
         lines += [f"    {row.label}" for row in experiment(name).rows if name in names]
-    missing = sum(not is_finished(job) for job in needed)
-    lines += [f"At scale {scale.folder}: {len(needed)} networks, {missing} of them to train or measure in {workdir}."]
+    if others := [name for name in EXPERIMENTS if name not in scale.experiments]:
+        lines += [f"Not run by default at scale {scale.name}: {', '.join(others)}."]
+    lines += [
+        f"At scale {scale.folder}: {len(needed)} networks, {len(missing)} of them to train or measure in {workdir}."
+    ]
     return "\n".join(lines)
 
 
@@ -192,8 +196,6 @@ def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
         spec: dict[str, Any] = {"scale": job.scale.name, "dataset": job.scale.dataset, "config": to_dict(job.config)}
         spec |= {"experiments": job.experiments, "data_dir": None if data_dir is None else str(data_dir.resolve())}
         write_files(job.folder, {"job.json": spec})
-    if arguments.stored:
-        restore(missing)
     began = time.monotonic()
     deadline = float("inf") if arguments.max_minutes is None else began + 60 * arguments.max_minutes
     running: dict[str, tuple[Job, Worker]] = {}
@@ -228,16 +230,6 @@ def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
     if not stopped:
         print(f"Time: {duration(time.monotonic() - timed)}; estimated: {duration(estimated)}.")
     return stopped, failed
-
-
-def restore(missing: list[Job], folder: pathlib.Path = weights.FOLDER) -> None:
-    """Restore the stored networks among those whose training has not begun."""
-    stored = stored_networks(folder)
-    for job in missing:
-        name, path = stored.get(identity(job.config)), weights_file(job.folder)
-        if name is not None and not path.exists() and not (job.folder / "run").exists():
-            weights.restore(name, path, folder)
-            print(f"Not trained, but restored: {name}.")
 
 
 def check_data(dataset: Any, missing: list[Job]) -> None:

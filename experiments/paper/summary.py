@@ -61,7 +61,8 @@ def summary(scales: Mapping[str, Results]) -> str:
             lambda name, label: change(scales[name], label),
         ),
         (
-            "**Which claims of the paper hold?** The section *Findings* has the evidence:",
+            "**Which claims hold?** The paper's claims, and questions that they raise; the section *Findings* has the "
+            "evidence:",
             {claim: claim for claim, _check in CLAIMS},
             lambda name, claim: verdicts[name].get(claim, ""),
         ),

@@ -46,11 +46,16 @@ def with_lowest_runs(experiment: Experiment, scale: Scale, finished: Sequence[Fi
 
 
 def on_the_same_images(scale: Scale, of: Finished) -> dict[str, float]:
-    """Accuracy under attacks of the main table, on the images of this one; empty if that is not finished."""
+    """Accuracy of the same networks under attacks of the main table, on the images of this one.
+
+    Empty if the main table is not finished, or has other networks, trained or measured on another machine.
+    """
     paths = [result_file(folder, scale, "main_table") for folder in of.folders]
     if not all(path.exists() for path in paths):
         return {}
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if [result["weights"] for result in results] != [result["weights"] for result in of.results]:
+        return {}
     first = slice(0, scale.strong_images)
     return {
         name: float(np.mean(np.concatenate([survived(result, name)[first] for result in results])))

@@ -61,8 +61,8 @@ def collect(experiment: Experiment, scale: Scale, finished: Sequence[Finished]) 
     for target in [row.label for row in TARGETS if row.label in of]:
         correct: dict[str, list[np.ndarray]] = {name: [] for name in (ITSELF, *sources)}  # by network
         for place, folder in enumerate(of[target].folders):
-            restored = weights_file(folder)
-            model, variables, _about = load_network(restored if restored.exists() else folder / "run")
+            path = weights_file(folder) if weights_file(folder).exists() else folder / "run"
+            model, variables, _about = load_network(path)
             predict = jax.jit(lambda x, v, model=model: as_logits_fn(model, v)(x).argmax(-1))
             for name in correct:
                 source = folder if name == ITSELF else of[name].folders[place]

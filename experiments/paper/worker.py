@@ -15,7 +15,7 @@ from experiments import command_line
 from experiments.output import write_files
 from experiments.paper.costs import measure
 from experiments.paper.experiment import Network
-from experiments.paper.jobs import experiment, result_file, training_file, weights_file
+from experiments.paper.jobs import experiment, result_file, weights_file
 from experiments.paper.scales import scale_of
 from fs_jax._utils.files import read_jsonl
 from fs_jax.config import from_dict
@@ -48,7 +48,6 @@ def main(argv: list[str]) -> int:
         if not run.finished:
             return command_line.STOPPED
         variables = run.variables
-        write_files(folder, {training_file(folder).name: {"hours": hours_of_training(folder / "run")}})
     few = slice(0, scale.test_images)
     model = training.make_model(config, dataset.info.num_classes)
     network = Network(config, dataset, model, variables, dataset.test_images[few], dataset.test_labels[few])
@@ -60,7 +59,10 @@ def main(argv: list[str]) -> int:
             if result is None:
                 return command_line.STOPPED
             seconds = round(time.monotonic() - began, 1)
-            about = {"environment": backend.describe(), "seconds": seconds, "restored": restored}
+            about = {
+                "environment": backend.describe(), "seconds": seconds, "restored": restored,
+                "training_hours": 0.0 if restored else hours_of_training(folder / "run"),
+            }  # fmt: skip
             write_files(folder, {path.name: {**about, **result}})
     return 0
 

@@ -6,9 +6,9 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 from experiments.output import made_on, write_files
-from experiments.paper import records
 from experiments.paper.experiment import Data, Experiment, Finished
-from experiments.paper.jobs import finished_rows, training_file
+from experiments.paper.jobs import finished_rows
+from experiments.paper.reuse import SUFFIX, save_records
 from experiments.paper.scales import Scale
 from fs_jax._utils.text import radius
 from fs_jax.config import differences, from_dict, to_dict
@@ -32,9 +32,14 @@ def used_seeds(experiment: Experiment, seeds: Sequence[int]) -> list[int]:
 
 
 def check_results(
-    experiment: Experiment, scale: Scale, seeds: Sequence[int], results: pathlib.Path, coming: Container[str]
+    experiment: Experiment,
+    scale: Scale,
+    seeds: Sequence[int],
+    results: pathlib.Path,
+    coming: Container[str],
+    restored: Container[str] = (),
 ) -> None:
-    """Check that writing will not overwrite results of another configuration, or results with more rows.
+    """Check that writing will not overwrite results of another configuration, of trained networks, or with more rows.
 
     Args:
       experiment: The experiment.
@@ -42,6 +47,7 @@ def check_results(
       seeds: The seeds of the rows.
       results: Folder of the results.
       coming: Labels of the rows that are finished or will be run.
+      restored: Labels of the rows with restored networks, which must not replace results of trained ones.
 
     Raises:
       ValueError: if it would. The message names the fields that differ, or the rows that would be lost.
@@ -68,6 +74,14 @@ def check_results(
             f"results: expected a new folder, or results with the rows of this workdir only; got more rows in {path}: "
             f"{'; '.join(lost)}. Choose another folder with --results, or omit --rows; nothing was changed."
         )
+    there = json.loads(path.read_text(encoding="utf-8"))
+    if trained := [
+        label for label in there["finished"] if label in restored and label not in there.get("restored", {})
+    ]:
+        raise ValueError(
+            f"results: expected a new folder, or results of restored networks; got those of trained ones in {path}: "
+            f"{'; '.join(trained)}. Choose another folder with --results; nothing was changed."
+        )
 
 
 def lost_rows(path: pathlib.Path, coming: Container[str]) -> list[str]:
@@ -80,8 +94,8 @@ def lost_rows(path: pathlib.Path, coming: Container[str]) -> list[str]:
 
 
 def check_version(data: Data, path: pathlib.Path) -> None:
-    """Raise a ValueError for results of an older version, which lack numbers that this one needs."""
-    if "finished" not in data:
+    """Raise a ValueError for results of an older version, which lack data that this one needs."""
+    if "environments" not in data:
         raise ValueError(
             f"results: expected results of this version; got those of an older one in {path}. Remove the file, and run "
             f"its command again with the same --workdir: {command(data)}"
@@ -121,21 +135,39 @@ def write(
         "missing": [row.label for row in experiment.rows if row.label not in labels],
         "config": to_dict(scale.config),
         "images": images_of(scale),
-        "environment": finished[-1].results[-1]["environment"],
+        "environments": environments(finished),
         "commits": commits(finished),
         "hours": hours(finished),
         **collected,
     }
-    if restored := [of.row.label for of in finished if any(result["restored"] for result in of.results)]:
+    if restored := restored_networks(finished):
         data["restored"] = restored
     figure = None if experiment.draw is None else f"{name}.png"
     others: dict[str, Any] = {name + ending: text for ending, text in experiment.other_files(data).items()}
-    write_files(results, {f"{name}.json": data, f"{name}.md": as_markdown(experiment, data, figure), **others})
     if all("records" in result for of in finished for result in of.results):
-        records.save(results / f"{name}{records.ENDING}", experiment, scale, finished)
+        results.mkdir(parents=True, exist_ok=True)
+        save_records(results / f"{name}{SUFFIX}", experiment, scale, finished)
+    write_files(results, {f"{name}.json": data, f"{name}.md": as_markdown(experiment, data, figure), **others})
     if experiment.draw is not None:
         experiment.draw(data, results / f"{name}.png")
     return results / f"{name}.md"
+
+
+def environments(finished: Sequence[Finished]) -> list[Data]:
+    """The devices and versions that measured these networks, without those that differ only in the commit."""
+    found = {made_on(result["environment"]): result["environment"] for of in finished for result in of.results}
+    return [found[text] for text in sorted(found)]
+
+
+def restored_networks(finished: Sequence[Finished]) -> dict[str, str]:
+    """For each row with restored networks, which part of its networks they are, as text."""
+    counts = {of.row.label: [result["restored"] for result in of.results] for of in finished}
+    return {label: f"{sum(each)} of {len(each)}" for label, each in counts.items() if any(each)}
+
+
+def machines(data: Data) -> str:
+    """The devices and versions of these results, as text."""
+    return "; ".join(made_on(environment) for environment in data["environments"])
 
 
 def commits(finished: Sequence[Finished]) -> list[str]:
@@ -152,8 +184,7 @@ def commits(finished: Sequence[Finished]) -> list[str]:
 def hours(finished: Sequence[Finished]) -> dict[str, float]:
     """Hours of training and measuring the networks, summed over networks. Restored networks take none to train."""
     results = {folder: result for of in finished for folder, result in zip(of.folders, of.results, strict=True)}
-    trained = [training_file(folder) for folder in results if training_file(folder).exists()]
-    training = sum(json.loads(path.read_text(encoding="utf-8"))["hours"] for path in trained)
+    training = sum(result["training_hours"] for result in results.values())
     measuring = sum(
         # The times of attacks include those in earlier processes, from the journal of the evaluation.
         sum(attack["seconds"] for attack in result["attacks"]) if "attacks" in result else result["seconds"]
@@ -170,10 +201,21 @@ def as_markdown(experiment: Experiment, data: Data, figure: str | None) -> str:
         f"![{experiment.title}]({figure})" if figure else "",
         experiment.show(data),
         f"Not run yet: {'; '.join(data['missing'])}." if data["missing"] else "",
-        f"Stored networks, not trained for these results: {'; '.join(data['restored'])}." if "restored" in data else "",
+        restored_text(data["restored"]) if "restored" in data else "",
         caption(experiment, data),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def restored_text(restored: dict[str, str]) -> str:
+    """The restored networks, by row.
+
+    Example:
+      >>> restored_text({"standard": "1 of 5"})
+      'Restored networks, not trained for these results (see `experiments/weights`; in bfloat16): standard, 1 of 5.'
+    """
+    rows = "; ".join(f"{label}, {part}" for label, part in restored.items())
+    return f"Restored networks, not trained for these results (see `experiments/weights`; in bfloat16): {rows}."
 
 
 def caption(experiment: Experiment, data: Data) -> str:
@@ -185,17 +227,17 @@ def caption(experiment: Experiment, data: Data) -> str:
     return (
         f"Scale `{data['scale']}`{dataset} ({size} pixels, L∞ radius {radius(data['config']['attack']['epsilon'])}), "
         f"seed{'s' * (len(data['seeds']) > 1)} {seeds}{fold}. Reference: {experiment.source}. On "
-        f"{made_on(data['environment'])}, {spent(data['hours'])}: "
+        f"{machines(data)}, {spent(data['hours'])}: "
         f"`{command(data)}`"
     )
 
 
 def command(data: Data) -> str:
     """The command that makes these results."""
-    stored = " --stored" * ("restored" in data)
+    reuse = " --reuse-networks" * ("restored" in data)
     seeds = "" if data["seeds"] == [0] else f" --seeds {' '.join(map(str, data['seeds']))}"
     dataset = "" if data["dataset"] is None else f" --dataset {data['dataset']}"
-    return f"python -m experiments.paper.{data['experiment']} --scale {data['scale']}{dataset}{seeds}{stored}"
+    return f"python -m experiments.paper.{data['experiment']} --scale {data['scale']}{dataset}{seeds}{reuse}"
 
 
 def spent(hours: dict[str, float]) -> str:
