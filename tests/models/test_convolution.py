@@ -20,13 +20,14 @@ def reference(x, kernel, stride):
     )
 
 
+# Height and width have different remainders for each stride. The others are smaller than the kernel, or become so.
+@pytest.mark.parametrize("pixels", [(7, 10), (2, 2), (1, 4), (6, 3)])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 3, 5])
 @pytest.mark.usefixtures("float64")
-def test_derivatives_equal_those_of_jax(size, stride):
+def test_values_and_derivatives_equal_those_of_jax(size, stride, pixels):
     rng = np.random.default_rng(0)
-    # Height and width have different remainders for each stride.
-    x, kernel = rng.normal(size=(2, 7, 10, 3)), rng.normal(size=(size, size, 3, 4))
+    x, kernel = rng.normal(size=(2, *pixels, 3)), rng.normal(size=(size, size, 3, 4))
     shape = jax.eval_shape(lambda: reference(x, kernel, stride)).shape
     g = rng.normal(size=shape)
 
@@ -41,10 +42,11 @@ def test_derivatives_equal_those_of_jax(size, stride):
         np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [4, 2])  # 2 is smaller than the kernel
 @pytest.mark.usefixtures("float64")
-def test_second_derivatives_and_vmap():
+def test_second_derivatives_and_vmap(length):
     rng = np.random.default_rng(1)
-    x, kernel = jnp.asarray(rng.normal(size=(1, 4, 4, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 2)))
+    x, kernel = jnp.asarray(rng.normal(size=(1, length, length, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 2)))
     check_grads(jax.jit(lambda x, kernel: conv2d(jnp.tanh(x), kernel, 2)), (x, kernel), order=2, modes=["fwd", "rev"])
     many = jnp.stack([x, 2 * x])
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(conv2d(x, kernel, 1)))))
@@ -73,10 +75,11 @@ def test_gradients_can_be_exported():
     ids=["forward over reverse", "reverse over forward", "reverse over reverse", "forward over forward"],
 )
 @pytest.mark.parametrize("of", mostly_slow(["images", "kernel"], "kernel"))
+@pytest.mark.parametrize("height", mostly_slow([5, 2], 5))  # 2 is smaller than the kernel
 @pytest.mark.usefixtures("float64")
-def test_hessian_products_equal_those_of_jaxs_convolution(product, of):
+def test_hessian_products_equal_those_of_jaxs_convolution(product, of, height):
     rng = np.random.default_rng(2)
-    x, kernel = jnp.asarray(rng.normal(size=(2, 5, 4, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 3)))
+    x, kernel = jnp.asarray(rng.normal(size=(2, height, 4, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 3)))
     at = x if of == "images" else kernel
     v = jnp.asarray(rng.normal(size=at.shape))
 
@@ -105,10 +108,11 @@ def test_an_unused_derivative_is_not_computed():
 
 
 @pytest.mark.usefixtures("float64")
-def test_the_gradient_of_a_shared_kernel_under_shard_map_is_the_sum_over_devices():
+@pytest.mark.parametrize("length", [3, 2])  # 2 is smaller than the kernel
+def test_the_gradient_of_a_shared_kernel_under_shard_map_is_the_sum_over_devices(length):
     mesh, spec = jax.sharding.Mesh(np.array(jax.devices()), ("d",)), jax.sharding.PartitionSpec
     rng = np.random.default_rng(3)
-    x, kernel = jnp.asarray(rng.normal(size=(4, 3, 3, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 2)))
+    x, kernel = jnp.asarray(rng.normal(size=(4, length, length, 2))), jnp.asarray(rng.normal(size=(3, 3, 2, 2)))
 
     def gradient(x, kernel):
         return jax.grad(lambda kernel: jnp.sum(jnp.square(conv2d(x, kernel, 1))))(kernel)
