@@ -605,7 +605,7 @@ def test_estimates_count_the_test_images_and_the_passes_of_the_attacks(tmp_path)
     cost = {"step": 0.0, "pass": 1.0, "train_images": 50_000}
     few, many = (costs.seconds_of(job, {**cost, "test_images": n}) for n in (100, 10_000))
     # Per image: a forward pass, FGSM, 20 and 100 steps of PGD and of CW, which are judged at the last iterate.
-    assert many - few == pytest.approx(9_900 * (0.4 + 1 + 2 * (20 + 100)))
+    assert many - few == pytest.approx(9_900 * (0.5 + 1 + 2 * (20 + 100)))
     slow = costs.seconds_of(job, {**cost, "step": 2.0, "test_images": 100})
     assert slow - few == 2 * job.config.total_steps
 

@@ -90,6 +90,8 @@ def attacked(attacks: Attacks) -> Measurement:
             for attack in attacks(scale)
         ],
         passes=lambda config, scale, images: sum(passes(attack, images) for attack in attacks(scale)),
+        # Those of the attacks that drop misclassified images are larger.
+        programs=lambda scale: sum(4 if attack.any_iterate else 1 for attack in attacks(scale)),
         least_classes=lambda scale: max(attack.specification.least_classes for attack in attacks(scale)),
     )
 
@@ -129,18 +131,21 @@ def take_over(journal: pathlib.Path, attacks: Sequence[Any], images: int) -> Non
 
 
 REMAINING = 0.6  # estimated share of images, for attacks that drop misclassified ones
+FORWARD = 0.5  # a forward pass, as part of a forward and backward pass
 
 
 def passes(attack: Any, images: int) -> float:
-    """Number of forward and backward passes of an attack, per image; a forward pass alone counts 0.4."""
+    """Number of forward and backward passes of an attack, per image."""
     images = min(images, attack.num_images or images)
     steps, settings = attack.settings.get("num_steps", 1), attack.settings
     runs = settings.get("restarts", 1) * settings.get("targets", 1)
     remaining = 1.0 if not attack.any_iterate else REMAINING
     if attack.specification.name == "clean":
-        return 0.4 * images
+        return FORWARD * images
     if attack.specification.name == "spsa":
-        return 0.4 * images * remaining * steps * 2 * settings["num_directions"]
+        return FORWARD * images * remaining * steps * 2 * settings["num_directions"]
     if attack.specification.name == "square" or attack.specification.name.startswith("local-search"):
-        return 0.4 * images * remaining * steps * runs
+        return FORWARD * images * remaining * steps * runs
+    if attack.specification.name.startswith("fab"):  # it also evaluates the points that it reaches
+        return (1 + FORWARD) * images * remaining * steps * runs
     return images * remaining * steps * runs

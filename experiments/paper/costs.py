@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TIMED_MINUTES = 0.25  # of training, including compilation
 PROCESS_SECONDS = 8  # to start a process, and load data and compiled programs
-MEASUREMENT_SECONDS = 6  # to trace and load the compiled attacks of a table
+PROGRAM_SECONDS = 1.2  # to trace and load a compiled attack
 
 
 def kind(config: TrainConfig) -> str:
@@ -76,7 +76,8 @@ def seconds_of(job: Job, cost: dict[str, float]) -> float:
     measurements = {result_file(job.folder, scale, name): experiment(name).measurement for name in job.experiments}
     for path, measurement in measurements.items():
         if not path.exists():
-            total += MEASUREMENT_SECONDS + measurement.passes(config, scale, images) * cost["pass"]
+            total += PROGRAM_SECONDS * measurement.programs(scale)
+            total += measurement.passes(config, scale, images) * cost["pass"]
     return total
 
 

@@ -60,6 +60,8 @@ class Measurement:
     """`settings(scale)`: everything else that the result depends on, as JSON. Equal settings share results."""
     passes: Callable[[TrainConfig, Scale, int], float]
     """`passes(config, scale, test_images)`: estimated number of forward and backward passes, in images."""
+    programs: Callable[[Scale], int] = lambda scale: 5
+    """`programs(scale)`: estimated number of programs of average size to trace and load."""
     least_classes: Callable[[Scale], int] = lambda scale: 2
     """`least_classes(scale)`: smallest number of classes that the measurement needs."""
 

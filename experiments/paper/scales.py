@@ -61,7 +61,7 @@ SCALES: dict[str, Scale] = {
     "digits": Scale(
         "digits",
         "scikit-learn's 8 x 8 digits, WRN-10-1, 12 epochs, radius 0.1, five folds, so that all 1,797 images are "
-        "tested. 10 to 50 minutes of a CPU core per row; detects effects of about 4 points.",
+        "tested. 2 to 15 minutes of a CPU core per row; detects effects of about 4 points.",
         preset("digits"),
         ("digits", "digits_fold1", "digits_fold2", "digits_fold3", "digits_fold4"),
         None,
