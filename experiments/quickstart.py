@@ -14,7 +14,7 @@ from experiments import command_line
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Train three networks on digits and attack them: two minutes on two CPU cores. To resume, rerun the command."""
+    """Train three networks on digits and attack them: a minute on two CPU cores. To resume, rerun the command."""
 
     workdir: pathlib.Path = pathlib.Path("runs/quickstart")
     """Folder of the runs and the results: a new one, or the one to resume."""

@@ -516,7 +516,9 @@ def test_a_table_says_which_networks_were_restored(tmp_path):
     (job, *_) = jobs.jobs(scale, [name], [0], tmp_path / "runs")
     path = jobs.result_file(job.folder, scale, name)
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "restored": True}), encoding="utf-8")
-    text = writing.write(jobs.experiment(name), scale, [0], tmp_path / "runs", tmp_path / "r").read_text("utf-8")
+    text = writing.write(jobs.experiment(name), scale, [0], tmp_path / "runs", tmp_path / "r").read_text(
+        encoding="utf-8"
+    )
     assert f"in bfloat16): {jobs.experiment(name).rows[0].label}, 1 of 1." in text
     assert "--scale trial --reuse-networks`" in text
 
