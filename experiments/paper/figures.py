@@ -63,16 +63,9 @@ def clean_against_robust(data: Data, path: pathlib.Path) -> None:
                 for each in (clean, robust)
             )
             axes.errorbar(
-                x,
-                y,
-                xerr=x_errors,
-                yerr=y_errors,
-                fmt=f"-{marker}",
-                color=colour,
-                linewidth=1,
-                elinewidth=0.6,
+                x, y, xerr=x_errors, yerr=y_errors, fmt=f"-{marker}", color=colour, linewidth=1, elinewidth=0.6,
                 label=name,
-            )
+            )  # fmt: skip
             for label, right, up in zip(labels, x, y, strict=True):
                 axes.annotate(f"x {factor_of(label):g}", (right, up), (5, 5), textcoords="offset points", fontsize=8)
         axes.set(xlabel="clean accuracy (%)", ylabel="accuracy under APGD-T (%)")

@@ -74,7 +74,6 @@ def check_results(
             f"results: expected a new folder, or results with the rows of this workdir only; got more rows in {path}: "
             f"{'; '.join(lost)}. Choose another folder with --results, or omit --rows; nothing was changed."
         )
-    there = json.loads(path.read_text(encoding="utf-8"))
     if trained := [
         label for label in there["finished"] if label in restored and label not in there.get("restored", {})
     ]:
