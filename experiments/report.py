@@ -55,6 +55,9 @@ WORDS = {
     "DLR": "APGD-T's loss: the margin divided by a difference of logits, which does not depend on their scale",
     "logits x 0.1": "PGD-20 on the cross-entropy of the logits times 0.1 (or 10). This changes the gradients, not the "
     "classification",
+    "marginal error": "how much the sums of the plan's rows and columns differ from what they should be",
+    "penultimate features": "the outputs of the layer before the last",
+    "simultaneous intervals": "wider intervals (Bonferroni), so that all of them together hold with 95%",
     "masked gradients": "gradients that are zero or misleading, so that attacks by gradients miss adversarial examples",
     "SPSA": "a gradient-free attack: descent with gradients estimated along random directions",
     "local search": "a gradient-free attack: a greedy search over single pixels; each round ends with a projection on "
@@ -173,8 +176,9 @@ These are the paper's claims, and questions that they raise, checked on our netw
 and training of its networks. A finding holds at its scale only, and the accuracies are not those of the released
 network. Intervals are 95% intervals over test images, and differences are between networks on the same images. If a row
 has several networks (five folds on digits), the interval of a difference is over them (Student's t) if that is wider.
-With one network for each row, as at scale `small`, a difference is one between two networks: how much it varies with
-their seeds is not known.
+With one network for each row, as in most tables at scale `small`, a difference is one between two networks: how much
+it varies with their seeds is known only where a table has several seeds. The paper's own accuracies of its method
+differ slightly between its tables.
 
 The wording of the claims is ours. The verdict depends on the kind of claim:
 

@@ -1,34 +1,45 @@
-"""Time convolutions and their derivatives against PyTorch, layer by layer, on a CPU.
+"""Time convolutions and their derivatives against JAX and PyTorch, layer by layer, on a CPU.
 
     python -m experiments.benchmarks.convolutions
 
-Convolutions take most of the time of a training step. The layers are those of a WRN-10-2 on 32 x 32 images in a batch
-of 60. For each layer, this times the convolution, its derivative with respect to the images, and that with respect to
-the kernel: ours computed by `conv2d`, each in a program of its own, and PyTorch's with channels last. All take turns in
-one process. Writes `convolutions.json` and `convolutions.md` to the results folder.
+Convolutions take most of the time of a training step. The layers are those of a WRN-10-2 on 32 x 32 images and of a
+WRN-10-1 on 8 x 8 images, in a batch of 60. For each layer, this times the convolution, its derivative with respect to
+the images, and that with respect to the kernel: ours computed by `conv2d`, JAX's by `lax.conv_general_dilated`, each in
+a program of its own, and PyTorch's with channels last. All take turns in one process. Writes `convolutions.json` and
+`convolutions.md` to the results folder.
 """
 
 import dataclasses
 import functools
 import pathlib
 import statistics
+from collections.abc import Sequence
 from typing import Any
+
+import tabulate
 
 from experiments import command_line
 from experiments.benchmarks.timing import seconds_in_turn
 from experiments.output import made_on, write_files
 
-# Height and width of the images, channels in and out, kernel size, stride. Each layer occurs once in the network.
-LAYERS = (
-    (32, 3, 16, 3, 1), (32, 16, 32, 3, 1), (32, 32, 32, 3, 1), (32, 16, 32, 1, 1), (32, 32, 64, 3, 2),
-    (16, 64, 64, 3, 1), (32, 32, 64, 1, 2), (16, 64, 128, 3, 2), (8, 128, 128, 3, 1), (16, 64, 128, 1, 2),
-)  # fmt: skip
+# Height and width of the images, channels in and out, kernel size, stride.
+LAYERS = {
+    "WRN-10-2 on 32 x 32 images": (
+        (32, 3, 16, 3, 1), (32, 16, 32, 3, 1), (32, 32, 32, 3, 1), (32, 16, 32, 1, 1), (32, 32, 64, 3, 2),
+        (16, 64, 64, 3, 1), (32, 32, 64, 1, 2), (16, 64, 128, 3, 2), (8, 128, 128, 3, 1), (16, 64, 128, 1, 2),
+    ),
+    "WRN-10-1 on 8 x 8 images": (
+        (8, 1, 16, 3, 1), (8, 16, 16, 3, 1), (8, 16, 16, 3, 1), (8, 16, 32, 3, 2), (4, 32, 32, 3, 1),
+        (8, 16, 32, 1, 2), (4, 32, 64, 3, 2), (2, 64, 64, 3, 1), (4, 32, 64, 1, 2),
+    ),
+}  # fmt: skip
+Layer = tuple[int, int, int, int, int]
 PASSES = ("forward", "to the images", "to the kernel")
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Time convolutions against PyTorch (pip install -e ".[bench]"): two minutes on two CPU cores."""
+    """Time convolutions against JAX and PyTorch (pip install -e ".[bench]"): five minutes on two CPU cores."""
 
     batch_size: int = 60
     """Images in a batch."""
@@ -42,48 +53,61 @@ def main(argv: list[str]) -> None:
     prog = "python -m experiments.benchmarks.convolutions"
     arguments = command_line.parse(Arguments, argv, prog=prog, examples=f"  {prog} --rounds 5 --results results/bench")
 
-    import tabulate
     import torch
 
     from fs_jax._utils import backend
 
+    networks = {name: timed(layers, arguments) for name, layers in LAYERS.items()}
+    environment = {**backend.describe(), "torch": torch.__version__}
+    result = {"arguments": dataclasses.asdict(arguments), "environment": environment, "networks": networks}
+    text = "\n\n".join(
+        [
+            *(as_markdown(name, network) for name, network in networks.items()),
+            f"Medians in ms of {arguments.rounds} rounds, batch {arguments.batch_size}. {made_on(environment)}.\n",
+        ]
+    )
+    write_files(arguments.results, {"convolutions.json": result, "convolutions.md": text})
+    print(text)
+
+
+def timed(layers: Sequence[Layer], arguments: Arguments) -> dict[str, Any]:
+    """The medians of each layer in ms, their sums, and the time of the convolutions of a training step."""
     rows: list[dict[str, Any]] = []
-    for layer in LAYERS:
+    for layer in layers:
         programs = {(who, of): run for who, make in WHO.items() for of, run in make(arguments.batch_size, *layer)}
         times = seconds_in_turn(programs, arguments.rounds, pause=0.05, title=words(layer))
         medians = {of: {who: 1e3 * statistics.median(times[who, of]) for who in WHO} for of in PASSES}
         rows.append({"layer": layer, **medians})
     sums = {of: {who: sum(row[of][who] for row in rows) for who in WHO} for of in PASSES}
-    # A step has three forward passes (natural, attack, training), two backward passes to the images (attack, training)
-    # and one to the kernels. In the first layer, only the attack needs the backward pass to the images.
+    # In the first layer, only the attack needs the backward pass to the images.
     step = {
         who: 3 * sums["forward"][who] + 2 * sums["to the images"][who] - rows[0]["to the images"][who]
         + sums["to the kernel"][who]
         for who in WHO
     }  # fmt: skip
+    return {"layers": rows, "sums": sums, "step": step}
 
-    def cells(times):
-        return [f"{times['ours']:.2f}", f"{times['PyTorch']:.2f}", f"{times['ours'] / times['PyTorch']:.2f}"]
+
+def as_markdown(name: str, network: dict[str, Any]) -> str:
+    """The table of a network's layers, and the time of a training step."""
+
+    def cells(of: dict[str, Any]) -> list[str]:
+        return [f"{of[kind][who]:.2f}" for kind in PASSES for who in WHO]
 
     table = tabulate.tabulate(
-        [[words(row["layer"]), *(cell for of in PASSES for cell in cells(row[of]))] for row in rows]
-        + [["all of them", *(cell for of in PASSES for cell in cells(sums[of]))]],
-        headers=["layer", *(word for of in PASSES for word in (f"{of}: ours, ms", "PyTorch's", "ratio"))],
-        tablefmt="pipe", disable_numparse=True,
-    )  # fmt: skip
-    environment = {**backend.describe(), "torch": torch.__version__}
-    text = (
-        f"{table}\n\nA step of feature scattering has 3 forward passes, 2 backward passes to the images and 1 to the "
-        f"kernels: {step['ours']:.0f} ms of convolutions, against {step['PyTorch']:.0f} ms for PyTorch, a ratio of "
-        f"**{step['ours'] / step['PyTorch']:.2f}**.\n\n"
-        f"Batch {arguments.batch_size}, {arguments.rounds} rounds, medians. {made_on(environment)}.\n"
+        [[words(row["layer"]), *cells(row)] for row in network["layers"]] + [["all of them", *cells(network["sums"])]],
+        headers=["layer", *(f"{of}: {who}" for of in PASSES for who in WHO)],
+        tablefmt="pipe",
+        disable_numparse=True,
     )
-    result = {
-        "arguments": dataclasses.asdict(arguments), "environment": environment, "layers": rows, "sums": sums,
-        "step": step,
-    }  # fmt: skip
-    write_files(arguments.results, {"convolutions.json": result, "convolutions.md": text})
-    print(text)
+    step = network["step"]
+    return (
+        f"## {name}\n\n{table}\n\nA step of feature scattering has 3 forward passes (natural, attack, training), 2 "
+        "backward passes to the images (attack, training) and 1 to the kernels (training). Its convolutions take "
+        f"{step['ours']:.1f} ms, against {step['JAX']:.1f} ms with JAX's (a ratio of "
+        f"**{step['ours'] / step['JAX']:.2f}**) and {step['PyTorch']:.1f} ms with PyTorch's "
+        f"(**{step['ours'] / step['PyTorch']:.2f}**)."
+    )
 
 
 def words(layer) -> str:
@@ -92,20 +116,37 @@ def words(layer) -> str:
 
 
 def ours(count, side, channels, filters, size, stride):
-    """Our three passes, as functions without arguments."""
+    """The three passes of `conv2d`, as functions without arguments."""
+    from fs_jax.models.convolution import conv2d
+
+    return jitted(functools.partial(conv2d, stride=stride), count, side, channels, filters, size)
+
+
+def jaxs(count, side, channels, filters, size, stride):
+    """The three passes of JAX's convolution, as functions without arguments."""
+    from jax import lax
+
+    convolution = functools.partial(
+        lax.conv_general_dilated, window_strides=(stride, stride), padding=[(size // 2, size // 2)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    return jitted(convolution, count, side, channels, filters, size)
+
+
+def jitted(convolution, count, side, channels, filters, size):
+    """A convolution and its derivatives, compiled as in a training step."""
     import jax
 
     from fs_jax._utils import backend
-    from fs_jax.models.convolution import conv2d
 
     images = jax.random.normal(jax.random.key(0), (count, side, side, channels))
     kernel = jax.random.normal(jax.random.key(1), (size, size, channels, filters))
     jit = functools.partial(jax.jit, compiler_options=backend.compiler_options(backend.platform_of([]), training=True))
-    forward = jit(lambda x, w: conv2d(x, w, stride))
+    forward = jit(convolution)
     y = forward(images, kernel)
     # Only the derivatives: XLA removes the unused forward pass.
-    to_images = jit(lambda x, w, g: jax.vjp(lambda x: conv2d(x, w, stride), x)[1](g))
-    to_kernel = jit(lambda x, w, g: jax.vjp(lambda w: conv2d(x, w, stride), w)[1](g))
+    to_images = jit(lambda x, w, g: jax.vjp(lambda x: convolution(x, w), x)[1](g))
+    to_kernel = jit(lambda x, w, g: jax.vjp(lambda w: convolution(x, w), w)[1](g))
     return [
         (PASSES[0], functools.partial(forward, images, kernel)),
         (PASSES[1], functools.partial(to_images, images, kernel, y)),
@@ -135,7 +176,7 @@ def pytorchs(count, side, channels, filters, size, stride):
     ]
 
 
-WHO = {"ours": ours, "PyTorch": pytorchs}
+WHO = {"ours": ours, "JAX": jaxs, "PyTorch": pytorchs}
 
 
 if __name__ == "__main__":

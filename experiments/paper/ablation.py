@@ -92,7 +92,7 @@ EXPERIMENT = table(
     show=with_plans_shown,
     draw=pgd_against_apgd_t,
     reading="The first row is the paper's method. *transport*, *identity* and *cross-entropy* are the losses of the "
-    "training's attack: the transport cost, that with the identity plan, and the supervised loss. *noise* is training "
+    "training's attack: the transport cost, the cost of the identity plan, and the supervised loss. *noise* is training "
     "on images with random noise, *penultimate features* takes the transport between the features before the last "
     "layer, and *loss on clean and attacked images* is the mean of the losses on both. *cross-entropy, 7 steps, Δ = 0* "
     "is PGD-7. All rows have the same number of training steps, except those at equal passes: a training step with a "

@@ -193,6 +193,9 @@ def class_colour(index: int, count: int):
     return matplotlib.colormaps["tab10"](index) if count <= 10 else colour_of(index, count)
 
 
+METHOD_PLAN = "Sinkhorn, τ = 0.01"
+
+
 def plans_over_training(data: Data, path: pathlib.Path) -> None:
     """The mass on the diagonal of each transport's plan, and the agreement of its gradient's signs with two others."""
     points = data["points"]
@@ -204,16 +207,19 @@ def plans_over_training(data: Data, path: pathlib.Path) -> None:
         "cross_entropy_signs": "gradient signs equal to the cross-entropy's (%)",
     }
     with new_figure(figsize=(11.0, 3.7)) as figure:
-        for axes, (name, title) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
+        for axes, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
             for index, label in enumerate(labels):
                 values = [100 * point["plans"][label][name] for point in points]
-                style = {"color": colour_of(index, len(labels)), "linestyle": line_of(label), "marker": "."}
-                axes.plot(epochs, values, label=label if name == "diagonal" else None, linewidth=1.3, **style)
+                style = {"color": colour_of(index, len(labels)), "linestyle": line_of(label), "linewidth": 1.3}
+                if label == METHOD_PLAN:  # wide and below the others, since the curves of some plans coincide with it
+                    style = {"color": "black", "alpha": 0.35, "linewidth": 6, "zorder": 1.5}
+                axes.plot(epochs, values, label=label if name == "diagonal" else None, marker=".", **style)
             if name != "diagonal":
                 axes.axhline(50, color=GREY, linewidth=0.8, label="by chance" if name == "identity_signs" else None)
             axes.set_title(title, fontsize=9)
             axes.set_xlabel("epoch (0: before training)")
-            axes.set_ylim(-2, 102)
+            if name != "cross_entropy_signs":  # all of which are near 50%
+                axes.set_ylim(-2, 102)
         figure.legend(loc="outside upper center", ncols=legend_columns(dict.fromkeys([*labels, "by chance"]), 11.0))
         save(figure, figure_path(path))
 
@@ -230,10 +236,9 @@ def transfer_matrix(data: Data, path: pathlib.Path) -> None:
     values = 100 * np.array([[of["accuracy"] for of in row.values()] for row in rows.values()])
     with new_figure(figsize=(3.0 + 0.95 * len(sources), 2.2 + 0.55 * len(rows))) as figure:
         axes = figure.add_subplot()
-        darkest = 10 * np.floor(values.min() / 10)
-        shown = axes.imshow(values, cmap="viridis", vmin=darkest, vmax=100)
+        shown = axes.imshow(values, cmap="viridis", vmin=0, vmax=100)
         for row, column in np.ndindex(values.shape):
-            light = values[row, column] > darkest + 0.6 * (100 - darkest)
+            light = values[row, column] > 60
             text = f"{values[row, column]:.1f}"
             axes.text(column, row, text, ha="center", va="center", color="black" if light else "white")
         axes.set_xticks(range(len(sources)), [name.replace(", ", ",\n") for name in sources], fontsize=8)

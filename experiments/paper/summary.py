@@ -15,7 +15,8 @@ TRAINING = {
     "PGD-7, equal passes": "PGD-7, as many passes as feature scattering",
     "PGD-7": "PGD-7, as many epochs, with 2.8 times the passes",
     "TRADES": "TRADES, as many epochs, with 4.5 times the passes",
-    "cross-entropy, 1 step, Δ = 0": "one step on the cross-entropy (with labels), with 0.8 times the passes",
+    "cross-entropy, 1 step, Δ = 0": "one step on the cross-entropy (with labels) without label smoothing, with 0.8 times "
+    "the passes",
 }
 """Rows of main_table, equal_passes and the ablation."""
 
@@ -28,7 +29,7 @@ CHANGES = {
     "noise, Δ = 0.5": "random noise instead of an attack",
     "independent plan": "the independent plan instead of the transport",
     "identity, 1 step, Δ = 0.5": "the identity plan instead of the transport",
-    PLANS: "the same, on average over all pairs of rows that differ in the plan only",
+    PLANS: "the identity plan, on average over all pairs of rows that differ in the plan only",
     "IPOT, β = 1": "IPOT instead of Sinkhorn's algorithm",
     "transport, 1 step, Δ = 0": "no label smoothing",
     "transport, 7 steps, Δ = 0.5": "seven attack steps and 3 times the passes",
@@ -80,11 +81,19 @@ def conclusions(name: str, results: Results) -> str:
     if sentences:
         ours = accuracies(methods["feature scattering"])
         sentences = f"Feature scattering has {ours} under AutoAttack / on clean images. {sentences}"
+        if (row := rows_of(results, "equal_passes").get("PGD-7, equal passes")) is not None:
+            sentences += f" At equal passes: PGD-7 ({accuracies(row)}), {ROBUST[row['square']['difference']['verdict']]}."
     effects = in_words(
         ("Changes that make it more robust, under APGD-T", "Changes that make it less robust", "No clear effect"),
         by_sign({text: from_method(results, label) for label, text in CHANGES.items() if label != PLANS}),
     )
     return f"**{name}:** {' '.join(filter(None, (sentences, effects)))}" if sentences or effects else ""
+
+
+ROBUST = {
+    "higher": "more robust", "lower": "less robust", "equal": "equally robust",
+    "undetermined": "not clearly more or less robust",
+}  # fmt: skip
 
 
 def accuracies(row: Data) -> str:

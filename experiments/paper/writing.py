@@ -194,8 +194,9 @@ def hours(finished: Sequence[Finished]) -> dict[str, float]:
 
 def as_markdown(experiment: Experiment, data: Data, figure: str | None) -> str:
     """The Markdown of an experiment: title, note, figure, tables and caption."""
+    seeds = "" if data["seeds"] == [0] else f", seeds {', '.join(map(str, data['seeds']))}"
     parts = [
-        f"# {experiment.title}",
+        f"# {experiment.title}{seeds}",
         experiment.reading,
         f"![{experiment.title}]({figure})" if figure else "",
         experiment.show(data),
