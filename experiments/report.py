@@ -175,7 +175,8 @@ HOW_CERTAIN = """\
 These are the paper's claims, and questions that they raise, checked on our networks. Each scale states the size, data
 and training of its networks. A finding holds at its scale only, and the accuracies are not those of the released
 network. Intervals are 95% intervals over test images, and differences are between networks on the same images. If a row
-has several networks (five folds on digits), the interval of a difference is over them (Student's t) if that is wider.
+has several networks (five folds on digits, or several seeds), the interval of a difference includes the variation
+between them (Student's t). The training sets of the folds overlap, which the intervals ignore.
 With one network for each row, as in most tables at scale `small`, a difference is one between two networks: how much
 it varies with their seeds is known only where a table has several seeds. The paper's own accuracies of its method
 differ slightly between its tables.

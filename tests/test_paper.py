@@ -8,7 +8,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,11 @@ from experiments import weights
 from experiments.paper import ablation, attacked, autoattack_gap, costs, jobs, reuse, runner, tables, writing
 from experiments.paper.experiment import PGD_7, Finished, Row, at_equal_passes
 from experiments.paper.scales import EXPERIMENTS, SCALES, changed, scale_of
-from fs_jax._utils.files import locked
 from fs_jax.attacks import parse_attack
 from fs_jax.config import TrainConfig, from_dict, to_dict
 from fs_jax.data import load
 from fs_jax.evaluation import evaluate
+from fs_jax.evaluation.journal import SCHEMA
 from fs_jax.models import WideResNet
 from fs_jax.training import make_method
 from fs_jax.training.loop import training_fingerprint
@@ -138,18 +137,42 @@ def test_few_images_without_a_difference_are_undetermined():
 
 
 def test_the_interval_of_a_difference_includes_the_variation_of_training():
-    """Five networks for each row, whose differences on the same images vary by more than those of images do."""
     ours, theirs = np.arange(1000) < 900, np.arange(1000) < 850
-    alike = tables.difference(ours, theirs, [0.9] * 5, [0.85] * 5)
-    assert alike["half"] == alike["over_images"] == difference(ours, theirs)["half"]
-    varied = tables.difference(ours, theirs, [0.95, 0.85, 0.9, 0.99, 0.81], [0.85] * 5)
-    # The t distribution's 97.5% quantile for 4 degrees of freedom is 2.776.
+    alike = tables.difference(ours, theirs, [0.9] * 5, [0.85] * 5, folds=5)
+    images = alike["half"]
+    assert images == alike["over_images"] == difference(ours, theirs)["half"]
+    rows = [0.95, 0.85, 0.9, 0.99, 0.81], [0.85] * 5
+    folds, seeds = (tables.difference(ours, theirs, *rows, folds=folds) for folds in (5, 1))
+    # The t distribution's 97.5% quantile for 4 degrees of freedom is 2.776, and its 99.5% quantile is 4.604.
     expected = 2.776 * np.std([10, 0, 5, 14, -4], ddof=1) / np.sqrt(5)
-    assert varied["half"] == pytest.approx(expected, rel=1e-3)
-    assert (alike["verdict"], varied["verdict"]) == ("higher", "undetermined")
-    assert tables.wider(varied, 0.95) == pytest.approx(varied["half"])
-    assert tables.wider(varied, 0.99) == pytest.approx(expected * 4.604 / 2.776, rel=1e-3)
-    assert tables.wider(difference(ours, theirs), 0.99) == pytest.approx(alike["half"] * 2.576 / 1.96, rel=1e-3)
+    assert folds["half"] == pytest.approx(expected, rel=1e-3)
+    assert seeds["half"] == pytest.approx(np.hypot(expected, images), rel=1e-3)
+    assert (alike["verdict"], folds["verdict"]) == ("higher", "undetermined")
+    assert tables.half_width(folds) == folds["half"]
+    assert tables.half_width(folds, 0.99) == pytest.approx(expected * 4.604 / 2.776, rel=1e-3)
+    both = np.hypot(expected * 4.604 / 2.776, images * 2.576 / 1.96)
+    assert tables.half_width(seeds, 0.99) == pytest.approx(both, rel=1e-3)
+    assert tables.half_width(difference(ours, theirs), 0.99) == pytest.approx(images * 2.576 / 1.96, rel=1e-3)
+    # Seeds of the same fold count as one network.
+    twice = tables.difference(ours, theirs, np.repeat(rows[0], 2) + np.tile([0.01, -0.01], 5), [0.85] * 10, folds=5)
+    assert twice["half"] == pytest.approx(folds["half"])
+
+
+def test_the_interval_covers_the_difference_of_two_methods():
+    """Of 400 simulated pairs of rows, about 95% of the intervals contain the true difference of 0.
+
+    An image has a difficulty in common for all networks, and each network its own mean, so both images and seeds vary.
+    """
+    rng, images, seeds, repetitions = np.random.default_rng(0), 200, 3, 400
+    covered = 0
+    for _ in range(repetitions):
+        method = rng.normal(size=(2, 1, images))  # whether a method is good at an image
+        network = 0.3 * rng.normal(size=(2, seeds, 1))
+        correct = method + network + 0.5 * rng.normal(size=(2, seeds, images)) > 0
+        ours, theirs = correct.mean(1)
+        found = tables.difference(ours, theirs, *correct.mean(2))
+        covered += abs(found["points"]) <= found["half"]
+    assert covered >= 0.95 * repetitions - 2 * np.sqrt(0.95 * 0.05 * repetitions)  # two standard errors below 95%
 
 
 def test_data_are_checked_before_the_workers_start(tmp_path):
@@ -239,10 +262,12 @@ def test_the_ablation_has_the_mean_difference_over_pairs_that_differ_in_the_plan
     assert data["plans"]["pairs"] == 2
     of = data["plans"]["differences"]["pgd-20"]
     assert of["points"] == pytest.approx(0.2)
-    assert of["half"] == pytest.approx(12.706 * 0.1, rel=1e-3)  # Student's t with one degree of freedom
-    assert "over the 2 pairs of rows that differ in the plan only" in ablation.EXPERIMENT.show(data)
+    # Student's t with one degree of freedom, and the interval over images.
+    assert of["half"] == pytest.approx(np.hypot(12.706 * 0.1, of["over_images"]), rel=1e-3)
+    one = {"images": {"datasets": ["cifar10_16x16"]}, "seeds": [0]}
+    assert "over the 2 pairs of rows that differ in the plan only" in ablation.EXPERIMENT.show({**data, **one})
     alone = ablation.EXPERIMENT.collect(ablation.EXPERIMENT, SCALES["small"], finished[:1])
-    assert "plan only" not in ablation.EXPERIMENT.show(alone)
+    assert "plan only" not in ablation.EXPERIMENT.show({**alone, **one})
 
 
 def test_experiments_of_one_network_name_its_seed_and_fold(tmp_path):
@@ -306,7 +331,7 @@ def test_transferred_attacks_are_stronger_if_the_intervals_do_not_overlap(other,
 ALL = ("β = 0.5", "β = 1")
 
 
-def test_other_results_are_not_overwritten(tmp_path, capsys):
+def test_other_results_are_not_overwritten(tmp_path):
     experiment = jobs.experiment("table4_ipot_beta")
     finish("table4_ipot_beta", "trial", tmp_path)
     path = writing.write(experiment, SCALES["trial"], [0], tmp_path, tmp_path)
@@ -317,8 +342,8 @@ def test_other_results_are_not_overwritten(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"got more rows in .*: β = 0.5"):
         writing.check_results(experiment, SCALES["trial"], [0], tmp_path, ["β = 1"])
     finish("table4_ipot_beta", "trial", tmp_path / "other", rows=1)
-    assert writing.write(experiment, SCALES["trial"], [0], tmp_path / "other", tmp_path) is None
-    assert "Not overwritten: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"got more in .*: β = 0.5\. Rerun with --reuse-results"):
+        writing.write(experiment, SCALES["trial"], [0], tmp_path / "other", tmp_path)
     assert "β = 0.5" in path.read_text(encoding="utf-8")
     path.with_suffix(".json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"results: expected .* an unreadable file"):
@@ -332,19 +357,26 @@ def test_results_of_finished_attacks_are_reused(tmp_path):
 
     def run(name, attacks):
         journal = tmp_path / f"{name}.journal.jsonl"
-        attacked.take_over(journal, attacks, len(labels))
+        attacked.take_over(journal, tmp_path.glob("*.jsonl"), attacks, len(labels))
         return journal, evaluate(logits_fn, images, labels, attacks, journal=journal, progress=False)
 
     run("first", few)
     taken = tmp_path / "second.journal.jsonl"
-    attacked.take_over(taken, more, len(labels))
+    others = [tmp_path / "first.journal.jsonl", tmp_path / "missing.journal.jsonl"]
+    attacked.take_over(taken, others, more, len(labels))
     lines = [json.loads(line) for line in taken.read_text(encoding="utf-8").splitlines()]
     assert {line["attack"] for line in lines if "index" in line} == {"pgd-5"}
     alone = evaluate(logits_fn, images, labels, more, progress=False)
     assert run("second", more)[1].records == alone.records
-    others = [parse_attack(word, 0.2) for word in ("clean", "pgd-5")]  # at another radius, only clean can be reused
-    attacked.take_over(tmp_path / "third.journal.jsonl", others, len(labels))
+    further = [parse_attack(word, 0.2) for word in ("clean", "pgd-5")]  # at another radius, only clean can be reused
+    attacked.take_over(tmp_path / "third.journal.jsonl", others, further, len(labels))
     assert '"pgd-5"' not in (tmp_path / "third.journal.jsonl").read_text(encoding="utf-8")
+
+    # Journals of another version of the format are not used.
+    text = others[0].read_text(encoding="utf-8").replace(SCHEMA, "evaluation by fs_jax, version 0")
+    (tmp_path / "old.journal.jsonl").write_text(text, encoding="utf-8")
+    attacked.take_over(tmp_path / "fourth.journal.jsonl", [tmp_path / "old.journal.jsonl"], more, len(labels))
+    assert not (tmp_path / "fourth.journal.jsonl").exists()
 
 
 def test_the_list_has_rows_of_the_chosen_experiments_only(tmp_path, capsys):
@@ -436,6 +468,52 @@ def test_rows_are_added_to_a_table_in_a_new_workdir(tmp_path, capsys):
     assert after["finished"] == [first, second]
     assert [after["rows"][label]["pgd-20"]["correct"] for label in (first, second)] == [12, 15]
     assert after["hours"]["training"] == 0.5
+
+
+def test_rows_that_another_process_adds_meanwhile_are_kept(tmp_path, monkeypatch):
+    name, scale = "table4_ipot_beta", SCALES["trial"]
+    first, second = (row.label for row in jobs.experiment(name).rows)
+    arguments = ["--scale", "trial", "--workdir", str(tmp_path / "second"), "--results", str(tmp_path / "r")]
+
+    def execute(missing, arguments):
+        """Finish the second row, while another process writes the first."""
+        finish(name, "trial", tmp_path / "first", rows=1)
+        writing.write(jobs.experiment(name), scale, [0], tmp_path / "first", tmp_path / "r" / "trial")
+        finish(name, "trial", tmp_path / "second")
+        for job in jobs.jobs(scale, [name], [0], tmp_path / "second", [first]):
+            jobs.result_file(job.folder, scale, name).unlink()
+        return False, []
+
+    def rows():
+        return json.loads((tmp_path / "r" / "trial" / f"{name}.json").read_text(encoding="utf-8"))["finished"]
+
+    monkeypatch.setattr(runner, "execute", execute)
+    with pytest.raises(ChildProcessError, match=f"{name} is not written: .*: {first}. Rerun with --reuse-results"):
+        runner.run([name], [*arguments, "--rows", second])
+    assert rows() == [first]
+    monkeypatch.setattr(runner, "execute", lambda missing, arguments: (False, []))
+    runner.run([name], [*arguments, "--rows", second, "--reuse-results"])
+    assert rows() == [first, second]
+
+
+def test_a_kind_of_network_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    needed = jobs.jobs(SCALES["trial"], ["main_table"], [0], tmp_path)
+
+    def start(job, place, *more):
+        """A worker that writes its times, or fails."""
+        failing = job.config.method == "trades"
+        code = "raise SystemExit(1)" if failing else f"open({more[0]!r}, 'w').write('{{\"step\": 1.0}}')"
+        (job.folder).mkdir(parents=True, exist_ok=True)
+        (job.folder / "log").write_text("out of its time", encoding="utf-8")
+        return runner.Worker(subprocess.Popen([sys.executable, "-c", code]), job.folder / "log", 0)
+
+    monkeypatch.setattr(runner, "start", start)
+    (tmp_path / "costs").mkdir()
+    failed = []
+    found = runner.time_kinds(needed, ["cpu:0:0"], {}, tmp_path, float("inf"), failed)
+    assert len(failed) == 1
+    assert "trades" in failed[0]
+    assert {json.loads(kind)[1]["method"] for kind in found} == {"feature_scatter", "standard", "pgd"}
 
 
 def test_records_of_other_attacks_are_not_used(tmp_path):
@@ -562,21 +640,10 @@ def test_a_table_that_is_killed_twice_resumes(tmp_path):
         process.send_signal(number)
         process.wait(timeout=90)
         process.stdout.close()
-    deadline = time.monotonic() + 90  # for workers to notice that the runner has ended
-    while any((folder / "run" / ".run.lock").exists() and in_use(folder) for folder in (tmp_path / "runs").glob("*/*")):
-        assert time.monotonic() < deadline
-        time.sleep(1)
+    # New workers wait until those of the killed runner have noticed that it has ended.
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert "Not run yet" not in (tmp_path / "results" / "trial" / "table4_ipot_beta.md").read_text(encoding="utf-8")
-
-
-def in_use(folder):
-    try:
-        locked(folder / "run" / "run").release()
-    except BlockingIOError:
-        return True
-    return False
 
 
 @pytest.mark.slow

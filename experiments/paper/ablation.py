@@ -77,8 +77,8 @@ def with_plans_shown(data: Data, columns: Sequence[str]) -> str:
     text = "; ".join(f"{heading(name)} {points(differences[name])}" for name in columns)
     return (
         f"{shown(data, columns)}\n\nThe same for the identity plan instead of the transport, on average over the "
-        f"{pairs} pair{'s' * (pairs > 1)} of rows that differ in the plan only (95% interval over images or, with "
-        f"Student's t, over pairs, whichever is wider): {text}."
+        f"{pairs} pair{'s' * (pairs > 1)} of rows that differ in the plan only (95% intervals over images and, with "
+        f"Student's t, over pairs, whose squares add): {text}."
     )
 
 
@@ -92,7 +92,7 @@ EXPERIMENT = table(
     show=with_plans_shown,
     draw=pgd_against_apgd_t,
     reading="The first row is the paper's method. *transport*, *identity* and *cross-entropy* are the losses of the "
-    "training's attack: the transport cost, the cost of the identity plan, and the supervised loss. *noise* is training "
+    "training's attack: the transport cost, that of the identity plan, and the supervised loss. *noise* is training "
     "on images with random noise, *penultimate features* takes the transport between the features before the last "
     "layer, and *loss on clean and attacked images* is the mean of the losses on both. *cross-entropy, 7 steps, Δ = 0* "
     "is PGD-7. All rows have the same number of training steps, except those at equal passes: a training step with a "

@@ -3,11 +3,12 @@
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from experiments.paper.experiment import Data, Measurement, Network
-from experiments.paper.scales import Scale
+from experiments.paper.jobs import result_file
+from experiments.paper.scales import EXPERIMENTS, Scale
 
 Attacks = Callable[[Scale], Sequence[Any]]
 """A function from the scale to a list of `fs_jax.attacks.Attack`s, the first of which is clean."""
@@ -102,7 +103,8 @@ def _evaluated(attacks: Attacks, network: Network, scale: Scale, path: pathlib.P
 
     journal = path.with_suffix(".journal.jsonl")
     if not journal.exists():
-        take_over(journal, attacks(scale), len(network.labels))
+        others = {result_file(path.parent, scale, name).with_suffix(".journal.jsonl") for name in EXPERIMENTS}
+        take_over(journal, sorted(others), attacks(scale), len(network.labels))
     result = evaluate(
         network.logits_fn, network.images, network.labels, attacks(scale), seed=network.config.seed,
         journal=journal, about={"config": to_dict(network.config)}, progress=False,
@@ -110,15 +112,16 @@ def _evaluated(attacks: Attacks, network: Network, scale: Scale, path: pathlib.P
     return {**result.summary, "records": result.records}
 
 
-def take_over(journal: pathlib.Path, attacks: Sequence[Any], images: int) -> None:
+def take_over(journal: pathlib.Path, others: Iterable[pathlib.Path], attacks: Sequence[Any], images: int) -> None:
     """Start a journal with the results of the same attacks in other journals of the same network."""
     from fs_jax._utils.files import read_jsonl, write_text
+    from fs_jax.evaluation.journal import SCHEMA
 
     wanted = {attack.name: json.loads(json.dumps(attack.described())) for attack in attacks}
     lines: list[Data] = []
-    for other in sorted(journal.parent.glob("*.journal.jsonl")):
+    for other in filter(pathlib.Path.exists, others):
         header, *rest = read_jsonl(other) or [{}]  # empty if its process was killed at once
-        if header.get("images") != images:
+        if (header.get("schema"), header.get("images")) != (SCHEMA, images):
             continue
         same = {
             line["attack"] for line in rest if "settings" in line and line["settings"] == wanted.get(line["attack"])

@@ -49,7 +49,7 @@ class Network(NamedTuple):
         return as_logits_fn(self.model, self.variables)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
     """A measurement of a network."""
 
@@ -64,6 +64,8 @@ class Measurement:
     """`programs(scale)`: estimated number of programs of average size to trace and load."""
     least_classes: Callable[[Scale], int] = lambda scale: 2
     """`least_classes(scale)`: smallest number of classes that the measurement needs."""
+    trains: bool = False
+    """Whether the measurement trains the network again, so that a restored network does not change its result."""
 
 
 class Finished(NamedTuple):

@@ -145,7 +145,7 @@ EXPERIMENT = Experiment(
     title="Loss over PGD's steps",
     source="figure 1 of the paper, where the loss increases consistently to a plateau, with small variance",
     rows=[FEATURE_SCATTERING, at_equal_passes(PGD_7)],
-    measurement=Measurement(run, settings, passes, least_classes),
+    measurement=Measurement(run=run, settings=settings, passes=passes, least_classes=least_classes),
     collect=collect,
     show=show,
     draw=loss_curves,

@@ -113,7 +113,9 @@ EXPERIMENT = Experiment(
     title="Features, clean and attacked",
     source="figure 2 of the paper, where attacked clusters mix labels for the standard network only",
     rows=[STANDARD, FEATURE_SCATTERING],
-    measurement=Measurement(run, lambda scale: ["embeddings", "shares", IMAGES, NEIGHBOURS, SEEDS], passes),
+    measurement=Measurement(
+        run=run, settings=lambda scale: ["embeddings", "shares", IMAGES, NEIGHBOURS, SEEDS], passes=passes
+    ),
     collect=collect,
     show=show,
     draw=embeddings,

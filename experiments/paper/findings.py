@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.paper.experiment import Data
-from experiments.paper.tables import EQUAL, heading, wider
+from experiments.paper.tables import EQUAL, half_width, heading
 from experiments.paper.trade_off import SUPERVISED_ROWS
 from fs_jax.evaluation.statistics import accuracy, paired_difference
 
@@ -89,7 +89,7 @@ def labels_are_not_needed(results: Results) -> tuple[str, str]:
 def worth_its_clean_accuracy(results: Results) -> tuple[str, str]:
     """Whether all supervised rows that may be as accurate on clean images are less robust.
 
-    Intervals of the k rows have level 1 - 0.05 / k (Bonferroni).
+    The intervals, two for each of k rows, have level 1 - 0.05 / (2 k) (Bonferroni).
     """
     rows = {label: results["trade_off"]["rows"][label] for label in SUPERVISED_ROWS}  # all, or there is no verdict
     if any(row["clean"]["difference"] is None for row in rows.values()):
@@ -97,7 +97,7 @@ def worth_its_clean_accuracy(results: Results) -> tuple[str, str]:
     as_accurate, possibly, robust, less_robust, text = set(), set(), set(), set(), []
     for label, row in rows.items():
         (clean, clean_half), (attacked, attacked_half) = (
-            (of["points"], wider(of, 1 - 0.05 / len(rows)))
+            (of["points"], half_width(of, 1 - 0.05 / (2 * len(rows))))
             for of in (row[name]["difference"] for name in ("clean", "apgd-t alone"))
         )
         text += [f"{label}: clean {clean:+.1f} ±{clean_half:.1f}, under APGD-T {attacked:+.1f} ±{attacked_half:.1f}"]
@@ -107,7 +107,7 @@ def worth_its_clean_accuracy(results: Results) -> tuple[str, str]:
             possibly.add(label)
         if attacked - attacked_half >= -EQUAL:
             robust.add(label)
-        if attacked + attacked_half < 0:
+        elif attacked + attacked_half < 0:
             less_robust.add(label)
     ours = (percent(results, "trade_off", "feature scattering", name) for name in ("clean", "apgd-t alone"))
     evidence = (
@@ -132,6 +132,8 @@ def stable(experiment: str) -> Callable[[Results], tuple[str, str]]:
     def check(results: Results) -> tuple[str, str]:
         reference = results[experiment]["reference"]
         parameter = reference.split()[0]
+        if any(label.startswith(parameter) for label in results[experiment]["missing"]):
+            raise KeyError(experiment)
         rows = {
             label: row["pgd-20"]["difference"]
             for label, row in results[experiment]["rows"].items()
@@ -139,7 +141,7 @@ def stable(experiment: str) -> Callable[[Results], tuple[str, str]]:
         }
         if not rows:
             raise KeyError(experiment)
-        halves = {label: wider(of, 1 - 0.05 / len(rows)) for label, of in rows.items()}
+        halves = {label: half_width(of, 1 - 0.05 / len(rows)) for label, of in rows.items()}
         text = ", ".join(f"{label} {of['points']:+.1f} ±{halves[label]:.1f}" for label, of in rows.items())
         level = "simultaneous 95% intervals (Bonferroni)" if len(rows) > 1 else "a 95% interval"
         evidence = f"Differences from {reference} under PGD-20, in percentage points, with {level}: {text}."

@@ -44,8 +44,8 @@ EXPERIMENT = table(
     collect=collect,
     reading="An accuracy close to the clean one can mean a weak attack: compare weak and strong settings. Those with 1 "
     "step and with 10 rounds are the defaults of the libraries of 2019. The paper does not state its settings; its "
-    "numbers stand beside the strong ones. Local search only moves pixels away from mid-gray, and each of its rounds ends "
-    "with a projection on the ball: a weak attack.",
+    "numbers stand beside the strong ones. Local search only moves pixels away from mid-gray, and each of its "
+    "rounds ends with a projection on the ball: a weak attack.",
 )
 
 if __name__ == "__main__":

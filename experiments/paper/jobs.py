@@ -7,7 +7,7 @@ import importlib
 import inspect
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from experiments.paper.experiment import Experiment, Finished, Row
@@ -16,7 +16,7 @@ from fs_jax import __version__
 from fs_jax.config import TrainConfig, to_dict
 from fs_jax.training.methods import METHODS
 
-RESULT_VERSION = 2  # of the files of workers: results of other versions are not read, but measured again
+RESULT_VERSION = 2  # of the files of workers: results and journals of other versions are not read, but measured again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,15 @@ def without_defaults(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, attack=attack, smoothing=smoothing)
 
 
+def networks(
+    name: str, scale: Scale, seeds: Sequence[int], workdir: pathlib.Path
+) -> Iterator[tuple[Row, list[TrainConfig], list[pathlib.Path]]]:
+    """The rows of an experiment, each with the configurations and folders of its networks."""
+    for row in experiment(name).rows:
+        configs = configurations(experiment(name), scale, row, seeds)
+        yield row, configs, [folder_of(workdir, scale, config) for config in configs]
+
+
 def folder_of(workdir: pathlib.Path, scale: Scale, config: TrainConfig) -> pathlib.Path:
     """The folder of a network. It is the same for all tables, and depends on the configuration and data only."""
     key = digest([__version__, to_dict(config), *file_hash(config.dataset)])
@@ -82,11 +91,10 @@ def jobs(
     """All networks of these experiments, or of these rows only. Those of the first experiment come first."""
     found: dict[pathlib.Path, Job] = {}
     for name in names:
-        for row in experiment(name).rows:
+        for row, configs, folders in networks(name, scale, seeds, workdir):
             if rows and row.label not in rows:
                 continue
-            for config in configurations(experiment(name), scale, row, seeds):
-                folder = folder_of(workdir, scale, config)
+            for config, folder in zip(configs, folders, strict=True):
                 before = found[folder].experiments if folder in found else ()
                 found[folder] = Job(scale, config, folder, tuple(dict.fromkeys((*before, name))))
     return list(found.values())
@@ -111,9 +119,7 @@ def is_finished(job: Job) -> bool:
 def finished_rows(name: str, scale: Scale, seeds: Sequence[int], workdir: pathlib.Path) -> list[Finished]:
     """The rows of an experiment whose networks are all measured, with their results."""
     found = []
-    for row in experiment(name).rows:
-        configs = configurations(experiment(name), scale, row, seeds)
-        folders = [folder_of(workdir, scale, config) for config in configs]
+    for row, _configs, folders in networks(name, scale, seeds, workdir):
         paths = [result_file(folder, scale, name) for folder in folders]
         if all(path.exists() for path in paths):
             found.append(Finished(row, [json.loads(path.read_text(encoding="utf-8")) for path in paths], folders))

@@ -26,6 +26,7 @@ BATCHES = 4
 def run(network: Network, scale: Scale, path: pathlib.Path) -> Data | None:
     """Train a network again with this configuration, and measure the plans on training batches at several epochs."""
     import json
+    import time
 
     import jax
 
@@ -34,10 +35,15 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data | None:
 
     seen, every = path.with_suffix(".points.jsonl"), -(-network.config.epochs // POINTS)
     points = {point["epoch"]: point for point in (read_jsonl(seen) if seen.exists() else [])}
+    before = time.monotonic()
 
     def measure(epoch, variables):
+        nonlocal before
         if epoch % every == 0 or epoch == network.config.epochs:
-            points[epoch] = {"epoch": epoch, "plans": plans(network, variables)}
+            found = plans(network, variables)
+            now = time.monotonic()
+            points[epoch] = {"epoch": epoch, "plans": found, "seconds": round(now - before, 1)}
+            before = now
             write_files(seen.parent, {seen.name: "".join(f"{json.dumps(point)}\n" for point in points.values())})
 
     run = training.train(
@@ -46,7 +52,11 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data | None:
     )  # fmt: skip
     if not run.finished:
         return None
-    return {"restored": False, "points": [points[epoch] for epoch in sorted(points)]}
+    # With the time in earlier processes, until their last measurement.
+    return {
+        "seconds": sum(point.pop("seconds") for point in points.values()),
+        "points": [points[epoch] for epoch in sorted(points)],
+    }
 
 
 def plans(network: Network, variables) -> Data:
@@ -161,7 +171,7 @@ EXPERIMENT = Experiment(
     title="What the transport does",
     source="not in the paper",
     rows=[FEATURE_SCATTERING],
-    measurement=Measurement(run, settings, passes),
+    measurement=Measurement(run=run, settings=settings, passes=passes, trains=True),
     collect=collect,
     show=show,
     draw=plans_over_training,

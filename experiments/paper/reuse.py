@@ -16,10 +16,9 @@ from experiments.output import write_files
 from experiments.paper.experiment import Data, Experiment, Finished
 from experiments.paper.jobs import (
     Job,
-    configurations,
     digest,
     experiment,
-    folder_of,
+    networks,
     result_file,
     weights_file,
     without_defaults,
@@ -33,7 +32,7 @@ SUFFIX = ".records.json.xz"
 
 def save_records(path: pathlib.Path, of: Experiment, scale: Scale, finished: Sequence[Finished]) -> None:
     """Save the results of these rows' networks, without margins and distances, which no table needs."""
-    networks: list[Data] = [
+    saved: list[Data] = [
         {
             "row": row.label, "network": folder.name, "file": result_file(folder, scale, of.name).name,
             "result": {
@@ -44,7 +43,7 @@ def save_records(path: pathlib.Path, of: Experiment, scale: Scale, finished: Seq
         for result, folder in zip(results, folders, strict=True)
     ]  # fmt: skip
     with replacing(path) as file:
-        file.write(lzma.compress(json.dumps(networks).encode(), preset=9))
+        file.write(lzma.compress(json.dumps(saved).encode(), preset=9))
 
 
 def take_results(results: pathlib.Path, first: Iterable[str], needed: Sequence[Job]) -> int:
@@ -68,8 +67,8 @@ def take_results(results: pathlib.Path, first: Iterable[str], needed: Sequence[J
     taken = 0
     for records in paths:
         with lzma.open(records, "rt", encoding="utf-8") as file:
-            networks = json.load(file)
-        for of in networks:
+            saved = json.load(file)
+        for of in saved:
             path = wanted.pop((of["network"], of["file"]), None)
             if path is not None:
                 write_files(path.parent, {path.name: of["result"]})
@@ -117,15 +116,10 @@ def restored_rows(name: str, scale: Scale, seeds: Sequence[int], workdir: pathli
     def is_restored(folder: pathlib.Path) -> bool:
         path = result_file(folder, scale, name)
         if not path.exists():
-            return weights_file(folder).exists()
+            return weights_file(folder).exists() and not experiment(name).measurement.trains
         result: Data = json.loads(path.read_text(encoding="utf-8"))
         return result["restored"]
 
     return [
-        row.label
-        for row in experiment(name).rows
-        if any(
-            is_restored(folder_of(workdir, scale, config))
-            for config in configurations(experiment(name), scale, row, seeds)
-        )
+        row.label for row, _configs, folders in networks(name, scale, seeds, workdir) if any(map(is_restored, folders))
     ]

@@ -97,11 +97,10 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
         print(listing(scale, names, needed, workdir))
         return None
     with locked_workdir(workdir):
+        tables = [writing.file_name(experiment(name), arguments.seeds) for name in names]
+        every = jobs(scale, names, arguments.seeds, workdir)  # rows that are not to be run stay in the tables
         if arguments.reuse_results:
-            first = [writing.file_name(experiment(name), arguments.seeds) for name in names]
-            # All rows: those that are not to be run stay in the tables.
-            taken = reuse.take_results(results, first, jobs(scale, names, arguments.seeds, workdir))
-            print(f"Results of networks taken from {results}: {taken}.")
+            print(f"Results of networks taken from {results}: {reuse.take_results(results, tables, every)}.")
         missing = [job for job in needed if not is_finished(job)]
         if arguments.reuse_networks:
             print("\n".join(reuse.restore_networks(missing, arguments.data_dir) or ["No network to restore."]))
@@ -114,11 +113,19 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
             writing.check_results(experiment(name), scale, arguments.seeds, results, {*rows, *there}, restored)
         stopped, failed = execute(missing, arguments) if missing else (False, [])
         written = []
-        for name in names:
-            path = writing.write(experiment(name), scale, arguments.seeds, workdir, results)
-            if path is not None:
-                written.append(path)
-                print(f"\n{path.read_text(encoding='utf-8')}")
+        results.mkdir(parents=True, exist_ok=True)
+        with locked(results / "tables", wait=True):
+            if arguments.reuse_results:  # rows that another process has added since
+                reuse.take_results(results, tables, every)
+            for name in names:
+                try:
+                    path = writing.write(experiment(name), scale, arguments.seeds, workdir, results)
+                except (OSError, ValueError) as error:  # the messages of failed workers must not be lost
+                    failed.append(f"{name} is not written: {error}")
+                    continue
+                if path is not None:
+                    written.append(path)
+                    print(f"\n{path.read_text(encoding='utf-8')}")
     print(f"Written: {', '.join(map(str, written)) or 'nothing'}.")
     if failed:
         raise ChildProcessError("\n".join(failed))
@@ -202,17 +209,20 @@ def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
     began = time.monotonic()
     deadline = float("inf") if arguments.max_minutes is None else began + 60 * arguments.max_minutes
     running: dict[str, tuple[Job, Worker]] = {}
-    waiting, failed = list(missing), []
+    failed: list[str] = []
     with contextlib.ExitStack() as stack:
         stack.callback(end, running)
-        costs_of = time_kinds(missing, places, running, workdir, deadline)
+        costs_of = time_kinds(missing, places, running, workdir, deadline, failed)
         if costs_of is None:
-            return True, []
+            return True, failed
+        missing = [job for job in missing if costs.kind(job.config) in costs_of]
+        if not missing:
+            return False, failed
         each = [costs.seconds_of(job, costs_of[costs.kind(job.config)]) for job in missing]
         estimated = max(sum(each) / len(places), max(each))
         print(f"{len(missing)} networks, {len(places)} in parallel: about {duration(estimated)}.", flush=True)
         bar = stack.enter_context(tqdm(total=len(missing), unit="network"))
-        timed = time.monotonic()
+        waiting, done, timed = list(missing), 0, time.monotonic()
         while (waiting or running) and time.monotonic() < deadline:
             for place in places:
                 if waiting and place not in running:
@@ -221,9 +231,9 @@ def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
                 status = worker.process.poll()
                 if status is not None:
                     del running[place]
+                    done += status == 0
                     if status not in (0, command_line.STOPPED):
                         failed.append(failure(job, worker))
-            done = len(missing) - len(waiting) - len(running) - len(failed)
             so_far = round(done + sum(share_done(job) for job, _ in running.values()), 2)
             if so_far != bar.n:  # tqdm would wait for updates as large as the largest one so far
                 bar.n = so_far
@@ -262,9 +272,12 @@ def check_data(dataset: Any, missing: list[Job]) -> None:
 
 
 def time_kinds(
-    missing: list[Job], places: list[str], running: dict, workdir: pathlib.Path, deadline: float
+    missing: list[Job], places: list[str], running: dict, workdir: pathlib.Path, deadline: float, failed: list[str]
 ) -> dict[str, dict[str, float]] | None:
-    """Times of a training step and a pass, for each kind of network, measured once and saved; None at the deadline."""
+    """Times of a training step and a pass, for each kind of network, measured once and saved; None at the deadline.
+
+    Kinds that fail are left out, and their messages added to `failed`.
+    """
     from tqdm import tqdm
 
     kinds = {costs.kind(job.config): job for job in missing}
@@ -282,8 +295,8 @@ def time_kinds(
                 time.sleep(0.2)
             del running[place]
             if worker.process.returncode:
-                raise ChildProcessError(failure(job, worker))
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
+                failed.append(failure(job, worker))
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.exists()}
 
 
 def duration(seconds: float) -> str:
@@ -331,7 +344,7 @@ def start(job: Job, place: str, *more: str) -> Worker:
     path = job.folder / "log"
     log = open(path, "ab")  # noqa: SIM115 - the worker writes to it
     process = subprocess.Popen(
-        [sys.executable, "-m", "experiments.paper.worker", str(job.folder.resolve()), *more],
+        [sys.executable, "-m", "experiments.paper.worker", str(job.folder.resolve()), str(os.getpid()), *more],
         env=environment, stdout=log, stderr=log, cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
     begins = log.tell()

@@ -15,8 +15,8 @@ TRAINING = {
     "PGD-7, equal passes": "PGD-7, as many passes as feature scattering",
     "PGD-7": "PGD-7, as many epochs, with 2.8 times the passes",
     "TRADES": "TRADES, as many epochs, with 4.5 times the passes",
-    "cross-entropy, 1 step, Δ = 0": "one step on the cross-entropy (with labels) without label smoothing, with 0.8 times "
-    "the passes",
+    "cross-entropy, 1 step, Δ = 0": "one step on the cross-entropy (with labels) without label smoothing, with 0.8 "
+    "times the passes",
 }
 """Rows of main_table, equal_passes and the ablation."""
 
@@ -82,7 +82,9 @@ def conclusions(name: str, results: Results) -> str:
         ours = accuracies(methods["feature scattering"])
         sentences = f"Feature scattering has {ours} under AutoAttack / on clean images. {sentences}"
         if (row := rows_of(results, "equal_passes").get("PGD-7, equal passes")) is not None:
-            sentences += f" At equal passes: PGD-7 ({accuracies(row)}), {ROBUST[row['square']['difference']['verdict']]}."
+            sentences += (
+                f" At equal passes: PGD-7 ({accuracies(row)}), {ROBUST[row['square']['difference']['verdict']]}."
+            )
     effects = in_words(
         ("Changes that make it more robust, under APGD-T", "Changes that make it less robust", "No clear effect"),
         by_sign({text: from_method(results, label) for label, text in CHANGES.items() if label != PLANS}),
@@ -107,11 +109,10 @@ def in_words(headings: Sequence[str], groups: Sequence[Sequence[str]]) -> str:
 
 
 def by_sign(differences: Mapping[str, Data | None]) -> tuple[list[str], list[str], list[str]]:
-    """The names whose difference is above 0, below 0, and of unclear sign."""
-    there = {name: of for name, of in differences.items() if of is not None}
-    above = [name for name, of in there.items() if of["points"] > of["half"]]
-    below = [name for name, of in there.items() if of["points"] < -of["half"]]
-    return above, below, [name for name in there if name not in (*above, *below)]
+    """The names whose difference is above 0, below 0, and equal or undetermined."""
+    verdicts = {name: of["verdict"] for name, of in differences.items() if of is not None}
+    above, below = ([name for name, of in verdicts.items() if of == verdict] for verdict in ("higher", "lower"))
+    return above, below, [name for name in verdicts if name not in (*above, *below)]
 
 
 def by_scale(scales: Iterable[str], rows: Mapping[str, str], value: Callable[[str, str], str]) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,7 +65,8 @@ def collected(experiment: Experiment, scale: Scale, finished: Sequence[Finished]
             rows[row.label][name] = {
                 **mean_accuracy(images), "paper": row.paper.get(name), "by_network": by_network(results, name),
                 "difference": difference(
-                    images, correct[reference][name], by_network(results, name), by_network(compared_with, name)
+                    images, correct[reference][name], by_network(results, name), by_network(compared_with, name),
+                    folds=len(scale.datasets),
                 ) if compared else None,
             }  # fmt: skip
     return {"rows": rows, "reference": reference}
@@ -127,47 +129,60 @@ def by_network(evaluations: Sequence[Data], name: str) -> list[float]:
 
 
 def difference(
-    ours: np.ndarray, theirs: np.ndarray, our_networks: Sequence[float], their_networks: Sequence[float]
-) -> Data:
+    ours: np.ndarray, theirs: np.ndarray, our_networks: Sequence[float], their_networks: Sequence[float], *,
+    folds: int = 1,
+) -> Data:  # fmt: skip
     """Difference of two rows on the same images, in points, with half its 95% interval and a verdict.
 
-    For rows of several networks, one for each fold and seed, the interval over the networks (Student's t) includes the
-    variation of training. The wider of the two intervals is taken.
+    For rows of several networks, the interval includes the variation of training. Networks of several seeds have the
+    same test images: the interval over images and that over networks (Student's t) are of independent causes, and their
+    squares add. Each fold has other test images, so the interval over folds (Student's t, of means over seeds) has both
+    causes, and the wider of the two intervals is taken. (The training sets of folds overlap, which is ignored.)
 
     Args:
       ours: Whether each image is classified correctly, or the fraction of networks that do so.
       theirs: The same for the other row.
-      our_networks: Accuracy of each network.
-      their_networks: The same for the other row, in the same order of folds and seeds.
+      our_networks: Accuracy of each network, ordered by fold, then by seed.
+      their_networks: The same for the other row, in the same order.
+      folds: Number of data sets with test images of their own.
 
     Example:
       >>> difference(np.arange(1000) < 900, np.arange(1000) < 850, [0.9], [0.85])["verdict"]
       'higher'
     """
     mean, over_images = (100 * value for value in paired_difference(ours, theirs))
-    networks, over_networks = len(our_networks), 0.0
-    if networks > 1:
-        each = 100 * (np.array(our_networks) - np.array(their_networks))
-        over_networks = float(t.ppf(0.975, networks - 1) * each.std(ddof=1) / np.sqrt(networks))
-    half = max(over_images, over_networks)
+    each, over_networks = 100 * (np.array(our_networks) - np.array(their_networks)), 0.0
+    if folds > 1:
+        each = each.reshape(folds, -1).mean(1)
+    if len(each) > 1:
+        over_networks = float(t.ppf(0.975, len(each) - 1) * each.std(ddof=1) / np.sqrt(len(each)))
+    halves = {"over_images": over_images, "over_networks": over_networks, "networks": len(each), "folds": folds}
+    half = half_width(halves)
     if mean - half >= -EQUAL and mean + half <= EQUAL:
         verdict = "equal"
     elif mean - half > 0:
         verdict = "higher"
     else:
         verdict = "lower" if mean + half < 0 else "undetermined"
-    halves = {"over_images": over_images, "over_networks": over_networks, "networks": networks}
     return {"points": mean, "half": half, "verdict": verdict, **halves}
 
 
-def wider(difference: Data, level: float) -> float:
-    """Half of the interval of a difference at another level than 95%, in points."""
-    normal = norm.ppf(0.5 + level / 2) / norm.ppf(0.975)
+def half_width(difference: Data, level: float = 0.95) -> float:
+    """Half of the interval of a difference, in points.
+
+    Example:
+      >>> half_width({"over_images": 3.0, "over_networks": 4.0, "networks": 3, "folds": 1})
+      5.0
+      >>> half_width({"over_images": 3.0, "over_networks": 4.0, "networks": 5, "folds": 5})
+      4.0
+    """
+    upper = 0.5 + level / 2
+    over_images = float(difference["over_images"] * (norm.ppf(upper) / norm.ppf(0.975)))
     if difference["networks"] == 1:
-        return normal * difference["over_images"]
+        return over_images
     freedom = difference["networks"] - 1
-    student = t.ppf(0.5 + level / 2, freedom) / t.ppf(0.975, freedom)
-    return max(normal * difference["over_images"], student * difference["over_networks"])
+    over_networks = float(difference["over_networks"] * (t.ppf(upper, freedom) / t.ppf(0.975, freedom)))
+    return max(over_images, over_networks) if difference["folds"] > 1 else math.hypot(over_images, over_networks)
 
 
 def shown(data: Data, columns: Sequence[str]) -> str:
@@ -180,17 +195,19 @@ def shown(data: Data, columns: Sequence[str]) -> str:
     if text:
         parts += [
             f"Difference from *{reference}* in percentage points, on the same images, from unrounded accuracies, with "
-            f"95% intervals over images{over_networks(data)}. *Equal*: the interval is within ±{EQUAL:g}. *Higher*, "
+            f"95% intervals over {units(data)}. *Equal*: the interval is within ±{EQUAL:g}. *Higher*, "
             "*lower*: it is not, and excludes 0.",
             tabulate.tabulate(text, headers=["", *map(heading, columns)], tablefmt="pipe"),
         ]
     return "\n\n".join(parts)
 
 
-def over_networks(data: Data) -> str:
-    """What intervals of differences are over, in addition to images."""
-    networks = len(next(iter(next(iter(data["rows"].values())).values()))["by_network"])
-    return f" or over the {networks} networks of a row (Student's t), whichever are wider" if networks > 1 else ""
+def units(data: Data) -> str:
+    """What the intervals of differences are over, as text."""
+    folds, seeds = len(data["images"]["datasets"]), len(data["seeds"])
+    if folds > 1:
+        return f"images or over the {folds} folds (Student's t), whichever are wider"
+    return f"images and over the {seeds} seeds (Student's t), whose squares add" if seeds > 1 else "images"
 
 
 def about(data: Data, columns: Sequence[str]) -> str:

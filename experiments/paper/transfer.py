@@ -109,7 +109,7 @@ EXPERIMENT = Experiment(
     title="Transferred attacks",
     source="the paper's table of black-box attacks, which is not in the supplement",
     rows=[*TARGETS, *SOURCES],
-    measurement=Measurement(run, lambda scale: ["transfer", "pgd-20"], passes),
+    measurement=Measurement(run=run, settings=lambda scale: ["transfer", "pgd-20"], passes=passes),
     collect=collect,
     show=show,
     draw=transfer_matrix,

@@ -1,7 +1,7 @@
-"""Train and measure one network: `python -m experiments.paper.worker FOLDER [FILE]`. The runner starts it.
+"""Train and measure one network: `python -m experiments.paper.worker FOLDER RUNNER [FILE]`. The runner starts it.
 
-The folder contains the runner's `job.json`. After an interruption, the same command resumes. With FILE, it only times a
-training step and a pass of the network, and writes the times to FILE.
+RUNNER is its process ID. The folder contains the runner's `job.json`. After an interruption, the same command resumes.
+With FILE, it only times a training step and a pass of the network, and writes the times to FILE.
 """
 
 import json
@@ -17,13 +17,19 @@ from experiments.paper.costs import measure
 from experiments.paper.experiment import Network
 from experiments.paper.jobs import experiment, result_file, weights_file
 from experiments.paper.scales import scale_of
-from fs_jax._utils.files import read_jsonl
+from fs_jax._utils.files import locked, read_jsonl
 from fs_jax.config import from_dict
 
 
 def main(argv: list[str]) -> int:
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    folder = pathlib.Path(argv[0])
+    folder, runner = pathlib.Path(argv[0]), int(argv[1])
+    threading.Thread(target=end_with, args=(runner,), daemon=True).start()
+    with locked(folder / "worker", wait=True):  # while the worker of a killed runner has not noticed that yet
+        return work(folder, *map(pathlib.Path, argv[2:]))
+
+
+def work(folder: pathlib.Path, cost: pathlib.Path | None = None) -> int:
+    """Train and measure the network of a folder, or only write its times to a file."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
 
     import jax
@@ -35,11 +41,10 @@ def main(argv: list[str]) -> int:
     backend.enable_compilation_cache()
     scale, config = scale_of(job["scale"], job["dataset"]), from_dict(job["config"])
     dataset = data.load(config.dataset, data_dir=job["data_dir"])
-    if argv[1:]:
-        cost = pathlib.Path(argv[1])
+    if cost is not None:
         write_files(cost.parent, {cost.name: measure(config, dataset)})
         return 0
-    if restored := weights_file(folder).exists():
+    if weights_file(folder).exists():
         _, variables = convert.load_weights(weights_file(folder))
     else:
         run = training.train(
@@ -54,13 +59,14 @@ def main(argv: list[str]) -> int:
     for name in job["experiments"]:
         path = result_file(folder, scale, name)
         if not path.exists():
-            began = time.monotonic()
-            result = experiment(name).measurement.run(network, scale, path)
+            measurement, began = experiment(name).measurement, time.monotonic()
+            result = measurement.run(network, scale, path)
             if result is None:
                 return command_line.STOPPED
-            seconds = round(time.monotonic() - began, 1)
+            restored = weights_file(folder).exists()
             about = {
-                "environment": backend.describe(), "seconds": seconds, "restored": restored,
+                "environment": backend.describe(), "seconds": round(time.monotonic() - began, 1),
+                "restored": restored and not measurement.trains,
                 "training_hours": 0.0 if restored else hours_of_training(folder / "run"),
             }  # fmt: skip
             write_files(folder, {path.name: {**about, **result}})
@@ -75,10 +81,9 @@ def hours_of_training(run: pathlib.Path) -> float:
     return sum(batch * (row["step"] - before["step"]) / row["images_per_second"] for before, row in steps) / 3600
 
 
-def end_with_parent() -> None:
+def end_with(runner: int) -> None:
     """Stop if the runner is killed, as the next runner starts its own workers in the same folders."""
-    parent = os.getppid()
-    while os.getppid() == parent:
+    while os.getppid() == runner:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)

@@ -72,7 +72,8 @@ def check_results(
     if lost := lost_rows(path, coming):
         raise ValueError(
             f"results: expected a new folder, or results with the rows of this workdir only; got more rows in {path}: "
-            f"{'; '.join(lost)}. Choose another folder with --results, or omit --rows; nothing was changed."
+            f"{'; '.join(lost)}. Add --reuse-results to keep them, choose another folder with --results, or omit "
+            "--rows; nothing was changed."
         )
     if trained := [
         label for label in there["finished"] if label in restored and label not in there.get("restored", {})
@@ -110,9 +111,10 @@ def images_of(scale: Scale) -> dict[str, Any]:
 def write(
     experiment: Experiment, scale: Scale, seeds: Sequence[int], workdir: pathlib.Path, results: pathlib.Path
 ) -> pathlib.Path | None:
-    """Write the finished rows. Returns the path of the Markdown file, or None if nothing was written.
+    """Write the finished rows. Returns the path of the Markdown file, or None if they do not suffice.
 
-    Existing results with more rows are not overwritten.
+    Raises:
+      ValueError: if there are results with more rows, which would be lost.
     """
     finished = finished_rows(experiment.name, scale, seeds, workdir)
     if not finished:
@@ -120,8 +122,10 @@ def write(
     labels = [of.row.label for of in finished]
     name = file_name(experiment, seeds)
     if lost := lost_rows(results / f"{name}.json", labels):
-        print(f"Not overwritten: {results / name}.md, which has more rows: {'; '.join(lost)}.")
-        return None
+        raise ValueError(
+            f"results: expected the rows of this workdir only; got more in {results / name}.json: {'; '.join(lost)}. "
+            "Rerun with --reuse-results to keep them, or choose another folder with --results; nothing was changed."
+        )
     if (collected := experiment.collect(experiment, scale, finished)) is None:
         return None
     data: Data = {
@@ -154,8 +158,18 @@ def write(
 
 def environments(finished: Sequence[Finished]) -> list[Data]:
     """The devices and versions that measured these networks, without those that differ only in the commit."""
-    found = {made_on(result["environment"]): result["environment"] for of in finished for result in of.results}
+    found = {made_on(environment): environment for environment in every_environment(finished)}
     return [found[text] for text in sorted(found)]
+
+
+def every_environment(finished: Sequence[Finished]) -> list[Data]:
+    """The environments of all processes that measured these networks: an evaluation can have several."""
+    return [
+        environment
+        for of in finished
+        for result in of.results
+        for environment in (result["environment"], *result.get("environments", []))
+    ]
 
 
 def restored_networks(finished: Sequence[Finished]) -> dict[str, str]:
@@ -171,13 +185,7 @@ def machines(data: Data) -> str:
 
 def commits(finished: Sequence[Finished]) -> list[str]:
     """The commits of the code that measured these networks; with a plus sign if it was changed."""
-    environments = [
-        environment
-        for of in finished
-        for result in of.results
-        for environment in (result["environment"], *result.get("environments", []))
-    ]
-    return sorted({environment["commit"] for environment in environments})
+    return sorted({environment["commit"] for environment in every_environment(finished)})
 
 
 def hours(finished: Sequence[Finished]) -> dict[str, float]:

@@ -107,13 +107,17 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def locked(path: str | os.PathLike) -> filelock.BaseFileLock:
+def locked(path: str | os.PathLike, *, wait: bool = False) -> filelock.BaseFileLock:
     """Lock a file until the lock is released or the process ends.
 
     The lock is another file in the same folder, which isn't removed.
 
+    Args:
+      path: The file, which need not exist.
+      wait: Wait while another process has locked it.
+
     Raises:
-      BlockingIOError: if another process has locked it.
+      BlockingIOError: if another process has locked it, unless `wait`.
 
     Example:
       >>> import tempfile
@@ -125,7 +129,7 @@ def locked(path: str | os.PathLike) -> filelock.BaseFileLock:
       >>> lock.release()
     """
     path = pathlib.Path(path)
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), blocking=wait)
     try:
         lock.acquire()
     except filelock.Timeout:
