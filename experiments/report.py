@@ -270,7 +270,7 @@ def overview(results: dict[str, dict[str, Data]]) -> str:
     for of in results.values():
         for data in of.values():
             rows.append([
-                experiment(data["experiment"]).title, writing.duration(sum(data["hours"].values())),
+                experiment(data["experiment"]).title, writing.duration(3600 * sum(data["hours"].values())),
                 writing.machines(data), f"`{writing.command(data)}`",
             ])  # fmt: skip
     return tabulate.tabulate(

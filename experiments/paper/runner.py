@@ -220,7 +220,7 @@ def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
             return False, failed
         each = [costs.seconds_of(job, costs_of[costs.kind(job.config)]) for job in missing]
         estimated = max(sum(each) / len(places), max(each))
-        print(f"{len(missing)} networks, {len(places)} in parallel: about {duration(estimated)}.", flush=True)
+        print(f"{len(missing)} networks, {len(places)} in parallel: about {writing.duration(estimated)}.", flush=True)
         bar = stack.enter_context(tqdm(total=len(missing), unit="network"))
         waiting, done, timed = list(missing), 0, time.monotonic()
         while (waiting or running) and time.monotonic() < deadline:
@@ -241,7 +241,7 @@ def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
             time.sleep(1)
     stopped = not failed and not all(is_finished(job) for job in missing)
     if not stopped:
-        print(f"Time: {duration(time.monotonic() - timed)}; estimated: {duration(estimated)}.")
+        print(f"Time: {writing.duration(time.monotonic() - timed)}; estimated: {writing.duration(estimated)}.")
     return stopped, failed
 
 
@@ -297,12 +297,6 @@ def time_kinds(
             if worker.process.returncode:
                 failed.append(failure(job, worker))
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.exists()}
-
-
-def duration(seconds: float) -> str:
-    """A duration in hours and minutes."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
 def processors(count: int | None = None) -> list[str]:

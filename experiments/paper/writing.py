@@ -253,23 +253,23 @@ def spent(hours: dict[str, float]) -> str:
 
     Example:
       >>> spent({"training": 1.26, "measuring": 0.5})
-      '1.3 hours of training and 30 minutes of measuring, summed over networks'
+      '1 h 16 min of training and 30 min of measuring, summed over networks'
     """
-    training, measuring = duration(hours["training"]), duration(hours["measuring"])
+    training, measuring = (duration(3600 * hours[name]) for name in ("training", "measuring"))
     return f"{training} of training and {measuring} of measuring, summed over networks"
 
 
-def duration(hours: float) -> str:
-    """A time as text: in hours, or in minutes if it is below an hour.
+def duration(seconds: float) -> str:
+    """A time as text, in hours and minutes.
 
     Example:
-      >>> duration(1.96), duration(0.3), duration(0.004)
-      ('2.0 hours', '18 minutes', 'under a minute')
+      >>> duration(5000), duration(1080), duration(15)
+      ('1 h 23 min', '18 min', 'under a minute')
     """
-    minutes = round(60 * hours)
+    minutes = round(seconds / 60)
     if minutes >= 60:
-        return f"{hours:.1f} hours"
-    return f"{minutes} minute{'s' * (minutes > 1)}" if minutes else "under a minute"
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min" if minutes else "under a minute"
 
 
 def pixels(scale: Scale) -> tuple[int, int]:
