@@ -218,6 +218,7 @@ def plans_over_training(data: Data, path: pathlib.Path) -> None:
                 axes.axhline(50, color=GREY, linewidth=0.8, label="by chance" if name == "identity_signs" else None)
             axes.set_title(title, fontsize=9)
             axes.set_xlabel("epoch (0: before training)")
+            axes.locator_params(axis="x", integer=True)
             if name != "cross_entropy_signs":  # all of which are near 50%
                 axes.set_ylim(-2, 102)
         figure.legend(loc="outside upper center", ncols=legend_columns(dict.fromkeys([*labels, "by chance"]), 11.0))

@@ -177,7 +177,8 @@ EXPERIMENT = Experiment(
     draw=plans_over_training,
     pooled=False,
     reading="A plan with almost all of its mass on the diagonal matches each image with itself. The attack is then "
-    "that of the identity plan: it moves each image away from its own natural outputs.",
+    "that of the identity plan: it moves each image away from its own natural outputs. The wide grey curve is the "
+    "method's plan.",
 )
 
 if __name__ == "__main__":
