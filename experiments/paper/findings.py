@@ -29,22 +29,41 @@ def findings(results: Results) -> list[Finding]:
     for claim, check in CLAIMS:
         try:
             verdict, evidence = check(results)
-        except KeyError:  # a row or an experiment is missing
+        except NotMeasured:
             continue
         found.append(Finding(claim, verdict, evidence))
     return found
 
 
+class NotMeasured(LookupError):
+    """Results do not have an experiment or a row."""
+
+
+def result_of(results: Results, experiment: str) -> Data:
+    """The result of an experiment."""
+    if experiment not in results:
+        raise NotMeasured(experiment)
+    return results[experiment]
+
+
+def part_of(results: Results, experiment: str, label: str, part: str = "rows") -> Data:
+    """A row or, as another part of a result, a network."""
+    parts = result_of(results, experiment)[part]
+    if label not in parts:
+        raise NotMeasured(f"{experiment}: {label}")
+    return parts[label]
+
+
 def percent(results: Results, experiment: str, row: str, attack: str) -> str:
     """An accuracy with its interval, as text."""
-    return with_interval(results[experiment]["rows"][row][attack])
+    return with_interval(part_of(results, experiment, row)[attack])
 
 
 def difference(results: Results, experiment: str, row: str, attack: str) -> tuple[str, str]:
     """Verdict and text for the difference between a row and the first row of its table."""
-    of = results[experiment]["rows"][row][attack]["difference"]
-    if of is None:
-        raise KeyError(row)
+    of = part_of(results, experiment, row)[attack]["difference"]
+    if of is None:  # the first row is missing
+        raise NotMeasured(experiment)
     return of["verdict"], f"{of['points']:+.1f} ±{of['half']:.1f} points, {of['verdict']}"
 
 
@@ -91,9 +110,9 @@ def worth_its_clean_accuracy(results: Results) -> tuple[str, str]:
 
     The intervals, two for each of k rows, have level 1 - 0.05 / (2 k) (Bonferroni).
     """
-    rows = {label: results["trade_off"]["rows"][label] for label in SUPERVISED_ROWS}  # all, or there is no verdict
+    rows = {label: part_of(results, "trade_off", label) for label in SUPERVISED_ROWS}  # all, or there is no verdict
     if any(row["clean"]["difference"] is None for row in rows.values()):
-        raise KeyError("trade_off")
+        raise NotMeasured("trade_off")
     as_accurate, possibly, robust, less_robust, text = set(), set(), set(), set(), []
     for label, row in rows.items():
         (clean, clean_half), (attacked, attacked_half) = (
@@ -130,17 +149,16 @@ def stable(experiment: str) -> Callable[[Results], tuple[str, str]]:
     """
 
     def check(results: Results) -> tuple[str, str]:
-        reference = results[experiment]["reference"]
+        result = result_of(results, experiment)
+        reference = result["reference"]
         parameter = reference.split()[0]
-        if any(label.startswith(parameter) for label in results[experiment]["missing"]):
-            raise KeyError(experiment)
+        if any(label.startswith(parameter) for label in result["missing"]):
+            raise NotMeasured(experiment)
         rows = {
             label: row["pgd-20"]["difference"]
-            for label, row in results[experiment]["rows"].items()
+            for label, row in result["rows"].items()
             if label.startswith(parameter) and row["pgd-20"]["difference"] is not None
         }
-        if not rows:
-            raise KeyError(experiment)
         halves = {label: half_width(of, 1 - 0.05 / len(rows)) for label, of in rows.items()}
         text = ", ".join(f"{label} {of['points']:+.1f} ±{halves[label]:.1f}" for label, of in rows.items())
         level = "simultaneous 95% intervals (Bonferroni)" if len(rows) > 1 else "a 95% interval"
@@ -213,6 +231,7 @@ def transport_matters(results: Results) -> tuple[str, str]:
 
 def pgd_tells(results: Results) -> tuple[str, str]:
     lost = {}
+    part_of(results, "autoattack_gap", "feature scattering", "networks")  # or there is no verdict
     for label, of in results["autoattack_gap"]["networks"].items():
         shares = [share for part, share in of["parts"].items() if part not in ("misclassified", "PGD-20", "robust")]
         lost[label] = share_of(round(sum(shares) * of["total"]), of["total"])
@@ -228,10 +247,13 @@ def pgd_tells(results: Results) -> tuple[str, str]:
 
 
 def plateaus(results: Results) -> tuple[str, str]:
-    networks = results["figure1_loss_curves"]["networks"]
-    losses = [curve["loss"]["mean"] for curve in networks["feature scattering"]["curves"]]
+    method = part_of(results, "figure1_loss_curves", "feature scattering", "networks")
+    losses = [curve["loss"]["mean"] for curve in method["curves"]]
     flat = sum(loss[20] - loss[0] >= 0.95 * (loss[-1] - loss[0]) for loss in losses)
+    networks = results["figure1_loss_curves"]["networks"]
     lost = {label: share for label, each in networks.items() if (share := missed(each["outcomes"]))["total"]}
+    if "feature scattering" not in lost:
+        raise NotMeasured("feature scattering: images that are robust to PGD-20")
     shares = "; ".join(f"{label} {of['correct']} of {of['total']}, {with_interval(of)}" for label, of in lost.items())
     evidence = (
         f"For {flat} of the {len(losses)} images in the figure, the mean loss reaches 95% of its total increase within "
@@ -250,7 +272,7 @@ def missed(outcomes: Data) -> Data:
 
 
 def gradient_free_attacks_are_evidence(results: Results) -> tuple[str, str]:
-    row = results["gradient_free"]["rows"]["feature scattering"]
+    row = part_of(results, "gradient_free", "feature scattering")
     accuracies = ", ".join(
         f"{heading(name)} {with_interval(row[name])}"
         for name in ("spsa, 1 step", "spsa", "local search, 10 rounds", "local-search-projected", "square alone")
@@ -269,7 +291,8 @@ def gradient_free_attacks_are_evidence(results: Results) -> tuple[str, str]:
 
 
 def clusters_hold(results: Results) -> tuple[str, str]:
-    networks = results["figure2_embeddings"]["networks"]
+    labels = ("standard", "feature scattering")
+    networks = {label: part_of(results, "figure2_embeddings", label, "networks") for label in labels}
     drops = {}
     for label, of in networks.items():
         clean, attacked = (np.array(of["purity"][which]["shares"]) for which in ("clean", "supervised attack"))
