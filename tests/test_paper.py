@@ -18,6 +18,7 @@ from experiments import weights
 from experiments.paper import ablation, attacked, autoattack_gap, costs, jobs, reuse, runner, tables, writing
 from experiments.paper.experiment import PGD_7, Finished, Row, at_equal_passes
 from experiments.paper.scales import EXPERIMENTS, SCALES, changed, scale_of
+from fs_jax._utils.files import locked
 from fs_jax.attacks import parse_attack
 from fs_jax.config import TrainConfig, from_dict, to_dict
 from fs_jax.data import load
@@ -172,7 +173,8 @@ def test_the_interval_covers_the_difference_of_two_methods():
         ours, theirs = correct.mean(1)
         found = tables.difference(ours, theirs, *correct.mean(2))
         covered += abs(found["points"]) <= found["half"]
-    assert covered >= 0.95 * repetitions - 2 * np.sqrt(0.95 * 0.05 * repetitions)  # two standard errors below 95%
+    error = np.sqrt(0.95 * 0.05 * repetitions)  # the standard error of the number of intervals
+    assert abs(covered - 0.95 * repetitions) <= 2 * error
 
 
 def test_data_are_checked_before_the_workers_start(tmp_path):
@@ -342,7 +344,7 @@ def test_other_results_are_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match=r"got more rows in .*: β = 0.5"):
         writing.check_results(experiment, SCALES["trial"], [0], tmp_path, ["β = 1"])
     finish("table4_ipot_beta", "trial", tmp_path / "other", rows=1)
-    with pytest.raises(ValueError, match=r"got more in .*: β = 0.5\. Rerun with --reuse-results"):
+    with pytest.raises(writing.MoreRows, match=r"got more rows in .*: β = 0.5\. To keep them, add --reuse-results"):
         writing.write(experiment, SCALES["trial"], [0], tmp_path / "other", tmp_path)
     assert "β = 0.5" in path.read_text(encoding="utf-8")
     path.with_suffix(".json").write_text("{}", encoding="utf-8")
@@ -470,50 +472,107 @@ def test_rows_are_added_to_a_table_in_a_new_workdir(tmp_path, capsys):
     assert after["hours"]["training"] == 0.5
 
 
-def test_rows_that_another_process_adds_meanwhile_are_kept(tmp_path, monkeypatch):
+def others_row_meanwhile(tmp_path, monkeypatch, *, stopped=False):
+    """Let a run finish the second row of a table, while another process writes the first.
+
+    Returns the name of the table, the arguments of the run, and a function that reads the rows of the table.
+    """
     name, scale = "table4_ipot_beta", SCALES["trial"]
-    first, second = (row.label for row in jobs.experiment(name).rows)
-    arguments = ["--scale", "trial", "--workdir", str(tmp_path / "second"), "--results", str(tmp_path / "r")]
+    first, _second = (row.label for row in jobs.experiment(name).rows)
 
     def execute(missing, arguments):
-        """Finish the second row, while another process writes the first."""
         finish(name, "trial", tmp_path / "first", rows=1)
         writing.write(jobs.experiment(name), scale, [0], tmp_path / "first", tmp_path / "r" / "trial")
         finish(name, "trial", tmp_path / "second")
         for job in jobs.jobs(scale, [name], [0], tmp_path / "second", [first]):
             jobs.result_file(job.folder, scale, name).unlink()
-        return False, []
+        return stopped, []
 
     def rows():
         return json.loads((tmp_path / "r" / "trial" / f"{name}.json").read_text(encoding="utf-8"))["finished"]
 
     monkeypatch.setattr(runner, "execute", execute)
-    with pytest.raises(ChildProcessError, match=f"{name} is not written: .*: {first}. Rerun with --reuse-results"):
+    arguments = ["--scale", "trial", "--workdir", str(tmp_path / "second"), "--results", str(tmp_path / "r")]
+    return name, arguments, rows
+
+
+def test_rows_that_another_process_adds_meanwhile_are_kept(tmp_path, monkeypatch):
+    name, arguments, rows = others_row_meanwhile(tmp_path, monkeypatch)
+    first, second = (row.label for row in jobs.experiment(name).rows)
+    with pytest.raises(ChildProcessError, match=f"got more rows in .*: {first}. To keep them, add --reuse-results"):
         runner.run([name], [*arguments, "--rows", second])
     assert rows() == [first]
-    monkeypatch.setattr(runner, "execute", lambda missing, arguments: (False, []))
-    runner.run([name], [*arguments, "--rows", second, "--reuse-results"])
+    assert runner.run([name], [*arguments, "--rows", second, "--reuse-results"]) is None
     assert rows() == [first, second]
 
 
-def test_a_kind_of_network_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
-    needed = jobs.jobs(SCALES["trial"], ["main_table"], [0], tmp_path)
+def test_a_stop_before_rows_that_are_in_the_results_is_no_error(tmp_path, monkeypatch, capsys):
+    name, arguments, rows = others_row_meanwhile(tmp_path, monkeypatch, stopped=True)
+    assert runner.run([name], arguments) == 75
+    assert "got more rows in" in capsys.readouterr().out
+    assert rows() == [jobs.experiment(name).rows[0].label]
 
-    def start(job, place, *more):
-        """A worker that writes its times, or fails."""
-        failing = job.config.method == "trades"
-        code = "raise SystemExit(1)" if failing else f"open({more[0]!r}, 'w').write('{{\"step\": 1.0}}')"
-        (job.folder).mkdir(parents=True, exist_ok=True)
-        (job.folder / "log").write_text("out of its time", encoding="utf-8")
+
+def test_results_are_written_under_a_lock(tmp_path, monkeypatch):
+    name, arguments, _rows = others_row_meanwhile(tmp_path, monkeypatch)
+
+    def write(*_arguments):
+        with pytest.raises(BlockingIOError):
+            locked(tmp_path / "r" / "trial" / "tables")
+
+    monkeypatch.setattr(runner, "execute", lambda missing, arguments: (False, []))
+    monkeypatch.setattr(writing, "write", write)
+    runner.run([name], arguments)
+    locked(tmp_path / "r" / "trial" / "tables").release()
+
+
+def test_messages_of_failed_workers_are_shown_although_writing_fails_too(tmp_path, monkeypatch):
+    name, arguments, _rows = others_row_meanwhile(tmp_path, monkeypatch)
+
+    def write(*_arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(runner, "execute", lambda missing, arguments: (False, ["a worker's message"]))
+    monkeypatch.setattr(writing, "write", write)
+    with pytest.raises(ChildProcessError, match=r"a worker's message\nNot all tables are written: No space left"):
+        runner.run([name], arguments)
+
+
+def test_a_kind_of_network_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    """Workers that write times and results, but for one method, which runs out of memory when it is timed."""
+    scale, started = SCALES["trial"], []
+
+    def start(job, place, *cost):
+        started.append((job.config.method, bool(cost)))
+        code = "pass"
+        if cost and job.config.method == "trades":
+            code = "raise SystemExit(1)"
+        elif cost:
+            pathlib.Path(cost[0]).write_text('{"step": 1.0, "pass": 1.0, "train_images": 100, "test_images": 20}')
+        else:
+            for name in job.experiments:
+                jobs.result_file(job.folder, scale, name).write_text("{}", encoding="utf-8")
         return runner.Worker(subprocess.Popen([sys.executable, "-c", code]), job.folder / "log", 0)
 
     monkeypatch.setattr(runner, "start", start)
-    (tmp_path / "costs").mkdir()
-    failed = []
-    found = runner.time_kinds(needed, ["cpu:0:0"], {}, tmp_path, float("inf"), failed)
+    monkeypatch.setattr(runner, "processors", lambda workers: ["cpu:0:0"])
+    (tmp_path / "runs" / "costs").mkdir(parents=True)
+    needed = jobs.jobs(scale, ["main_table"], [0], tmp_path / "runs")
+    for job in needed:
+        job.folder.mkdir(parents=True)
+        (job.folder / "log").write_text("RESOURCE_EXHAUSTED", encoding="utf-8")
+    stopped, failed = runner.execute(needed, runner.Arguments(scale="trial", workdir=tmp_path / "runs"))
+    assert not stopped
     assert len(failed) == 1
     assert "trades" in failed[0]
-    assert {json.loads(kind)[1]["method"] for kind in found} == {"feature_scatter", "standard", "pgd"}
+    assert "fewer networks in parallel" in failed[0]
+    assert [method for method, timed in started if not timed] == ["feature_scatter", "standard", "pgd"]
+
+
+def test_records_that_cannot_be_read_are_reported(tmp_path):
+    (tmp_path / f"matching{reuse.SUFFIX}").write_bytes(b"not compressed")
+    with pytest.raises(ValueError, match=r"expected records of networks in .*matching.records.json.xz, which cannot"):
+        reuse.take_results(tmp_path, [], [])
 
 
 def test_records_of_other_attacks_are_not_used(tmp_path):
@@ -599,6 +658,12 @@ def test_a_table_says_which_networks_were_restored(tmp_path):
     )
     assert f"in bfloat16): {jobs.experiment(name).rows[0].label}, 1 of 1." in text
     assert "--scale trial --reuse-networks`" in text
+
+    # Another process has meanwhile written the results of trained networks.
+    finish(name, "trial", tmp_path / "trained")
+    writing.write(jobs.experiment(name), scale, [0], tmp_path / "trained", tmp_path / "others")
+    with pytest.raises(ValueError, match="got those of trained ones"):
+        writing.write(jobs.experiment(name), scale, [0], tmp_path / "runs", tmp_path / "others")
 
 
 def test_committed_networks_are_those_of_rows(tmp_path):

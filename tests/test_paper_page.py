@@ -93,7 +93,7 @@ def row(*, points=0.0, half=1.0, verdict="equal", accuracy=0.5):
 
 def table(reference, **rows):
     first = {name: {**of, "difference": None} for name, of in row().items()}
-    return {"reference": reference, "rows": {reference: first, **rows}}
+    return {"reference": reference, "rows": {reference: first, **rows}, "missing": []}
 
 
 def gap(lost):
@@ -115,7 +115,7 @@ def network(*, lost=5, robust=45, purity=(0.9, 0.9)):
 
 def whole(**changes):
     """Results of all experiments that the claims need."""
-    plan = {"diagonal": 0.97, "identity_signs": 0.99}
+    plan = {"diagonal": 0.97, "identity_signs": 0.99, "cross_entropy_signs": 0.52}
     return {
         "main_table": table("feature scattering", **{"PGD-7": row()}),
         "equal_passes": table(
@@ -161,9 +161,23 @@ def test_without_results_there_is_no_finding():
     assert findings.findings({}) == []
     alone = {
         "reference": "β = 1",
+        "missing": ["β = 1"],
         "rows": {"β = 0.5": {name: {**of, "difference": None} for name, of in row().items()}},
     }
     assert len(findings.findings(whole(table4_ipot_beta=alone))) == len(findings.CLAIMS) - 1
+    # Without the method's row, others cannot be compared.
+    only = table("feature scattering", **{"PGD-7, equal passes": row()})
+    only["rows"] = {"PGD-7, equal passes": {name: {**of, "difference": None} for name, of in row().items()}}
+    results = whole(equal_passes=only, autoattack_gap={"networks": {"PGD-7": gap(0.01)}})
+    assert len(findings.findings(results)) == len(findings.CLAIMS) - 3  # one step, smoothing, PGD
+    assert "At equal passes" not in summary.summary({"digits": results})
+
+
+def test_an_error_in_a_finding_is_not_taken_for_missing_results():
+    results = whole()
+    del results["gradient_free"]["rows"]["feature scattering"]["spsa"]
+    with pytest.raises(KeyError, match="spsa"):
+        findings.findings(results)
 
 
 def test_a_row_that_does_not_decide_a_verdict_can_be_missing():
@@ -241,9 +255,12 @@ def test_the_summary_has_a_column_for_each_scale():
     ]
     assert lines["PGD-7, as many passes as feature scattering"] == ["50.0 [48.0, 52.0] / 50.0", "not run"]
     assert lines["no label smoothing"] == ["+0.0 ±1.0", "-3.0 ±1.0"]
-    assert lines["the same, on average over all pairs of rows that differ in the plan only"] == ["+0.4 ±1.2", "not run"]
+    assert lines["the identity plan, on average over all pairs of rows that differ in the plan only"] == [
+        "+0.4 ±1.2",
+        "not run",
+    ]
     assert "a gain by the transport is at most 0.8 points" in str(findings.findings(digits))
-    one_step = "one step on the cross-entropy (with labels), with 0.8 times the passes"
+    one_step = "one step on the cross-entropy (with labels) without label smoothing, with 0.8 times the passes"
     assert lines[one_step] == ["50.0 [48.0, 52.0]\\* / 50.0"] * 2
     assert "IPOT instead of Sinkhorn's algorithm" not in lines
     assert lines["The matching by optimal transport makes the method work."] == ["disagrees", "not run"]
@@ -254,9 +271,9 @@ def test_the_summary_has_a_column_for_each_scale():
     assert "| b " not in ablation  # where it has no rows
 
 
-def test_the_summary_says_which_rows_differ_by_more_than_the_interval():
-    rows = {"standard": row(points=-20.0), "PGD-7": row(points=9.0), "TRADES": row(points=0.5)}
-    changes = {"transport, 1 step, Δ = 0": row(points=4.0), "independent plan": row(points=-9.0)}
+def test_the_summary_says_which_rows_differ():
+    rows = {"standard": row(verdict="lower"), "PGD-7": row(verdict="higher"), "TRADES": row()}
+    changes = {"transport, 1 step, Δ = 0": row(verdict="higher"), "independent plan": row(verdict="lower")}
     results = whole(
         main_table=table("feature scattering", **rows), ablation=table("transport, 1 step, Δ = 0.5", **changes)
     )
@@ -264,8 +281,8 @@ def test_the_summary_says_which_rows_differ_by_more_than_the_interval():
     assert first == (
         "**digits:** Feature scattering has 50.0% / 50.0% under AutoAttack / on clean images. More robust: PGD-7 "
         "(50.0% / 50.0%). Less robust: standard (50.0% / 50.0%). Not clearly more or less robust: TRADES (50.0% / "
-        "50.0%). Changes that make it more robust, under APGD-T: no label smoothing. Changes that make it less "
-        "robust: the independent plan instead of the transport."
+        "50.0%). At equal passes: PGD-7 (50.0% / 50.0%), equally robust. Changes that make it more robust, under "
+        "APGD-T: no label smoothing. Changes that make it less robust: the independent plan instead of the transport."
     )
 
 

@@ -279,7 +279,7 @@ def gradient_free_attacks_are_evidence(results: Results) -> tuple[str, str]:
     )
     clean, weak, strong = (row[name] for name in ("clean", "spsa, 1 step", "spsa"))
     evidence = f"On {strong['total']} images: clean {with_interval(clean)}, {accuracies}."
-    if "autoattack_gap" in results:
+    if "feature scattering" in results.get("autoattack_gap", {}).get("networks", {}):
         added = results["autoattack_gap"]["networks"]["feature scattering"]["parts"]["no gradient (Square)"]
         evidence += f" Square adds {100 * added:.1f}% to what AutoAttack's attacks with gradients misclassify."
     if weak["low"] <= strong["high"]:

@@ -54,7 +54,7 @@ def run(network: Network, scale: Scale, path: pathlib.Path) -> Data | None:
         return None
     # With the time in earlier processes, until their last measurement.
     return {
-        "seconds": sum(point.pop("seconds") for point in points.values()),
+        "seconds": sum(point.pop("seconds", 0.0) for point in points.values()),
         "points": [points[epoch] for epoch in sorted(points)],
     }
 

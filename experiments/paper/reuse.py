@@ -66,8 +66,14 @@ def take_results(results: pathlib.Path, first: Iterable[str], needed: Sequence[J
     paths = dict.fromkeys([*(path for path in own if path.exists()), *sorted(results.glob(f"*{SUFFIX}"))])
     taken = 0
     for records in paths:
-        with lzma.open(records, "rt", encoding="utf-8") as file:
-            saved = json.load(file)
+        try:
+            with lzma.open(records, "rt", encoding="utf-8") as file:
+                saved = json.load(file)
+        except (lzma.LZMAError, EOFError, ValueError) as error:
+            raise ValueError(
+                f"results: expected records of networks in {records}, which cannot be read ({error}). Restore or "
+                "remove the file."
+            ) from None
         for of in saved:
             path = wanted.pop((of["network"], of["file"]), None)
             if path is not None:

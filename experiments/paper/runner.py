@@ -112,21 +112,28 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
             restored = reuse.restored_rows(name, scale, arguments.seeds, workdir)
             writing.check_results(experiment(name), scale, arguments.seeds, results, {*rows, *there}, restored)
         stopped, failed = execute(missing, arguments) if missing else (False, [])
-        written = []
-        results.mkdir(parents=True, exist_ok=True)
-        with locked(results / "tables", wait=True):
-            if arguments.reuse_results:  # rows that another process has added since
-                reuse.take_results(results, tables, every)
-            for name in names:
-                try:
-                    path = writing.write(experiment(name), scale, arguments.seeds, workdir, results)
-                except (OSError, ValueError) as error:  # the messages of failed workers must not be lost
-                    failed.append(f"{name} is not written: {error}")
-                    continue
-                if path is not None:
-                    written.append(path)
-                    print(f"\n{path.read_text(encoding='utf-8')}")
+        written: list[pathlib.Path] = []
+        not_overwritten: list[str] = []
+        try:
+            with locked_results(results):
+                if arguments.reuse_results:  # rows that another process has added since
+                    reuse.take_results(results, tables, every)
+                for name in names:
+                    try:
+                        path = writing.write(experiment(name), scale, arguments.seeds, workdir, results)
+                    except writing.MoreRows as error:
+                        not_overwritten.append(str(error))
+                        continue
+                    if path is not None:
+                        written.append(path)
+                        print(f"\n{path.read_text(encoding='utf-8')}")
+        except (OSError, ValueError) as error:  # the messages of failed workers must not be lost
+            failed.append(f"Not all tables are written: {error}")
     print(f"Written: {', '.join(map(str, written)) or 'nothing'}.")
+    if not_overwritten and stopped:  # the missing rows can be among them
+        print("\n".join(not_overwritten))
+    elif not_overwritten:
+        failed += not_overwritten
     if failed:
         raise ChildProcessError("\n".join(failed))
     if stopped:
@@ -178,6 +185,17 @@ def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def locked_results(results: pathlib.Path) -> Iterator[None]:
+    """Lock the results folder, so that no other process writes between the checks and the writing."""
+    results.mkdir(parents=True, exist_ok=True)
+    lock = locked(results / "tables", wait=True)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def listing(scale: Scale, names: Sequence[str], needed: list[Job], workdir: pathlib.Path) -> str:
     """The scales, the experiments, the rows of the chosen ones, and the number of unfinished networks."""
     lines = ["Scales:", *(f"  {name:8} {about.summary}" for name, about in SCALES.items())]
@@ -220,7 +238,10 @@ def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
             return False, failed
         each = [costs.seconds_of(job, costs_of[costs.kind(job.config)]) for job in missing]
         estimated = max(sum(each) / len(places), max(each))
-        print(f"{len(missing)} networks, {len(places)} in parallel: about {writing.duration(estimated)}.", flush=True)
+        print(
+            f"{len(missing)} networks, {len(places)} in parallel: about {writing.duration(max(60, estimated))}.",
+            flush=True,
+        )
         bar = stack.enter_context(tqdm(total=len(missing), unit="network"))
         waiting, done, timed = list(missing), 0, time.monotonic()
         while (waiting or running) and time.monotonic() < deadline:
@@ -338,7 +359,7 @@ def start(job: Job, place: str, *more: str) -> Worker:
     path = job.folder / "log"
     log = open(path, "ab")  # noqa: SIM115 - the worker writes to it
     process = subprocess.Popen(
-        [sys.executable, "-m", "experiments.paper.worker", str(job.folder.resolve()), str(os.getpid()), *more],
+        [sys.executable, "-m", "experiments.paper.worker", str(job.folder.resolve()), *more],
         env=environment, stdout=log, stderr=log, cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
     begins = log.tell()

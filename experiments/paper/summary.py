@@ -81,10 +81,10 @@ def conclusions(name: str, results: Results) -> str:
     if sentences:
         ours = accuracies(methods["feature scattering"])
         sentences = f"Feature scattering has {ours} under AutoAttack / on clean images. {sentences}"
-        if (row := rows_of(results, "equal_passes").get("PGD-7, equal passes")) is not None:
-            sentences += (
-                f" At equal passes: PGD-7 ({accuracies(row)}), {ROBUST[row['square']['difference']['verdict']]}."
-            )
+        fair = rows_of(results, "equal_passes").get("PGD-7, equal passes")
+        if fair is not None and fair["square"]["difference"] is not None:
+            verdict = ROBUST[fair["square"]["difference"]["verdict"]]
+            sentences += f" At equal passes: PGD-7 ({accuracies(fair)}), {verdict}."
     effects = in_words(
         ("Changes that make it more robust, under APGD-T", "Changes that make it less robust", "No clear effect"),
         by_sign({text: from_method(results, label) for label, text in CHANGES.items() if label != PLANS}),

@@ -1,7 +1,7 @@
-"""Train and measure one network: `python -m experiments.paper.worker FOLDER RUNNER [FILE]`. The runner starts it.
+"""Train and measure one network: `python -m experiments.paper.worker FOLDER [FILE]`. The runner starts it.
 
-RUNNER is its process ID. The folder contains the runner's `job.json`. After an interruption, the same command resumes.
-With FILE, it only times a training step and a pass of the network, and writes the times to FILE.
+The folder contains the runner's `job.json`. After an interruption, the same command resumes. With FILE, it only times a
+training step and a pass of the network, and writes the times to FILE.
 """
 
 import json
@@ -22,10 +22,13 @@ from fs_jax.config import from_dict
 
 
 def main(argv: list[str]) -> int:
-    folder, runner = pathlib.Path(argv[0]), int(argv[1])
-    threading.Thread(target=end_with, args=(runner,), daemon=True).start()
-    with locked(folder / "worker", wait=True):  # while the worker of a killed runner has not noticed that yet
-        return work(folder, *map(pathlib.Path, argv[2:]))
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    folder, *cost = map(pathlib.Path, argv)
+    lock = locked(folder / "worker", wait=True)  # while the worker of a killed runner has not noticed that yet
+    try:
+        return work(folder, *cost)
+    finally:
+        lock.release()
 
 
 def work(folder: pathlib.Path, cost: pathlib.Path | None = None) -> int:
@@ -81,9 +84,10 @@ def hours_of_training(run: pathlib.Path) -> float:
     return sum(batch * (row["step"] - before["step"]) / row["images_per_second"] for before, row in steps) / 3600
 
 
-def end_with(runner: int) -> None:
+def end_with_parent() -> None:
     """Stop if the runner is killed, as the next runner starts its own workers in the same folders."""
-    while os.getppid() == runner:
+    parent = os.getppid()
+    while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)

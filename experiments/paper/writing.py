@@ -31,6 +31,10 @@ def used_seeds(experiment: Experiment, seeds: Sequence[int]) -> list[int]:
     return list(seeds if experiment.pooled else seeds[:1])
 
 
+class MoreRows(ValueError):
+    """Existing results have rows that the new ones do not have."""
+
+
 def check_results(
     experiment: Experiment,
     scale: Scale,
@@ -50,7 +54,8 @@ def check_results(
       restored: Labels of the rows with restored networks, which must not replace results of trained ones.
 
     Raises:
-      ValueError: if it would. The message names the fields that differ, or the rows that would be lost.
+      MoreRows: if rows would be lost. The message names them.
+      ValueError: for another configuration, of which it names the fields, and for results of trained networks.
     """
     path = results / f"{file_name(experiment, seeds)}.json"
     if not path.exists():
@@ -69,11 +74,13 @@ def check_results(
             f"results: expected a new folder, or results of this configuration; got others in {path}: "
             f"{'; '.join(found)}. Choose another folder with --results; nothing was changed."
         )
-    if lost := lost_rows(path, coming):
-        raise ValueError(
+    check_version(there, path)
+    if lost := [label for label in there["finished"] if label not in coming]:
+        has_records = path.with_name(f"{path.stem}{SUFFIX}").exists()
+        raise MoreRows(
             f"results: expected a new folder, or results with the rows of this workdir only; got more rows in {path}: "
-            f"{'; '.join(lost)}. Add --reuse-results to keep them, choose another folder with --results, or omit "
-            "--rows; nothing was changed."
+            f"{'; '.join(lost)}. {'To keep them, add --reuse-results. ' if has_records else ''}Choose another folder "
+            "with --results, or omit --rows; nothing was changed."
         )
     if trained := [
         label for label in there["finished"] if label in restored and label not in there.get("restored", {})
@@ -82,15 +89,6 @@ def check_results(
             f"results: expected a new folder, or results of restored networks; got those of trained ones in {path}: "
             f"{'; '.join(trained)}. Choose another folder with --results; nothing was changed."
         )
-
-
-def lost_rows(path: pathlib.Path, coming: Container[str]) -> list[str]:
-    """Rows in a results file that would be lost if it were overwritten."""
-    if not path.exists():
-        return []
-    data = json.loads(path.read_text(encoding="utf-8"))
-    check_version(data, path)
-    return [label for label in data["finished"] if label not in coming]
 
 
 def check_version(data: Data, path: pathlib.Path) -> None:
@@ -114,18 +112,14 @@ def write(
     """Write the finished rows. Returns the path of the Markdown file, or None if they do not suffice.
 
     Raises:
-      ValueError: if there are results with more rows, which would be lost.
+      MoreRows, ValueError: as `check_results`.
     """
     finished = finished_rows(experiment.name, scale, seeds, workdir)
     if not finished:
         return None
     labels = [of.row.label for of in finished]
     name = file_name(experiment, seeds)
-    if lost := lost_rows(results / f"{name}.json", labels):
-        raise ValueError(
-            f"results: expected the rows of this workdir only; got more in {results / name}.json: {'; '.join(lost)}. "
-            "Rerun with --reuse-results to keep them, or choose another folder with --results; nothing was changed."
-        )
+    check_results(experiment, scale, seeds, results, labels, restored_networks(finished))
     if (collected := experiment.collect(experiment, scale, finished)) is None:
         return None
     data: Data = {
@@ -202,9 +196,8 @@ def hours(finished: Sequence[Finished]) -> dict[str, float]:
 
 def as_markdown(experiment: Experiment, data: Data, figure: str | None) -> str:
     """The Markdown of an experiment: title, note, figure, tables and caption."""
-    seeds = "" if data["seeds"] == [0] else f", seeds {', '.join(map(str, data['seeds']))}"
     parts = [
-        f"# {experiment.title}{seeds}",
+        f"# {experiment.title}" + ("" if data["seeds"] == [0] else f", {seeds_text(data)}"),
         experiment.reading,
         f"![{experiment.title}]({figure})" if figure else "",
         experiment.show(data),
@@ -228,16 +221,25 @@ def restored_text(restored: dict[str, str]) -> str:
 
 def caption(experiment: Experiment, data: Data) -> str:
     """The origin of the numbers: scale, radius, seeds, machine and command."""
-    seeds = ", ".join(map(str, data["seeds"]))
     dataset = "" if data["dataset"] is None else f" on {data['dataset']}"
     size = " x ".join(map(str, data["pixels"]))
     fold = ", first fold" if not experiment.pooled and len(data["images"]["datasets"]) > 1 else ""
     return (
         f"Scale `{data['scale']}`{dataset} ({size} pixels, L∞ radius {radius(data['config']['attack']['epsilon'])}), "
-        f"seed{'s' * (len(data['seeds']) > 1)} {seeds}{fold}. Reference: {experiment.source}. On "
+        f"{seeds_text(data)}{fold}. Reference: {experiment.source}. On "
         f"{machines(data)}, {spent(data['hours'])}: "
         f"`{command(data)}`"
     )
+
+
+def seeds_text(data: Data) -> str:
+    """The seeds of results.
+
+    Example:
+      >>> seeds_text({"seeds": [0, 1]})
+      'seeds 0, 1'
+    """
+    return f"seed{'s' * (len(data['seeds']) > 1)} {', '.join(map(str, data['seeds']))}"
 
 
 def command(data: Data) -> str:
