@@ -5,8 +5,9 @@
 Convolutions take most of the time of a training step. The layers are those of a WRN-10-2 on 32 x 32 images and of a
 WRN-10-1 on 8 x 8 images, in a batch of 60. For each layer, this times the convolution, its derivative with respect to
 the images, and that with respect to the kernel: ours computed by `conv2d`, JAX's by `lax.conv_general_dilated`, each in
-a program of its own, and PyTorch's with channels last. All take turns in one process. Writes `convolutions.json` and
-`convolutions.md` to the results folder.
+a program of its own, and PyTorch's with channels last. All take turns in one process. For one layer, it also times all
+three passes inside `lax.scan`, as in a training step. Writes `convolutions.json` and `convolutions.md` to the results
+folder.
 """
 
 import dataclasses
@@ -33,6 +34,9 @@ LAYERS = {
         (8, 16, 32, 1, 2), (4, 32, 64, 3, 2), (2, 64, 64, 3, 1), (4, 32, 64, 1, 2),
     ),
 }  # fmt: skip
+IN_A_LOOP = (16, 64, 64, 3, 1)
+STEPS = 2  # of the loop: with JAX's derivatives, one takes seconds
+LOOP_ROUNDS = 3
 Layer = tuple[int, int, int, int, int]
 PASSES = ("forward", "to the images", "to the kernel")
 
@@ -58,11 +62,20 @@ def main(argv: list[str]) -> None:
     from fs_jax._utils import backend
 
     networks = {name: timed(layers, arguments) for name, layers in LAYERS.items()}
+    loop = in_a_loop(arguments.batch_size)
     environment = {**backend.describe(), "torch": torch.__version__}
-    result = {"arguments": dataclasses.asdict(arguments), "environment": environment, "networks": networks}
+    result = {
+        "arguments": dataclasses.asdict(arguments),
+        "environment": environment,
+        "networks": networks,
+        "loop": loop,
+    }
     text = "\n\n".join(
         [
             *(as_markdown(name, network) for name, network in networks.items()),
+            f"## Inside a loop\n\nThe three passes of the layer {words(IN_A_LOOP)}, inside `lax.scan`, take "
+            f"{loop['ours']:.0f} ms per iteration, and **{loop['JAX']:.0f} ms** with JAX's derivatives (medians of "
+            f"{LOOP_ROUNDS} rounds): in a loop, XLA's CPU backend does not choose a fast layout for these.",
             f"Medians in ms of {arguments.rounds} rounds, batch {arguments.batch_size}. {made_on(environment)}.\n",
         ]
     )
@@ -86,6 +99,31 @@ def timed(layers: Sequence[Layer], arguments: Arguments) -> dict[str, Any]:
         for who in WHO
     }  # fmt: skip
     return {"layers": rows, "sums": sums, "step": step}
+
+
+def in_a_loop(count: int) -> dict[str, float]:
+    """Milliseconds of the three passes of a layer inside `lax.scan`, per iteration, with our derivatives and JAX's."""
+    import jax
+
+    from fs_jax._utils import backend
+
+    side, channels, filters, size, stride = IN_A_LOOP
+    images = jax.random.normal(jax.random.key(0), (count, side, side, channels))
+    kernel = jax.random.normal(jax.random.key(1), (size, size, channels, filters))
+    options = backend.compiler_options(backend.platform_of([]), training=True)
+
+    def loop(convolution):
+        def step(arrays, _):
+            y, backward = jax.vjp(convolution, *arrays)
+            to_images, to_kernel = backward(y)
+            return (arrays[0] - 1e-6 * to_images, arrays[1] - 1e-6 * to_kernel), None
+
+        run = jax.jit(lambda *arrays: jax.lax.scan(step, arrays, length=STEPS)[0], compiler_options=options)
+        return functools.partial(run, images, kernel)
+
+    programs = {"ours": loop(convolution_of("ours", size, stride)), "JAX": loop(convolution_of("JAX", size, stride))}
+    times = seconds_in_turn(programs, LOOP_ROUNDS, title="inside a loop")
+    return {who: 1e3 * statistics.median(times[who]) / STEPS for who in programs}
 
 
 def as_markdown(name: str, network: dict[str, Any]) -> str:
@@ -115,30 +153,27 @@ def words(layer) -> str:
     return f"{side} x {side} x {channels} to {filters}, {size} x {size}" + (f", stride {stride}" if stride > 1 else "")
 
 
-def ours(count, side, channels, filters, size, stride):
-    """The three passes of `conv2d`, as functions without arguments."""
-    from fs_jax.models.convolution import conv2d
-
-    return jitted(functools.partial(conv2d, stride=stride), count, side, channels, filters, size)
-
-
-def jaxs(count, side, channels, filters, size, stride):
-    """The three passes of JAX's convolution, as functions without arguments."""
+def convolution_of(who, size, stride):
+    """Our convolution or JAX's, as a function of images and kernel."""
     from jax import lax
 
-    convolution = functools.partial(
+    from fs_jax.models.convolution import conv2d
+
+    if who == "ours":
+        return functools.partial(conv2d, stride=stride)
+    return functools.partial(
         lax.conv_general_dilated, window_strides=(stride, stride), padding=[(size // 2, size // 2)] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
-    return jitted(convolution, count, side, channels, filters, size)
 
 
-def jitted(convolution, count, side, channels, filters, size):
-    """A convolution and its derivatives, compiled as in a training step."""
+def jitted(who, count, side, channels, filters, size, stride):
+    """The three passes of our convolution or JAX's, compiled as in a training step, as functions without arguments."""
     import jax
 
     from fs_jax._utils import backend
 
+    convolution = convolution_of(who, size, stride)
     images = jax.random.normal(jax.random.key(0), (count, side, side, channels))
     kernel = jax.random.normal(jax.random.key(1), (size, size, channels, filters))
     jit = functools.partial(jax.jit, compiler_options=backend.compiler_options(backend.platform_of([]), training=True))
@@ -176,7 +211,7 @@ def pytorchs(count, side, channels, filters, size, stride):
     ]
 
 
-WHO = {"ours": ours, "JAX": jaxs, "PyTorch": pytorchs}
+WHO = {"ours": functools.partial(jitted, "ours"), "JAX": functools.partial(jitted, "JAX"), "PyTorch": pytorchs}
 
 
 if __name__ == "__main__":

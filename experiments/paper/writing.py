@@ -93,7 +93,9 @@ def check_results(
 
 def check_version(data: Data, path: pathlib.Path) -> None:
     """Raise a ValueError for results of an older version, which lack data that this one needs."""
-    if "environments" not in data:
+    numbers = [of for row in data.get("rows", {}).values() for of in row.values()]
+    without_folds = any("folds" not in of["difference"] for of in numbers if of.get("difference"))
+    if "environments" not in data or without_folds:
         raise ValueError(
             f"results: expected results of this version; got those of an older one in {path}. Remove the file, and run "
             f"its command again with the same --workdir: {command(data)}"
