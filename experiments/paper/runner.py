@@ -36,7 +36,7 @@ EXAMPLES = """\
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Train, attack and measure networks for tables and figures: 1.3 hours at scale digits on two CPU cores."""
+    """Train, attack and measure networks for tables and figures: 1.4 hours at scale digits on two CPU cores."""
 
     scale: str = "digits"
     """trial, digits, small, medium, short or paper; --list describes them."""
