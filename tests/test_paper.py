@@ -548,7 +548,8 @@ def test_a_kind_of_network_that_fails_does_not_stop_the_others(tmp_path, monkeyp
         if cost and job.config.method == "trades":
             code = "raise SystemExit(1)"
         elif cost:
-            pathlib.Path(cost[0]).write_text('{"step": 1.0, "pass": 1.0, "train_images": 100, "test_images": 20}')
+            times = {"step": 1.0, "pass": 1.0, "train_images": 100, "test_images": 20}
+            pathlib.Path(cost[0]).write_text(json.dumps(times), encoding="utf-8")
         else:
             for name in job.experiments:
                 jobs.result_file(job.folder, scale, name).write_text("{}", encoding="utf-8")

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tabulate
@@ -211,7 +211,11 @@ def pytorchs(count, side, channels, filters, size, stride):
     ]
 
 
-WHO = {"ours": functools.partial(jitted, "ours"), "JAX": functools.partial(jitted, "JAX"), "PyTorch": pytorchs}
+WHO: dict[str, Callable[..., list[tuple[str, Callable]]]] = {
+    "ours": functools.partial(jitted, "ours"),
+    "JAX": functools.partial(jitted, "JAX"),
+    "PyTorch": pytorchs,
+}
 
 
 if __name__ == "__main__":

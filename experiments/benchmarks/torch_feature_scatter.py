@@ -198,6 +198,7 @@ def scatter(
         distance = (transport(cost).plan * cost).sum()
         net.zero_grad()
         distance.backward(retain_graph=step < num_steps - 1)
+        assert x.grad is not None
         x = moved(x.detach(), x.grad, images, step_size, epsilon)
     return x
 
