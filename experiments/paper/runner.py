@@ -112,28 +112,17 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
             restored = reuse.restored_rows(name, scale, arguments.seeds, workdir)
             writing.check_results(experiment(name), scale, arguments.seeds, results, {*rows, *there}, restored)
         stopped, failed = execute(missing, arguments) if missing else (False, [])
-        written: list[pathlib.Path] = []
-        not_overwritten: list[str] = []
         try:
             with locked_results(results):
                 if arguments.reuse_results:  # rows that another process has added since
                     reuse.take_results(results, tables, every)
-                for name in names:
-                    try:
-                        path = writing.write(experiment(name), scale, arguments.seeds, workdir, results)
-                    except writing.MoreRows as error:
-                        not_overwritten.append(str(error))
-                        continue
-                    if path is not None:
-                        written.append(path)
-                        print(f"\n{path.read_text(encoding='utf-8')}")
+                not_written = write(names, scale, arguments.seeds, workdir, results)
+            if stopped:  # the rows that are not finished can be among those in the results
+                print("\n".join(not_written))
+            else:
+                failed += not_written
         except (OSError, ValueError) as error:  # the messages of failed workers must not be lost
             failed.append(f"Not all tables are written: {error}")
-    print(f"Written: {', '.join(map(str, written)) or 'nothing'}.")
-    if not_overwritten and stopped:  # the missing rows can be among them
-        print("\n".join(not_overwritten))
-    elif not_overwritten:
-        failed += not_overwritten
     if failed:
         raise ChildProcessError("\n".join(failed))
     if stopped:
@@ -183,6 +172,24 @@ def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, previous)
         lock.release()
+
+
+def write(
+    names: Sequence[str], scale: Scale, seeds: Sequence[int], workdir: pathlib.Path, results: pathlib.Path
+) -> list[str]:
+    """Write and print tables and figures. Returns a message for each that would lose rows."""
+    written, not_written = [], []
+    for name in names:
+        try:
+            path = writing.write(experiment(name), scale, seeds, workdir, results)
+        except writing.MoreRows as error:
+            not_written.append(str(error))
+            continue
+        if path is not None:
+            written.append(path)
+            print(f"\n{path.read_text(encoding='utf-8')}")
+    print(f"Written: {', '.join(map(str, written)) or 'nothing'}.")
+    return not_written
 
 
 @contextlib.contextmanager
