@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import lzma
 import pathlib
 import signal
 import subprocess
@@ -279,7 +280,7 @@ def test_experiments_of_one_network_name_its_seed_and_fold(tmp_path):
     data = {
         "scale": "digits", "dataset": None, "pixels": [8, 8], "seeds": [0], "experiment": "mechanism",
         "images": {"datasets": ["digits", "digits_fold1"]}, "config": {"attack": {"epsilon": 0.1}},
-        "environments": [ENVIRONMENT], "hours": {"training": 1.0, "measuring": 1.0},
+        "missing": [], "environments": [ENVIRONMENT], "hours": {"training": 1.0, "measuring": 1.0},
     }  # fmt: skip
     assert "seed 0, first fold." in writing.caption(mechanism, data)
     assert "seed 0. Reference" in writing.caption(matching, data)
@@ -570,10 +571,43 @@ def test_a_kind_of_network_that_fails_does_not_stop_the_others(tmp_path, monkeyp
     assert [method for method, timed in started if not timed] == ["feature_scatter", "standard", "pgd"]
 
 
-def test_records_that_cannot_be_read_are_reported(tmp_path):
-    (tmp_path / f"matching{reuse.SUFFIX}").write_bytes(b"not compressed")
+@pytest.mark.parametrize(
+    "content",
+    [b"not compressed", lzma.compress(b"{}")[:-8], lzma.compress(b'{"a": 1}'), lzma.compress(b'[{"network": "a"}]')],
+)
+def test_records_that_cannot_be_read_are_reported(tmp_path, content):
+    (tmp_path / f"matching{reuse.SUFFIX}").write_bytes(content)
     with pytest.raises(ValueError, match=r"expected records of networks in .*matching.records.json.xz, which cannot"):
         reuse.take_results(tmp_path, [], [])
+
+
+def test_a_data_file_is_known_by_its_name_and_content(tmp_path):
+    name, files = "table4_ipot_beta", [tmp_path / folder / "mine.npz" for folder in ("here", "there", "other")]
+    for path, pixel in zip(files, (1, 1, 2), strict=True):
+        path.parent.mkdir()
+        images = np.full((100, 8, 8, 1), pixel, np.uint8)
+        labels = np.arange(100) % 10
+        np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    here, there, other = (scale_of("trial", str(path)) for path in files)
+    finish(name, "trial", tmp_path / "runs", dataset=str(files[0]))
+    path = writing.write(jobs.experiment(name), here, [0], tmp_path / "runs", tmp_path / "r")
+    assert str(tmp_path) not in path.with_suffix(".json").read_text(encoding="utf-8")
+    # The same file elsewhere: its results are found, and may be written again.
+    needed = jobs.jobs(there, [name], [0], tmp_path / "second")
+    assert reuse.take_results(tmp_path / "r", [name], needed) == 2
+    writing.check_results(jobs.experiment(name), there, [0], tmp_path / "r", ALL)
+    # Another file of the same name
+    assert reuse.take_results(tmp_path / "r", [name], jobs.jobs(other, [name], [0], tmp_path / "third")) == 0
+    with pytest.raises(ValueError, match=r"got others in .*: data .* here, .* there"):
+        writing.check_results(jobs.experiment(name), other, [0], tmp_path / "r", ALL)
+
+
+def test_the_command_of_some_rows_has_their_labels():
+    data = {
+        "experiment": "matching", "scale": "small", "dataset": None, "seeds": [0], "missing": ["independent plan"],
+        "finished": ["Sinkhorn, τ = 0.01"],
+    }  # fmt: skip
+    assert writing.command(data) == ("python -m experiments.paper.matching --scale small --rows 'Sinkhorn, τ = 0.01'")
 
 
 def test_records_of_other_attacks_are_not_used(tmp_path):

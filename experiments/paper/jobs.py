@@ -73,9 +73,19 @@ def networks(
 
 
 def folder_of(workdir: pathlib.Path, scale: Scale, config: TrainConfig) -> pathlib.Path:
-    """The folder of a network. It is the same for all tables, and depends on the configuration and data only."""
-    key = digest([__version__, to_dict(config), *file_hash(config.dataset)])
+    """The folder of a network. It is the same for all tables and machines, and depends on configuration and data."""
+    key = digest([__version__, to_dict(portable(config)), *file_hash(config.dataset)])
     return workdir / scale.folder / f"{config.method}-{pathlib.Path(config.dataset).stem}-{key}"
+
+
+def portable(config: TrainConfig) -> TrainConfig:
+    """The configuration with the name of a data file instead of its path, which differs between machines.
+
+    Example:
+      >>> portable(TrainConfig(dataset="/home/me/mine.npz")).dataset
+      'mine.npz'
+    """
+    return dataclasses.replace(config, dataset=pathlib.Path(config.dataset).name)
 
 
 @functools.cache

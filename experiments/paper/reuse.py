@@ -68,17 +68,18 @@ def take_results(results: pathlib.Path, first: Iterable[str], needed: Sequence[J
     for records in paths:
         try:
             with lzma.open(records, "rt", encoding="utf-8") as file:
-                saved = json.load(file)
-        except (lzma.LZMAError, EOFError, ValueError) as error:
+                saved = {(of["network"], of["file"]): of["result"] for of in json.load(file)}
+            if any(not {"attacks", "records", "environment"} <= result.keys() for result in saved.values()):
+                raise KeyError("attacks, records, environment")
+        except (lzma.LZMAError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"results: expected records of networks in {records}, which cannot be read ({error}). Restore or "
+                f"results: expected records of networks in {records}, which cannot be read ({error!r}). Restore or "
                 "remove the file."
             ) from None
-        for of in saved:
-            path = wanted.pop((of["network"], of["file"]), None)
-            if path is not None:
-                write_files(path.parent, {path.name: of["result"]})
-                taken += 1
+        for name in wanted.keys() & saved.keys():
+            path = wanted.pop(name)
+            write_files(path.parent, {path.name: saved[name]})
+            taken += 1
     return taken
 
 

@@ -43,7 +43,8 @@ class Arguments:
     seeds: tuple[int, ...] = (0,)
     """Seeds. Each row is trained once per seed."""
     dataset: str | None = None
-    """Replaces the scale's data set: cifar10, cifar100, svhn_cropped, digits, or the path of an .npz file."""
+    """Replaces the scale's data set: cifar10, cifar100, svhn_cropped, digits, or the path of an .npz file
+    (its format is in fs_jax/data/README.md)."""
     rows: tuple[str, ...] = ()
     """Labels of the rows to train and measure; by default all. --list lists them."""
     workdir: pathlib.Path = pathlib.Path("runs/paper")
@@ -53,14 +54,16 @@ class Arguments:
     data_dir: pathlib.Path | None = None
     """TFDS data folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     workers: int | None = None
-    """Number of networks in parallel; by default one per accelerator or, without accelerators, per CPU core."""
+    """Number of networks in parallel; by default one per accelerator or, without accelerators, per CPU core.
+    Commands that run at the same time use the same cores, unless each has its own, as in `taskset -c 1 python ...`."""
     reuse_results: bool = False
     """Do not train and measure networks again whose records are in the results folder (tables only, not figures). So
     rows can be added in a new workdir, or on another machine."""
     reuse_networks: bool = False
     """Do not train networks that are in experiments/weights, rounded to bfloat16, but restore and measure them."""
     max_minutes: float | None = None
-    """Stop cleanly after this many minutes, with exit status 75. Rerun the same command to resume."""
+    """Stop cleanly after this many minutes, with exit status 75. Rerun the same command to resume. (The timing
+    of each kind of training, once per workdir, takes about a minute.)"""
     list: bool = False
     """List scales, experiments, the rows of the chosen ones, and how many networks are not finished. Run nothing."""
 
@@ -114,8 +117,8 @@ def run(names: Sequence[str] | None, argv: list[str]) -> int | None:
         stopped, failed = execute(missing, arguments) if missing else (False, [])
         try:
             with locked_results(results):
-                if arguments.reuse_results:  # rows that another process has added since
-                    reuse.take_results(results, tables, every)
+                if arguments.reuse_results and (taken := reuse.take_results(results, tables, every)):
+                    print(f"Results of networks that another process has added to {results}: {taken}.")
                 not_written = write(names, scale, arguments.seeds, workdir, results)
             if stopped:  # the rows that are not finished can be among those in the results
                 print("\n".join(not_written))
@@ -245,10 +248,8 @@ def execute(missing: list[Job], arguments: Arguments) -> tuple[bool, list[str]]:
             return False, failed
         each = [costs.seconds_of(job, costs_of[costs.kind(job.config)]) for job in missing]
         estimated = max(sum(each) / len(places), max(each))
-        print(
-            f"{len(missing)} networks, {len(places)} in parallel: about {writing.duration(max(60, estimated))}.",
-            flush=True,
-        )
+        count, about = len(missing), writing.duration(max(60, estimated))
+        print(f"{count} network{'s' * (count > 1)}, {len(places)} in parallel: about {about}.", flush=True)
         bar = stack.enter_context(tqdm(total=len(missing), unit="network"))
         waiting, done, timed = list(missing), 0, time.monotonic()
         while (waiting or running) and time.monotonic() < deadline:

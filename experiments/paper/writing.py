@@ -2,12 +2,13 @@
 
 import json
 import pathlib
+import shlex
 from collections.abc import Container, Sequence
 from typing import Any
 
 from experiments.output import made_on, write_files
 from experiments.paper.experiment import Data, Experiment, Finished
-from experiments.paper.jobs import finished_rows
+from experiments.paper.jobs import file_hash, finished_rows, portable
 from experiments.paper.reuse import SUFFIX, save_records
 from experiments.paper.scales import Scale
 from fs_jax._utils.text import radius
@@ -63,7 +64,8 @@ def check_results(
     here, there = scale.config, json.loads(path.read_text(encoding="utf-8"))
     try:
         changes = {
-            **differences(here, from_dict(there["config"])),
+            **differences(portable(here), from_dict(there["config"])),
+            "data": (file_hash(here.dataset), there.get("data_hash", [])),
             **{name: (now, there["images"][name]) for name, now in images_of(scale).items()},
         }
         found = [f"{name} {now} here, {then} there" for name, (now, then) in changes.items() if now != then]
@@ -103,9 +105,10 @@ def check_version(data: Data, path: pathlib.Path) -> None:
 
 
 def images_of(scale: Scale) -> dict[str, Any]:
-    """The test images of a scale."""
-    fields = ("datasets", "test_images", "strong_images", "gradient_free_images")
-    return {name: json.loads(json.dumps(getattr(scale, name))) for name in fields}
+    """The test images of a scale: data sets, files by name, and numbers of images."""
+    numbers = ("test_images", "strong_images", "gradient_free_images")
+    datasets = [pathlib.Path(dataset).name for dataset in scale.datasets]
+    return {"datasets": datasets, **{name: getattr(scale, name) for name in numbers}}
 
 
 def write(
@@ -127,12 +130,13 @@ def write(
     data: Data = {
         "experiment": experiment.name,
         "scale": scale.name,
-        "dataset": scale.dataset,
+        "dataset": None if scale.dataset is None else pathlib.Path(scale.dataset).name,
+        "data_hash": file_hash(scale.config.dataset),
         "pixels": list(pixels(scale)),
         "seeds": used_seeds(experiment, seeds),
         "finished": labels,
         "missing": [row.label for row in experiment.rows if row.label not in labels],
-        "config": to_dict(scale.config),
+        "config": to_dict(portable(scale.config)),
         "images": images_of(scale),
         "environments": environments(finished),
         "commits": commits(finished),
@@ -249,7 +253,8 @@ def command(data: Data) -> str:
     reuse = " --reuse-networks" * ("restored" in data)
     seeds = "" if data["seeds"] == [0] else f" --seeds {' '.join(map(str, data['seeds']))}"
     dataset = "" if data["dataset"] is None else f" --dataset {data['dataset']}"
-    return f"python -m experiments.paper.{data['experiment']} --scale {data['scale']}{dataset}{seeds}{reuse}"
+    rows = f" --rows {shlex.join(data['finished'])}" if data["missing"] else ""
+    return f"python -m experiments.paper.{data['experiment']} --scale {data['scale']}{dataset}{seeds}{rows}{reuse}"
 
 
 def spent(hours: dict[str, float]) -> str:
