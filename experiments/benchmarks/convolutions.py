@@ -43,7 +43,7 @@ PASSES = ("forward", "to the images", "to the kernel")
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Time convolutions against JAX and PyTorch (pip install -e ".[bench]"): five minutes on two CPU cores."""
+    """Time convolutions against JAX and PyTorch (pip install -e ".[bench]"): four minutes on two CPU cores."""
 
     batch_size: int = 60
     """Images in a batch."""

@@ -114,6 +114,9 @@ def quarter_step(config: TrainConfig) -> float:
     return config.attack.epsilon / 4
 
 
+METHOD_PLAN = "Sinkhorn, τ = 0.01"
+"""Label of the paper's transport, where transports are compared."""
+
 FEATURE_SCATTERING = Row("feature scattering")
 STANDARD = Row("standard", {"method": "standard"})
 PGD_7 = Row("PGD-7", {"method": "pgd"})

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.paper.experiment import Data
+from experiments.paper.experiment import METHOD_PLAN, Data
 from fs_jax.report._canvas import DASHED, GREY, PALETTE, colour_of, figure_path, legend_columns, new_figure, save
 
 
@@ -191,9 +191,6 @@ def class_colour(index: int, count: int):
     import matplotlib
 
     return matplotlib.colormaps["tab10"](index) if count <= 10 else colour_of(index, count)
-
-
-METHOD_PLAN = "Sinkhorn, τ = 0.01"
 
 
 def plans_over_training(data: Data, path: pathlib.Path) -> None:

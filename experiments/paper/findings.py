@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.paper.experiment import Data
+from experiments.paper.experiment import METHOD_PLAN, Data
 from experiments.paper.tables import EQUAL, half_width, heading
 from experiments.paper.trade_off import SUPERVISED_ROWS
 from fs_jax.evaluation.statistics import accuracy, paired_difference
@@ -97,7 +97,7 @@ def labels_are_not_needed(results: Results) -> tuple[str, str]:
         ours, theirs = (percent(results, "ablation", row, "apgd-t alone") for row in (method, supervised))
         evidence += f" Without label smoothing: feature scattering {ours}, cross-entropy {theirs}."
     if "mechanism" in results:
-        signs = results["mechanism"]["points"][-1]["plans"]["Sinkhorn, τ = 0.01"]["cross_entropy_signs"]
+        signs = results["mechanism"]["points"][-1]["plans"][METHOD_PLAN]["cross_entropy_signs"]
         evidence += (
             f" At the end of training, the method's gradient has the same sign as that of the cross-entropy in "
             f"{100 * signs:.1f}% of the pixels; 50% are equal by chance."
@@ -215,7 +215,7 @@ def transport_matters(results: Results) -> tuple[str, str]:
             f"{of['verdict']}. So a gain by the transport is at most {max(0.0, of['half'] - of['points']):.1f} points."
         )
     if "mechanism" in results:
-        plan = results["mechanism"]["points"][-1]["plans"]["Sinkhorn, τ = 0.01"]
+        plan = results["mechanism"]["points"][-1]["plans"][METHOD_PLAN]
         evidence += (
             f" At the end of this method's training, its plan has {100 * plan['diagonal']:.1f}% of its mass on the "
             f"diagonal, and the gradient has the same sign as with the identity plan in "

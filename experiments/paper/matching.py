@@ -1,7 +1,7 @@
 """Compare transport with identity and independent plans: `python -m experiments.paper.matching`."""
 
 from experiments.paper.attacked import and_autoattack
-from experiments.paper.experiment import Row
+from experiments.paper.experiment import METHOD_PLAN, Row
 from experiments.paper.runner import main
 from experiments.paper.tables import table
 
@@ -13,7 +13,7 @@ EXPERIMENT = table(
     name="matching",
     title="Matching of natural and scattered features",
     source="the paper's ablation of the matching, whose numbers are not in the supplement",
-    rows=[Row("Sinkhorn, τ = 0.01"), IPOT, IDENTITY, INDEPENDENT],
+    rows=[Row(METHOD_PLAN), IPOT, IDENTITY, INDEPENDENT],
     attacks=and_autoattack,
     columns=("clean", "pgd-20", "cw-100", "apgd-t", "square"),
     reading="The first row is the paper's method. Two rows have a fixed plan instead of a transport: identity matches "
