@@ -131,7 +131,8 @@ def worth_its_clean_accuracy(results: Results) -> tuple[str, str]:
     ours = (percent(results, "trade_off", "feature scattering", name) for name in ("clean", "apgd-t alone"))
     evidence = (
         f"Feature scattering: clean {next(ours)}, under APGD-T {next(ours)}. Differences from it in percentage points, "
-        f"with simultaneous 95% intervals (Bonferroni): {'; '.join(text)}."
+        f"with simultaneous 95% intervals (Bonferroni): {'; '.join(text)}. The claim is rejected if, by these "
+        f"intervals, one row is at most {EQUAL:g} points lower in both."
     )
     if as_accurate & robust:
         return "disagrees", evidence
