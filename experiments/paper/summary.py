@@ -12,15 +12,21 @@ TRAINING = {
     "standard": "standard training",
     "feature scattering": "feature scattering, the paper's method",
     "feature scattering, Δ = 0": "feature scattering without label smoothing",
+    "identity plan": "feature scattering with the identity plan instead of the transport",
     "PGD-7, equal passes": "PGD-7, as many passes as feature scattering",
     "PGD-7": "PGD-7, as many epochs, with 2.8 times the passes",
     "TRADES": "TRADES, as many epochs, with 4.5 times the passes",
     "cross-entropy, 1 step, Δ = 0": "one step on the cross-entropy (with labels) without label smoothing, with 0.8 "
     "times the passes",
+    "cross-entropy, 1 step, radius x 0.5": "one step on the cross-entropy (with labels) with half the radius, with 0.8 "
+    "times the passes",
 }
-"""Rows of main_table, equal_passes and the ablation."""
+"""Rows of main_table, equal_passes, the ablation and trade_off."""
 
-MEASURED = (("main_table", "square", ""), ("equal_passes", "square", ""), ("ablation", "apgd-t alone", "\\*"))
+MEASURED = (
+    ("main_table", "square", ""), ("equal_passes", "square", ""), ("ablation", "apgd-t alone", "\\*"),
+    ("trade_off", "apgd-t alone", "\\*"),
+)  # fmt: skip
 """The tables that are searched for such a row, the attack, and a star for an attack that is not AutoAttack."""
 
 PLANS = "the mean over all pairs of rows"
@@ -74,14 +80,16 @@ def summary(scales: Mapping[str, Results]) -> str:
 
 def conclusions(name: str, results: Results) -> str:
     """How robust the method is, and which changes of it matter, in sentences; empty without results."""
-    methods = rows_of(results, "main_table")
+    methods, at_equal_passes = rows_of(results, "main_table"), rows_of(results, "equal_passes")
+    if not methods:
+        methods, at_equal_passes = at_equal_passes, {}
     compared = {label: row["square"]["difference"] for label, row in methods.items()}
     groups = [[f"{label} ({accuracies(methods[label])})" for label in group] for group in by_sign(compared)]
     sentences = in_words(("More robust", "Less robust", "Not clearly more or less robust"), groups)
     if sentences:
         ours = accuracies(methods["feature scattering"])
         sentences = f"Feature scattering has {ours} under AutoAttack / on clean images. {sentences}"
-        fair = rows_of(results, "equal_passes").get("PGD-7, equal passes")
+        fair = at_equal_passes.get("PGD-7, equal passes")
         if fair is not None and fair["square"]["difference"] is not None:
             verdict = ROBUST[fair["square"]["difference"]["verdict"]]
             sentences += f" At equal passes: PGD-7 ({accuracies(fair)}), {verdict}."
