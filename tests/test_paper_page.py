@@ -289,8 +289,8 @@ def test_the_summary_says_which_rows_differ():
 def test_without_the_main_table_the_summary_compares_at_equal_passes():
     rows = {"identity plan": row(), "PGD-7, equal passes": row(verdict="higher")}
     assert summary.conclusions("medium", {"equal_passes": table("feature scattering", **rows)}) == (
-        "**medium:** Feature scattering has 50.0% / 50.0% under AutoAttack / on clean images. More robust: PGD-7, equal "
-        "passes (50.0% / 50.0%). Not clearly more or less robust: identity plan (50.0% / 50.0%)."
+        "**medium:** Feature scattering has 50.0% / 50.0% under AutoAttack / on clean images. More robust: PGD-7, "
+        "equal passes (50.0% / 50.0%). Not clearly more or less robust: identity plan (50.0% / 50.0%)."
     )
 
 
