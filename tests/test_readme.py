@@ -80,16 +80,17 @@ def test_the_agreement_with_autoattack_is_the_measured_one():
 
 
 def test_the_robust_accuracies_are_the_measured_ones():
-    def percent(scale, row):
-        attacks = results(f"paper/{scale}/main_table.json")["rows"][row]
-        return [f"{100 * attacks[attack]['accuracy']:.1f}%" for attack in ("pgd-20", "square")]  # Square: AutoAttack
+    def percent(table, row="feature scattering"):
+        attacks = results(f"paper/{table}.json")["rows"][row]
+        return " and ".join(f"{100 * attacks[attack]['accuracy']:.1f}%" for attack in ("pgd-20", "square"))
 
-    (ours, pgd), (ours_small, pgd_small) = (
-        [percent(scale, row) for row in ("feature scattering", "PGD-7")] for scale in ("digits", "small")
-    )
-    assert f"{ours[0]} of the images are robust under PGD-20 and {ours[1]} under AutoAttack for feature" in TEXT
-    assert f"{pgd[0]} and {pgd[1]} for PGD training" in TEXT
-    assert f"these are {' and '.join(ours_small)}; {' and '.join(pgd_small)}." in TEXT
+    on_pgd, on_autoattack = percent("digits/main_table").split(" and ")
+    assert f"{on_pgd} of the images are robust under PGD-20 and {on_autoattack} under AutoAttack for feature" in TEXT
+    assert f"{percent('digits/main_table', 'PGD-7')} for PGD training" in TEXT
+    assert f"these are {percent('small/main_table')}; {percent('small/main_table', 'PGD-7')}." in TEXT
+    equal_passes = "medium/equal_passes"
+    assert f"are {percent(equal_passes)}; {percent(equal_passes, 'PGD-7, equal passes')} for PGD training with" in TEXT
+    assert f"feature scattering has {percent('short/main_table')}." in TEXT
 
 
 @pytest.mark.filterwarnings("ignore:2 of 2 images have a cross-entropy gradient of exactly zero")
