@@ -42,7 +42,7 @@ under CW-100. Under AutoAttack, a stronger evaluation of 2020, the released netw
 
 WORDS = {
     "scale": "data set, network, length of training, radius and number of attacked images of a group of results",
-    "WRN-10-1": "a wide residual network with 10 layers and 1 times the usual width; the paper's is WRN-28-10",
+    "WRN-10-2": "a wide residual network with 10 layers and 2 times the usual width; the paper's is WRN-28-10",
     "fold": "a fifth of the images. Each fold is the test set of a network that is trained on the other four",
     "radius": "the largest change of each pixel (L∞); pixels are in [0, 1]",
     "pass": "a computation with the network: forward, or backward to its input or to its weights",
@@ -52,6 +52,7 @@ WORDS = {
     "AutoAttack": "four attacks in turn, each on the images that are robust to the ones before: APGD-CE (PGD with "
     "adaptive steps), APGD-T (towards each of 9 classes), FAB-T (the nearest decision boundary) and, without "
     "gradients, Square. Robust accuracy counts the images that are robust to all four",
+    "RobustBench": "a public list of published networks with their accuracy under AutoAttack",
     "DLR": "APGD-T's loss: the margin divided by a difference of logits, which does not depend on their scale",
     "logits x 0.1": "PGD-20 on the cross-entropy of the logits times 0.1 (or 10). This changes the gradients, not the "
     "classification",
@@ -65,8 +66,8 @@ WORDS = {
     "released network": "the network that the authors published; *released Sinkhorn* is the solver in their code",
     "standard": "training on clean images",
     "PGD-7": "adversarial training with PGD: 7 gradient steps on the cross-entropy per training step",
-    "TRADES": "adversarial training on the clean cross-entropy plus the divergence between clean and attacked outputs, "
-    "which 10 attack steps increase",
+    "TRADES": "adversarial training on the clean cross-entropy plus the divergence of attacked from clean outputs. Its "
+    "training's attack takes 10 steps on this divergence",
     "equal passes": "PGD-7 is trained for fewer epochs, so that its training takes as many passes through the network "
     "as that of feature scattering",
     "transport plan": "the matching between the outputs (logits) for the natural and for the perturbed batch, with the "
@@ -162,8 +163,9 @@ def datasets(results: dict[str, dict[str, Data]]) -> list[str]:
 
 
 IN_SHORT_ENDS = """\
-*Disagrees* rejects a claim as it is worded. For gradient-free attacks, it means that the argument fails, not that
-gradients are masked.
+*Disagrees* rejects a claim as it is worded. The claims about accuracy under PGD, plateaus and gradient-free attacks are
+arguments, which can fail for any network: PGD-7 and TRADES fail some of them too (see *Findings*). For gradient-free
+attacks, *disagrees* does not mean that gradients are masked.
 
 The intervals are 95% intervals over test images. Those of differences on digits include the variation between the
 networks of the five folds. Otherwise, the variation between seeds is not included: each network is trained once, unless
@@ -186,11 +188,11 @@ The wording of the claims is ours. The verdict depends on the kind of claim:
 | claim | agrees if | disagrees if |
 | :-- | :-- | :-- |
 | the method is better than another row | the other row is *lower* | the other row is *higher* or *equal* |
-| a clean accuracy is worth it | a supervised row is as accurate (at most 2 points less, the whole interval), and all \
-rows that may be so are *lower* under attack | a row that is as accurate is at most 2 points lower under attack (the \
-whole interval) |
-| rows are stable | all simultaneous 95% intervals of the differences (Bonferroni) are within ±2 points | one of them \
-excludes 0, and not all are within ±2 |
+| a clean accuracy is worth it | a row trained on the cross-entropy is at most 2 points less accurate on clean images \
+(the whole interval), and all rows for which this is possible are *lower* under attack | such a row is also at most 2 \
+points lower under attack (the whole interval) |
+| rows are stable, under PGD-20 as in the paper | all simultaneous 95% intervals of the differences (Bonferroni) are \
+within ±2 points | one of them excludes 0, and not all are within ±2 |
 | PGD shows robustness | of all images, at most 2% are robust to PGD-20 but not to AutoAttack (the whole interval) | \
 more than 2% are (the whole interval) |
 | a plateau of the loss shows robustness | of the images that are robust to PGD-20, at most 2% are not robust to \
@@ -231,8 +233,7 @@ NAMES = {"digits": "scikit-learn's digits", "cifar10": "CIFAR-10", "cifar100": "
 def unfinished(of: dict[str, Data]) -> list[str]:
     """A sentence with the experiments of a scale that are not complete, if there are any."""
     there = best(of)
-    names = SCALES[next(iter(of.values()))["scale"]].experiments
-    titles = [experiment(name).title for name in names if name not in there or there[name]["missing"]]
+    titles = [experiment(name).title for name in EXPERIMENTS if name not in there or there[name]["missing"]]
     return [f"**Not run, or not all rows:** {'; '.join(titles)}."] if titles else []
 
 

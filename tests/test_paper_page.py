@@ -78,7 +78,7 @@ def test_the_page_says_what_is_not_complete(tmp_path):
     (line,) = re.findall(r"\*\*Not run, or not all rows:\*\* (.*)\.", text)
     assert jobs.experiment("ablation").title in line
     assert jobs.experiment("table4_ipot_beta").title not in line
-    assert len(line.split("; ")) == len(scale_of("digits").experiments) - 1
+    assert len(line.split("; ")) == len(EXPERIMENTS) - 1
 
 
 def row(*, points=0.0, half=1.0, verdict="equal", accuracy=0.5):
@@ -93,7 +93,7 @@ def row(*, points=0.0, half=1.0, verdict="equal", accuracy=0.5):
 
 def table(reference, **rows):
     first = {name: {**of, "difference": None} for name, of in row().items()}
-    return {"reference": reference, "rows": {reference: first, **rows}, "missing": []}
+    return {"reference": reference, "rows": {reference: first, **rows}, "missing": [], "seeds": [0]}
 
 
 def gap(lost):
@@ -274,16 +274,30 @@ def test_the_summary_has_a_column_for_each_scale():
 def test_the_summary_says_which_rows_differ():
     rows = {"standard": row(verdict="lower"), "PGD-7": row(verdict="higher"), "TRADES": row()}
     changes = {"transport, 1 step, Δ = 0": row(verdict="higher"), "independent plan": row(verdict="lower")}
+    accuracies = {"cross-entropy, 1 step": row(verdict="lower"), "cross-entropy, 1 step, radius x 0.5": row()}
     results = whole(
-        main_table=table("feature scattering", **rows), ablation=table("transport, 1 step, Δ = 0.5", **changes)
+        main_table=table("feature scattering", **rows),
+        ablation=table("transport, 1 step, Δ = 0.5", **changes),
+        trade_off=table("feature scattering", **accuracies),
     )
     first, *_ = summary.summary({"digits": results}).split("\n\n")
     assert first == (
         "**digits:** Feature scattering has 50.0% / 50.0% under AutoAttack / on clean images. More robust: PGD-7 "
         "(50.0% / 50.0%). Less robust: standard (50.0% / 50.0%). Not clearly more or less robust: TRADES (50.0% / "
-        "50.0%). At equal passes: PGD-7 (50.0% / 50.0%), equally robust. Changes that make it more robust, under "
+        "50.0%). At equal passes: PGD-7 (50.0% / 50.0%), equally robust. At equal clean accuracy, under APGD-T: "
+        "cross-entropy, 1 step, radius x 0.5 (50.0% / 50.0%), equally robust. Changes that make it more robust, under "
         "APGD-T: no label smoothing. Changes that make it less robust: the independent plan instead of the transport."
     )
+    smoothed = table("transport, 1 step, Δ = 0.5", **{SMOOTHED: row(verdict="lower")})
+    assert "With the method's label smoothing, PGD-7 at equal passes is less robust" in summary.conclusions(
+        "digits", {**results, "ablation": smoothed}
+    )
+    results["main_table"]["seeds"] = [0, 1]
+    results["main_table"]["rows"]["feature scattering"]["square"]["by_network"] = [0.49, 0.51]
+    assert "(2 networks; their standard deviation under AutoAttack is 1.4 points.)" in summary.conclusions("a", results)
+
+
+SMOOTHED = "cross-entropy, 7 steps, Δ = 0.5, equal passes"
 
 
 def test_without_the_main_table_the_summary_compares_at_equal_passes():

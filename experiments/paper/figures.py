@@ -67,7 +67,10 @@ def clean_against_robust(data: Data, path: pathlib.Path) -> None:
                 label=name,
             )  # fmt: skip
             for label, right, up in zip(labels, x, y, strict=True):
-                axes.annotate(f"x {factor_of(label):g}", (right, up), (5, 5), textcoords="offset points", fontsize=8)
+                axes.annotate(
+                    f"x {factor_of(label):g}", (right, up), (5, 6), textcoords="offset points", fontsize=8,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+                )  # fmt: skip
         axes.set(xlabel="clean accuracy (%)", ylabel="accuracy under APGD-T (%)")
         axes.legend(title="radius in training: x times that of the attack", title_fontsize=8, fontsize=8)
         save(figure, figure_path(path))
@@ -111,6 +114,7 @@ def lost_images(data: Data, path: pathlib.Path) -> None:
         axes.set_yticks(range(len(networks)), list(networks))
         axes.invert_yaxis()
         axes.set_xlim(0, 1.16 * end)
+        axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("test images (%)")
         figure.legend(loc="outside upper center", ncols=legend_columns(colours, 8.2), fontsize=8)

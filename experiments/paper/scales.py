@@ -89,7 +89,7 @@ SCALES: dict[str, Scale] = {
     "medium": Scale(
         "medium",
         "CIFAR-10 at 32 x 32, WRN-10-2, 20 epochs, radius 4/255, 1,000 test images, a few experiments. An hour per row "
-        "on two CPU cores; shows whether 1-step scattering is more robust than PGD-7 under AutoAttack.",
+        "on two CPU cores; shows whether 1-step scattering is more robust than PGD-7 at equal passes.",
         TrainConfig(
             model=ModelConfig(depth=10, width=2),
             attack=AttackConfig(epsilon=4 / 255),

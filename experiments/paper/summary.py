@@ -1,12 +1,14 @@
 """The most important results of all scales, in sentences and three tables at the beginning of the page."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import tabulate
 
 from experiments.paper.experiment import Data
 from experiments.paper.findings import CLAIMS, Results, findings
 from experiments.paper.tables import interval
+from experiments.paper.trade_off import SUPERVISED_ROWS
 
 TRAINING = {
     "standard": "standard training",
@@ -39,9 +41,11 @@ CHANGES = {
     "IPOT, β = 1": "IPOT instead of Sinkhorn's algorithm",
     "transport, 1 step, Δ = 0": "no label smoothing",
     "transport, 7 steps, Δ = 0.5": "seven attack steps and 3 times the passes",
+    "transport, 7 steps, Δ = 0.5, equal passes": "seven attack steps at equal passes",
     "cross-entropy, 1 step, Δ = 0.5": "an attack on the cross-entropy (with labels) instead of the transport cost",
     "cross-entropy, 1 step, Δ = 0": "an attack on the cross-entropy and no label smoothing",
-    "cross-entropy, 7 steps, Δ = 0": "an attack on the cross-entropy and no label smoothing and seven steps (PGD-7)",
+    "cross-entropy, 7 steps, Δ = 0": "an attack on the cross-entropy and no label smoothing and seven steps (PGD-7), "
+    "with 2.8 times the passes",
 }
 """Rows of the ablation, which change the paper's method, and the mean over pairs of them."""
 
@@ -80,24 +84,59 @@ def summary(scales: Mapping[str, Results]) -> str:
 
 def conclusions(name: str, results: Results) -> str:
     """How robust the method is, and which changes of it matter, in sentences; empty without results."""
-    methods, at_equal_passes = rows_of(results, "main_table"), rows_of(results, "equal_passes")
-    if not methods:
-        methods, at_equal_passes = at_equal_passes, {}
-    compared = {label: row["square"]["difference"] for label, row in methods.items()}
-    groups = [[f"{label} ({accuracies(methods[label])})" for label in group] for group in by_sign(compared)]
-    sentences = in_words(("More robust", "Less robust", "Not clearly more or less robust"), groups)
-    if sentences:
-        ours = accuracies(methods["feature scattering"])
-        sentences = f"Feature scattering has {ours} under AutoAttack / on clean images. {sentences}"
-        fair = at_equal_passes.get("PGD-7, equal passes")
-        if fair is not None and fair["square"]["difference"] is not None:
-            verdict = ROBUST[fair["square"]["difference"]["verdict"]]
-            sentences += f" At equal passes: PGD-7 ({accuracies(fair)}), {verdict}."
+    of_table = "main_table" if rows_of(results, "main_table") else "equal_passes"
     effects = in_words(
         ("Changes that make it more robust, under APGD-T", "Changes that make it less robust", "No clear effect"),
         by_sign({text: from_method(results, label) for label, text in CHANGES.items() if label != PLANS}),
     )
-    return f"**{name}:** {' '.join(filter(None, (sentences, effects)))}" if sentences or effects else ""
+    sentences = [*compared(results, of_table), *at_equal_passes(results), *at_equal_accuracy(results), effects]
+    text = " ".join(filter(None, sentences))
+    return f"**{name}:** {text}" if text else ""
+
+
+def compared(results: Results, of_table: str) -> Iterator[str]:
+    """Sentences on the method, and on the other rows of a table."""
+    rows = rows_of(results, of_table)
+    if "feature scattering" not in rows:
+        return
+    ours = rows["feature scattering"]
+    yield f"Feature scattering has {accuracies(ours)} under AutoAttack / on clean images."
+    if len(results[of_table]["seeds"]) > 1:
+        networks = ours["square"]["by_network"]
+        spread = 100 * np.std(networks, ddof=1)
+        yield f"({len(networks)} networks; their standard deviation under AutoAttack is {spread:.1f} points.)"
+    groups = by_sign({label: row["square"]["difference"] for label, row in rows.items()})
+    text = [[f"{label} ({accuracies(rows[label])})" for label in group] for group in groups]
+    headings = ("More robust", "Less robust", "Not clearly more or less robust")
+    yield in_words(headings, text) or "No other method was run at this scale."
+
+
+def at_equal_passes(results: Results) -> Iterator[str]:
+    """Sentences on PGD-7 at equal passes, beside a main table, which has PGD-7 at equal epochs."""
+    label, smoothed = "PGD-7, equal passes", "cross-entropy, 7 steps, Δ = 0.5, equal passes"
+    rows, ablation = (rows_of(results, name) for name in ("equal_passes", "ablation"))
+    if "main_table" in results and (verdict := verdict_of(rows, label, "square")):
+        yield f"At equal passes: PGD-7 ({accuracies(rows[label])}), {verdict}."
+        if verdict := verdict_of(ablation, smoothed, "apgd-t alone"):
+            yield f"With the method's label smoothing, PGD-7 at equal passes is {verdict}, under APGD-T."
+
+
+def at_equal_accuracy(results: Results) -> Iterator[str]:
+    """A sentence on the supervised rows whose clean accuracy equals the method's."""
+    rows = rows_of(results, "trade_off")
+    equal = [
+        f"{label} ({accuracies(rows[label], 'apgd-t alone')}), {verdict_of(rows, label, 'apgd-t alone')}"
+        for label in SUPERVISED_ROWS
+        if verdict_of(rows, label, "clean") == ROBUST["equal"]
+    ]
+    if equal:
+        yield f"At equal clean accuracy, under APGD-T: {'; '.join(equal)}."
+
+
+def verdict_of(rows: Mapping[str, Data], label: str, attack: str) -> str | None:
+    """How robust a row is, compared with the first, in words; None without the row or the first one."""
+    difference = rows[label][attack]["difference"] if label in rows else None
+    return None if difference is None else ROBUST[difference["verdict"]]
 
 
 ROBUST = {
@@ -106,9 +145,9 @@ ROBUST = {
 }  # fmt: skip
 
 
-def accuracies(row: Data) -> str:
-    """Accuracy under AutoAttack / on clean images."""
-    return f"{100 * row['square']['accuracy']:.1f}% / {100 * row['clean']['accuracy']:.1f}%"
+def accuracies(row: Data, attack: str = "square") -> str:
+    """Accuracy under AutoAttack, or another attack / on clean images."""
+    return f"{100 * row[attack]['accuracy']:.1f}% / {100 * row['clean']['accuracy']:.1f}%"
 
 
 def in_words(headings: Sequence[str], groups: Sequence[Sequence[str]]) -> str:
