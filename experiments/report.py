@@ -42,7 +42,8 @@ under CW-100. Under AutoAttack, a stronger evaluation of 2020, the released netw
 
 WORDS = {
     "scale": "data set, network, length of training, radius and number of attacked images of a group of results",
-    "WRN-10-2": "a wide residual network with 10 layers and 2 times the usual width; the paper's is WRN-28-10",
+    "WRN-10-1, WRN-10-2": "wide residual networks with 10 layers and 1 or 2 times the usual width; the paper's is "
+    "WRN-28-10",
     "fold": "a fifth of the images. Each fold is the test set of a network that is trained on the other four",
     "radius": "the largest change of each pixel (L∞); pixels are in [0, 1]",
     "pass": "a computation with the network: forward, or backward to its input or to its weights",
@@ -164,14 +165,17 @@ def datasets(results: dict[str, dict[str, Data]]) -> list[str]:
 
 IN_SHORT_ENDS = """\
 *Disagrees* rejects a claim as it is worded. The claims about accuracy under PGD, plateaus and gradient-free attacks are
-arguments, which can fail for any network: PGD-7 and TRADES fail some of them too (see *Findings*). For gradient-free
-attacks, *disagrees* does not mean that gradients are masked.
+arguments, which can fail for any network: *Findings* have the numbers of others. For gradient-free attacks, *disagrees*
+does not mean that gradients are masked.
 
 The intervals are 95% intervals over test images. Those of differences on digits include the variation between the
 networks of the five folds. Otherwise, the variation between seeds is not included: each network is trained once, unless
-its table names more seeds. At the scales `digits`, `small` and `medium`, networks, images and radius differ from the
-paper's: compare the order of the rows with the paper's, not the numbers. Scale `short` has the paper's network and
-radius, but trains for 10 instead of 200 epochs."""
+its table names more seeds. So a verdict whose interval barely excludes 0 could change with other seeds. (Where the main
+table has several seeds, other tables compare with the network of the first seed.)
+
+At the scales `digits`, `small` and `medium`, networks, images and radius differ from the paper's: compare the order of
+the rows with the paper's, not the numbers. Scale `short` has the paper's network and radius, but trains for 10 instead
+of 200 epochs."""
 
 HOW_CERTAIN = """\
 These are the paper's claims, and questions that they raise, checked on our networks. Each scale states the size, data
@@ -179,18 +183,18 @@ and training of its networks. A finding holds at its scale only, and the accurac
 network. Intervals are 95% intervals over test images, and differences are between networks on the same images. If a row
 has several networks (five folds on digits, or several seeds), the interval of a difference includes the variation
 between them (Student's t). The training sets of the folds overlap, which the intervals ignore.
-With one network for each row, as in most tables at scale `small`, a difference is one between two networks: how much
-it varies with their seeds is known only where a table has several seeds. The paper's own accuracies of its method
-differ slightly between its tables.
+With one network for each row, as in most tables at the scales `small` and `medium`, a difference is one between two
+networks: how much it varies with their seeds is known only where a table has several seeds. The paper's own accuracies
+of its method differ slightly between its tables.
 
 The wording of the claims is ours. The verdict depends on the kind of claim:
 
 | claim | agrees if | disagrees if |
 | :-- | :-- | :-- |
 | the method is better than another row | the other row is *lower* | the other row is *higher* or *equal* |
-| a clean accuracy is worth it | a row trained on the cross-entropy is at most 2 points less accurate on clean images \
-(the whole interval), and all rows for which this is possible are *lower* under attack | such a row is also at most 2 \
-points lower under attack (the whole interval) |
+| a clean accuracy is worth it | a row with one attack step on the cross-entropy, at any radius, is at most 2 points \
+less accurate on clean images (the whole simultaneous interval), and all rows for which this is possible are *lower* \
+under attack | such a row is also at most 2 points lower under attack (the whole simultaneous interval) |
 | rows are stable, under PGD-20 as in the paper | all simultaneous 95% intervals of the differences (Bonferroni) are \
 within ±2 points | one of them excludes 0, and not all are within ±2 |
 | PGD shows robustness | of all images, at most 2% are robust to PGD-20 but not to AutoAttack (the whole interval) | \

@@ -54,7 +54,10 @@ def clean_against_robust(data: Data, path: pathlib.Path) -> None:
         families.setdefault(label.split(", radius x ")[0], []).append(label)
     with new_figure(figsize=(6.4, 4.6)) as figure:
         axes = figure.add_subplot()
-        for colour, marker, (name, labels) in zip(PALETTE, "oD^sv", families.items(), strict=False):
+        # Labels of radii are below the points of the first line and above those of the second, away from each other.
+        beside = (((-5, -11), "right"), ((5, 5), "left"))
+        styles = zip(PALETTE, "oD", beside, strict=False)
+        for (colour, marker, (offset, side)), (name, labels) in zip(styles, families.items(), strict=False):
             labels.sort(key=factor_of)
             clean, robust = ([data["rows"][label][attack] for label in labels] for attack in ("clean", "apgd-t alone"))
             x, y = ([100 * of["accuracy"] for of in each] for each in (clean, robust))
@@ -68,9 +71,8 @@ def clean_against_robust(data: Data, path: pathlib.Path) -> None:
             )  # fmt: skip
             for label, right, up in zip(labels, x, y, strict=True):
                 axes.annotate(
-                    f"x {factor_of(label):g}", (right, up), (5, 6), textcoords="offset points", fontsize=8,
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-                )  # fmt: skip
+                    f"x {factor_of(label):g}", (right, up), offset, textcoords="offset points", fontsize=8, ha=side
+                )
         axes.set(xlabel="clean accuracy (%)", ylabel="accuracy under APGD-T (%)")
         axes.legend(title="radius in training: x times that of the attack", title_fontsize=8, fontsize=8)
         save(figure, figure_path(path))
@@ -114,7 +116,7 @@ def lost_images(data: Data, path: pathlib.Path) -> None:
         axes.set_yticks(range(len(networks)), list(networks))
         axes.invert_yaxis()
         axes.set_xlim(0, 1.16 * end)
-        axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
+        axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(100, axes.get_xlim()[1])])
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("test images (%)")
         figure.legend(loc="outside upper center", ncols=legend_columns(colours, 8.2), fontsize=8)

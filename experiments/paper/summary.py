@@ -6,13 +6,15 @@ import numpy as np
 import tabulate
 
 from experiments.paper.experiment import Data
-from experiments.paper.findings import CLAIMS, Results, findings
+from experiments.paper.findings import CLAIMS, SMOOTHED_PGD_7, Results, findings
 from experiments.paper.tables import interval
 from experiments.paper.trade_off import SUPERVISED_ROWS
 
+METHOD = "feature scattering"
+
 TRAINING = {
     "standard": "standard training",
-    "feature scattering": "feature scattering, the paper's method",
+    METHOD: "feature scattering, the paper's method",
     "feature scattering, Δ = 0": "feature scattering without label smoothing",
     "identity plan": "feature scattering with the identity plan instead of the transport",
     "PGD-7, equal passes": "PGD-7, as many passes as feature scattering",
@@ -20,8 +22,8 @@ TRAINING = {
     "TRADES": "TRADES, as many epochs, with 4.5 times the passes",
     "cross-entropy, 1 step, Δ = 0": "one step on the cross-entropy (with labels) without label smoothing, with 0.8 "
     "times the passes",
-    "cross-entropy, 1 step, radius x 0.5": "one step on the cross-entropy (with labels) with half the radius, with 0.8 "
-    "times the passes",
+    "cross-entropy, 1 step, radius x 0.5": "one step on the cross-entropy (with labels) with half the radius and label "
+    "smoothing, with 0.8 times the passes",
 }
 """Rows of main_table, equal_passes, the ablation and trade_off."""
 
@@ -84,59 +86,74 @@ def summary(scales: Mapping[str, Results]) -> str:
 
 def conclusions(name: str, results: Results) -> str:
     """How robust the method is, and which changes of it matter, in sentences; empty without results."""
-    of_table = "main_table" if rows_of(results, "main_table") else "equal_passes"
-    effects = in_words(
-        ("Changes that make it more robust, under APGD-T", "Changes that make it less robust", "No clear effect"),
-        by_sign({text: from_method(results, label) for label, text in CHANGES.items() if label != PLANS}),
-    )
-    sentences = [*compared(results, of_table), *at_equal_passes(results), *at_equal_accuracy(results), effects]
-    text = " ".join(filter(None, sentences))
-    return f"**{name}:** {text}" if text else ""
+    sentences = [*compared(results), *at_equal_passes(results), *at_closest_accuracy(results), *effects(results)]
+    return f"**{name}:** {' '.join(sentences)}" if sentences else ""
 
 
-def compared(results: Results, of_table: str) -> Iterator[str]:
-    """Sentences on the method, and on the other rows of a table."""
-    rows = rows_of(results, of_table)
-    if "feature scattering" not in rows:
+def compared(results: Results) -> Iterator[str]:
+    """Sentences on the method, and on the other rows of the main table; without it, on those at equal passes."""
+    there = [name for name in ("main_table", "equal_passes") if METHOD in rows_of(results, name)]
+    if not there:
         return
-    ours = rows["feature scattering"]
-    yield f"Feature scattering has {accuracies(ours)} under AutoAttack / on clean images."
-    if len(results[of_table]["seeds"]) > 1:
-        networks = ours["square"]["by_network"]
+    rows = rows_of(results, there[0])
+    yield f"Feature scattering has {accuracies(rows[METHOD])} under AutoAttack / on clean images."
+    if len(results[there[0]]["seeds"]) > 1:
+        networks = rows[METHOD]["square"]["by_network"]
         spread = 100 * np.std(networks, ddof=1)
         yield f"({len(networks)} networks; their standard deviation under AutoAttack is {spread:.1f} points.)"
     groups = by_sign({label: row["square"]["difference"] for label, row in rows.items()})
     text = [[f"{label} ({accuracies(rows[label])})" for label in group] for group in groups]
-    headings = ("More robust", "Less robust", "Not clearly more or less robust")
-    yield in_words(headings, text) or "No other method was run at this scale."
+    if any(text):
+        yield in_words(("More robust", "Less robust", "Not clearly more or less robust"), text)
+    elif not any(len(rows_of(results, name)) > 1 for name in results):
+        yield "No other method was run at this scale."
 
 
 def at_equal_passes(results: Results) -> Iterator[str]:
     """Sentences on PGD-7 at equal passes, beside a main table, which has PGD-7 at equal epochs."""
-    label, smoothed = "PGD-7, equal passes", "cross-entropy, 7 steps, Δ = 0.5, equal passes"
     rows, ablation = (rows_of(results, name) for name in ("equal_passes", "ablation"))
-    if "main_table" in results and (verdict := verdict_of(rows, label, "square")):
+    label = "PGD-7, equal passes"
+    if METHOD in rows_of(results, "main_table") and (verdict := verdict_of(rows, label, "square")):
         yield f"At equal passes: PGD-7 ({accuracies(rows[label])}), {verdict}."
-        if verdict := verdict_of(ablation, smoothed, "apgd-t alone"):
-            yield f"With the method's label smoothing, PGD-7 at equal passes is {verdict}, under APGD-T."
+    if verdict := verdict_of(ablation, SMOOTHED_PGD_7, "apgd-t alone"):
+        yield f"With the method's label smoothing, PGD-7 at equal passes is {verdict}, under APGD-T."
 
 
-def at_equal_accuracy(results: Results) -> Iterator[str]:
-    """A sentence on the supervised rows whose clean accuracy equals the method's."""
+def at_closest_accuracy(results: Results) -> Iterator[str]:
+    """A sentence on the supervised row whose clean accuracy is closest to the method's."""
     rows = rows_of(results, "trade_off")
-    equal = [
-        f"{label} ({accuracies(rows[label], 'apgd-t alone')}), {verdict_of(rows, label, 'apgd-t alone')}"
-        for label in SUPERVISED_ROWS
-        if verdict_of(rows, label, "clean") == ROBUST["equal"]
-    ]
-    if equal:
-        yield f"At equal clean accuracy, under APGD-T: {'; '.join(equal)}."
+    distance = {label: abs(of["points"]) for label in SUPERVISED_ROWS if (of := difference(rows, label, "clean"))}
+    if distance:
+        label = min(distance, key=lambda label: distance[label])
+        clean, attacked = (in_points(rows[label][name]["difference"]) for name in ("clean", "apgd-t alone"))
+        yield (
+            f"Of the rows with one attack step on the cross-entropy, *{label}* has the closest clean accuracy: {clean} "
+            f"points on clean images, and {attacked} under APGD-T."
+        )
+
+
+def effects(results: Results) -> Iterator[str]:
+    """Sentences on the changes of the method."""
+    groups = by_sign({text: from_method(results, label) for label, text in CHANGES.items() if label != PLANS})
+    if any(groups):
+        more = "Changes that make it more robust, under APGD-T"
+        yield in_words((more, "Changes that make it less robust", "No clear effect"), groups)
 
 
 def verdict_of(rows: Mapping[str, Data], label: str, attack: str) -> str | None:
     """How robust a row is, compared with the first, in words; None without the row or the first one."""
-    difference = rows[label][attack]["difference"] if label in rows else None
-    return None if difference is None else ROBUST[difference["verdict"]]
+    of = difference(rows, label, attack)
+    return None if of is None else ROBUST[of["verdict"]]
+
+
+def difference(rows: Mapping[str, Data], label: str, attack: str) -> Data | None:
+    """Difference of a row from the first; None without the row or the first one."""
+    return rows[label][attack]["difference"] if label in rows else None
+
+
+def in_points(difference: Data) -> str:
+    """A difference with its interval, as text."""
+    return f"{difference['points']:+.1f} ±{difference['half']:.1f}"
 
 
 ROBUST = {
@@ -145,9 +162,9 @@ ROBUST = {
 }  # fmt: skip
 
 
-def accuracies(row: Data, attack: str = "square") -> str:
-    """Accuracy under AutoAttack, or another attack / on clean images."""
-    return f"{100 * row[attack]['accuracy']:.1f}% / {100 * row['clean']['accuracy']:.1f}%"
+def accuracies(row: Data) -> str:
+    """Accuracy under AutoAttack / on clean images."""
+    return f"{100 * row['square']['accuracy']:.1f}% / {100 * row['clean']['accuracy']:.1f}%"
 
 
 def in_words(headings: Sequence[str], groups: Sequence[Sequence[str]]) -> str:
@@ -181,8 +198,8 @@ def robust(results: Results, label: str) -> str:
 
 def change(results: Results, label: str) -> str:
     """Difference of a row of the ablation from the paper's method, as text."""
-    difference = from_method(results, label)
-    return "" if difference is None else f"{difference['points']:+.1f} ±{difference['half']:.1f}"
+    of = from_method(results, label)
+    return "" if of is None else in_points(of)
 
 
 def from_method(results: Results, label: str) -> Data | None:
@@ -190,8 +207,7 @@ def from_method(results: Results, label: str) -> Data | None:
     if label == PLANS:
         plans = results.get("ablation", {}).get("plans")
         return None if plans is None else plans["differences"]["apgd-t alone"]
-    row = rows_of(results, "ablation").get(label)
-    return None if row is None else row["apgd-t alone"]["difference"]
+    return difference(rows_of(results, "ablation"), label, "apgd-t alone")
 
 
 def rows_of(results: Results, name: str) -> Mapping[str, Data]:
