@@ -171,7 +171,7 @@ def test_runs_end_when_all_problems_of_a_batch_are_done(ends):
     assert len(calls) == blocks * _loops.BLOCK * len(ends)
 
 
-@pytest.mark.parametrize("num_iters", mostly_slow([1, 9, 10, 11, 39, 40, 41], 9, 41))
+@pytest.mark.parametrize("num_iters", mostly_slow([1, 9, 10, 11, 39, 40, 41], 41))
 @pytest.mark.parametrize("solver", [sinkhorn, partial(unbalanced_sinkhorn, rho=1.0)], ids=["sinkhorn", "unbalanced"])
 def test_no_threshold_and_one_that_is_not_met_end_after_the_same_iterations(solver, num_iters):
     run = jax.jit(lambda cost, threshold: solver(cost, reg=0.02, num_iters=num_iters, threshold=threshold, grad="none"))
