@@ -18,6 +18,7 @@ import tyro
 from experiments import command_line
 from experiments.output import write_files
 from fs_jax._utils.files import replacing
+from fs_jax._utils.text import radius
 from fs_jax._utils.validation import check_choice
 
 FOLDER = pathlib.Path(__file__).parent / "weights"
@@ -42,7 +43,8 @@ class Arguments:
 EXAMPLES = """\
   python -m experiments.weights
   python -m experiments.weights digits/feature_scattering --output network.safetensors
-  python -m experiments.evaluate --weights network.safetensors --dataset digits --epsilon 0.1 --suite autoattack
+  python -m experiments.evaluate --weights network.safetensors --dataset digits --epsilon 0.1 --suite autoattack \\
+      --output runs/autoattack
   python -m experiments.weights small/mine --keep runs/mine
 """
 
@@ -66,7 +68,8 @@ def main(argv: list[str]) -> None:
         of = manifest(arguments.folder)[arguments.name]
         print(
             f"{arguments.output}: {of['network']}. Evaluate it: python -m experiments.evaluate --weights "
-            f"{arguments.output} --dataset {of['dataset']} --epsilon {of['epsilon']:.6g} --suite autoattack"
+            f"{arguments.output} --dataset {of['dataset']} --epsilon {radius(of['epsilon'])} --suite autoattack "
+            f"--output {arguments.output.with_suffix('')}"
         )
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import weights
+from experiments import evaluate, weights
 from fs_jax.config import preset, to_dict
 from fs_jax.models import WideResNet, convert
 
@@ -57,6 +57,15 @@ def test_only_networks_of_runs_are_added_under_new_names(network, tmp_path):
             weights.keep(*network, ABOUT, name, tmp_path)
     with pytest.raises(ValueError, match="keep: expected the folder of a run"):
         weights.keep(*network, {"file": "a.pt"}, "theirs", tmp_path)
+
+
+def test_the_printed_command_evaluates_the_network(tmp_path, capsys):
+    weights.main(["digits/standard", "--output", str(tmp_path / "net.safetensors")])
+    words = capsys.readouterr().out.split("python -m experiments.evaluate ")[1].split()
+    place = words.index("--suite")  # replaced by a quick attack
+    del words[place : place + 2]
+    evaluate.main([*words, "--attacks", "clean", "--num-images", "8", "--no-progress"])
+    assert (tmp_path / "net" / "result.json").exists()
 
 
 def test_all_networks_of_the_repository_can_be_restored(tmp_path):
